@@ -1,0 +1,167 @@
+"""The adaptive process as methods of the layer: record windows, and slots grown and pruned in place.
+
+A mixin of `MoELayer`, by upstream's method names. What a window decides is in `policy`; the schedule and the
+optimizer's rows are the controller's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .experts import Experts, FFNExperts
+from .experts.base import SlotParameter
+from .gates import Gate, TopKGate
+from .policy import Decision, DynMoEPolicy, ExpertChange
+from .records import RoutingRecord
+
+INITS = ("nearest", "mean", "fresh", "keep")
+
+
+class AdaptiveExperts:
+    """Recording, growing and pruning of a layer with `gates`, `experts` and `records`."""
+
+    gates: nn.ModuleList
+    experts: Experts
+    records: list[RoutingRecord]
+    record_routing: bool
+    record_eval: bool
+    group: Any
+    one_score_gate: bool
+    normalize_one_score_gate: bool
+    value_norm_weighted: bool
+    update_momentum: float
+    _num_global_experts: Tensor
+
+    @property
+    def record(self) -> RoutingRecord:
+        """The record of the first gate; `records` has one for each."""
+        return self.records[0]
+
+    def begin_record_routing(self, record_eval: bool = False) -> None:
+        """Open an empty record window. Only training forwards are recorded, unless `record_eval`."""
+        self.reset_record_routing()
+        self.record_routing, self.record_eval = True, record_eval
+
+    def end_record_routing(self) -> None:
+        """Close the window; the record stays to be read."""
+        self.record_routing = False
+
+    def reset_record_routing(self) -> None:
+        """Empty the records of all gates."""
+        for record in self.records:
+            record.reset(self._num_global_experts.device)
+
+    def get_routing_records(self) -> Tensor:
+        """Assignments of each slot in the window, [E] int64, of the first gate."""
+        return self.record.counts
+
+    def get_sample_records(self) -> Tensor | None:
+        """Sum of the unrouted tokens of the window, [D] fp32, or None if there was none."""
+        return self.record.unrouted_sum if int(self.record.unrouted_tokens) else None
+
+    def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
+        """Prune and grow by the default policy from the record, summed over `group`'s ranks; recording goes on.
+
+        Returns what changed. No optimizer is touched: with one that has state, use `ExpertController`. ValueError
+        where no window is open, or the gate has no thresholds.
+        """
+        gate = self._adaptive_gate(gate_index)
+        if not self.record_routing:
+            raise ValueError("no record window is open: call begin_record_routing() before the forwards to judge by")
+        record = self.records[gate_index]
+        record.all_reduce(self.group)
+        active_E = gate.active()
+        decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
+        return self.update_experts(decision, gate_index)
+
+    def update_experts(
+        self,
+        decision: Decision,
+        gate_index: int = 0,
+        init: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> list[ExpertChange]:
+        """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
+
+        `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
+        ones), "fresh" (drawn anew from `generator`), "keep" (what the slot held, as upstream). The last active expert
+        is never pruned; growth without a free slot is left out. Gradients are cleared of nothing: call it after the
+        optimizer's step.
+        """
+        if init not in INITS:
+            raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
+        gate = self._adaptive_gate(gate_index)
+        changes = []
+        for slot, reason in decision.prune:
+            if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
+                gate.deactivate(slot)
+                changes.append(ExpertChange(slot, "pruned", reason))
+        for w_D, reason in decision.grow:
+            free = self._free_slot()
+            if free is None:
+                break
+            self._fill_slot(gate, free, w_D, init, generator)
+            gate.activate(free, w_D)
+            changes.append(ExpertChange(free, "grown", reason))
+        self._num_global_experts.fill_(int(gate.active().sum()))
+        return changes
+
+    def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
+        """Every parameter that holds the slot, with the index of its entries: routing vector, threshold, expert."""
+        gate = self._adaptive_gate(gate_index)
+        router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
+        return router + self.experts.slot_parameters(slot)
+
+    def _adaptive_gate(self, gate_index: int) -> Any:
+        gate = self._gate(gate_index)
+        if not gate.adaptive:
+            raise ValueError(
+                f"gate {gate_index} is a {type(gate).__name__}, whose number of experts is fixed: experts grow and are "
+                "pruned with gates of type top_any, gated_multi_gate or gated_multi_gate_t"
+            )
+        return gate
+
+    def _gate(self, gate_index: int) -> Gate:
+        raise NotImplementedError
+
+    def _free_slot(self) -> int | None:
+        """The lowest slot that no gate uses: gates share the experts."""
+        used_E = torch.stack([gate.active().cpu() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
+        free = (~used_E).nonzero()
+        return int(free[0]) if free.numel() else None
+
+    def _fill_slot(self, gate: Any, slot: int, w_D: Tensor, init: str, generator: torch.Generator | None) -> None:
+        active_E = gate.active()
+        if init == "nearest":
+            cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
+            self.experts.copy_slot(slot, [int(cos_E.masked_fill(~active_E, -torch.inf).argmax())])
+        elif init == "mean":
+            self.experts.copy_slot(slot, active_E.nonzero().squeeze(1).tolist())
+        elif init == "fresh":
+            self.experts.reset_slot(slot, generator or torch.Generator().manual_seed(slot))
+
+    @torch.no_grad()
+    def update_one_score_gate(self) -> None:
+        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options.
+
+        `value_norm_weighted`: the mean is weighted by the norms of fc2_w's rows; `normalize_one_score_gate`: unit rows;
+        `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv 2310.10908).
+        """
+        gate, experts = self._gate(0), self.experts
+        if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
+            raise ValueError(
+                "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
+            )
+        fc1_w = experts.batched_fc1_w.float()
+        if self.value_norm_weighted:
+            norm_EH1 = torch.linalg.vector_norm(experts.batched_fc2_w.float(), dim=2, keepdim=True)
+            keys_ED = (fc1_w * F.normalize(norm_EH1, p=1, dim=1)).sum(dim=1)
+        else:
+            keys_ED = fc1_w.mean(dim=1)
+        if self.normalize_one_score_gate:
+            keys_ED = F.normalize(keys_ED, dim=1)
+        gate.wg.weight.lerp_(keys_ED.to(gate.wg.weight), 1 - self.update_momentum)

@@ -1,0 +1,442 @@
+"""ExpertController: when record windows open and close, and what an update does to the optimizer.
+
+The policy (policy.py) decides, the layer (layer.py) applies; here are the schedule in optimizer steps, the
+reduction over ranks, the reset of optimizer state, the event log and the state that makes a resumed run
+bitwise the uninterrupted one. Depends on layer, policy and records.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .layer import MoELayer
+from .policy import Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
+from .records import RoutingRecord
+
+logger = logging.getLogger(__name__)
+
+INITS = ("nearest", "mean", "fresh", "keep")
+SAMPLED_TOKENS = 2048
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When to update, in optimizer steps.
+
+    Updates come after steps `start + n * every` (n = 0, 1, ...), as soon as a whole window fits before them,
+    and never after step `stop`. The window of an update holds the forwards of the last `window` optimizer
+    steps before it (None: `every`, so that windows touch). `Schedule(every=900, window=300, start=600)` is
+    the built-in schedule of DynMoE-DeepSpeed: updates at 600, 1500, 2400, ..., each from 300 steps.
+
+    Raises ValueError for values that are not positive integers (`start` may be 0), `window` > `every`, and a
+    `stop` before the first update.
+    """
+
+    every: int = 300
+    window: int | None = None
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("window", 1), ("start", 0), ("stop", 1)):
+            value = getattr(self, name)
+            if value is None and name in ("window", "stop"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"schedule: {name} must be an integer of at least {least}, got {value!r}")
+        if self.window_steps > self.every:
+            raise ValueError(f"schedule: window must be at most every ({self.every}), got {self.window}")
+        if self.stop is not None and self.stop < self._update_after(0):
+            first = self._update_after(0)
+            raise ValueError(f"schedule: stop must be at least {first}, the first update, got {self.stop}")
+
+    @classmethod
+    def of(cls, value: Schedule | Mapping[str, Any] | int | None) -> Schedule:
+        """A schedule from itself, a mapping of its fields, the number `every`, or None (the defaults)."""
+        if isinstance(value, Schedule):
+            return value
+        if value is None:
+            return cls()
+        if isinstance(value, int):
+            return cls(every=value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"schedule must be a Schedule, a dict, an int (every) or None, got {value!r}")
+        allowed = [f.name for f in fields(cls)]
+        unknown = [key for key in value if key not in allowed]
+        if unknown:
+            raise ValueError(f"schedule: unknown key {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        return cls(**value)
+
+    @property
+    def window_steps(self) -> int:
+        """Optimizer steps in a window."""
+        return self.every if self.window is None else self.window
+
+    def updates_at(self, step: int) -> bool:
+        """Whether an update follows the `step`-th optimizer step."""
+        return step > 0 and self._update_after(step - 1) == step and not self._stopped(step)
+
+    def records_at(self, step: int) -> bool:
+        """Whether forwards made after `step` optimizer steps belong to a window."""
+        update = self._update_after(step)
+        return update - self.window_steps <= step and not self._stopped(update)
+
+    def opens_at(self, step: int) -> bool:
+        """Whether a window opens after the `step`-th optimizer step (0: at construction)."""
+        return self.records_at(step) and self._update_after(step) - self.window_steps == step
+
+    def _update_after(self, step: int) -> int:
+        earliest = max(step + 1, self.window_steps)
+        return self.start + max(0, -(-(earliest - self.start) // self.every)) * self.every
+
+    def _stopped(self, update: int) -> bool:
+        return self.stop is not None and update > self.stop
+
+
+@dataclass(frozen=True)
+class ExpertEvent:
+    """One slot grown or pruned: after which optimizer step, where, why, and how many were active then.
+
+    `layer` is the qualified name of the layer in the model without wrapper prefixes, `gate` the index of the
+    gate, `experts` the number of active experts of that gate once this change was made.
+    """
+
+    step: int
+    layer: str
+    gate: int
+    slot: int
+    action: str
+    reason: str
+    experts: int
+
+    def __str__(self) -> str:
+        where = self.layer or "the layer"
+        gate = f", gate {self.gate}" if self.gate else ""
+        return (
+            f"step {self.step}: {self.action} expert {self.slot} of {where}{gate}, "
+            f"now {self.experts} active: {self.reason}"
+        )
+
+
+class _Site:
+    """One adaptive gate of one layer, and how long each of its slots has been silent."""
+
+    def __init__(self, name: str, layer: MoELayer, gate: int) -> None:
+        self.name = name
+        self.layer = layer
+        self.gate = gate
+        self.silent_windows = [0] * layer.max_num_global_experts
+
+    @property
+    def key(self) -> str:
+        """The name of this gate in messages and in the state."""
+        return f"{self.name}.gates.{self.gate}".lstrip(".")
+
+    @property
+    def record(self) -> RoutingRecord:
+        return self.layer.records[self.gate]
+
+    @property
+    def active(self) -> Tensor:
+        """bool [E]"""
+        mask = self.layer.gates[self.gate].experts_mask
+        assert isinstance(mask, Tensor)
+        return mask.detach() > 0
+
+
+class ExpertController:
+    """Grows and prunes the experts of every adaptive MoE layer of a model while it trains.
+
+    Call `step()` once after every `optimizer.step()`: gradient accumulation then counts once. Layers are
+    found also where DistributedDataParallel or torch.compile wraps the model, and are named without those
+    prefixes, so that state moves between them. `model` keeps its parameters: slots are storage, shapes never
+    change.
+
+    * `optimizer`: one, a list of them, or None. The rows of a grown or pruned slot are reset in it: every
+      state tensor of the parameter's shape goes to zero there, an fp32 master copy (a state key with "master"
+      in it) takes the parameter's new value, and step counters stay. This suits SGD with momentum, Adam and
+      AdamW in all variants. State of another shape (factored, quantised) is left alone, with a warning.
+    * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
+    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`), or a
+      callable (record, active bool [E], free_slots, silent_windows) -> `Decision`. For a callable,
+      `max_new_experts` > 1 says only that the records keep unrouted tokens.
+    * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
+      direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
+      slot is).
+    * `group`: the data-parallel process group over which records are summed; None is the default group.
+
+    Raises ValueError for a model without an adaptive MoE layer and for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        schedule: Schedule | Mapping[str, Any] | int | None = None,
+        policy: str | Policy = "dynmoe",
+        *,
+        max_new_experts: int = 1,
+        min_experts: int = 1,
+        patience: int = 1,
+        init: str = "nearest",
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        self.schedule = Schedule.of(schedule)
+        self.policy = _configured_policy(policy, max_new_experts, min_experts, patience)
+        self.init = init
+        self.group = group
+        self.events: list[ExpertEvent] = []
+        self._optimizers = _optimizer_list(optimizer)
+        self._sites = _adaptive_sites(model)
+        self._layers = list({id(site.layer): site.layer for site in self._sites}.values())
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        self._window_open = False
+        self._warned: set[str] = set()
+
+        floor = getattr(self.policy, "min_experts", 1)
+        sampled = max(max_new_experts, getattr(self.policy, "max_new_experts", 1)) > 1
+        for site in self._sites:
+            if floor > len(site.silent_windows):
+                raise ValueError(
+                    f"min_experts must be at most the slots of every layer, got {floor} "
+                    f"and {site.key} has {len(site.silent_windows)}"
+                )
+            if sampled:
+                site.record.keep_tokens = max(site.record.keep_tokens, SAMPLED_TOKENS)
+        if not self._optimizers and any(p.requires_grad for p in model.parameters()):
+            logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
+        self._set_window(self.schedule.opens_at(0))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps counted so far."""
+        return self._step
+
+    @torch.no_grad()
+    def step(self) -> list[ExpertEvent]:
+        """Count one optimizer step; open or close windows and update experts where the schedule says so.
+
+        Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
+        ranks of `group` must call it equally often. Raises ValueError where a custom policy's decision does
+        not fit its layer; no expert is changed then.
+        """
+        self._step += 1
+        events: list[ExpertEvent] = []
+        if self.schedule.updates_at(self._step):
+            if self._window_open:
+                events = self._update()
+            self._set_window(False)
+        if self.schedule.opens_at(self._step):
+            self._set_window(True)
+        return events
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run needs beside the states of model and optimizer, also in the middle of a window.
+
+        `{"tensors": {name: Tensor}, "values": {...}}`: the first is what safetensors stores, the second what
+        JSON does (numbers, strings, lists, dicts). Tensors are copies.
+        """
+        tensors: dict[str, Tensor] = {"generator": self._generator.get_state()}
+        gates: dict[str, Any] = {}
+        for site in self._sites:
+            record: dict[str, Any] = {}
+            for name, value in site.record.state_dict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{site.key}:{name}"] = value.detach().clone().contiguous()
+                else:
+                    record[name] = value
+            gates[site.key] = {"silent_windows": list(site.silent_windows), "record": record}
+        values = {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "window_open": self._window_open,
+            "events": [asdict(event) for event in self.events],
+            "gates": gates,
+        }
+        return {"tensors": tensors, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from a `state_dict()`; model and optimizer load their own states.
+
+        Raises ValueError, and changes nothing, where the state is of other layers or slot counts, or
+        incomplete.
+        """
+        values, records = self._checked_state(state)
+        self._step = int(values["step"])
+        self.events = [ExpertEvent(**event) for event in values["events"]]
+        self._generator.set_state(state["tensors"]["generator"].cpu())
+        # A window that the schedule given now does not know would end at no update of its own.
+        self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
+        for site in self._sites:
+            site.silent_windows = [int(n) for n in values["gates"][site.key]["silent_windows"]]
+            site.record.load_state_dict(records[site.key])
+
+    def _set_window(self, is_open: bool) -> None:
+        for layer in self._layers:
+            if is_open:
+                layer.begin_record_routing()
+            else:
+                layer.end_record_routing()
+        self._window_open = is_open
+
+    def _update(self) -> list[ExpertEvent]:
+        # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
+        for site in self._sites:
+            site.record.all_reduce(self.group)
+        decisions = [self._decide(site) for site in self._sites]
+        events = []
+        for site, decision in zip(self._sites, decisions, strict=True):
+            events += self._apply(site, decision)
+        self.events += events
+        for event in events:
+            logger.info("%s", event)
+        return events
+
+    def _decide(self, site: _Site) -> Decision:
+        record, active = site.record, site.active
+        if int(record.tokens) == 0:
+            logger.info("step %d: no token in the window of %s", self._step, site.key)
+            return Decision()
+        busy, alive = (record.counts > 0).tolist(), active.tolist()
+        site.silent_windows = [
+            n + 1 if alive[slot] and not busy[slot] else 0 for slot, n in enumerate(site.silent_windows)
+        ]
+        free = len(alive) - sum(alive)
+        decision = self.policy(record, active, free, list(site.silent_windows))
+        return checked_decision(decision, alive, record.unrouted_sum, site.key)
+
+    def _apply(self, site: _Site, decision: Decision) -> list[ExpertEvent]:
+        if not decision.prune and not decision.grow:
+            return []
+        experts = int(site.active.sum())
+        changes: list[ExpertChange] = site.layer.update_experts(
+            decision, gate_index=site.gate, init=self.init, generator=self._generator
+        )
+        events = []
+        for change in changes:
+            experts += 1 if change.action == "grown" else -1
+            events.append(
+                ExpertEvent(self._step, site.name, site.gate, change.slot, change.action, change.reason, experts)
+            )
+        for slot in sorted({change.slot for change in changes}):
+            site.silent_windows[slot] = 0
+            for param, index in site.layer.slot_parameters(slot, site.gate):
+                self._reset_optimizer_rows(param, index)
+        return events
+
+    def _reset_optimizer_rows(self, param: nn.Parameter, index: tuple[Any, ...]) -> None:
+        for optimizer in self._optimizers:
+            # `.get`: the state is a defaultdict, and an empty entry would count as an initialised parameter.
+            for name, value in (optimizer.state.get(param) or {}).items():
+                if not isinstance(value, Tensor) or value.dim() == 0 or name == "step":
+                    continue
+                if value.shape != param.shape:
+                    self._warn_once(
+                        f"optimizer state {name!r} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(param.shape)}: the entries of one expert are unknown and not reset"
+                    )
+                elif "master" in str(name):
+                    value[index] = param.detach()[index].to(value.dtype)
+                else:
+                    value[index] = 0
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def _checked_state(
+        self, state: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
+        """The plain values, and by gate what its record loads; ValueError where the state does not fit."""
+        if not isinstance(state, Mapping) or not {"tensors", "values"} <= set(state):
+            raise ValueError("state must be a controller's state_dict() with the keys 'tensors' and 'values'")
+        tensors, values = state["tensors"], state["values"]
+        missing = {"version", "step", "window_open", "events", "gates"} - set(values)
+        if missing or "generator" not in tensors:
+            raise ValueError(f"state lacks {', '.join(sorted(missing)) or 'the tensor generator'}")
+        if values["version"] != STATE_VERSION:
+            raise ValueError(f"state has version {values['version']!r}, this package reads {STATE_VERSION}")
+        gates = values["gates"]
+        unexpected = sorted(set(gates) - {site.key for site in self._sites})
+        absent = sorted({site.key for site in self._sites} - set(gates))
+        if unexpected or absent:
+            raise ValueError(f"state is of other layers: only it has {unexpected}, only the model has {absent}")
+        records: dict[str, dict[str, Any]] = {}
+        for site in self._sites:
+            saved, own = gates[site.key], site.record.state_dict()
+            if len(saved["silent_windows"]) != len(site.silent_windows):
+                raise ValueError(
+                    f"state of {site.key} has {len(saved['silent_windows'])} slots, "
+                    f"the layer has {len(site.silent_windows)}"
+                )
+            records[site.key] = record = dict(saved["record"])
+            for name, value in own.items():
+                if isinstance(value, Tensor) and f"{site.key}:{name}" in tensors:
+                    record[name] = tensors[f"{site.key}:{name}"]
+                if name not in record:
+                    raise ValueError(f"state of {site.key} lacks {name} of its record")
+        return values, records
+
+
+def _configured_policy(policy: str | Policy, max_new_experts: int, min_experts: int, patience: int) -> Policy:
+    configured = DynMoEPolicy(max_new_experts, min_experts, patience)  # refuses values out of range
+    if policy == "dynmoe":
+        return configured
+    chosen = make_policy(policy)
+    for name, value in (("min_experts", min_experts), ("patience", patience)):
+        if value != 1:
+            raise ValueError(f"{name}={value} configures policy 'dynmoe'; give it to {policy!r} itself")
+    return chosen
+
+
+def _optimizer_list(
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    several: list[Any] = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    for each in several:
+        if not isinstance(getattr(each, "state", None), Mapping):
+            raise ValueError(f"optimizer must be a torch optimizer, a list of them or None, got {each!r}")
+    return several
+
+
+def _adaptive_sites(model: nn.Module) -> list[_Site]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+    sites = [
+        _Site(_unwrapped_name(name), layer, index)
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoELayer)
+        for index, gate in enumerate(layer.gates)
+        if gate.adaptive
+    ]
+    if not sites:
+        raise ValueError(
+            "model must have a MoELayer with an adaptive gate (such as top_any), got a "
+            f"{type(model).__name__} without one"
+        )
+    return sites
+
+
+def _unwrapped_name(name: str) -> str:
+    """`name` without what DistributedDataParallel ("module." in front) and torch.compile add."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)

@@ -1,0 +1,207 @@
+"""The plots of a job as PNG bytes, drawn from its metrics and events alone.
+
+Colours are Okabe and Ito's, which colour-blind people can tell apart; rows also differ in line style. Figures are made
+without pyplot, so that no global state is touched and no display is needed. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Lines = Sequence[Mapping[str, Any]]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+BIRTH, DEATH = "#009E73", "#D55E00"
+DPI = 150
+PANEL = (4.6, 3.3)
+
+
+def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
+    """Accuracy in and out of domain against the step: mean over the seeds, and the range between them."""
+    figure, (inside, outside) = _figure(1, 2)
+    for axes, key, title in (
+        (inside, "in_accuracy", "In domain (held-out images)"),
+        (outside, "out_accuracy", "Out of domain (unseen angle)"),
+    ):
+        for position, row in enumerate(rows):
+            curves = _curves(metrics, row, key)
+            steps = sorted({step for curve in curves.values() for step in curve})
+            values = [[100 * curve[step] for curve in curves.values() if step in curve] for step in steps]
+            colour, style = COLOURS[position % len(COLOURS)], STYLES[position % len(STYLES)]
+            axes.plot(steps, [statistics.fmean(v) for v in values], color=colour, ls=style, lw=2, label=row)
+            if len(curves) > 1:
+                axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.13)
+        axes.set(title=title, xlabel="training step", ylim=(0, 100))
+    inside.set_ylabel("accuracy, %")
+    outside.legend(loc="lower right", title="row (line: mean, band: range)")
+    return _png(figure)
+
+
+def experts(metrics: Lines, events: Lines, row: str, slots: int) -> bytes:
+    """Active experts of every MoE layer against the step, a line a seed, with every birth and death."""
+    layers, seeds = _layers(metrics, row), _seeds(metrics, row)
+    figure, panels = _figure(1, len(layers))
+    for axes, layer in zip(panels, layers, strict=True):
+        for position, seed in enumerate(seeds):
+            # Lines of equal height would hide each other: seeds are shifted a little.
+            shift = 0.09 * (position - (len(seeds) - 1) / 2)
+            steps, alive, births, deaths = _life(metrics, events, row, layer, seed)
+            axes.plot(
+                steps,
+                [n + shift for n in alive],
+                drawstyle="steps-post",
+                color=COLOURS[position % len(COLOURS)],
+                ls=STYLES[position % len(STYLES)],
+                lw=1.8,
+                label=f"seed {seed}",
+            )
+            for marks, colour, marker, label in ((births, BIRTH, "^", "grown"), (deaths, DEATH, "v", "pruned")):
+                axes.scatter(
+                    [step for step, _ in marks],
+                    [n + shift for _, n in marks],
+                    marker=marker,
+                    s=58,
+                    color=colour,
+                    edgecolor="white",
+                    linewidth=0.8,
+                    zorder=3,
+                    label=label if position == 0 else None,
+                )
+        axes.axhline(slots, color="0.45", lw=1, ls=(0, (2, 3)))
+        axes.annotate(f"{slots} slots", (0.01, slots), (0, 3), xycoords=("axes fraction", "data"), color="0.35",
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+        axes.set(title=f"{row}: {layer}", xlabel="training step", ylim=(0, slots + 0.9))
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel("active experts")
+    panels[-1].legend(loc="lower right", ncols=2)
+    return _png(figure)
+
+
+def k_histogram(metrics: Lines, row: str) -> bytes:
+    """Share of tokens by the number of experts that they activated, after the last step, in and out of domain."""
+    layers, seeds = _layers(metrics, row), _seeds(metrics, row)
+    figure, panels = _figure(1, len(layers), sharey=True)
+    last = [_of(metrics, "eval", row, seed)[-1] for seed in seeds]
+    for axes, layer in zip(panels, layers, strict=True):
+        for position, (key, label) in enumerate((("layers", "in domain"), ("layers_out", "out of domain"))):
+            shares = 100 * np.array([line[key][layer]["k_histogram"] for line in last])
+            k = statistics.fmean(line[key][layer]["k"] for line in last)
+            mean = shares.mean(0)
+            axes.bar(
+                np.arange(len(mean)) + 0.4 * (position - 0.5),
+                mean,
+                width=0.38,
+                yerr=np.stack([mean - shares.min(0), shares.max(0) - mean]) if len(seeds) > 1 else None,
+                error_kw={"lw": 1, "ecolor": "0.25", "capsize": 2},
+                color=COLOURS[position],
+                hatch=("", "//")[position],
+                edgecolor="white",
+                linewidth=0,
+                label=f"{label}, mean k {k:.2f}",
+            )
+        axes.set(title=f"{row}: {layer}", xlabel="experts that passed their threshold, k")
+        axes.set_xticks(range(len(mean)))
+        axes.legend(loc="upper right")
+    panels[0].set_ylabel("share of tokens, %")
+    note = "at k = 0 the best expert is used"
+    panels[0].annotate(note, (0.0, -0.22), xycoords="axes fraction", fontsize=9, color="0.35", annotation_clip=False)
+    return _png(figure)
+
+
+def load(metrics: Lines, row: str) -> bytes:
+    """Which share of the training tokens every slot got, against the step: a row of panels a layer, one a seed."""
+    from matplotlib import colormaps
+
+    layers, seeds = _layers(metrics, row), _seeds(metrics, row)[:4]
+    figure, panels = _figure(len(layers), len(seeds), sharex=True, size=(3.4, 2.5))
+    colours = colormaps["cividis"].with_extremes(bad="white")
+    for axes, (layer, seed) in zip(panels, [(layer, seed) for layer in layers for seed in seeds], strict=True):
+        lines = [line for line in _of(metrics, "train", row, seed) if line["layers"][layer]["load"] is not None]
+        share = np.full((len(lines[0]["layers"][layer]["load"]), len(lines)), np.nan)
+        for column, line in enumerate(lines):
+            active = line["layers"][layer]["active"]
+            share[active, column] = 100 * np.array(line["layers"][layer]["load"])[active]
+        steps = [0, *[line["step"] for line in lines]]
+        edges = np.arange(len(share) + 1) - 0.5
+        mesh = axes.pcolormesh(steps, edges, share, cmap=colours, vmin=0, vmax=100)
+        axes.set(title=f"{layer}, seed {seed}", yticks=range(len(share)))
+        axes.tick_params(length=2)
+        axes.grid(False)
+    for column in range(len(seeds)):
+        panels[len(panels) - len(seeds) + column].set_xlabel("training step")
+    for axes in panels[:: len(seeds)]:
+        axes.set_ylabel("expert slot")
+    figure.colorbar(mesh, ax=list(panels), label="share of tokens, %", shrink=0.9, pad=0.02)
+    figure.suptitle(f"{row}: load of every expert slot (white: slot not active)", fontsize=12)
+    return _png(figure)
+
+
+def _figure(
+    rows: int, columns: int, sharex: bool = False, sharey: bool = False, size: tuple[float, float] = PANEL
+) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install 'dynmoe_tutel[experiments]'"
+        ) from error
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", dpi=DPI)
+    panels = [axes for line in figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False) for axes in line]
+    for axes in panels:
+        axes.grid(axis="y", color="0.9", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _of(metrics: Lines, kind: str, row: str, seed: int) -> list[Mapping[str, Any]]:
+    return [line for line in metrics if (line["kind"], line["row"], line["seed"]) == (kind, row, seed)]
+
+
+def _seeds(metrics: Lines, row: str) -> list[int]:
+    return sorted({line["seed"] for line in metrics if line["row"] == row})
+
+
+def _layers(metrics: Lines, row: str) -> list[str]:
+    layers = list(next(line["layers"] for line in metrics if line["row"] == row))
+    if not layers:
+        raise ValueError(f"row {row!r} has no MoE layer to plot")
+    return layers
+
+
+def _curves(metrics: Lines, row: str, key: str) -> dict[int, dict[int, float]]:
+    """By seed: value by step."""
+    return {seed: {line["step"]: line[key] for line in _of(metrics, "eval", row, seed)} for seed in _seeds(metrics, row)}
+
+
+def _life(
+    metrics: Lines, events: Lines, row: str, layer: str, seed: int
+) -> tuple[list[int], list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Steps, active experts from each on, births and deaths as (step, active experts after)."""
+    evaluations = _of(metrics, "eval", row, seed)
+    steps, alive = [0], [int(evaluations[0]["layers"][layer]["experts"])]
+    marks: dict[str, list[tuple[int, int]]] = {"grown": [], "pruned": []}
+    for event in events:
+        if (event["row"], event["layer"], event["seed"]) == (row, layer, seed):
+            steps.append(event["step"])
+            alive.append(event["experts"])
+            marks[event["action"]].append((event["step"], event["experts"]))
+    steps.append(evaluations[-1]["step"])
+    alive.append(alive[-1])
+    return steps, alive, marks["grown"], marks["pruned"]

@@ -1,0 +1,56 @@
+"""Expert networks on ragged rows; `make_experts` builds one from Tutel's `experts` dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..options import refuse_unknown
+from .base import Experts
+from .custom import CustomExperts
+from .ffn import FFNExperts
+from .llama_ffn import LlamaFFNExperts
+
+__all__ = ["CustomExperts", "Experts", "FFNExperts", "LlamaFFNExperts", "make_experts"]
+
+COUNT_KEYS = ("num_experts_per_device", "count_per_node")
+_FFN_KEYS = {
+    "hidden_size_per_expert",
+    "activation_fn",
+    "activation_fn_with_self",
+    "output_dim",
+    "has_fc1_bias",
+    "has_fc2_bias",
+}
+_LLAMA_KEYS = {"hidden_size_per_expert", "activation_fn"}
+
+
+def experts_at_start(config: Mapping[str, Any]) -> int:
+    """`num_experts_per_device` or its other name `count_per_node`: the experts active at start (default 1)."""
+    given = [key for key in COUNT_KEYS if key in config]
+    if len(given) == 2 and config[given[0]] != config[given[1]]:
+        raise ValueError(
+            f"experts: {given[0]} = {config[given[0]]} and {given[1]} = {config[given[1]]} are one thing: give one"
+        )
+    count = config[given[0]] if given else 1
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"experts[{(given or COUNT_KEYS)[0]!r}] = {count!r}: give an integer of at least 1 "
+            "(experts sharded over devices need stock Tutel)"
+        )
+    return count
+
+
+def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common: Any) -> Experts:
+    """Build the experts that `config` describes; ValueError for an unknown type or key. `config` is not changed."""
+    options = {key: value for key, value in config.items() if key not in COUNT_KEYS}
+    kind = options.pop("type", "ffn")
+    if kind == "custom":
+        return CustomExperts(model_dim, slots, **common, **options)
+    if kind == "ffn":
+        refuse_unknown("experts of type 'ffn'", options, _FFN_KEYS)
+        return FFNExperts(model_dim, slots, **common, **options)
+    if kind == "llama_ffn":
+        refuse_unknown("experts of type 'llama_ffn'", options, _LLAMA_KEYS)
+        return LlamaFFNExperts(model_dim, slots, **common, **options)
+    raise ValueError(f"experts['type'] = {kind!r}: allowed are ffn, llama_ffn, custom")

@@ -1,0 +1,129 @@
+"""Experts of the user's own: one module a slot on its ragged rows, or Tutel's batched module on padded rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import Routing
+from .base import Experts, SlotParameter
+
+
+class CustomExperts(Experts):
+    """`module` is one of:
+
+    * a list of E modules, one a slot, each called with its rows [n_e, D];
+    * a class or function that makes one such module (called E times with the remaining options);
+    * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D], made
+      from (model_dim, local_experts, sharded_count, my_config). Its parameters of leading size E are the slots.
+
+    Not for `torch.compile(fullgraph=True)`: row counts go to the host. Same results as the built-in kinds.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        slots: int,
+        *,
+        module: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model_dim, slots)
+        if module is None:
+            raise ValueError("experts of type 'custom' need 'module': a list of modules, or a class that makes one")
+        self.padded = _takes_context(module)
+        if self.padded:
+            self.module = module if isinstance(module, nn.Module) else _make_batched(module, model_dim, slots, options)
+        elif isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList):
+            raise ValueError(
+                "experts['module'] is one module: give a list of one a slot, a class that makes one, or a module whose "
+                "forward takes (x, ctx) with x [E, C, D]"
+            )
+        else:
+            built = list(module) if isinstance(module, Iterable) else [module(**options) for _ in range(slots)]
+            if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
+                raise ValueError(
+                    f"experts['module'] holds {len(built)} entries: give one nn.Module for each of the {slots} slots"
+                )
+            self.module = nn.ModuleList(built)
+
+    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
+        """Rows [rows, output_dim] times their gate."""
+        dtype = self.compute_dtype(x_TD)
+        A = int(routing.num_assignments)
+        rows = routing.dispatch(x_TD.to(dtype))[:A]
+        if self.skip_expert:
+            out = rows
+        elif self.padded:
+            out = self._padded(rows, routing)
+        else:
+            parts = rows.split(routing.counts.tolist())
+            out = torch.cat([expert(part) for expert, part in zip(self.module.children(), parts, strict=True)])
+        out = out * gate_A[:A].unsqueeze(1).to(out.dtype)
+        behind = gate_A.shape[0] - A
+        return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
+
+    def _padded(self, rows_AD: Tensor, routing: Routing) -> Tensor:
+        """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
+        E, C = self.slots, max(int(routing.counts.max()), 1)
+        expert_A = routing.expert_of_row
+        place_A = torch.arange(rows_AD.shape[0], device=rows_AD.device) - routing.expert_offsets[expert_A]
+        place_A = expert_A * C + place_A
+        padded = rows_AD.new_zeros(E * C, rows_AD.shape[1]).index_copy(0, place_A, rows_AD)
+        out = self.module(padded.view(E, C, -1), self)
+        if out.shape[:2] != (E, C):
+            raise ValueError(f"the custom expert returned {list(out.shape)}, expected [{E}, {C}, output_dim]")
+        return out.reshape(E * C, -1).index_select(0, place_A)
+
+    def slot_parameters(self, slot: int) -> list[SlotParameter]:
+        """Of a list of modules, all parameters of the slot's; of a batched one, the slot's entries."""
+        if isinstance(self.module, nn.ModuleList) and not self.padded:
+            return [(p, (...,)) for p in self.module[slot].parameters()]
+        return super().slot_parameters(slot)
+
+    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+        """Through the module's `reset_parameters()`, on a forked random state; ValueError where there is none."""
+        expert = self.module[slot] if isinstance(self.module, nn.ModuleList) else None
+        modules = [m for m in expert.modules() if next(m.parameters(recurse=False), None) is not None] if expert else []
+        if not modules or not all(callable(getattr(m, "reset_parameters", None)) for m in modules):
+            raise ValueError(
+                "init = 'fresh' cannot draw this custom expert anew (no reset_parameters): use 'nearest' or 'mean'"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            for module in modules:
+                module.reset_parameters()  # type: ignore[operator]
+
+
+def _takes_context(module: Any) -> bool:
+    """Whether forward is Tutel's forward(x, ctx)."""
+    forward = getattr(module, "forward", None)
+    if forward is None or isinstance(module, nn.ModuleList):
+        return False
+    parameters = list(inspect.signature(forward).parameters)
+    return (parameters[:1] == ["self"] and len(parameters) == 3) or (
+        parameters[:1] != ["self"] and len(parameters) == 2
+    )
+
+
+def _make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:
+    """Build Tutel's kind with those of its four arguments that it takes."""
+    given = {
+        "model_dim": model_dim,
+        "local_experts": slots,
+        "num_experts_per_device": slots,
+        "sharded_count": 1,
+        **options,
+    }
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return cls(**given)
+    missing = [key for key in options if key not in parameters]
+    if missing:
+        raise ValueError(f"unknown key {missing[0]!r} in experts: {cls.__name__} takes {', '.join(parameters)}")
+    return cls(**{key: value for key, value in given.items() if key in parameters})

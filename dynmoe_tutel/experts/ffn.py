@@ -1,0 +1,92 @@
+"""Two-layer expert networks, Tutel's `ffn`: y = act(x W1^T + b1) W2 + b2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..options import positive_int
+from .base import GroupedMLP, fill_uniform
+
+
+class FFNExperts(GroupedMLP):
+    """E slots of D -> H -> output_dim.
+
+    `batched_fc1_w` [E, H, D], `batched_fc1_bias` [E, H], `batched_fc2_w` [E, H, output_dim] (y = a @ w),
+    `batched_fc2_bias` [E, output_dim]; drawn as nn.Linear draws. `activation_fn` takes the pre-activations of all rows,
+    [rows, H]; the default is relu, as Tutel's. gelu, relu, silu (functions or modules) run fused.
+    """
+
+    batched_fc1_bias: nn.Parameter | None
+    batched_fc2_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        model_dim: int,
+        slots: int,
+        *,
+        hidden_size_per_expert: int = 0,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        activation_fn_with_self: Callable[[Tensor, Any], Tensor] | None = None,
+        output_dim: int | None = None,
+        has_fc1_bias: bool = True,
+        has_fc2_bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
+        if activation_fn is not None and activation_fn_with_self is not None:
+            raise ValueError("experts: give one of activation_fn and activation_fn_with_self, not both")
+        for name, function in (
+            ("activation_fn", activation_fn),
+            ("activation_fn_with_self", activation_fn_with_self),
+        ):
+            if function is not None and not callable(function):
+                raise ValueError(f"experts[{name!r}] = {function!r}: give a function or module [rows, H] -> [rows, H]")
+        super().__init__(model_dim, slots, activation_fn or F.relu)
+        if activation_fn_with_self is not None:
+            self.activation_fn, self.activation = partial(_with_self, activation_fn_with_self, self), None
+        self.output_dim = model_dim if output_dim is None else positive_int("experts['output_dim']", output_dim)
+        self.hidden_size_per_expert = hidden
+        self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))
+        self.batched_fc2_w = nn.Parameter(torch.empty(slots, hidden, self.output_dim))
+        self.register_parameter("batched_fc1_bias", nn.Parameter(torch.empty(slots, hidden)) if has_fc1_bias else None)
+        self.register_parameter(
+            "batched_fc2_bias", nn.Parameter(torch.empty(slots, self.output_dim)) if has_fc2_bias else None
+        )
+        for slot in range(slots):
+            self._draw(slot, generator)
+
+    def _draw(self, slot: int, generator: torch.Generator | None) -> None:
+        bound1, bound2 = self.model_dim**-0.5, self.hidden_size_per_expert**-0.5
+        for parameter, bound in (
+            (self.batched_fc1_w, bound1),
+            (self.batched_fc1_bias, bound1),
+            (self.batched_fc2_w, bound2),
+            (self.batched_fc2_bias, bound2),
+        ):
+            if parameter is not None:
+                fill_uniform(parameter.detach()[slot], bound, generator)
+
+    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+        """Draw a slot's weights anew, as nn.Linear draws."""
+        self._draw(slot, generator)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """As views in the order of the kernels."""
+        w1 = self.batched_fc1_w.transpose(1, 2)
+        return w1, self.batched_fc1_bias, None, None, self.batched_fc2_w, self.batched_fc2_bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, "
+            f"output_dim={self.output_dim}, slots={self.slots}, activation={self.activation or self.activation_fn}"
+        )
+
+
+def _with_self(function: Callable[[Tensor, Any], Tensor], experts: FFNExperts, h: Tensor) -> Tensor:
+    return function(h, experts)

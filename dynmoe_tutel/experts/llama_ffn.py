@@ -1,0 +1,56 @@
+"""Gated (GLU) expert networks without bias, Tutel's `llama_ffn`: y = (act(x W1) * (x W2)) W3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..options import positive_int
+from .base import GroupedMLP
+
+
+class LlamaFFNExperts(GroupedMLP):
+    """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default."""
+
+    def __init__(
+        self,
+        model_dim: int,
+        slots: int,
+        *,
+        hidden_size_per_expert: int = 0,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
+        if activation_fn is not None and not callable(activation_fn):
+            raise ValueError(f"experts['activation_fn'] = {activation_fn!r}: give a function or module")
+        super().__init__(model_dim, slots, activation_fn or F.silu)
+        self.hidden_size_per_expert = hidden
+        self.W_fc1 = nn.Parameter(torch.empty(slots, model_dim, hidden))
+        self.W_fc2 = nn.Parameter(torch.empty(slots, model_dim, hidden))
+        self.W_fc3 = nn.Parameter(torch.empty(slots, hidden, model_dim))
+        for slot in range(slots):
+            self._draw(slot, generator)
+
+    @torch.no_grad()
+    def _draw(self, slot: int, generator: torch.Generator | None) -> None:
+        for parameter in (self.W_fc1, self.W_fc2, self.W_fc3):
+            if not parameter.is_meta:
+                parameter[slot] = torch.empty(parameter.shape[1:]).normal_(0, 0.01, generator=generator)
+
+    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+        """Draw a slot's weights anew."""
+        self._draw(slot, generator)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """In the order of the kernels."""
+        return self.W_fc1, None, self.W_fc2, None, self.W_fc3, None
+
+    def extra_repr(self) -> str:
+        return (
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.slots}, "
+            f"activation={self.activation or self.activation_fn}"
+        )

@@ -1,0 +1,79 @@
+"""What every gate is: a module from tokens to a `Routing`, with the auxiliary terms that it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..options import positive_int, warn_once
+from ..routing import Capacity, Routing
+
+
+class Gate(nn.Module):
+    """Base of all gates.
+
+    `model_dim` D; `num_experts` active at start; `slots` E >= num_experts; `aux_names` the terms put in `Routing.aux`.
+    """
+
+    adaptive: ClassVar[bool] = False  # can grow and prune experts
+    default_aux: ClassVar[dict[str, float]] = {}
+    without_gshard: ClassVar[dict[str, float]] = {}
+    aux_choices: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        slots: int,
+        aux_names: Collection[str],
+        gate_noise: float = 0.0,
+        capacity_factor: float = 0.0,
+        fp32_gate: bool = True,
+        normalize_gate: bool = True,
+        one_score_gate: bool = False,
+        normalize_one_score_gate: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_dim = positive_int("model_dim", model_dim)
+        self.num_experts, self.slots = num_experts, slots
+        self.aux_names = tuple(aux_names)
+        self.gate_noise = float(gate_noise)
+        self.normalize_gate, self.one_score_gate = normalize_gate, one_score_gate
+        self.normalize_one_score_gate = normalize_one_score_gate
+        unknown = [name for name in self.aux_names if name not in self.aux_choices]
+        if unknown:
+            raise ValueError(
+                f"aux_losses: {unknown[0]!r} is no term of {type(self).__name__}: allowed are "
+                f"{', '.join(self.aux_choices) or 'none'}"
+            )
+        if capacity_factor:
+            warn_once(
+                f"gate_type['capacity_factor'] = {capacity_factor} is ignored: this layer drops no token; "
+                "bound its memory with capacity=<factor of T>"
+            )
+        if not fp32_gate:
+            warn_once("gate_type['fp32_gate'] = False is ignored: gate arithmetic is always fp32")
+
+    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
+        """Route tokens [T, D] of any float dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def aux_weights(cls, is_gshard_loss: bool | None) -> dict[str, float]:
+        """The terms of l_aux and their weights that is_gshard_loss stands for; None: those of the gate's kind."""
+        if is_gshard_loss is None:
+            return dict(cls.default_aux)
+        return {"gshard": 1.0} if is_gshard_loss else dict(cls.without_gshard)
+
+    def freeze_keys(self) -> None:
+        """For one_score_gate: keys that only `update_one_score_gate` changes."""
+        raise ValueError(f"one_score_gate = True is for gates of type 'top', not for {type(self).__name__}")
+
+    def active(self) -> Tensor:
+        """[E] bool: the slots that hold an expert."""
+        return torch.ones(self.slots, dtype=torch.bool)

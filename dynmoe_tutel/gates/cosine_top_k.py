@@ -1,0 +1,44 @@
+"""The cosine router of GMoE (arXiv 2206.04046): fixed k over temperature-scaled cosines in a projected space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..options import positive_int
+from .top_any import MAX_LOG_SCALE
+from .top_k import FixedKGate
+
+
+class CosineTopKGate(FixedKGate):
+    """logits = tau cos(P x, w_e), tau = exp(min(temperature, log 100)), starting at 1 / init_t.
+
+    `cosine_projector` D -> proj_dim, `sim_matrix` [proj_dim, E], `temperature` [1].
+    """
+
+    def __init__(self, *, proj_dim: int = 256, init_t: float = 0.5, **common: Any) -> None:
+        super().__init__(**common)
+        if not 0 < init_t < math.inf:
+            raise ValueError(f"gate_type['init_t'] = {init_t!r}: give a positive number")
+        generator = self.generator_at_start
+        self.generator_at_start = None
+        self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
+        self.cosine_projector = nn.Linear(self.model_dim, positive_int("gate_type['proj_dim']", proj_dim))
+        if generator is not None:
+            bound = self.model_dim**-0.5
+            for parameter in self.cosine_projector.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        self.sim_matrix = nn.Parameter(torch.empty(proj_dim, self.slots))
+        nn.init.normal_(self.sim_matrix, 0, 0.01, generator=generator)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E]."""
+        dtype = x_TD.dtype
+        projector = self.cosine_projector
+        projected = F.linear(x_TD, projector.weight.to(dtype), projector.bias.to(dtype))
+        cos_TE = F.normalize(projected, dim=1) @ F.normalize(self.sim_matrix.to(dtype), dim=0)
+        return cos_TE * self.temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp()

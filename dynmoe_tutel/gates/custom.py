@@ -1,0 +1,84 @@
+"""A gate of the user's own: a module that returns a `Routing`, or logits as Tutel's custom gates do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import Capacity, Routing
+from .top_k import FixedKGate
+
+
+class CustomGate(FixedKGate):
+    """Wraps `module`: an nn.Module, or a class or function that builds one from model_dim, num_global_experts, options.
+
+    Its forward takes tokens [T, D] and returns either a `Routing` (any assignment: `Routing.from_assignments`), or
+    logits [T, E] that get softmax and top-k, with k from its attribute `top_k` or from gate_type['k'].
+    """
+
+    def __init__(
+        self,
+        *,
+        module: Any = None,
+        k: int | None = None,
+        gate_noise: float = 0.0,
+        capacity_factor: float = 0.0,
+        **options: Any,
+    ) -> None:
+        names = (
+            "model_dim",
+            "num_experts",
+            "slots",
+            "aux_names",
+            "generator",
+            "normalize_gate",
+            "one_score_gate",
+            "normalize_one_score_gate",
+        )
+        common = {name: options.pop(name) for name in names if name in options}
+        options.pop("max_expert_num", None)
+        if module is None or not (isinstance(module, nn.Module) or callable(module)):
+            raise ValueError("gate_type of type 'custom' needs 'module': an nn.Module, or a class that makes one")
+        if not isinstance(module, nn.Module):
+            module = module(
+                model_dim=common["model_dim"],
+                num_global_experts=common["slots"],
+                **({} if k is None else {"k": k}),
+                **options,
+            )
+        elif options:
+            raise ValueError(
+                f"gate_type of type 'custom': {sorted(options)} go to a class, but 'module' is built already"
+            )
+        top_k = k if k is not None else getattr(module, "top_k", 1)
+        super().__init__(
+            k=int(top_k),
+            gate_noise=getattr(module, "gate_noise", gate_noise),
+            capacity_factor=capacity_factor,
+            **common,
+        )
+        self.module = module
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        raise NotImplementedError("a custom gate is called, not asked for logits")
+
+    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
+        """Route tokens [T, D] by the user's module."""
+        result = self.module(x_TD)
+        if isinstance(result, Routing):
+            if result.num_experts != self.slots or result.num_tokens != x_TD.shape[0]:
+                raise ValueError(
+                    f"the custom gate routed {result.num_tokens} tokens to {result.num_experts} experts; "
+                    f"the layer has {x_TD.shape[0]} and {self.slots}"
+                )
+            for name in self.aux_names:
+                result.aux.setdefault(name, result.scores.new_zeros(()))
+            return result
+        if not isinstance(result, Tensor) or result.shape != (x_TD.shape[0], self.slots):
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
+            )
+        return self.route_logits(result.to(torch.promote_types(result.dtype, torch.float32)), capacity, top_k)

@@ -1,0 +1,132 @@
+"""The top-any gate of DynMoE: a token activates every expert whose cosine score passes that expert's threshold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels, losses
+from ..options import warn_once
+from ..routing import Capacity, Routing
+from .base import Gate
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+class TopAnyGate(Gate):
+    """s[t,e] = sigmoid(tau cos(x_t, w_e)); e is activated where it is active and s[t,e] > sigmoid(tau G_e).
+
+    Tensors, by upstream's names: `sim_matrix` [D, E], its columns are w_e; `gates` [E], G; `experts_mask` [E] float
+    buffer, 1 where the slot is active; `temperature` [1], only with `init_t`: tau = exp(min(temperature, log 100)),
+    starting at 1 / init_t, else tau = 1. Source: arXiv 2405.14297, section 3.1.
+
+    In training a token that passes no threshold is unrouted; in eval it takes its best active expert.
+    """
+
+    adaptive: ClassVar[bool] = True
+    default_aux: ClassVar[dict[str, float]] = {"diversity": 1.0, "simplicity": 1.0}
+    without_gshard = default_aux
+    aux_choices: ClassVar[tuple[str, ...]] = (
+        "diversity",
+        "simplicity",
+        "load_balance",
+        "efficiency",
+        "gshard",
+    )
+
+    sim_matrix: nn.Parameter
+    gates: nn.Parameter
+    experts_mask: Tensor
+
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        slots: int,
+        init_t: float | None = None,
+        upstream_init: bool = False,
+        adaptive_experts: bool = True,
+        generator: torch.Generator | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(model_dim=model_dim, num_experts=num_experts, slots=slots, **common)
+        if self.gate_noise:
+            warn_once(f"gate_type['gate_noise'] = {self.gate_noise} is ignored: a threshold takes no noise")
+        if not self.normalize_gate:
+            warn_once("normalize_gate = False is ignored: a token's output is the mean of its experts")
+        if upstream_init:  # upstream's bits, without touching the global random state
+            generator = torch.Generator().manual_seed(1)
+        w_ED = torch.empty(slots, model_dim)
+        if not w_ED.is_meta:
+            nn.init.orthogonal_(w_ED, generator=generator)
+        self.sim_matrix = nn.Parameter(w_ED.t().contiguous())
+        self.gates = nn.Parameter(torch.zeros(slots))
+        self.register_buffer("experts_mask", (torch.arange(slots) < num_experts).float())
+        self.temperature: nn.Parameter | None = None
+        if init_t is not None:
+            if not 0 < init_t < math.inf:
+                raise ValueError(f"gate_type['init_t'] = {init_t!r}: give a positive number or None")
+            self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
+
+    def scale(self) -> Tensor:
+        """tau, [] in the gate's dtype."""
+        if self.temperature is None:
+            return torch.ones((), device=self.gates.device)
+        return self.temperature.float().clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+
+    def active(self) -> Tensor:
+        """[E] bool: the slots that hold an expert."""
+        return self.experts_mask > 0
+
+    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
+        """Route tokens [T, D]; `top_k` is ignored."""
+        if top_k is not None:
+            warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        tau = self.scale().to(dtype)
+        score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(
+            x_TD, self.sim_matrix, self.gates.detach(), self.active(), tau, not self.training
+        )
+        threshold_E = torch.sigmoid(tau * self.gates.to(dtype))
+        routing = Routing.from_bits(bits_TW, score_TE, unrouted=unrouted_T, thresholds=threshold_E, capacity=capacity)
+        routing.aux = {name: self.aux_term(name, routing) for name in self.aux_names}
+        return routing
+
+    def aux_term(self, name: str, routing: Routing) -> Tensor:
+        """One unweighted auxiliary loss; see `losses`."""
+        active_E = self.active()
+        if name == "diversity":
+            return losses.diversity_loss(self.sim_matrix.float(), active_E)
+        if name == "simplicity":
+            return losses.simplicity_loss(self.sim_matrix.float(), active_E)
+        assigned_TE = routing.straight_through()
+        if name == "load_balance":
+            return losses.load_balance_loss(assigned_TE)
+        if name == "efficiency":
+            return losses.efficiency_loss(assigned_TE)
+        # gshard: the first pick is the activated expert of highest score, the fallback expert included
+        chosen_TE = routing.assigned
+        first_T = routing.scores.detach().masked_fill(~chosen_TE, -1).argmax(dim=1)
+        first_TE = F.one_hot(first_T, self.slots) * chosen_TE
+        return losses.gshard_loss(assigned_TE, first_TE, active_E.sum())
+
+    @torch.no_grad()
+    def activate(self, slot: int, w_D: Tensor) -> None:
+        """Grow: the slot routes by direction `w_D` [D] with G = 0."""
+        self.sim_matrix[:, slot] = w_D.to(self.sim_matrix)
+        self.gates[slot] = 0
+        self.experts_mask[slot] = 1
+
+    @torch.no_grad()
+    def deactivate(self, slot: int) -> None:
+        """Prune: no token reaches the slot."""
+        self.experts_mask[slot] = 0
+
+    def extra_repr(self) -> str:
+        temperature = "" if self.temperature is None else ", temperature"
+        return f"model_dim={self.model_dim}, slots={self.slots}{temperature}"

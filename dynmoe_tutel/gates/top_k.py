@@ -1,0 +1,104 @@
+"""Fixed-k gates: a linear router with softmax scores, as Tutel's `top`; the baselines of the experiments."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels, losses
+from ..options import positive_int
+from ..routing import Capacity, Routing
+from .base import Gate
+
+
+class FixedKGate(Gate):
+    """Softmax over `logits(x)`, the k best experts of each token, weights normalised over them (k > 1).
+
+    `one_score_gate` (EMoE's avg-k gate): the weights are 1 instead. In training, logits get normal noise of standard
+    deviation gate_noise / E.
+    """
+
+    default_aux: ClassVar[dict[str, float]] = {"gshard": 1.0}
+    without_gshard: ClassVar[dict[str, float]] = {"load_importance": 1.0}
+    aux_choices: ClassVar[tuple[str, ...]] = ("gshard", "load_importance")
+
+    def __init__(
+        self,
+        *,
+        k: int = 1,
+        generator: torch.Generator | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.top_k = positive_int("gate_type['k']", k)
+        if k > self.slots:
+            raise ValueError(f"gate_type['k'] = {k} is more than the {self.slots} experts: give at most {self.slots}")
+        if "load_importance" in self.aux_names and self.gate_noise <= 0:
+            raise ValueError(
+                "is_gshard_loss = False means the load/importance loss, which needs gate_type['gate_noise'] > 0"
+            )
+        self.generator_at_start = generator
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E] in the dtype of `x_TD`, which is fp32 or fp64."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
+        """Route tokens [T, D]; `top_k` overrides k for this call."""
+        logits_TE = self.logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
+        return self.route_logits(logits_TE, capacity, top_k)
+
+    def route_logits(self, logits_TE: Tensor, capacity: Capacity, top_k: int | None) -> Routing:
+        """Softmax, the k best, their weights, and the auxiliary terms."""
+        k = self.top_k if top_k is None else positive_int("top_k", top_k)
+        if k > self.slots:
+            raise ValueError(f"top_k = {k} is more than the {self.slots} experts: give at most {self.slots}")
+        noisy_TE = logits_TE
+        if self.training and self.gate_noise > 0:
+            noisy_TE = logits_TE + self.gate_noise / self.slots * torch.randn_like(logits_TE)
+        score_TE = F.softmax(noisy_TE, dim=1)
+        score_TK, expert_TK = score_TE.topk(k, dim=1)
+        if self.one_score_gate:
+            weight_TK = torch.ones_like(score_TK)
+        elif k > 1 and self.normalize_gate:
+            weight_TK = score_TK / score_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(score_TK.dtype).eps)
+        else:
+            weight_TK = score_TK
+        assigned_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, expert_TK, True)
+        weight_TE = torch.zeros_like(score_TE).scatter(1, expert_TK, weight_TK)
+        routing = Routing.from_bits(kernels.pack_bits(assigned_TE), score_TE, weights=weight_TE, capacity=capacity)
+        for name in self.aux_names:
+            if name == "gshard":
+                routing.aux[name] = losses.gshard_loss(score_TE, F.one_hot(expert_TK[:, 0], self.slots))
+            else:
+                routing.aux[name] = losses.load_importance_loss(
+                    F.softmax(logits_TE, dim=1),
+                    noisy_TE.gather(1, expert_TK[:, -1:]),
+                    self.gate_noise / self.slots,
+                )
+        return routing
+
+
+class TopKGate(FixedKGate):
+    """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        self.wg = nn.Linear(self.model_dim, self.slots, bias=False)
+        if self.generator_at_start is not None:
+            bound = self.model_dim**-0.5
+            nn.init.uniform_(self.wg.weight, -bound, bound, generator=self.generator_at_start)
+        self.generator_at_start = None
+
+    def freeze_keys(self) -> None:
+        """For one_score_gate: keys that only `update_one_score_gate` changes."""
+        self.wg.weight.requires_grad_(False)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E]."""
+        if self.normalize_one_score_gate:
+            x_TD = F.normalize(x_TD, dim=1)
+        return F.linear(x_TD, self.wg.weight.to(x_TD.dtype))

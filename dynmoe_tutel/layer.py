@@ -1,0 +1,341 @@
+"""`MoELayer`: gate -> routing -> dispatch -> experts -> combine, nothing else.
+
+The arguments and tensor names are those of Tutel's layer and of upstream DynMoE's; what is recorded, grown and pruned
+is in `records`, `policy` and `surgery`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adaptive import AdaptiveExperts
+from .experts import Experts, experts_at_start, make_experts
+from .gates import Gate, gate_class, gate_config, make_gate, max_experts
+from .options import positive_int, refuse_unknown, warn_once
+from .records import RoutingRecord
+from .routing import Capacity, Routing, check_capacity
+from .slot_loading import fit_slots
+
+_UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
+
+
+def _slots(configs: list[dict[str, Any]], start: int) -> int:
+    """E: the most slots that a gate asks for."""
+    slots = [max_experts(config, start) for config in configs]
+    for config, count in zip(configs, slots, strict=True):
+        if count < start:
+            raise ValueError(
+                f"gate_type['max_expert_num'] = {count} is less than the {start} experts at start "
+                f"(num_experts_per_device) of type {config.get('type')!r}: give at least {start}"
+            )
+    if len(set(slots)) > 1 and any(not gate_class(c).adaptive for c in configs):
+        raise ValueError(
+            f"gate_type: the gates want {slots} experts, and a fixed-k gate uses all: give every gate the same number"
+        )
+    return max(slots)
+
+
+def _generators(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[torch.Generator | None]:
+    """One private generator a gate and one for the experts, None where no seed is given."""
+    given = tuple(seeds or ())
+    if len(given) > 2 and given[2] is not None:
+        warn_once("seeds[2] is ignored: the global random state is the caller's")
+    gate_seed, expert_seed = (*given, None, None)[:2]
+    values = [None if gate_seed is None else gate_seed + i for i in range(num_gates)] + [expert_seed]
+    return [None if value is None else torch.Generator().manual_seed(value) for value in values]
+
+
+def _combine_gradient(value: str | None, configs: list[dict[str, Any]]) -> list[str]:
+    """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
+    if value not in (None, "mean", "normalized"):
+        raise ValueError(f"combine_gradient = {value!r}: allowed are 'mean' and 'normalized'")
+    return [value or ("normalized" if c.get("type") in _UPSTREAM_TYPES else "mean") for c in configs]
+
+
+class MoELayer(AdaptiveExperts, nn.Module):
+    """A mixture of experts layer, [..., D] to [..., D].
+
+    Args:
+        gate_type: a dict such as ``{"type": "top_any", "max_expert_num": 16}``, a name, or a list of them (chosen by
+            ``gate_index`` in forward). Types: top_any, gated_multi_gate, gated_multi_gate_t, top, cosine_top, custom.
+        model_dim: D.
+        experts: a dict such as ``{"type": "ffn", "num_experts_per_device": 8, "hidden_size_per_expert": 1536}``; types
+            ffn, llama_ffn, custom. ``num_experts_per_device`` (or ``count_per_node``) experts are active at start.
+        scan_expert_func: called with (name, parameter) for every expert parameter.
+        result_func: applied to the output, which carries ``l_aux``.
+        group: process group of data-parallel ranks whose records are summed.
+        seeds: (gates, experts) seeds of private generators; the global random state is never reseeded.
+        normalize_gate: fixed k > 1: weights normalised over the chosen experts.
+        is_gshard_loss: None: the loss of the gate's kind; True: GShard's; False: diversity and simplicity (top-any) or
+            load and importance (fixed k).
+        one_score_gate, normalize_one_score_gate, value_norm_weighted, update_momentum: EMoE's avg-k gate, see
+            `update_one_score_gate`.
+        capacity: rows of memory: "exact" (one an assignment), a factor of T (static shapes; the assignments of smallest
+            margin are dropped, counted in ``dropped_assignments``, and warned about once), or "full" (T * E).
+        combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
+            ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
+        aux_losses: weights by name of the terms of ``l_aux``, instead of the default of is_gshard_loss.
+        check_finite: refuse non-finite tokens by ValueError (waits for the device).
+
+    Not needed on one device and accepted for scripts: a2a_ffn_overlap_degree, batch_prioritized_routing, is_postscore,
+    parallel_type, use_2dh.
+
+    After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
+    unweighted terms by name.
+    """
+
+    l_aux: Tensor | None
+    aux_terms: dict[str, Tensor]
+    dropped_assignments: Tensor
+    _num_global_experts: Tensor
+    _max_num_global_experts: Tensor
+
+    def __init__(
+        self,
+        gate_type: str | Mapping[str, Any] | list[Any],
+        model_dim: int,
+        experts: Mapping[str, Any] | None = None,
+        scan_expert_func: Callable[[str, nn.Parameter], Any] | None = None,
+        result_func: Callable[[Tensor], Any] | None = None,
+        group: Any = None,
+        seeds: tuple[int | None, ...] | None = None,
+        a2a_ffn_overlap_degree: int = 1,
+        is_postscore: bool = True,
+        batch_prioritized_routing: bool = False,
+        normalize_gate: bool = True,
+        is_gshard_loss: bool | None = None,
+        parallel_type: str = "adaptive:1",
+        use_2dh: bool = False,
+        one_score_gate: bool = False,
+        normalize_one_score_gate: bool = False,
+        value_norm_weighted: bool = False,
+        update_momentum: float = 0.0,
+        *,
+        capacity: Capacity = "exact",
+        combine_gradient: str | None = None,
+        aux_losses: Mapping[str, float] | None = None,
+        check_finite: bool = False,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        refuse_unknown("moe_layer", unknown, MoELayer.__init__.__annotations__)
+        check_capacity(capacity)
+        if not isinstance(experts, Mapping):
+            raise ValueError(f"experts must be a dict, got {type(experts).__name__}")
+        if not is_postscore:
+            raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
+        self.model_dim = positive_int("model_dim", model_dim)
+        self.group, self.result_func, self.capacity, self.check_finite = (
+            group,
+            result_func,
+            capacity,
+            check_finite,
+        )
+        self.skip_moe = int(os.environ.get("SKIP_MOE", "0")) != 0
+        self.normalize_gate, self.is_gshard_loss = normalize_gate, is_gshard_loss
+        self.one_score_gate, self.normalize_one_score_gate = one_score_gate, normalize_one_score_gate
+        self.value_norm_weighted, self.update_momentum = value_norm_weighted, update_momentum
+        self.world_size, self.sharded_count = 1, 1
+        self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = (
+            a2a_ffn_overlap_degree,
+            use_2dh,
+            parallel_type,
+        )
+        self.batch_prioritized_routing = batch_prioritized_routing
+
+        configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
+        if not configs:
+            raise ValueError("gate_type = []: give at least one gate")
+        start = experts_at_start(experts)
+        slots = _slots(configs, start)
+        generators = _generators(seeds, len(configs))
+        self._aux_weights: list[dict[str, float]] = []
+        gates = []
+        for config, generator in zip(configs, generators, strict=False):
+            gates.append(self._make_gate(config, start, slots, generator, aux_losses))
+        self.gates = nn.ModuleList(gates)
+        self.combine_gradients = _combine_gradient(combine_gradient, configs)
+        self.experts: Experts = make_experts(experts, model_dim, slots, generator=generators[-1])
+        self.experts.skip_expert = int(os.environ.get("SKIP_EXPERT", "0")) != 0
+
+        self.register_buffer("_num_global_experts", torch.tensor(start))
+        self.register_buffer("_max_num_global_experts", torch.tensor(slots))
+        self.records = [RoutingRecord(slots, model_dim) for _ in gates]
+        self.record_routing, self.record_eval = False, False
+        self.l_aux, self.aux_terms, self.dropped_assignments = None, {}, torch.tensor(0)
+        for name, parameter in self.experts.named_parameters():
+            if scan_expert_func is not None:
+                scan_expert_func(name, parameter)
+            parameter._tutel_expert = True  # type: ignore[attr-defined]
+        if one_score_gate:
+            for gate in gates:
+                gate.freeze_keys()
+
+    def _make_gate(
+        self,
+        config: dict[str, Any],
+        start: int,
+        slots: int,
+        generator: torch.Generator | None,
+        aux_losses: Mapping[str, float] | None,
+    ) -> Gate:
+        weights = dict(aux_losses) if aux_losses is not None else gate_class(config).aux_weights(self.is_gshard_loss)
+        self._aux_weights.append(weights)
+        return make_gate(
+            config,
+            model_dim=self.model_dim,
+            num_experts=start,
+            slots=slots,
+            aux_names=tuple(weights),
+            generator=generator,
+            normalize_gate=self.normalize_gate,
+            one_score_gate=self.one_score_gate,
+            normalize_one_score_gate=self.normalize_one_score_gate,
+        )
+
+    def route(self, x: Tensor, gate_index: int = 0) -> Routing:
+        """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
+        return self._gate(gate_index)(self._tokens(x, 1), self.capacity)
+
+    def forward(
+        self,
+        input: Tensor,
+        gate_index: int = 0,
+        capacity_factor: float | None = None,
+        top_k: int | None = None,
+        a2a_ffn_overlap_degree: int | None = None,
+        reserve_dims: int = 1,
+        inequivalent_tokens: bool = False,
+        adaptive_r: int | None = None,
+    ) -> Any:
+        """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or what `result_func` makes of it.
+
+        `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
+        The other arguments are Tutel's and change nothing in a dropless layer on one device.
+        """
+        if self.skip_moe:
+            input.l_aux = None  # type: ignore[attr-defined]
+            return self.result_func(input) if self.result_func is not None else input
+        if capacity_factor:
+            warn_once(f"capacity_factor = {capacity_factor} is ignored: bound the memory by capacity=<factor of T>")
+        x_TD = self._tokens(input, reserve_dims)
+        gate = self._gate(gate_index)
+        recompute = _in_backward()
+        with torch.autocast(input.device.type, enabled=False):
+            routing = gate(x_TD, self.capacity, top_k)
+        if self.record_routing and (self.training or self.record_eval) and not recompute:
+            self.records[gate_index].add(x_TD, routing)
+        gate_A = routing.row_gates(self.combine_gradients[gate_index])
+        rows = self.experts(x_TD, routing, gate_A)
+        y_TO = routing.combine(rows)
+        y = y_TO.reshape(self._output_shape(input, reserve_dims)).to(input.dtype)
+        l_aux = self._weighted_aux(routing, gate_index)
+        if not recompute:
+            self.l_aux, self.aux_terms = l_aux, routing.aux
+            if routing.dropped is not None:
+                self._count_dropped(routing.dropped)
+        y.l_aux = l_aux
+        return self.result_func(y) if self.result_func is not None else y
+
+    def _gate(self, gate_index: int) -> Gate:
+        if not 0 <= gate_index < len(self.gates):
+            raise ValueError(f"gate_index = {gate_index}: this layer has gates 0 to {len(self.gates) - 1}")
+        return self.gates[gate_index]  # type: ignore[return-value]
+
+    def _tokens(self, x: Tensor, reserve_dims: int) -> Tensor:
+        """x as [T, D], checked."""
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
+        if not x.is_floating_point():
+            raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
+        if x.shape[-reserve_dims:].numel() != self.model_dim:
+            raise ValueError(
+                f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
+                f"be model_dim = {self.model_dim}"
+            )
+        device = self._num_global_experts.device
+        if x.device != device:
+            raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
+        x_TD = x.reshape(-1, self.model_dim)
+        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
+            raise ValueError(
+                f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
+                f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
+            )
+        return x_TD
+
+    def _output_shape(self, x: Tensor, reserve_dims: int) -> tuple[int, ...]:
+        if self.experts.output_dim == self.model_dim:
+            return tuple(x.shape)
+        return (*x.shape[: x.dim() - reserve_dims], self.experts.output_dim)
+
+    def _weighted_aux(self, routing: Routing, gate_index: int) -> Tensor:
+        l_aux = routing.scores.new_zeros((), dtype=torch.float32)
+        for name, weight in self._aux_weights[gate_index].items():
+            l_aux = l_aux + weight * routing.aux[name].float()
+        return l_aux
+
+    def _count_dropped(self, dropped: Tensor) -> None:
+        self.dropped_assignments = self.dropped_assignments.to(dropped.device) + dropped
+        if dropped.device.type == "cpu" and not torch.compiler.is_compiling() and dropped > 0:
+            warn_once(
+                f"capacity = {self.capacity} was too small: {int(dropped)} assignments of the smallest margin were "
+                "dropped; layer.dropped_assignments counts them"
+            )
+
+    @property
+    def num_global_experts(self) -> int:
+        """Experts active now."""
+        return int(self._num_global_experts)
+
+    @property
+    def max_num_global_experts(self) -> int:
+        """E: slots."""
+        return int(self._max_num_global_experts)
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts active on this rank."""
+        return self.num_global_experts
+
+    @property
+    def max_num_local_experts(self) -> int:
+        """Slots on this rank."""
+        return self.max_num_global_experts
+
+    @staticmethod
+    def global_expert_count(num_local_experts: int, group: Any = None) -> int:
+        """Experts over all ranks of `group` for a number on each, as Tutel counts them."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return num_local_experts
+        return num_local_experts * torch.distributed.get_world_size(group)
+
+    def get_parameter_iterator(self, param_type: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of "gate" or "local_experts"."""
+        if param_type == "gate":
+            return self.gates.named_parameters()
+        if param_type == "local_experts":
+            return self.experts.named_parameters()
+        raise ValueError(f"param_type = {param_type!r}: allowed are 'gate' and 'local_experts'")
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_global_experts} of {self.max_num_global_experts} slots, capacity={self.capacity!r}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        fit_slots(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
+        return {**self.__dict__, "l_aux": None, "aux_terms": {}}
+
+
+def _in_backward() -> bool:
+    """Whether this forward is a recompute of gradient checkpointing: it runs inside the backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,164 @@
+"""`Routing`: the ragged token-to-expert assignment of one batch, in both CSR directions.
+
+Every gate returns one, and everything after a gate consumes one. Depends on kernels only.
+
+T tokens, D model dim, E expert slots, A = sum of k_t assignments; a row is one assignment, in expert-major order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+Capacity = str | float
+
+
+def check_capacity(capacity: Capacity) -> None:
+    """`"exact"`, `"full"`, or a positive finite factor of T; else ValueError."""
+    if capacity in ("exact", "full"):
+        return
+    if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity < math.inf:
+        raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
+
+
+@dataclass
+class Routing:
+    """The ragged assignment of T tokens to E expert slots; index tensors are int32.
+
+    With a bounded or full capacity the two row tensors have that static length; what lies behind the A-th entry is -1.
+    """
+
+    bits: Tensor  # [T, ceil(E / 64)] int64: bit e % 64 of word e // 64 set where the token activates expert e
+    scores: Tensor  # [T, E] fp32 (fp64 for fp64 tokens)
+    expert_offsets: Tensor  # [E+1]: rows of expert e are expert_offsets[e]:expert_offsets[e+1]
+    token_offsets: Tensor  # [T+1]
+    token_of_row: Tensor  # [A], token order inside an expert
+    row_of_assignment: Tensor  # [A], token-major, expert order inside a token
+    unrouted: Tensor  # [T] bool: no expert passed; in eval such a token was given its best expert
+    thresholds: Tensor | None = None  # [E] in (0, 1), of a top-any gate
+    weights: Tensor | None = None  # [T, E] combine weights of a fixed-k gate; None: mean over the token's experts
+    dropped: Tensor | None = None  # [] int64 assignments that a bounded capacity dropped
+    aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted auxiliary loss terms by name
+
+    @classmethod
+    def from_bits(
+        cls,
+        bits_TW: Tensor,
+        scores: Tensor,
+        *,
+        unrouted: Tensor | None = None,
+        thresholds: Tensor | None = None,
+        weights: Tensor | None = None,
+        capacity: Capacity = "exact",
+    ) -> Routing:
+        """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64)."""
+        T, E = scores.shape
+        dropped, rows = None, -1
+        if capacity == "full":
+            rows = T * E
+        elif not isinstance(capacity, str):
+            rows = math.ceil(capacity * T)
+            margin_TE = scores if thresholds is None else scores - thresholds
+            bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
+        expert_offsets, token_offsets, token_of_row, row_of_assignment = kernels.ragged_index(bits_TW, E, rows)
+        if unrouted is None:
+            unrouted = token_offsets.diff() == 0
+        return cls(
+            bits_TW,
+            scores,
+            expert_offsets,
+            token_offsets,
+            token_of_row,
+            row_of_assignment,
+            unrouted,
+            thresholds,
+            weights,
+            dropped,
+        )
+
+    @classmethod
+    def from_assignments(
+        cls,
+        assigned: Tensor,
+        scores: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        capacity: Capacity = "exact",
+    ) -> Routing:
+        """Index any boolean map [T, E]: for custom gates. `weights` [T, E] are combine weights, else the mean."""
+        if assigned.dtype != torch.bool or assigned.dim() != 2:
+            raise ValueError(f"assigned must be bool [T, E], got {assigned.dtype} {list(assigned.shape)}")
+        if scores is None:
+            scores = assigned.float() if weights is None else weights
+        return cls.from_bits(kernels.pack_bits(assigned), scores, weights=weights, capacity=capacity)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.scores.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E, slots."""
+        return self.scores.shape[1]
+
+    @property
+    def k_per_token(self) -> Tensor:
+        """Assignments of each token, [T] int32."""
+        return self.token_offsets.diff()
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments of each expert slot, [E] int32."""
+        return self.expert_offsets.diff()
+
+    @property
+    def num_assignments(self) -> Tensor:
+        """A, [] int32 on the device."""
+        return self.expert_offsets[-1]
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """The expert of each of the A rows, [A] int64. Waits for the device."""
+        A = int(self.num_assignments)
+        return torch.arange(self.num_experts, device=self.counts.device).repeat_interleave(self.counts, output_size=A)
+
+    @property
+    def assigned(self) -> Tensor:
+        """The assignment as a dense map, [T, E] bool."""
+        return kernels.unpack_bits(self.bits, self.num_experts)
+
+    def straight_through(self) -> Tensor:
+        """The 0/1 assignment [T, E] of a top-any gate with the straight-through gradient to scores and thresholds."""
+        if self.thresholds is None:
+            raise ValueError("straight_through is for top-any gates: a fixed-k gate learns through its weights")
+        passed = (self.assigned & ~self.unrouted.unsqueeze(1)).to(self.scores.dtype)
+        margin = (self.scores - self.thresholds) * passed
+        return passed + (margin - margin.detach())
+
+    def row_gates(self, combine_gradient: str = "mean") -> Tensor:
+        """The gate value of each row, [rows]: what the router learns through; see `kernels.row_gates`."""
+        index = (self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
+        if self.weights is not None:
+            return kernels.row_gates(self.weights, None, self.unrouted, *index, False)
+        centred = combine_gradient == "normalized"
+        thresholds = self.thresholds
+        if thresholds is None:  # a custom gate with uniform weights: nothing to learn through
+            scores, thresholds = self.scores.detach(), self.scores.new_zeros(self.num_experts)
+            return kernels.row_gates(scores, thresholds, self.unrouted, *index, centred)
+        return kernels.row_gates(self.scores, thresholds, self.unrouted, *index, centred)
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """Token rows to expert rows, [T, D] to [rows, D]."""
+        return kernels.dispatch(x_TD, self.token_offsets, self.token_of_row, self.row_of_assignment)
+
+    def combine(self, rows_AD: Tensor) -> Tensor:
+        """Expert rows back to tokens, [rows, D] to [T, D]: the mean, or with `weights` (already in them) the sum."""
+        return kernels.combine(
+            rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, self.weights is None
+        )

@@ -1,0 +1,26 @@
+"""Operations on tensors that the layer is made of, one a file, dispatched by device.
+
+Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a CPU kernel, a fake kernel (shapes for
+`torch.compile`) and an autograd formula. Nothing here knows modules, gates or Tutel.
+"""
+
+from .activations import ACTIVATIONS, activation_name
+from .grouped_ffn import grouped_ffn, grouped_linear
+from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
+from .rows import combine, dispatch, row_gates
+from .threshold_gate import threshold_gate
+
+__all__ = [
+    "ACTIVATIONS",
+    "activation_name",
+    "bound_assignments",
+    "combine",
+    "dispatch",
+    "grouped_ffn",
+    "grouped_linear",
+    "pack_bits",
+    "ragged_index",
+    "row_gates",
+    "threshold_gate",
+    "unpack_bits",
+]

@@ -1,0 +1,109 @@
+"""From a bitmask of each token's experts to the index of the ragged assignment, in both directions.
+
+Inputs:  bits_TW int64, bit e % 64 of word e // 64 set where the token activates expert e
+Outputs, all int32: expert_offsets [E+1], token_offsets [T+1], token_of_row [A] (expert-major, token order inside an
+expert), row_of_assignment [A] (token-major, expert order inside a token, -> row)
+
+Prefix sums and compaction only, no sort: the order is that of a stable sort by expert. With `capacity` >= 0 the two row
+arrays have that static length and -1 behind the A-th entry; nothing may read there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 64
+
+
+def words(num_experts: int) -> int:
+    """Number of int64 words that hold one bit an expert."""
+    return max(1, -(-num_experts // WORD))
+
+
+def pack_bits(assigned_TE: Tensor) -> Tensor:
+    """[T, E] bool to [T, ceil(E / 64)] int64, expert e in bit e % 64 of word e // 64."""
+    T, E = assigned_TE.shape
+    W = words(E)
+    bits_TE = assigned_TE.new_zeros((T, W * WORD))
+    bits_TE[:, :E] = assigned_TE
+    place = torch.ones(8, dtype=torch.uint8, device=bits_TE.device) << torch.arange(
+        8, dtype=torch.uint8, device=bits_TE.device
+    )
+    octets = bits_TE.view(torch.uint8).view(T, W * 8, 8)
+    return (octets * place).sum(dim=2, dtype=torch.uint8).view(torch.int64)
+
+
+def unpack_bits(bits_TW: Tensor, num_experts: int) -> Tensor:
+    """[T, W] int64 to [T, E] bool, the inverse of `pack_bits`."""
+    T, W = bits_TW.shape
+    shift = torch.arange(8, dtype=torch.uint8, device=bits_TW.device)
+    octets = bits_TW.contiguous().view(torch.uint8).view(T, W * 8, 1)
+    return ((octets >> shift) & 1).view(T, W * WORD)[:, :num_experts].to(torch.bool).contiguous()
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    offsets = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    return offsets
+
+
+@torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=(), device_types="cpu")
+def ragged_index(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both CSR directions of the assignment; see the head of this file."""
+    T = bits_TW.shape[0]
+    assigned_TE = unpack_bits(bits_TW, num_experts)
+    assigned_ET = assigned_TE.t().contiguous()
+    expert_offsets = _offsets(assigned_ET.sum(dim=1, dtype=torch.int32))
+    token_offsets = _offsets(assigned_TE.sum(dim=1, dtype=torch.int32))
+    expert_A, token_A = assigned_ET.nonzero().unbind(1)
+    A = token_A.shape[0]
+    if capacity >= 0 and capacity < A:
+        raise ValueError(f"capacity = {capacity} rows is less than the {A} assignments: bound them first")
+
+    row_of_pair = torch.empty(T * num_experts, dtype=torch.int32, device=bits_TW.device)
+    row_of_pair[token_A * num_experts + expert_A] = torch.arange(A, dtype=torch.int32, device=bits_TW.device)
+    row_A = row_of_pair[assigned_TE.view(-1).nonzero().squeeze(1)]
+    token_A = token_A.to(torch.int32)
+    if capacity < 0:
+        return expert_offsets, token_offsets, token_A, row_A
+    token_of_row = token_A.new_full((capacity,), -1)
+    row_of_assignment = token_A.new_full((capacity,), -1)
+    token_of_row[:A], row_of_assignment[:A] = token_A, row_A
+    return expert_offsets, token_offsets, token_of_row, row_of_assignment
+
+
+@ragged_index.register_fake
+def _(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+    shapes = ((num_experts + 1,), (bits_TW.shape[0] + 1,), (rows,), (rows,))
+    expert_offsets, token_offsets, token_of_row, row_of_assignment = (
+        bits_TW.new_empty(shape, dtype=torch.int32) for shape in shapes
+    )
+    return expert_offsets, token_offsets, token_of_row, row_of_assignment
+
+
+@torch.library.custom_op("dynmoe_tutel::bound_assignments", mutates_args=(), device_types="cpu")
+def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """At most `capacity` assignments: those of the smallest margins go, later ones first among equals.
+
+    Returns the bits [T, W] that stay and the number dropped, [] int64. Deterministic.
+    """
+    assigned_TE = unpack_bits(bits_TW, margin_TE.shape[1])
+    pair_A = assigned_TE.view(-1).nonzero().squeeze(1)
+    excess = pair_A.shape[0] - capacity
+    dropped = torch.tensor(max(excess, 0), dtype=torch.int64, device=bits_TW.device)
+    if excess <= 0:
+        return bits_TW.clone(), dropped
+    margin_A = margin_TE.reshape(-1)[pair_A]
+    limit = margin_A.kthvalue(excess).values
+    below = margin_A < limit
+    equal = (margin_A == limit).nonzero().squeeze(1)
+    assigned_TE.view(-1)[pair_A[below]] = False
+    assigned_TE.view(-1)[pair_A[equal[equal.shape[0] - (excess - int(below.sum())) :]]] = False
+    return pack_bits(assigned_TE), dropped
+
+
+@bound_assignments.register_fake
+def _(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(bits_TW), bits_TW.new_empty((), dtype=torch.int64)

@@ -1,0 +1,203 @@
+"""Rows of the ragged assignment: tokens to rows (`dispatch`), rows to tokens (`combine`), gate values to rows.
+
+A row is one assignment, in expert-major order. The index arrays are those of `ragged_index`; row arrays may be longer
+than A = expert_offsets[-1] (bounded capacity) and what lies behind row A is neither read nor meant.
+
+`combine` is a segment sum in a fixed order (a token's rows by ascending expert), so two runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Index = tuple[Tensor, Tensor, Tensor, Tensor]  # expert_offsets, token_offsets, token_of_row, row_of_assignment
+
+
+def segment_sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
+    """Sum of each token's rows, [T, D] in the dtype of the rows, accumulated in fp32 for half precision."""
+    T, D = token_offsets.shape[0] - 1, rows_AD.shape[1]
+    A = int(token_offsets[-1])
+    if T == 0 or A == 0 or D == 0:
+        return rows_AD.new_zeros((T, D))
+    order = row_of_assignment[:A]
+    return F.embedding_bag(order, rows_AD.contiguous(), token_offsets, mode="sum", include_last_offset=True)
+
+
+def gather_rows(x_TD: Tensor, token_of_row: Tensor, A: int) -> Tensor:
+    """x of each row's token, [rows, D]; rows behind the A-th are left uninitialised."""
+    if token_of_row.shape[0] == A:
+        return x_TD.index_select(0, token_of_row)
+    rows_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
+    torch.index_select(x_TD, 0, token_of_row[:A], out=rows_AD[:A])
+    return rows_AD
+
+
+@torch.library.custom_op("dynmoe_tutel::dispatch", mutates_args=(), device_types="cpu")
+def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
+    """Token rows to expert rows: [T, D] to [rows, D]."""
+    return gather_rows(x_TD, token_of_row, int(token_offsets[-1]))
+
+
+@dispatch.register_fake
+def _(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
+    return x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
+
+
+def _dispatch_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _dispatch_backward(ctx, d_rows_AD):  # type: ignore[no-untyped-def]
+    return combine(d_rows_AD, *ctx.saved_tensors, False), None, None, None
+
+
+dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
+
+
+@torch.library.custom_op("dynmoe_tutel::combine", mutates_args=(), device_types="cpu")
+def combine(
+    rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
+) -> Tensor:
+    """Expert rows back to token rows, [rows, D] to [T, D]: each token's sum, or mean; 0 without a row."""
+    y_TD = segment_sum(rows_AD, token_offsets, row_of_assignment)
+    if mean:
+        y_TD.div_(_k_or_one(token_offsets))
+    return y_TD
+
+
+@combine.register_fake
+def _(rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool) -> Tensor:
+    return rows_AD.new_empty((token_offsets.shape[0] - 1, rows_AD.shape[1]))
+
+
+def _k_or_one(token_offsets: Tensor) -> Tensor:
+    """max(k_t, 1), [T, 1] int32."""
+    return token_offsets.diff().clamp_(min=1).unsqueeze(1)
+
+
+@torch.library.custom_op("dynmoe_tutel::combine_backward", mutates_args=(), device_types="cpu")
+def combine_backward(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
+    """Gradient of the rows, [rows, D]: that of the row's token, over k_t for the mean."""
+    if mean:
+        d_y_TD = d_y_TD / _k_or_one(token_offsets)
+    return gather_rows(d_y_TD, token_of_row, int(token_offsets[-1]))
+
+
+@combine_backward.register_fake
+def _(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
+    return d_y_TD.new_empty((token_of_row.shape[0], d_y_TD.shape[1]))
+
+
+def _combine_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, token_offsets, token_of_row, _, ctx.mean = inputs
+    ctx.save_for_backward(token_offsets, token_of_row)
+
+
+def _combine_backward(ctx, d_y_TD):  # type: ignore[no-untyped-def]
+    return combine_backward(d_y_TD, *ctx.saved_tensors, ctx.mean), None, None, None, None
+
+
+combine.register_autograd(_combine_backward, setup_context=_combine_context)
+
+
+def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor) -> Tensor:
+    """t * E + e of each row, [A] int64."""
+    A = int(expert_offsets[-1])
+    expert_E = torch.arange(num_experts, device=token_of_row.device)
+    expert_A = expert_E.repeat_interleave(expert_offsets.diff(), output_size=A)
+    return token_of_row[:A] * num_experts + expert_A
+
+
+@torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=(), device_types="cpu")
+def row_gates(
+    value_TE: Tensor,
+    threshold_E: Tensor | None,
+    unrouted_T: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    centred: bool,
+) -> Tensor:
+    """The gate value of each row, [rows], through which the router learns.
+
+    With `threshold_E` (top-any): value_TE are scores, every gate is 1, and its gradient goes straight through to
+    the row's score and, negated, to its expert's threshold. A fallback row (`unrouted_T`) passes none. `centred`
+    subtracts the mean over the token's rows, which is <dy, y> / k of the "normalized" gradient.
+    Without it (fixed k): value_TE are combine weights, gathered by row.
+    """
+    gate_A = value_TE.new_ones((token_of_row.shape[0],))
+    if threshold_E is None:
+        pair_A = _pair_of_row(value_TE.shape[1], expert_offsets, token_of_row)
+        gate_A[: pair_A.shape[0]] = value_TE.reshape(-1)[pair_A]
+    return gate_A
+
+
+@row_gates.register_fake
+def _(
+    value_TE: Tensor,
+    threshold_E: Tensor | None,
+    unrouted_T: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    centred: bool,
+) -> Tensor:
+    return value_TE.new_empty((token_of_row.shape[0],))
+
+
+@torch.library.custom_op("dynmoe_tutel::row_gates_backward", mutates_args=(), device_types="cpu")
+def row_gates_backward(
+    d_gate_A: Tensor,
+    unrouted_T: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    straight_through: bool,
+    centred: bool,
+) -> Tensor:
+    """Gradient of value_TE, [T, E], zero where there is no assignment."""
+    T, E = unrouted_T.shape[0], expert_offsets.shape[0] - 1
+    d_value_TE = d_gate_A.new_zeros((T, E))
+    pair_A = _pair_of_row(E, expert_offsets, token_of_row)
+    d_value_TE.view(-1)[pair_A] = d_gate_A[: pair_A.shape[0]]
+    if straight_through:
+        if centred:
+            total_T1 = segment_sum(d_gate_A.unsqueeze(1), token_offsets, row_of_assignment)
+            mean_T = total_T1.div_(_k_or_one(token_offsets)).squeeze(1)
+            d_value_TE.view(-1)[pair_A] -= mean_T.index_select(0, token_of_row[: pair_A.shape[0]])
+        d_value_TE.masked_fill_(unrouted_T.unsqueeze(1), 0)
+    return d_value_TE
+
+
+@row_gates_backward.register_fake
+def _(
+    d_gate_A: Tensor,
+    unrouted_T: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    straight_through: bool,
+    centred: bool,
+) -> Tensor:
+    return d_gate_A.new_empty((unrouted_T.shape[0], expert_offsets.shape[0] - 1))
+
+
+def _row_gates_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, threshold_E, *index, ctx.centred = inputs
+    ctx.straight_through = threshold_E is not None
+    ctx.save_for_backward(*index)
+
+
+def _row_gates_backward(ctx, d_gate_A):  # type: ignore[no-untyped-def]
+    d_value_TE = row_gates_backward(d_gate_A, *ctx.saved_tensors, ctx.straight_through, ctx.centred)
+    d_threshold_E = -d_value_TE.sum(dim=0) if ctx.straight_through else None
+    return d_value_TE, d_threshold_E, None, None, None, None, None, None
+
+
+row_gates.register_autograd(_row_gates_backward, setup_context=_row_gates_context)

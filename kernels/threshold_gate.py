@@ -1,0 +1,112 @@
+"""Threshold gate: cosine scores, the experts each token activates, and the gradient of the scores.
+
+Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
+Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
+         unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward)
+
+An expert passes where cos > G: compared before the sigmoid, which saturates. Arithmetic is fp32, or fp64 for fp64
+tokens, whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ragged_index import pack_bits, words
+
+NORM_EPS = 1e-12
+
+
+def gate_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 tokens, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _inverse_norm(v: Tensor, dim: int) -> Tensor:
+    """1 / ||v||, and 0 where the norm is zero: such a vector has cosine 0 and passes no gradient."""
+    norm = torch.linalg.vector_norm(v, dim=dim)
+    return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
+
+
+@torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=(), device_types="cpu")
+def threshold_gate(
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, bitmask, unrouted flags and inverse norms of T tokens; see the head of this file."""
+    dtype = gate_dtype(x_TD)
+    x, w = x_TD.to(dtype), w_DE.to(dtype)
+    inv_norm_T = _inverse_norm(x, 1)
+    cos_TE = x @ (w * _inverse_norm(w, 0))
+    cos_TE.mul_(inv_norm_T.unsqueeze(1))
+    assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
+    unrouted_T = ~assigned_TE.any(dim=1)
+    if fallback:
+        best_T = cos_TE.masked_fill(~active_E, -torch.inf).argmax(dim=1)
+        lost_T = unrouted_T.nonzero().squeeze(1)
+        assigned_TE[lost_T, best_T[lost_T]] = True
+    score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
+    return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T
+
+
+@threshold_gate.register_fake
+def _(
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, E = x_TD.shape[0], w_DE.shape[1]
+    dtype = gate_dtype(x_TD)
+    return (
+        x_TD.new_empty((T, E), dtype=dtype),
+        x_TD.new_empty((T, words(E)), dtype=torch.int64),
+        x_TD.new_empty((T,), dtype=torch.bool),
+        x_TD.new_empty((T,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("dynmoe_tutel::threshold_gate_backward", mutates_args=(), device_types="cpu")
+def threshold_gate_backward(
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [T, D], w [D, E] and scale [].
+
+    With x^, w^ the unit vectors and dcos = ds * s * (1 - s) * tau:  g = dcos w^T,  dx = (g - x^ <g, x^>) / ||x||,
+    dw^ = x^T dcos,  dw = (dw^ - w^ <w^, dw^>) / ||w||,  dtau = sum_e <w^_e, dw^_e> / tau.
+    """
+    dtype = score_TE.dtype
+    unit_TD = x_TD.to(dtype) * inv_norm_T.unsqueeze(1)
+    w = w_DE.to(dtype)
+    inv_norm_E = _inverse_norm(w, 0)
+    unit_DE = w * inv_norm_E
+    tau = scale.to(dtype)
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau)
+
+    d_unit_DE = unit_TD.t() @ d_cos_TE
+    radial_E = (unit_DE * d_unit_DE).sum(dim=0)
+    d_w_DE = (d_unit_DE - unit_DE * radial_E) * inv_norm_E
+    d_scale = radial_E.sum() / tau
+
+    d_x_TD = d_cos_TE @ unit_DE.t()
+    radial_T = (d_x_TD.unsqueeze(1) @ unit_TD.unsqueeze(2)).view(-1, 1)
+    d_x_TD.addcmul_(unit_TD, radial_T, value=-1).mul_(inv_norm_T.unsqueeze(1))
+    return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)
+
+
+@threshold_gate_backward.register_fake
+def _(
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), torch.empty_like(scale)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_TD, w_DE, _, _, scale, _ = inputs
+    score_TE, _, _, inv_norm_T = output
+    ctx.save_for_backward(score_TE, x_TD, w_DE, inv_norm_T, scale)
+
+
+def _backward(ctx, d_score_TE, d_bits, d_unrouted, d_inv_norm):  # type: ignore[no-untyped-def]
+    d_x, d_w, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
+    return d_x, d_w, None, None, d_scale, None
+
+
+threshold_gate.register_autograd(_backward, setup_context=_setup_context)
