@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .adaptive import INITS
 from .layer import MoELayer
 from .policy import Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
 from .records import RoutingRecord
 
 logger = logging.getLogger(__name__)
 
-INITS = ("nearest", "mean", "fresh", "keep")
 SAMPLED_TOKENS = 2048
 STATE_VERSION = 1
 
@@ -126,6 +126,11 @@ class ExpertEvent:
         )
 
 
+def _active(gate: nn.Module) -> Tensor:
+    active: Tensor = gate.active()  # type: ignore[operator]
+    return active
+
+
 class _Site:
     """One adaptive gate of one layer, and how long each of its slots has been silent."""
 
@@ -147,9 +152,24 @@ class _Site:
     @property
     def active(self) -> Tensor:
         """bool [E]"""
-        mask = self.layer.gates[self.gate].experts_mask
-        assert isinstance(mask, Tensor)
-        return mask.detach() > 0
+        return _active(self.layer.gates[self.gate])
+
+    @property
+    def used_elsewhere(self) -> Tensor:
+        """bool [E], CPU: the slots in use by other gates of the layer, which share the expert networks."""
+        used = torch.zeros(len(self.silent_windows), dtype=torch.bool)
+        for index, gate in enumerate(self.layer.gates):
+            if index != self.gate:
+                used |= _active(gate).cpu()
+        return used
+
+    def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
+        """What a change of the slot resets, with the index of its entries: not a network that others still use."""
+        entries = self.layer.slot_parameters(slot, self.gate)
+        if not self.used_elsewhere[slot]:
+            return entries
+        own = {id(parameter) for parameter in self.layer.gates[self.gate].parameters()}
+        return [(parameter, index) for parameter, index in entries if id(parameter) in own]
 
 
 class ExpertController:
@@ -171,7 +191,7 @@ class ExpertController:
     * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
       direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
       slot is).
-    * `group`: the data-parallel process group over which records are summed; None is the default group.
+    * `group`: the data-parallel process group over which records are summed; None is the layer's.
 
     Raises ValueError for a model without an adaptive MoE layer and for arguments out of range.
     """
@@ -256,7 +276,7 @@ class ExpertController:
             record: dict[str, Any] = {}
             for name, value in site.record.state_dict().items():
                 if isinstance(value, Tensor):
-                    tensors[f"{site.key}:{name}"] = value.detach().clone().contiguous()
+                    tensors[f"{site.key}:{name}"] = value
                 else:
                     record[name] = value
             gates[site.key] = {"silent_windows": list(site.silent_windows), "record": record}
@@ -296,7 +316,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
         for site in self._sites:
-            site.record.all_reduce(self.group)
+            site.record.all_reduce(site.layer.group if self.group is None else self.group)
         decisions = [self._decide(site) for site in self._sites]
         events = []
         for site, decision in zip(self._sites, decisions, strict=True):
@@ -312,10 +332,10 @@ class ExpertController:
             logger.info("step %d: no token in the window of %s", self._step, site.key)
             return Decision()
         busy, alive = (record.counts > 0).tolist(), active.tolist()
+        free = int((~active.cpu() & ~site.used_elsewhere).sum())
         site.silent_windows = [
             n + 1 if alive[slot] and not busy[slot] else 0 for slot, n in enumerate(site.silent_windows)
         ]
-        free = len(alive) - sum(alive)
         decision = self.policy(record, active, free, list(site.silent_windows))
         return checked_decision(decision, alive, record.unrouted_sum, site.key)
 
@@ -334,7 +354,7 @@ class ExpertController:
             )
         for slot in sorted({change.slot for change in changes}):
             site.silent_windows[slot] = 0
-            for param, index in site.layer.slot_parameters(slot, site.gate):
+            for param, index in site.reset_parameters(slot):
                 self._reset_optimizer_rows(param, index)
         return events
 
@@ -342,7 +362,7 @@ class ExpertController:
         for optimizer in self._optimizers:
             # `.get`: the state is a defaultdict, and an empty entry would count as an initialised parameter.
             for name, value in (optimizer.state.get(param) or {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0 or name == "step":
+                if not isinstance(value, Tensor) or value.dim() == 0:
                     continue
                 if value.shape != param.shape:
                     self._warn_once(
@@ -390,6 +410,11 @@ class ExpertController:
                     record[name] = tensors[f"{site.key}:{name}"]
                 if name not in record:
                     raise ValueError(f"state of {site.key} lacks {name} of its record")
+                if isinstance(value, Tensor) and record[name].shape[-1:] != value.shape[-1:]:
+                    raise ValueError(
+                        f"state of {site.key} has {name} of shape {tuple(record[name].shape)}, "
+                        f"the layer has {tuple(value.shape)}"
+                    )
         return values, records
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def make_policy(policy: str | Policy) -> Policy:
             "policy must be 'dynmoe' or a callable (record, active, free_slots, silent_windows) -> Decision, "
             f"got {policy!r}"
         )
-    return cast(Policy, policy)
+    return policy
 
 
 def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor, where: str) -> Decision:

@@ -34,24 +34,42 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in native and not native[dtype]() else dtype
 
 
-def _segments(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
+# Experts of few rows share a block, so that gathers and activations run once a block, on at most this many elements.
+BLOCK_ELEMENTS = 1 << 20
+
+Segment = tuple[int, slice, slice]  # expert, its rows, its rows within the block
+
+
+def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
+    """Runs of consecutive experts that have rows: (rows of the block, its segments); `width` elements a row."""
     offsets = expert_offsets.tolist()
+    limit = max(1, BLOCK_ELEMENTS // max(width, 1))
+    first, segments = 0, list[Segment]()
     for e, (start, stop) in enumerate(pairwise(offsets)):
-        if stop > start:
-            yield e, slice(start, stop)
+        if start == stop:
+            continue
+        if segments and stop - first > limit:
+            yield slice(first, start), segments
+            first, segments = start, []
+        segments.append((e, slice(start, stop), slice(start - first, stop - first)))
+    if segments:
+        yield slice(first, offsets[-1]), segments
+
+
+def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Tensor, ...] | list[None]:
+    return [None] * num_experts if weight is None else weight.unbind(0)
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out = x @ w + b, in the GEMM's dtype, rounded to that of `out`."""
+    """out = x @ w + b, in the dtype of `x`, rounded to that of `out`."""
     dtype = x.dtype
-    if out.dtype == dtype:
-        torch.mm(x, w.to(dtype), out=out)
-        if b is not None:
-            out.add_(b)
-        return
-    product = x @ w.to(dtype)
-    out.copy_(product if b is None else product.add_(b))
+    target = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+    if b is None:
+        torch.mm(x, w.to(dtype), out=target)
+    else:
+        torch.addmm(b.to(dtype), x, w.to(dtype), out=target)
+    if target is not out:
+        out.copy_(target)
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=(), device_types="cpu")
@@ -75,20 +93,24 @@ def grouped_ffn(
     """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`)."""
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype)
-    R, H = token_of_row.shape[0], w1_EDH.shape[2]
+    (R,), (E, _, H) = token_of_row.shape, w1_EDH.shape
     rows_AO = x_TD.new_empty((R, w2_EHO.shape[2]))
     h_AH = x_TD.new_empty((R if save else 0, H))
     u_AH = x_TD.new_empty((R if save and w3_EDH is not None else 0, H))
-    for e, rows in _segments(expert_offsets):
+    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO))
+    for rows, segments in _blocks(expert_offsets, H):
         x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
         h = h_AH[rows] if save else x_TD.new_empty((x.shape[0], H))
-        _linear(x, w1_EDH[e], None if b1_EH is None else b1_EH[e], h)
+        for e, _, part in segments:
+            _linear(x[part], w1[e], b1[e], h[part])
         a = act.value(h.to(dtype))
         if w3_EDH is not None:
             u = u_AH[rows] if save else torch.empty_like(h)
-            _linear(x, w3_EDH[e], None if b3_EH is None else b3_EH[e], u)
+            for e, _, part in segments:
+                _linear(x[part], w3[e], b3[e], u[part])
             a = a * u
-        _linear(a, w2_EHO[e], None if b2_EO is None else b2_EO[e], rows_AO[rows])
+        for e, own, part in segments:
+            _linear(a[part], w2[e], b2[e], rows_AO[own])
         if apply_gate:
             rows_AO[rows].mul_(gate_A[rows].unsqueeze(1))
     return rows_AO, h_AH, u_AH
@@ -125,7 +147,8 @@ def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tenso
     if like_E is None:
         return torch.empty(0)
     grad_E = torch.empty_like(like_E)
-    grad_E[expert_offsets.diff() == 0] = 0
+    for e in (expert_offsets.diff() == 0).nonzero().squeeze(1).tolist():
+        grad_E[e].zero_()
     return grad_E
 
 
@@ -153,45 +176,56 @@ def grouped_ffn_backward(
     """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`."""
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype)
+    E, _, H = w1_EDH.shape
     d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
     d_gate_A = torch.empty_like(gate_A)
     params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (_zeroed_where_silent(p if weights else None, expert_offsets) for p in params)
-    for e, rows in _segments(expert_offsets):
+    w1, _, w3, _, w2, b2 = (_unbind(p, E) for p in params)
+    grads = [_zeroed_where_silent(p if weights else None, expert_offsets) for p in params]
+    d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (g.unbind(0) for g in grads)
+    for rows, segments in _blocks(expert_offsets, H):
         d_row = d_rows_AO[rows].to(dtype)
         h = h_AH[rows].to(dtype)
         a = act_h = act.value(h)
         if w3_EDH is not None:
             u = u_AH[rows].to(dtype)
             a = act_h * u
-        d_a = d_row @ w2_EHO[e].to(dtype).t()
-        d_gate = (d_a.unsqueeze(1) @ a.unsqueeze(2)).view(-1)
+        d_a = torch.empty_like(h)
+        for e, _, part in segments:
+            _linear(d_row[part], w2[e].t(), None, d_a[part])
+        d_gate = torch.linalg.vecdot(d_a, a)
         if b2_EO is not None:
-            d_gate.add_(torch.mv(d_row, b2_EO[e].to(dtype)))
+            for e, _, part in segments:
+                d_gate[part].addmv_(d_row[part], b2[e].to(dtype))
         d_gate_A[rows] = d_gate
         if apply_gate:
             gate = gate_A[rows].to(dtype).unsqueeze(1)
             d_a, d_row = d_a * gate, d_row * gate
         d_h = act.gradient(d_a if w3_EDH is None else d_a * u, h)
-        d_x = d_h @ w1_EDH[e].to(dtype).t()
-        if weights:
-            x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
-            _linear(a.t(), d_row, None, d_w2[e])
-            _linear(x.t(), d_h, None, d_w1[e])
+        d_u = d_a * act_h if w3_EDH is not None else None
+        d_x = d_xs_AD[rows] if d_xs_AD.dtype == dtype else d_h.new_empty((d_h.shape[0], x_TD.shape[1]))
+        for e, _, part in segments:
+            torch.mm(d_h[part], w1[e].to(dtype).t(), out=d_x[part])
+            if d_u is not None:
+                d_x[part].addmm_(d_u[part], w3[e].to(dtype).t())
+        if d_x.dtype != d_xs_AD.dtype:
+            d_xs_AD[rows] = d_x
+        if not weights:
+            continue
+        x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
+        for e, _, part in segments:
+            _linear(a[part].t(), d_row[part], None, d_w2[e])
+            _linear(x[part].t(), d_h[part], None, d_w1[e])
             if b1_EH is not None:
-                d_b1[e] = d_h.sum(dim=0)
+                d_b1[e].copy_(d_h[part].sum(dim=0))
             if b2_EO is not None:
-                d_b2[e] = d_row.sum(dim=0)
-        if w3_EDH is not None:
-            d_u = d_a * act_h
-            d_x.addmm_(d_u, w3_EDH[e].to(dtype).t())
-            if weights:
-                _linear(x.t(), d_u, None, d_w3[e])
+                d_b2[e].copy_(d_row[part].sum(dim=0))
+            if d_u is not None:
+                _linear(x[part].t(), d_u[part], None, d_w3[e])
                 if b3_EH is not None:
-                    d_b3[e] = d_u.sum(dim=0)
-        d_xs_AD[rows] = d_x
+                    d_b3[e].copy_(d_u[part].sum(dim=0))
     d_x_TD = segment_sum(d_xs_AD, token_offsets, row_of_assignment)
-    return d_x_TD, d_gate_A, d_w1, d_b1, d_w3, d_b3, d_w2, d_b2
+    return (d_x_TD, d_gate_A, *grads)
 
 
 @grouped_ffn_backward.register_fake
@@ -223,12 +257,15 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _ffn_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
     *tensors, ctx.activation, ctx.apply_gate, save = inputs
     assert save, "grouped_ffn keeps nothing for the backward unless save=True"
     ctx.save_for_backward(output[1], output[2], *tensors)
 
 
 def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
+    if d_rows_AO is None:
+        return (None,) * 15
     params = ctx.saved_tensors[8:]
     weights = any(ctx.needs_input_grad[6:12])
     d_x, d_gate, *d_params = grouped_ffn_backward(
@@ -246,8 +283,9 @@ def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO:
     """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O]. For the unfused path."""
     dtype = _gemm_dtype(rows_AD.dtype)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
-    for e, rows in _segments(expert_offsets):
-        _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
+    for _, segments in _blocks(expert_offsets, 0):
+        for e, rows, _ in segments:
+            _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
     return out_AO
 
 
@@ -265,12 +303,13 @@ def grouped_linear_backward(
     d_rows_AD = torch.empty_like(rows_AD)
     d_w = _zeroed_where_silent(w_EDO, expert_offsets)
     d_b = _zeroed_where_silent(b_EO, expert_offsets)
-    for e, rows in _segments(expert_offsets):
-        d_out = d_out_AO[rows].to(dtype)
-        _linear(d_out, w_EDO[e].t(), None, d_rows_AD[rows])
-        _linear(rows_AD[rows].to(dtype).t(), d_out, None, d_w[e])
-        if b_EO is not None:
-            d_b[e] = d_out.sum(dim=0)
+    for _, segments in _blocks(expert_offsets, 0):
+        for e, rows, _ in segments:
+            d_out = d_out_AO[rows].to(dtype)
+            _linear(d_out, w_EDO[e].t(), None, d_rows_AD[rows])
+            _linear(rows_AD[rows].to(dtype).t(), d_out, None, d_w[e])
+            if b_EO is not None:
+                d_b[e].copy_(d_out.sum(dim=0))
     return d_rows_AD, d_w, d_b
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 WORD = 64
+# eight 0/1 bytes times this hold their low bits, in order, in the top byte
+_GATHER_LOW_BITS = 0x0102040810204080
 
 
 def words(num_experts: int) -> int:
@@ -25,13 +27,12 @@ def pack_bits(assigned_TE: Tensor) -> Tensor:
     """[T, E] bool to [T, ceil(E / 64)] int64, expert e in bit e % 64 of word e // 64."""
     T, E = assigned_TE.shape
     W = words(E)
-    bits_TE = assigned_TE.new_zeros((T, W * WORD))
-    bits_TE[:, :E] = assigned_TE
-    place = torch.ones(8, dtype=torch.uint8, device=bits_TE.device) << torch.arange(
-        8, dtype=torch.uint8, device=bits_TE.device
-    )
-    octets = bits_TE.view(torch.uint8).view(T, W * 8, 8)
-    return (octets * place).sum(dim=2, dtype=torch.uint8).view(torch.int64)
+    if E < W * WORD:
+        padded = assigned_TE.new_zeros((T, W * WORD))
+        padded[:, :E] = assigned_TE
+        assigned_TE = padded
+    octets = assigned_TE.contiguous().view(torch.int64) * _GATHER_LOW_BITS >> 56
+    return octets.to(torch.uint8).view(torch.int64)
 
 
 def unpack_bits(bits_TW: Tensor, num_experts: int) -> Tensor:

@@ -164,13 +164,16 @@ def row_gates_backward(
     T, E = unrouted_T.shape[0], expert_offsets.shape[0] - 1
     d_value_TE = d_gate_A.new_zeros((T, E))
     pair_A = _pair_of_row(E, expert_offsets, token_of_row)
-    d_value_TE.view(-1)[pair_A] = d_gate_A[: pair_A.shape[0]]
+    A = pair_A.shape[0]
+    d_pair_A = d_gate_A[:A]
     if straight_through:
+        token_A = token_of_row[:A]
         if centred:
             total_T1 = segment_sum(d_gate_A.unsqueeze(1), token_offsets, row_of_assignment)
             mean_T = total_T1.div_(_k_or_one(token_offsets)).squeeze(1)
-            d_value_TE.view(-1)[pair_A] -= mean_T.index_select(0, token_of_row[: pair_A.shape[0]])
-        d_value_TE.masked_fill_(unrouted_T.unsqueeze(1), 0)
+            d_pair_A = d_pair_A - mean_T.index_select(0, token_A)
+        d_pair_A = d_pair_A.masked_fill(unrouted_T.index_select(0, token_A), 0)
+    d_value_TE.view(-1)[pair_A] = d_pair_A
     return d_value_TE
 
 

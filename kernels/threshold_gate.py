@@ -40,13 +40,15 @@ def threshold_gate(
     cos_TE = x @ (w * _inverse_norm(w, 0))
     cos_TE.mul_(inv_norm_T.unsqueeze(1))
     assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
-    unrouted_T = ~assigned_TE.any(dim=1)
+    bits_TW = pack_bits(assigned_TE)
+    unrouted_T = (bits_TW == 0).all(dim=1)
     if fallback:
-        best_T = cos_TE.masked_fill(~active_E, -torch.inf).argmax(dim=1)
         lost_T = unrouted_T.nonzero().squeeze(1)
-        assigned_TE[lost_T, best_T[lost_T]] = True
+        best_T = cos_TE[lost_T].masked_fill_(~active_E, -torch.inf).argmax(dim=1)
+        assigned_TE[lost_T, best_T] = True
+        bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
-    return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T
+    return score_TE, bits_TW, unrouted_T, inv_norm_T
 
 
 @threshold_gate.register_fake
@@ -73,21 +75,20 @@ def threshold_gate_backward(
     dw^ = x^T dcos,  dw = (dw^ - w^ <w^, dw^>) / ||w||,  dtau = sum_e <w^_e, dw^_e> / tau.
     """
     dtype = score_TE.dtype
-    unit_TD = x_TD.to(dtype) * inv_norm_T.unsqueeze(1)
-    w = w_DE.to(dtype)
+    x, w = x_TD.to(dtype), w_DE.to(dtype)
     inv_norm_E = _inverse_norm(w, 0)
     unit_DE = w * inv_norm_E
     tau = scale.to(dtype)
-    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau)
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # over ||x||
 
-    d_unit_DE = unit_TD.t() @ d_cos_TE
+    d_unit_DE = x.t() @ d_cos_TE
     radial_E = (unit_DE * d_unit_DE).sum(dim=0)
     d_w_DE = (d_unit_DE - unit_DE * radial_E) * inv_norm_E
     d_scale = radial_E.sum() / tau
 
     d_x_TD = d_cos_TE @ unit_DE.t()
-    radial_T = (d_x_TD.unsqueeze(1) @ unit_TD.unsqueeze(2)).view(-1, 1)
-    d_x_TD.addcmul_(unit_TD, radial_T, value=-1).mul_(inv_norm_T.unsqueeze(1))
+    radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inv_norm_T.square())
+    d_x_TD.addcmul_(x, radial_T.unsqueeze(1), value=-1)
     return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)
 
 
@@ -99,12 +100,15 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
     x_TD, w_DE, _, _, scale, _ = inputs
     score_TE, _, _, inv_norm_T = output
     ctx.save_for_backward(score_TE, x_TD, w_DE, inv_norm_T, scale)
 
 
 def _backward(ctx, d_score_TE, d_bits, d_unrouted, d_inv_norm):  # type: ignore[no-untyped-def]
+    if d_score_TE is None:
+        return (None,) * 6
     d_x, d_w, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
     return d_x, d_w, None, None, d_scale, None
 

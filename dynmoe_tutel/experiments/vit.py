@@ -19,10 +19,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes. Blocks 1, 3, ... hold MoE layers; `hidden` is the width of the MLP and of each expert."""
+    """Sizes. Patches overlap where `stride` < `patch`. Blocks 1, 3, ... hold MoE layers; `hidden` is the width of the
+    MLP and of each expert."""
 
     side: int = 8
-    patch: int = 2
+    patch: int = 4
+    stride: int = 2
     dim: int = 64
     hidden: int = 256
     heads: int = 4
@@ -30,15 +32,18 @@ class ViTConfig:
     classes: int = 10
 
     def __post_init__(self) -> None:
-        if self.side % self.patch:
-            raise ValueError(f"side must be a multiple of patch, got {self.side} and {self.patch}")
+        if self.patch > self.side or (self.side - self.patch) % self.stride:
+            raise ValueError(
+                f"patches of {self.patch} at a stride of {self.stride} do not cover a side of {self.side}: "
+                "side - patch must be a multiple of stride"
+            )
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
 
     @property
     def tokens(self) -> int:
         """Tokens of one image."""
-        return (self.side // self.patch) ** 2
+        return ((self.side - self.patch) // self.stride + 1) ** 2
 
     @property
     def moe_blocks(self) -> tuple[int, ...]:
@@ -89,7 +94,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = seeded(seed, 0, lambda: nn.Linear(config.patch**2, config.dim))
-        self.position = nn.Parameter(seeded(seed, 1, lambda: 0.02 * torch.randn(config.tokens, config.dim)))
+        self.position = nn.Parameter(seeded(seed, 1, lambda: 0.5 * torch.randn(config.tokens, config.dim)))
         self.head = seeded(seed, 2, lambda: nn.Linear(config.dim, config.classes))
         self.norm = nn.LayerNorm(config.dim)
         blocks = []
@@ -104,8 +109,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, image: Tensor) -> Tensor:
-        patch = self.config.patch
-        patches = nn.functional.unfold(image, patch, stride=patch).transpose(1, 2)
+        config = self.config
+        patches = nn.functional.unfold(image, config.patch, stride=config.stride).transpose(1, 2)
         x_BND = self.embed(patches) + self.position
         for block in self.blocks:
             x_BND = block(x_BND)

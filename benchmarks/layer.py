@@ -1,0 +1,251 @@
+"""The whole layer against the bare expert GEMMs and against a plain torch loop, interleaved in one process.
+
+    python -m benchmarks.layer [--dtype float32 bfloat16] [--shape 0 1 2 3] [--repeats 15] [--out FILE.json]
+
+* ours:  `MoELayer` with a top-any gate: gate, index, dispatch, experts, combine, auxiliary loss; with the backward, the
+         gradients of the tokens, the router and every expert.
+* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before. For bfloat16
+         the faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
+* loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd.
+
+Router columns are orthonormal and each threshold is the quantile of its cosines that makes the mean k as stated.
+Ratios are medians of the repeats' ratios: contestants run in turn, so a drift of the machine cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe_tutel import MoELayer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens, model dim, hidden dim, experts, mean number of experts a token."""
+
+    T: int
+    D: int
+    H: int
+    E: int
+    k: float
+
+    def __str__(self) -> str:
+        return f"T {self.T}, D {self.D}, H {self.H}, E {self.E}, k {self.k}"
+
+
+SHAPES = (
+    Shape(2048, 768, 3072, 8, 4),
+    Shape(4096, 384, 1536, 8, 1.3),
+    Shape(8192, 256, 256, 32, 1.8),
+    Shape(4096, 1024, 1024, 16, 2),
+)
+
+
+class Case:
+    """One shape and dtype: a layer, tokens, and an upstream gradient, all seeded."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.shape, self.dtype = shape, dtype
+        self.layer = MoELayer(
+            gate_type={"type": "top_any"},
+            experts={"num_experts_per_device": shape.E, "hidden_size_per_expert": shape.H, "activation_fn": F.gelu},
+            model_dim=shape.D,
+            seeds=(seed, seed),
+        )
+        self.x_TD = torch.randn(shape.T, shape.D, generator=generator).to(dtype).requires_grad_()
+        self.d_y_TD = torch.randn(shape.T, shape.D, generator=generator).to(dtype)
+        self.layer.to(dtype)
+        gate = self.layer.gates[0]
+        with torch.no_grad():
+            w_DE = gate.sim_matrix.float()
+            cos_TE = F.normalize(self.x_TD.float(), dim=1) @ F.normalize(w_DE, dim=0)
+            gate.gates.copy_(cos_TE.quantile(1 - shape.k / shape.E, dim=0))
+            self.routing = self.layer.route(self.x_TD)
+
+    def parameters(self) -> list[Tensor]:
+        """What gradients are taken of."""
+        return [self.x_TD, *self.layer.parameters()]
+
+    def ours(self, backward: bool) -> None:
+        """The layer as a user calls it."""
+        if not backward:
+            with torch.no_grad():
+                self.layer(self.x_TD)
+            return
+        y_TD = self.layer(self.x_TD)
+        torch.autograd.grad((y_TD, y_TD.l_aux), self.parameters(), (self.d_y_TD, torch.tensor(0.01)))
+
+    def loop_forward(self) -> Tensor:
+        """A mixture of experts as written by hand, the same function as the layer."""
+        gate, experts = self.layer.gates[0], self.layer.experts
+        score_TE = torch.sigmoid(F.normalize(self.x_TD.float(), dim=1) @ F.normalize(gate.sim_matrix.float(), dim=0))
+        margin_TE = score_TE - torch.sigmoid(gate.gates.float())
+        passed_TE = (margin_TE > 0).float()
+        gate_TE = passed_TE + (margin_TE - margin_TE.detach()) * passed_TE
+        gate_TE = gate_TE / passed_TE.sum(dim=1, keepdim=True).clamp(min=1)
+        y_TD = torch.zeros_like(self.x_TD)
+        for e in range(self.shape.E):
+            token_N = passed_TE[:, e].nonzero().squeeze(1)
+            h = F.linear(self.x_TD[token_N], experts.batched_fc1_w[e], experts.batched_fc1_bias[e])
+            row = F.gelu(h) @ experts.batched_fc2_w[e] + experts.batched_fc2_bias[e]
+            y_TD = y_TD.index_add(0, token_N, row * gate_TE[token_N, e].unsqueeze(1).to(row.dtype))
+        return y_TD
+
+    def loop(self, backward: bool) -> None:
+        """The loop, with autograd's backward."""
+        if not backward:
+            with torch.no_grad():
+                self.loop_forward()
+            return
+        torch.autograd.grad(self.loop_forward(), self.parameters(), self.d_y_TD)
+
+    def prepare_bare(self) -> None:
+        """Contiguous rows and output buffers for the bare GEMMs, and the faster GEMM for the dtype."""
+        rows_AD = self.routing.dispatch(self.x_TD.detach())
+        d_rows_AD = self.routing.dispatch(self.d_y_TD)
+        offsets = self.routing.expert_offsets.tolist()
+        experts = self.layer.experts
+        self.segments = [
+            (
+                rows_AD[a:b].clone(),
+                d_rows_AD[a:b].clone(),
+                w1.detach(),
+                w2.detach(),
+                torch.empty_like(w1),
+                torch.empty_like(w2),
+            )
+            for a, b, w1, w2 in zip(offsets, offsets[1:], experts.batched_fc1_w, experts.batched_fc2_w, strict=False)
+        ]
+        self.gemm: Callable[[Tensor, Tensor], Tensor] = torch.mm
+        if self.dtype not in (torch.float32, torch.float64):
+            a, _, w1, *_ = self.segments[0]
+            native, through_fp32 = (_seconds(lambda mm=mm: mm(a[:64], w1.t())) for mm in (torch.mm, _fp32_mm))
+            self.gemm = torch.mm if native < through_fp32 else _fp32_mm
+
+    def bare(self, backward: bool) -> None:
+        """The GEMMs of the experts on contiguous rows, and nothing else."""
+        for x, d_row, w1, w2, d_w1, d_w2 in self.segments:
+            h = self.gemm(x, w1.t())
+            self.gemm(h, w2)
+            if backward:
+                d_h = self.gemm(d_row, w2.t())
+                d_w2.copy_(self.gemm(h.t(), d_row)) if self.gemm is _fp32_mm else torch.mm(h.t(), d_row, out=d_w2)
+                self.gemm(d_h, w1)
+                d_w1.copy_(self.gemm(d_h.t(), x)) if self.gemm is _fp32_mm else torch.mm(d_h.t(), x, out=d_w1)
+
+
+def _fp32_mm(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def relative_rms(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Check that ours and the loop agree, then time all three in turn; one result for each of the two passes."""
+    with torch.no_grad():
+        error = relative_rms(case.layer(case.x_TD), case.loop_forward())
+    limit = 1e-5 if case.dtype == torch.float32 else 2e-2
+    if not error < limit:
+        raise RuntimeError(f"{case.shape}: ours and the loop differ by {error:.1e}")
+    case.prepare_bare()
+    results = []
+    for backward in (False, True):
+        contestants = {"bare": case.bare, "ours": case.ours, "loop": case.loop}
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for repeat in range(repeats + 2):
+            for name, run in contestants.items():
+                seconds = _seconds(partial(run, backward))
+                if repeat >= 2:
+                    times[name].append(seconds)
+        ours, loop = ([t / b for t, b in zip(times[n], times["bare"], strict=True)] for n in ("ours", "loop"))
+        results.append(
+            {
+                "shape": asdict(case.shape),
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "pass": "forward+backward" if backward else "forward",
+                "mean_k": float(case.routing.k_per_token.float().mean()),
+                "bare_gemm": "fp32 on bf16 operands" if case.gemm is _fp32_mm else "native",
+                "milliseconds": {n: 1e3 * statistics.median(t) for n, t in times.items()},
+                "ours_over_bare": _spread(ours),
+                "loop_over_bare": _spread(loop),
+                "loop_over_ours": _spread([b / a for a, b in zip(times["ours"], times["loop"], strict=True)]),
+                "relative_rms_to_loop": error,
+            }
+        )
+    return results
+
+
+def _spread(ratios: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "quartile_1": low, "quartile_3": high}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results as a Markdown table of ratios."""
+    head = "| shape | dtype | pass | mean k | ours / bare | quartiles | loop / bare | loop / ours |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        ours = r["ours_over_bare"]
+        lines.append(
+            f"| {Shape(**r['shape'])} | {r['dtype']} | {r['pass']} | {r['mean_k']:.2f} | **{ours['median']:.2f}** "
+            f"| {ours['quartile_1']:.2f} to {ours['quartile_3']:.2f} | {r['loop_over_bare']['median']:.2f} "
+            f"| {r['loop_over_ours']['median']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("--shape", nargs="+", type=int, default=list(range(len(SHAPES))), help="indices of SHAPES")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON file for the results and the environment")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = []
+    for name in args.dtype:
+        for index in args.shape:
+            found = measure(Case(SHAPES[index], getattr(torch, name)), args.repeats)
+            print(table(found).split("\n", 2)[2], flush=True)
+            results += found
+    print("\n" + table(results))
+    if args.out:
+        environment = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+        }
+        args.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

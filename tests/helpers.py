@@ -1,0 +1,177 @@
+"""What the comparisons with `oracle` share: errors, random layers with a safe margin, and the oracle's view of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import oracle
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (DESIGN.md section 3)
+FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
+LLAMA = ("W_fc1", "W_fc2", "W_fc3")
+
+
+def relative_rms(actual: Tensor | float, expected: Tensor | float, scale: float = 0.0) -> float:
+    """||actual - expected|| / ||expected||, or the error's RMS where `expected` is zero. Refuses what is not finite.
+
+    With `scale`, the error counts against an RMS of at least this: for a difference of larger terms.
+    """
+    a, e = (torch.as_tensor(value).detach().double() for value in (actual, expected))
+    assert a.shape == e.shape, f"shape {list(a.shape)}, expected {list(e.shape)}"
+    assert e.isfinite().all(), "the expected values are not finite"
+    assert a.isfinite().all(), f"{int((~a.isfinite()).sum())} of {a.numel()} values are not finite"
+    error, size = rms(a - e), max(rms(e), scale)
+    return error / size if size > 0 else error
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+@dataclass
+class Case:
+    """A layer with random parameters, a batch, an output gradient, and the same for the oracle."""
+
+    layer: Any
+    x: Tensor  # [T, D]
+    dy: Tensor  # [T, output_dim]
+    names: tuple[str, ...]  # of the expert parameters, in the order of oracle.Experts.parameters
+    gate: oracle.Gate
+    experts: oracle.Experts
+
+    def k(self) -> list[int]:
+        """Assignments of each token."""
+        return oracle.assignments(self.x.double(), self.gate).sum(dim=1).tolist()
+
+    def expected_output(self, training: bool) -> Tensor:
+        return oracle.forward(self.x.double(), self.gate, self.experts, training)
+
+    def expected_gradients(self, training: bool, combine_gradient: str) -> dict[str, Tensor]:
+        """By the names of `gradients`."""
+        x_TD, dy_TO = self.x.double(), self.dy.double()
+        found = oracle.backward(x_TD, self.gate, self.experts, dy_TO, training, combine_gradient)
+        by_slot = zip(*found["parameters"], strict=True)
+        return gate_gradients(found, self.gate) | {
+            f"experts.{name}": torch.stack(values) for name, values in zip(self.names, by_slot, strict=True)
+        }
+
+
+def gate_gradients(found: dict[str, Any], gate: oracle.Gate) -> dict[str, Tensor]:
+    """The oracle's gradients by the names of the layer's parameters, and "x"."""
+    named = {"x": found["x"], "gates.0.sim_matrix": found["w"], "gates.0.gates": found["G"]}
+    if gate.temperature is not None:
+        named["gates.0.temperature"] = torch.tensor([found["temperature"]], dtype=torch.float64)
+    return named
+
+
+def make_case(
+    T: int = 24,
+    D: int = 16,
+    H: int = 20,
+    E: int = 5,
+    *,
+    G: float | tuple[float, float] = (0.0, 0.3),
+    active: Sequence[int] | None = None,
+    kind: str = "ffn",
+    activation: Callable[[Tensor], Tensor] = F.gelu,
+    temperature: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    output_dim: int | None = None,
+    **options: Any,
+) -> Case:
+    """A top-any layer of E slots. `G` is a value or a range; `temperature` the gate's, None for none; `options` go to
+    the layer. The first token points along the sum of all active routing vectors. Asserts the margin of every decision.
+    """
+    from dynmoe_tutel import moe
+
+    generator = torch.Generator().manual_seed(seed)
+    active = list(range(E)) if active is None else list(active)
+    experts: dict[str, Any] = {
+        "type": kind,
+        "num_experts_per_device": len(active),
+        "hidden_size_per_expert": H,
+        "activation_fn": activation,
+    }
+    if output_dim is not None:
+        experts["output_dim"] = output_dim
+    gate_type: dict[str, Any] = {"type": "top_any", "max_expert_num": E}
+    if temperature is not None:
+        gate_type["init_t"] = 1.0
+    layer = moe.moe_layer(gate_type=gate_type, experts=experts, model_dim=D, **options)
+    gate = layer.gates[0]
+    low, high = G if isinstance(G, tuple) else (G, G)
+    with torch.no_grad():
+        gate.sim_matrix.normal_(generator=generator)
+        gate.gates.uniform_(low, high, generator=generator)
+        gate.experts_mask.zero_()[active] = 1
+        if temperature is not None:
+            gate.temperature.fill_(temperature)
+        for parameter in layer.experts.parameters():
+            parameter.normal_(0, (1 / D) ** 0.5, generator=generator)
+    layer.to(dtype)
+    x_TD = torch.randn(T, D, generator=generator)
+    if T:
+        x_TD[0] = F.normalize(gate.sim_matrix.detach().float(), dim=0)[:, active].sum(dim=1)
+    dy_TO = torch.randn(T, output_dim or D, generator=generator)
+    case = Case(
+        layer,
+        x_TD.to(dtype),
+        dy_TO.to(dtype),
+        LLAMA if kind == "llama_ffn" else FFN,
+        oracle_gate(gate),
+        oracle_experts(layer.experts, kind, activation),
+    )
+    assert margin(case.x.double(), case.gate) >= MARGIN, "a decision is too near to its threshold: take another seed"
+    return case
+
+
+def oracle_gate(gate: nn.Module) -> oracle.Gate:
+    """The oracle's view of a top-any gate as it is now."""
+    temperature = None if gate.temperature is None else float(gate.temperature)
+    tensors = (gate.sim_matrix.detach().double().clone(), gate.gates.detach().double().clone())
+    return oracle.Gate(*tensors, gate.experts_mask.nonzero().flatten().tolist(), temperature)
+
+
+def oracle_experts(experts: nn.Module, kind: str, activation: Callable[[Tensor], Tensor]) -> oracle.Experts:
+    """The oracle's view of `ffn` or `llama_ffn` experts."""
+    names, function = (LLAMA, oracle.llama_ffn) if kind == "llama_ffn" else (FFN, oracle.ffn(activation))
+    stacks = [getattr(experts, name).detach().double().clone() for name in names]
+    return oracle.Experts(function, [[stack[e] for stack in stacks] for e in range(len(stacks[0]))])
+
+
+def margin(x_TD: Tensor, gate: oracle.Gate) -> float:
+    """The smallest distance of a decision from flipping: cosine to threshold, and best to second for the fallback."""
+    cos_TE = oracle.cosines(x_TD, gate)[:, list(gate.active)]
+    distances = [(cos_TE - gate.G_E[list(gate.active)]).abs().flatten()]
+    unrouted_T = ~oracle.assignments(x_TD, gate).any(dim=1)
+    if len(gate.active) > 1 and unrouted_T.any():
+        best_N2 = cos_TE[unrouted_T].topk(2, dim=1).values
+        distances.append(best_N2[:, 0] - best_N2[:, 1])
+    return float(torch.cat(distances).min()) if len(x_TD) else float("inf")
+
+
+def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The gradients that lie at x and at every parameter; asserts that every one has a gradient."""
+    named = {"x": x, **dict(layer.named_parameters())}
+    missing = [name for name, tensor in named.items() if tensor.grad is None]
+    assert not missing, f"no gradient at {missing}"
+    return {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], gate: oracle.Gate, tolerance: float) -> None:
+    """Every gradient is within `tolerance`; that of the temperature against the two parts that it is the sum of,
+    through the scores and through the thresholds (tau * dL/dtau of the latter is sum_e G_e * dL/dG_e)."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        scale = 0.0
+        if name.endswith("temperature") and 0.0 < expected[name].abs():
+            by_thresholds_E = gate.G_E * expected["gates.0.gates"]
+            scale = float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs())
+        error = relative_rms(value, expected[name], scale)
+        assert error < tolerance, f"the gradient of {name} is off by {error:.1e}, allowed is {tolerance:.0e}"

@@ -1,0 +1,521 @@
+"""Ragged expert networks against the same networks row by row in float64, with every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe_tutel.kernels import (
+    ACTIVATIONS,
+    activation_name,
+    combine,
+    dispatch,
+    grouped_ffn,
+    grouped_linear,
+    pack_bits,
+    ragged_index,
+)
+from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALF)
+NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
+SHAPES = [  # T, D, H, O, E, density
+    (7, 97, 47, 97, 65, 0.2),
+    (33, 16, 24, 8, 4, 0.5),
+    (5, 3, 2, 3, 512, 0.02),
+    (9, 8, 16, 8, 3, 1.0),
+    (6, 5, 4, 5, 3, 0.0),
+    (0, 5, 4, 5, 3, 0.5),
+    (1, 1, 1, 1, 1, 1.0),
+]
+NAIVE_ACTIVATIONS = {
+    "gelu": lambda h: 0.5 * h * (1 + torch.erf(h / 2**0.5)),
+    "gelu_tanh": lambda h: 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))),
+    "relu": lambda h: h.clamp(min=0),
+    "silu": lambda h: h * torch.sigmoid(h),
+    "squared_relu": lambda h: h.clamp(min=0) ** 2,
+    "identity": lambda h: h,
+}
+
+
+@dataclass
+class Case:
+    """Random tensors of one call; `spare` rows behind the last, experts 0 and (by chance) others without rows."""
+
+    T: int
+    D: int
+    H: int
+    O: int  # noqa: E741
+    E: int
+    density: float = 0.5
+    dtype: torch.dtype = torch.float32
+    biases: bool = True
+    gated: bool = False
+    spare: int | None = None
+    activation: str = "gelu"
+    apply_gate: bool = False
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.T + self.D + self.E)
+        assigned_TE = torch.rand(self.T, self.E, generator=generator) < self.density
+        if self.E > 1 and self.density < 1:
+            assigned_TE[:, 0] = False
+        self.pairs = [(t, e) for e in range(self.E) for t in range(self.T) if assigned_TE[t, e]]
+        self.A = len(self.pairs)
+        rows = -1 if self.spare is None else self.A + self.spare
+        self.index = ragged_index(pack_bits(assigned_TE), self.E, rows)
+        self.num_rows = self.A if self.spare is None else rows
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(self.dtype)
+
+        T, D, H, O, E = self.T, self.D, self.H, self.O, self.E  # noqa: E741
+        gate_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.tensors: dict[str, Tensor | None] = {
+            "x": draw(T, D),
+            "gate": (torch.rand(self.num_rows, generator=generator) + 0.5).to(gate_dtype)
+            if self.apply_gate
+            else torch.ones(self.num_rows, dtype=gate_dtype),
+            "w1": draw(E, H, D, scale=D**-0.5).transpose(1, 2),  # [E, D, H] stored as a checkpoint has it
+            "b1": draw(E, H) if self.biases else None,
+            "w3": draw(E, D, H, scale=D**-0.5) if self.gated else None,
+            "b3": draw(E, H) if self.gated and self.biases else None,
+            "w2": draw(E, H, O, scale=H**-0.5),
+            "b2": draw(E, O) if self.biases else None,
+        }
+
+    def variables(self) -> dict[str, Tensor | None]:
+        """Leaves with the strides of the tensors."""
+        return {name: None if t is None else t.detach().requires_grad_() for name, t in self.tensors.items()}
+
+    def arguments(self, t: dict[str, Tensor | None], save: bool = True) -> tuple:
+        weights = tuple(t[name] for name in NAMES[2:])
+        return (t["x"], t["gate"], *self.index, *weights, self.activation, self.apply_gate, save)
+
+    def run(self, t: dict[str, Tensor | None], save: bool = True) -> Tensor:
+        """Rows [rows, O]."""
+        return grouped_ffn(*self.arguments(t, save))[0]
+
+    def naive(self, t: dict[str, Tensor | None]) -> Tensor:
+        """The A rows in float64, one by one; a gate that is not applied still has its gradient, at the value 1."""
+        wide = {name: None if value is None else value.double() for name, value in t.items()}
+        x, gate, w1, b1, w3, b3, w2, b2 = (wide[name] for name in NAMES)
+        assert x is not None
+        assert gate is not None
+        assert w1 is not None
+        assert w2 is not None
+        act, rows = NAIVE_ACTIVATIONS[self.activation], []
+        for row, (token, e) in enumerate(self.pairs):
+            a = act(x[token] @ w1[e] + (0 if b1 is None else b1[e]))
+            if w3 is not None:
+                a = a * (x[token] @ w3[e] + (0 if b3 is None else b3[e]))
+            rows.append((a @ w2[e] + (0 if b2 is None else b2[e])) * gate[row])
+        return torch.stack(rows) if rows else x.new_zeros(0, self.O)
+
+    def grads(self, function: str, d_rows_AO: Tensor) -> dict[str, Tensor]:
+        variables = self.variables()
+        rows = self.run(variables) if function == "run" else self.naive(variables)
+        if rows.requires_grad:
+            rows.backward(d_rows_AO.to(rows.dtype)[: rows.shape[0]])
+        found = {}
+        for name, variable in variables.items():
+            if variable is not None:
+                found[name] = torch.zeros_like(variable) if variable.grad is None else variable.grad
+                if function == "run":
+                    assert variable.grad is not None, f"{name} got no gradient"
+                    assert variable.grad.dtype == variable.dtype
+        return found
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    assert value.shape == reference.shape
+    if not bool(value.isfinite().all()):
+        return float("inf")
+    error, size = (value.double() - reference.double()).norm(), reference.double().norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of one result; the half types round h, and a gate gradient cancels."""
+    return 1e-2 if dtype in HALF else 2e-6
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[False, True], ids=["widened", "native"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of a half-precision GEMM: in fp32, as here where the processor has none, and in its own type."""
+    import sys
+
+    module = sys.modules["dynmoe_tutel.kernels.grouped_ffn"]
+    if request.param:
+        monkeypatch.setattr(module, "_gemm_dtype", lambda dtype: dtype)
+    else:
+        monkeypatch.setattr(module, "_gemm_dtype", lambda dtype: torch.float32 if dtype in HALF else dtype)
+    return bool(request.param)
+
+
+class TestForward:
+    @pytest.mark.parametrize("save", [True, False])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("biases", [True, False])
+    @pytest.mark.parametrize(("T", "D", "H", "O", "E", "density"), SHAPES)
+    def test_equals_the_rows_one_by_one(
+        self, T: int, D: int, H: int, O: int, E: int, density: float, biases: bool, gated: bool, save: bool  # noqa: E741
+    ) -> None:
+        for apply_gate in (False, True):
+            case = Case(T, D, H, O, E, density, biases=biases, gated=gated, apply_gate=apply_gate)
+            rows, h, u = grouped_ffn(*case.arguments(case.tensors, save))
+            assert distance(rows, case.naive(case.tensors)) < 2e-6
+            assert h.shape == (case.A if save else 0, H)
+            assert u.shape == (case.A if save and gated else 0, H)
+
+    @pytest.mark.parametrize("activation", list(ACTIVATIONS))
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_activation_in_every_dtype(self, dtype: torch.dtype, activation: str, native: bool) -> None:
+        for gated in (False, True):
+            case = Case(33, 16, 24, 8, 4, dtype=dtype, activation=activation, gated=gated, apply_gate=True)
+            rows = case.run(case.tensors)
+            assert rows.dtype == dtype
+            limit = (8e-3 if native else 4e-3) if dtype in HALF else 1e-6
+            assert distance(rows, case.naive(case.tensors)) < limit
+
+    def test_there_is_a_naive_form_of_every_activation(self) -> None:
+        assert set(ACTIVATIONS) == set(NAIVE_ACTIVATIONS)
+
+    def test_saving_changes_no_bit(self) -> None:
+        case = Case(33, 97, 47, 8, 5, gated=True)
+        assert torch.equal(case.run(case.tensors, save=True), case.run(case.tensors, save=False))
+
+    def test_two_runs_are_bitwise_equal(self) -> None:
+        case = Case(200, 64, 96, 64, 9)
+        assert torch.equal(case.run(case.tensors), case.run(case.tensors))
+        d_rows_AO = torch.randn(case.A, 64)
+        for first, second in zip(
+            case.grads("run", d_rows_AO).values(), case.grads("run", d_rows_AO).values(), strict=True
+        ):
+            assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_token_gets_the_same_alone_and_in_any_order(self, dtype: torch.dtype) -> None:
+        T, D, E = 30, 33, 6
+        case = Case(T, D, 20, D, E, dtype=dtype)
+        assigned_TE = torch.zeros(T, E, dtype=torch.bool)
+        for t, e in case.pairs:
+            assigned_TE[t, e] = True
+
+        def layer(some_T: Tensor) -> Tensor:
+            index = ragged_index(pack_bits(assigned_TE[some_T]), E)
+            t = {**case.tensors, "gate": torch.ones(index[2].shape[0])}
+            x = t["x"]
+            assert x is not None
+            arguments = (x[some_T], t["gate"], *index, *(t[name] for name in NAMES[2:]), "gelu", False, False)
+            return combine(grouped_ffn(*arguments)[0], *index[1:], True)
+
+        together = layer(torch.arange(T))
+        order_T = torch.randperm(T, generator=torch.Generator().manual_seed(1))
+        for some_T in (order_T, order_T[:7], order_T[:1]):
+            assert distance(layer(some_T), together[some_T]) < (4e-3 if dtype in HALF else 1e-6)
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_autocast_inside_the_operation_changes_nothing(self, dtype: torch.dtype) -> None:
+        """Products are taken in the operation's own type: autocast around it must not round them once more."""
+        case = Case(60, 64, 96, 64, 4, dtype=dtype)
+        plain = case.run(case.tensors)
+        with torch.autocast("cpu", dtype):
+            automatic = case.run(case.tensors)
+        assert torch.equal(plain, automatic)
+
+    def test_fp32_stays_fp32_under_autocast(self) -> None:
+        case = Case(60, 64, 96, 64, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            automatic = case.run(case.tensors)
+        assert torch.equal(case.run(case.tensors), automatic)
+
+
+class TestBackward:
+    @pytest.mark.parametrize("apply_gate", [False, True])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("biases", [True, False])
+    def test_gradcheck(self, biases: bool, gated: bool, apply_gate: bool) -> None:
+        case = Case(5, 4, 3, 2, 3, 0.6, torch.float64, biases, gated, apply_gate=apply_gate)
+        names = [name for name, t in case.tensors.items() if t is not None]
+        if not apply_gate:
+            names.remove("gate")  # the constant 1 in the forward: its gradient is checked below
+
+        def rows(*leaves: Tensor) -> Tensor:
+            return case.run({**case.tensors, **dict(zip(names, leaves, strict=True))})
+
+        variables = case.variables()
+        assert torch.autograd.gradcheck(rows, [variables[name] for name in names])
+
+    @pytest.mark.parametrize("apply_gate", [False, True])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("biases", [True, False])
+    @pytest.mark.parametrize(("T", "D", "H", "O", "E", "density"), SHAPES)
+    def test_equals_the_gradient_of_the_rows_one_by_one(
+        self, T: int, D: int, H: int, O: int, E: int, density: float, biases: bool, gated: bool, apply_gate: bool  # noqa: E741
+    ) -> None:
+        case = Case(T, D, H, O, E, density, biases=biases, gated=gated, apply_gate=apply_gate)
+        d_rows_AO = torch.randn(case.A, O, dtype=torch.float64)
+        grads, exact = case.grads("run", d_rows_AO), case.grads("naive", d_rows_AO)
+        for name, reference in exact.items():
+            assert distance(grads[name], reference) < 5e-6, name
+
+    @pytest.mark.parametrize("activation", list(ACTIVATIONS))
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_activation_in_every_dtype(self, dtype: torch.dtype, activation: str, native: bool) -> None:
+        for gated in (False, True):
+            case = Case(33, 16, 24, 8, 4, dtype=dtype, activation=activation, gated=gated, apply_gate=True)
+            d_rows_AO = torch.randn(case.A, 8, dtype=torch.float64).to(dtype).double()
+            grads, exact = case.grads("run", d_rows_AO), case.grads("naive", d_rows_AO)
+            for name, reference in exact.items():
+                assert distance(grads[name], reference) < tolerance(dtype), name
+
+    def test_the_gate_gradient_is_the_row_times_its_gradient(self) -> None:
+        """d_gate = <d_row, row / gate>, also where the gate is the constant 1 of a top-any gate."""
+        case = Case(33, 16, 24, 8, 4)
+        d_rows_AO = torch.randn(case.A, 8)
+        rows = case.run(case.tensors)
+        assert distance(case.grads("run", d_rows_AO)["gate"], (d_rows_AO * rows).sum(1)) < 1e-5
+
+    def test_silent_experts_get_zero_gradients(self) -> None:
+        case = Case(7, 5, 4, 5, 3, gated=True)
+        assert all(e != 0 for _, e in case.pairs)
+        grads = case.grads("run", torch.ones(case.A, 5))
+        for name in NAMES[2:]:
+            assert (grads[name][0] == 0).all()
+            assert (grads[name][1:] != 0).any()
+
+    def test_gradients_have_the_strides_of_their_parameters(self) -> None:
+        case = Case(7, 5, 4, 5, 3)
+        w1 = case.grads("run", torch.ones(case.A, 5))["w1"]
+        assert case.tensors["w1"] is not None
+        assert w1.stride() == case.tensors["w1"].stride()
+
+    @pytest.mark.parametrize("frozen", ["weights", "tokens", "all but the gate"])
+    def test_only_what_needs_a_gradient_gets_one(self, frozen: str) -> None:
+        case = Case(7, 5, 4, 5, 3, gated=True, apply_gate=True)
+        variables = case.variables()
+        names = {"weights": NAMES[2:], "tokens": ("x", "gate"), "all but the gate": ("x", *NAMES[2:])}[frozen]
+        for name in names:
+            variable = variables[name]
+            assert variable is not None
+            variable.requires_grad_(False)
+        d_rows_AO = torch.randn(case.A, 5)
+        case.run(variables).backward(d_rows_AO)
+        exact = case.grads("run", d_rows_AO)
+        for name, variable in variables.items():
+            assert variable is not None
+            if name in names:
+                assert variable.grad is None
+            else:
+                assert variable.grad is not None
+                assert torch.equal(variable.grad, exact[name])
+
+    def test_strided_tokens_and_an_expanded_gradient(self) -> None:
+        case = Case(14, 26, 9, 6, 3)
+        wide = torch.randn(28, 52, requires_grad=True)
+        strided, contiguous = wide[::2, ::2], wide.detach()[::2, ::2].contiguous().requires_grad_()
+        first = case.run({**case.tensors, "x": strided})
+        second = case.run({**case.tensors, "x": contiguous})
+        assert torch.equal(first, second)
+        first.sum().backward()
+        second.backward(torch.ones(6, case.A).t())
+        assert wide.grad is not None
+        assert contiguous.grad is not None
+        assert torch.equal(wide.grad[::2, ::2], contiguous.grad)
+
+    def test_saved_tensors_are_unpacked_once(self) -> None:
+        """Non-reentrant gradient checkpointing refuses a backward that reads ctx.saved_tensors twice."""
+        case, count = Case(7, 5, 4, 5, 3), [0, 0]
+
+        def pack(t: Tensor) -> Tensor:
+            count[0] += 1
+            return t
+
+        def unpack(t: Tensor) -> Tensor:
+            count[1] += 1
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            case.run(case.variables()).sum().backward()
+            assert count[0] == count[1] > 0
+            rows_AD = torch.randn(case.A, 5, requires_grad=True)
+            w_EDO = torch.randn(3, 5, 6, requires_grad=True)
+            grouped_linear(rows_AD, case.index[0], w_EDO, torch.zeros(3, 6, requires_grad=True)).sum().backward()
+        assert count[0] == count[1]
+
+    @pytest.mark.parametrize("apply_gate", [False, True])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_nothing_leaks_from_behind_the_last_row(self, poisoned: None, gated: bool, apply_gate: bool) -> None:
+        exact = Case(9, 6, 5, 6, 4, gated=gated, apply_gate=apply_gate)
+        padded = Case(9, 6, 5, 6, 4, gated=gated, apply_gate=apply_gate, spare=7)
+        gate_A = padded.tensors["gate"]
+        assert gate_A is not None
+        assert exact.tensors["gate"] is not None
+        padded.tensors = {**exact.tensors, "gate": gate_A}
+        gate_A[: exact.A], gate_A[exact.A :] = exact.tensors["gate"], float("nan")
+        assert torch.equal(padded.run(padded.tensors)[: exact.A], exact.run(exact.tensors))
+        d_rows_AO = torch.randn(exact.A + 7, 6)
+        d_rows_AO[exact.A :] = float("nan")
+        first, second = padded.grads("run", d_rows_AO), exact.grads("run", d_rows_AO[: exact.A])
+        for name in first:
+            assert torch.equal(first[name][: exact.A] if name == "gate" else first[name], second[name]), name
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("T", [0, 7])
+    def test_opcheck(self, T: int, gated: bool) -> None:
+        case = Case(T, 5, 4, 6, 3, gated=gated, apply_gate=True)
+        torch.library.opcheck(grouped_ffn, case.arguments(case.variables()))
+        rows, h, u = grouped_ffn(*case.arguments(case.tensors))
+        inputs = case.arguments(case.tensors)[:-1]
+        for weights in (False, True):
+            torch.library.opcheck(grouped_ffn_backward, (torch.randn_like(rows), h, u, *inputs, weights))
+
+    def test_opcheck_without_biases_and_without_saving(self) -> None:
+        case = Case(7, 5, 4, 6, 3, biases=False)
+        torch.library.opcheck(grouped_ffn, case.arguments(case.variables()))
+        torch.library.opcheck(grouped_ffn, case.arguments(case.tensors, save=False))
+
+
+class TestLinear:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_the_fused_operation_in_stages(self, dtype: torch.dtype, bias: bool, native: bool) -> None:
+        case = Case(33, 16, 24, 8, 4, dtype=dtype, biases=bias, activation="silu")
+        d_rows_AO = torch.randn(case.A, 8).to(dtype)
+        exact, variables = case.grads("naive", d_rows_AO), case.variables()
+        x, w1, b1, w2, b2 = (variables[name] for name in ("x", "w1", "b1", "w2", "b2"))
+        assert x is not None
+        assert w1 is not None
+        assert w2 is not None
+        offsets = case.index[0]
+        rows = grouped_linear(F.silu(grouped_linear(dispatch(x, *case.index[1:]), offsets, w1, b1)), offsets, w2, b2)
+        assert rows.dtype == dtype
+        assert distance(rows, case.naive(case.tensors)) < (8e-3 if dtype in HALF else 1e-6)
+        rows.backward(d_rows_AO)
+        for name, variable in variables.items():
+            if variable is not None and name != "gate":
+                assert variable.grad is not None
+                assert distance(variable.grad, exact[name]) < tolerance(dtype), name
+
+    def test_gradcheck(self) -> None:
+        case = Case(5, 4, 3, 2, 3, 0.6, torch.float64)
+        rows_AD = torch.randn(case.A, 4, dtype=torch.float64, requires_grad=True)
+        w1, b1 = case.variables()["w1"], case.variables()["b1"]
+        assert torch.autograd.gradcheck(lambda r, w, b: grouped_linear(r, case.index[0], w, b), (rows_AD, w1, b1))
+
+    def test_rows_and_gradients_of_any_strides(self) -> None:
+        case = Case(9, 6, 5, 6, 4)
+        assert case.tensors["w1"] is not None
+        wide = torch.randn(12, case.A).t().requires_grad_()
+        out_AO = grouped_linear(wide[:, ::2], case.index[0], case.tensors["w1"], None)
+        assert distance(out_AO, grouped_linear(wide[:, ::2].contiguous(), case.index[0], case.tensors["w1"], None)) < 1e-6
+        out_AO.sum().backward()
+        assert wide.grad is not None
+        expected = torch.stack([case.tensors["w1"][e].sum(1) for _, e in case.pairs])
+        assert distance(wide.grad[:, ::2], expected) < 1e-6
+
+    def test_nothing_leaks_from_behind_the_last_row(self, poisoned: None) -> None:
+        case = Case(9, 6, 5, 6, 4, spare=7)
+        variables = case.variables()
+        w1, b1 = variables["w1"], variables["b1"]
+        rows_AD = torch.randn(case.num_rows, 6)
+        rows_AD[case.A :] = float("nan")
+        rows_AD.requires_grad_()
+        out_AO = grouped_linear(rows_AD, case.index[0], w1, b1)
+        d_out_AO = torch.ones(case.num_rows, 5)
+        d_out_AO[case.A :] = float("nan")
+        out_AO.backward(d_out_AO)
+        for t in (out_AO[: case.A], rows_AD.grad[: case.A], w1.grad, b1.grad):
+            assert t.isfinite().all()
+
+    def test_silent_experts_get_zero_gradients(self) -> None:
+        case = Case(9, 6, 5, 6, 4)
+        variables = case.variables()
+        grouped_linear(torch.randn(case.A, 6), case.index[0], variables["w1"], variables["b1"]).sum().backward()
+        for name in ("w1", "b1"):
+            assert (variables[name].grad[0] == 0).all()
+            assert (variables[name].grad[1:] != 0).any()
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("T", [0, 7])
+    def test_opcheck(self, T: int, bias: bool) -> None:
+        case = Case(T, 5, 4, 6, 3, biases=bias)
+        variables = case.variables()
+        rows_AD = torch.randn(case.A, 5, requires_grad=True)
+        torch.library.opcheck(grouped_linear, (rows_AD, case.index[0], variables["w1"], variables["b1"]))
+        inputs = (rows_AD.detach(), case.index[0], case.tensors["w1"], case.tensors["b1"])
+        torch.library.opcheck(grouped_linear_backward, (torch.randn(case.A, 4), *inputs))
+
+
+class TestActivations:
+    @pytest.mark.parametrize("name", list(ACTIVATIONS))
+    def test_the_gradient_is_the_derivative(self, name: str) -> None:
+        h = torch.randn(200, dtype=torch.float64, requires_grad=True)
+        value, d = ACTIVATIONS[name].value(h), torch.randn(200, dtype=torch.float64)
+        assert torch.allclose(value, NAIVE_ACTIVATIONS[name](h), rtol=1e-12, atol=1e-12)
+        (expected,) = torch.autograd.grad(NAIVE_ACTIVATIONS[name](h), h, d)
+        assert torch.allclose(ACTIVATIONS[name].gradient(d, h.detach()), expected, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("activation", "name"),
+        [
+            (F.gelu, "gelu"),
+            (F.relu, "relu"),
+            (torch.relu, "relu"),
+            (F.silu, "silu"),
+            (nn.GELU(), "gelu"),
+            (nn.GELU(approximate="tanh"), "gelu_tanh"),
+            (nn.ReLU(), "relu"),
+            (nn.SiLU(), "silu"),
+            (nn.Identity(), "identity"),
+            (F.leaky_relu, None),
+            (nn.LeakyReLU(), None),
+            (nn.ReLU6(), None),
+            (partial(F.gelu, approximate="tanh"), None),
+            (lambda h: h, None),
+            ("gelu", None),
+        ],
+    )
+    def test_names(self, activation: object, name: str | None) -> None:
+        assert activation_name(activation) == name
+
+    def test_a_subclass_with_its_own_forward_is_not_fused(self) -> None:
+        class Doubled(nn.GELU):
+            def forward(self, h: Tensor) -> Tensor:
+                return 2 * super().forward(h)
+
+        assert activation_name(Doubled()) is None
+
+    def test_a_module_with_hooks_is_not_fused(self) -> None:
+        module = nn.GELU()
+        module.register_forward_hook(lambda module, inputs, output: output * 2)
+        assert activation_name(module) is None
+
+    def test_a_callable_that_has_no_hash(self) -> None:
+        @dataclass
+        class Scaled:
+            factor: float
+
+            def __call__(self, h: Tensor) -> Tensor:
+                return h * self.factor
+
+        assert activation_name(Scaled(2.0)) is None

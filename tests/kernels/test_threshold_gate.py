@@ -1,0 +1,280 @@
+"""The threshold gate against its formula in float64: scores, decisions, the gradient of the scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynmoe_tutel.kernels import threshold_gate, unpack_bits
+from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = [(7, 97, 65), (64, 16, 4), (1, 1, 1), (33, 47, 512), (5, 8, 64), (0, 8, 3), (9, 300, 130)]
+MARGIN = 2e-6  # closer than this to the threshold, a decision in fp32 may differ from that in float64
+ONE = torch.ones(())
+
+
+def cosine(x_TD: Tensor, w_DE: Tensor) -> Tensor:
+    """cos(x_t, w_e) in float64, differentiable, 0 where a vector is zero."""
+    x, w = x_TD.double(), w_DE.double()
+    norm_T1, norm_E = x.norm(dim=1, keepdim=True), w.norm(dim=0)
+    return (x @ w) / norm_T1.masked_fill(norm_T1 == 0, 1) / norm_E.masked_fill(norm_E == 0, 1)
+
+
+def gate_inputs(T: int, D: int, E: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, D], w [D, E], G [E] and a mask [E] with about a third of the slots inactive, never all.
+
+    Every cosine is at least MARGIN from its threshold, so that no decision is in doubt.
+    """
+    generator = torch.Generator().manual_seed(T + D + E)
+    x_TD = torch.randn(T, D, generator=generator).to(dtype)
+    w_DE = torch.randn(D, E, generator=generator)
+    threshold_E = torch.rand(E, generator=generator) * 0.3
+    active_E = torch.rand(E, generator=generator) > 0.33
+    active_E[E // 2] = True
+    cos_TE = cosine(x_TD, w_DE)
+    while (doubt_E := ((cos_TE - threshold_E).abs() <= MARGIN).any(dim=0)).any():
+        threshold_E[doubt_E] += 1e-5
+    return x_TD, w_DE, threshold_E, active_E
+
+
+def naive_decision(cos_TE: Tensor, threshold_E: Tensor, active_E: Tensor, fallback: bool) -> tuple[Tensor, Tensor]:
+    """Assignment [T, E] and unrouted flags [T], token by token."""
+    assigned_TE = torch.zeros(cos_TE.shape, dtype=torch.bool)
+    unrouted_T = torch.zeros(cos_TE.shape[0], dtype=torch.bool)
+    for t in range(cos_TE.shape[0]):
+        for e in range(cos_TE.shape[1]):
+            assigned_TE[t, e] = bool(active_E[e]) and bool(cos_TE[t, e] > threshold_E[e])
+        unrouted_T[t] = not assigned_TE[t].any()
+        if fallback and unrouted_T[t]:
+            best = max((e for e in range(cos_TE.shape[1]) if active_E[e]), key=lambda e: float(cos_TE[t, e]))
+            assigned_TE[t, best] = True
+    return assigned_TE, unrouted_T
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    error, size = (value.double() - reference.double()).norm(), reference.double().norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+class TestForward:
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize("tau", [1.0, 10.0])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("T", "D", "E"), SHAPES)
+    def test_equals_the_formula(self, T: int, D: int, E: int, dtype: torch.dtype, tau: float, fallback: bool) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(T, D, E, dtype)
+        score_TE, bits, unrouted_T, inv_norm_T = threshold_gate(
+            x_TD, w_DE, threshold_E, active_E, torch.tensor(tau), fallback
+        )
+        cos_TE = cosine(x_TD, w_DE)
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        assert score_TE.dtype == inv_norm_T.dtype == gate_dtype
+        assert bits.shape == (T, -(-E // 64))
+        assert distance(score_TE, torch.sigmoid(tau * cos_TE)) < 1e-6
+        assert distance(inv_norm_T * x_TD.double().norm(dim=1), torch.ones(T)) < 1e-5
+        assigned_TE, lost_T = naive_decision(cos_TE, threshold_E, active_E, fallback)
+        assert torch.equal(unpack_bits(bits, E), assigned_TE)
+        assert torch.equal(unrouted_T, lost_T)
+        if E < 10 <= T:
+            assert 0 < int(lost_T.sum()) < T
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_weights_of_half_precision(self, dtype: torch.dtype) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(31, 97, 65, dtype)
+        half = (w_DE.to(dtype), threshold_E.to(dtype))
+        score_TE, bits, _, _ = threshold_gate(x_TD, *half, active_E, ONE.to(dtype), True)
+        assert score_TE.dtype == torch.float32
+        assert distance(score_TE, torch.sigmoid(cosine(x_TD, half[0]))) < 1e-6
+        assert torch.equal(
+            unpack_bits(bits, 65), naive_decision(cosine(x_TD, half[0]), half[1].double(), active_E, True)[0]
+        )
+
+    def test_fp16_tokens_whose_squares_overflow(self) -> None:
+        x_TD = torch.full((2, 97), 60000.0, dtype=torch.float16)
+        score_TE, _, _, inv_norm_T = threshold_gate(
+            x_TD, torch.ones(97, 3), torch.zeros(3), torch.ones(3).bool(), ONE, False
+        )
+        assert distance(score_TE, torch.full((2, 3), 1.0).sigmoid()) < 1e-6
+        assert (inv_norm_T > 0).all()
+
+    def test_the_decision_is_taken_before_the_sigmoid_which_saturates(self) -> None:
+        """Regression for upstream.md 2.2: at tau = 100, sigmoid(100) = sigmoid(40) = 1 in fp32, and 1 > 1 is false."""
+        x_TD, w_DE = torch.eye(4)[:1], torch.eye(4)
+        _, bits, _, _ = threshold_gate(x_TD, w_DE, torch.full((4,), 0.4), torch.ones(4).bool(), 100 * ONE, False)
+        assert unpack_bits(bits, 4).tolist() == [[True, False, False, False]]
+
+    @pytest.mark.parametrize(("threshold", "passes"), [(0.0, 0), (1.0, 0), (-1e-6, 1)])
+    def test_equality_does_not_pass(self, threshold: float, passes: int) -> None:
+        """cos = G = 0 for a token at right angles, cos = G = 1 for a parallel one."""
+        x_TD = torch.eye(4)[:1]
+        w_DE = torch.eye(4)[:, :1] if threshold == 1 else torch.eye(4)[:, 1:2]
+        _, bits, unrouted_T, _ = threshold_gate(
+            x_TD, w_DE, torch.tensor([threshold]), torch.ones(1).bool(), ONE, False
+        )
+        assert unpack_bits(bits, 1).sum() == passes
+        assert unrouted_T.tolist() == [passes == 0]
+
+    def test_all_experts_and_none(self) -> None:
+        x_TD, w_DE, _, _ = gate_inputs(7, 16, 65)
+        for threshold, k in ((-2.0, 65), (2.0, 0)):
+            _, bits, unrouted_T, _ = threshold_gate(
+                x_TD, w_DE, torch.full((65,), threshold), torch.ones(65).bool(), ONE, False
+            )
+            assert (unpack_bits(bits, 65).sum(1) == k).all()
+            assert (unrouted_T == (k == 0)).all()
+
+    def test_an_inactive_slot_is_never_taken_not_even_as_the_best(self) -> None:
+        x_TD, w_DE = torch.eye(4)[:1], torch.tensor([[1.0, 0.5, 0.6], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
+        active_E = torch.tensor([False, True, True])
+        for threshold, taken in ((-2.0, [False, True, True]), (2.0, [False, False, True])):
+            _, bits, unrouted_T, _ = threshold_gate(x_TD, w_DE, torch.full((3,), threshold), active_E, ONE, True)
+            assert unpack_bits(bits, 3).tolist() == [taken]
+            assert unrouted_T.tolist() == [threshold == 2.0]
+
+    def test_among_equally_good_experts_the_lowest_slot_is_the_best(self) -> None:
+        w_DE = torch.eye(4)[:, [1, 0, 0, 0]]
+        _, bits, _, _ = threshold_gate(
+            torch.eye(4)[:1], w_DE, torch.full((4,), 2.0), torch.tensor([True, False, True, True]), ONE, True
+        )
+        assert unpack_bits(bits, 4).tolist() == [[False, False, True, False]]
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    def test_zero_tokens_and_zero_routing_vectors_have_cosine_zero(self, fallback: bool) -> None:
+        x_TD, w_DE, _, _ = gate_inputs(4, 8, 3)
+        x_TD[1], w_DE[:, 2] = 0, 0
+        score_TE, bits, unrouted_T, inv_norm_T = threshold_gate(
+            x_TD, w_DE, torch.full((3,), 0.01), torch.ones(3).bool(), ONE, fallback
+        )
+        assert (score_TE[1] == 0.5).all()
+        assert (score_TE[:, 2] == 0.5).all()
+        assert inv_norm_T[1] == 0
+        assert bool(unrouted_T[1])
+        assert unpack_bits(bits, 3)[1].tolist() == [fallback, False, False]
+
+    def test_a_token_that_is_not_finite_leaves_the_others_alone(self) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(9, 16, 5)
+        clean = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, True)
+        x_TD[4] = float("nan")
+        dirty = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, True)
+        others = [t for t in range(9) if t != 4]
+        for before, after in zip(clean, dirty, strict=True):
+            assert torch.equal(before[others], after[others])
+        assert bool(dirty[2][4])
+        assert not unpack_bits(dirty[1], 5)[4, ~active_E].any()
+
+    def test_tokens_and_weights_of_any_strides(self) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(18, 97, 65)
+        for x, w in ((x_TD[::2], w_DE), (x_TD[:, 3:50], w_DE[3:50]), (x_TD.t()[:18, :17], w_DE[:17])):
+            w = w.t().contiguous().t()
+            strided = threshold_gate(x, w, threshold_E, active_E, ONE, True)
+            contiguous = threshold_gate(x.contiguous(), w.contiguous(), threshold_E, active_E, ONE, True)
+            assert distance(strided[0], contiguous[0]) < 1e-6
+            assert torch.equal(strided[1], contiguous[1])
+
+    def test_two_runs_are_bitwise_equal(self) -> None:
+        inputs = (*gate_inputs(300, 97, 65), ONE, True)
+        for first, second in zip(threshold_gate(*inputs), threshold_gate(*inputs), strict=True):
+            assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    def test_a_token_is_routed_alone_as_in_any_batch(self, fallback: bool) -> None:
+        x_TD, *rest = gate_inputs(40, 97, 65)
+        score_TE, bits, unrouted_T, _ = threshold_gate(x_TD, *rest, ONE, fallback)
+        order_T = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        for some_T in (order_T, order_T[:13], order_T[:1]):
+            own = threshold_gate(x_TD[some_T], *rest, ONE, fallback)
+            assert distance(own[0], score_TE[some_T]) < 1e-6
+            assert torch.equal(own[1], bits[some_T])
+            assert torch.equal(own[2], unrouted_T[some_T])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_autocast_changes_nothing(self, dtype: torch.dtype) -> None:
+        inputs = (*gate_inputs(200, 97, 65, dtype), ONE, True)
+        plain = threshold_gate(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            automatic = threshold_gate(*inputs)
+        for first, second in zip(plain, automatic, strict=True):
+            assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize(("T", "D", "E"), [(7, 9, 65), (0, 4, 3)])
+    def test_opcheck(self, T: int, D: int, E: int, fallback: bool) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(T, D, E)
+        scale = torch.tensor(2.0, requires_grad=True)
+        inputs = (x_TD.requires_grad_(), w_DE.requires_grad_(), threshold_E, active_E, scale, fallback)
+        torch.library.opcheck(threshold_gate, inputs)
+
+
+class TestBackward:
+    def test_gradcheck(self) -> None:
+        x_TD, w_DE, threshold_E, active_E = (t.double() for t in gate_inputs(5, 7, 4))
+        scale = torch.tensor(2.5, dtype=torch.float64)
+        variables = [t.requires_grad_() for t in (x_TD, w_DE, scale)]
+        assert torch.autograd.gradcheck(
+            lambda x, w, tau: threshold_gate(x, w, threshold_E, active_E > 0, tau, False)[0], variables
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("T", "D", "E"), SHAPES)
+    def test_equals_the_derivative_of_the_formula(self, T: int, D: int, E: int, dtype: torch.dtype) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(T, D, E, dtype)
+        scale, d_score_TE = torch.tensor(3.0), torch.randn(T, E)
+        variables = [t.detach().clone().requires_grad_() for t in (x_TD, w_DE, scale)]
+        score_TE = threshold_gate(variables[0], variables[1], threshold_E, active_E, variables[2], False)[0]
+        score_TE.backward(d_score_TE.to(score_TE.dtype))
+        exact = [t.detach().double().requires_grad_() for t in (x_TD, w_DE, scale)]
+        torch.sigmoid(exact[2] * cosine(exact[0], exact[1])).backward(d_score_TE.double())
+        for variable, reference in zip(variables, exact, strict=True):
+            assert variable.grad is not None
+            assert reference.grad is not None
+            assert variable.grad.dtype == variable.dtype
+            size = reference.grad.norm()
+            rounding = 4e-3 if variable.dtype in (torch.bfloat16, torch.float16) else 3e-6
+            limit = rounding * float(size) + (1e-5 if D == 1 else 0)  # in one dimension the gradient of x is 0
+            assert float((variable.grad.double() - reference.grad).norm()) <= limit
+
+    def test_zero_vectors_get_zero_gradients(self) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(4, 8, 3)
+        x_TD[1], w_DE[:, 2] = 0, 0
+        x_TD.requires_grad_(), w_DE.requires_grad_()
+        threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)[0].square().sum().backward()
+        assert x_TD.grad is not None
+        assert w_DE.grad is not None
+        assert (x_TD.grad[1] == 0).all()
+        assert (w_DE.grad[:, 2] == 0).all()
+        assert x_TD.grad.isfinite().all()
+        assert w_DE.grad.isfinite().all()
+        assert (x_TD.grad[0] != 0).any()
+
+    def test_in_the_backward_autocast_changes_nothing(self) -> None:
+        """A caller may call backward() under autocast: the gate's arithmetic stays fp32."""
+        grads = []
+        for enabled in (False, True):
+            x_TD, w_DE, threshold_E, active_E = gate_inputs(50, 64, 7)
+            x_TD.requires_grad_(), w_DE.requires_grad_()
+            score_TE = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)[0]
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                score_TE.square().sum().backward()
+            grads.append((x_TD.grad, w_DE.grad))
+        for plain, automatic in zip(*grads, strict=True):
+            assert plain is not None
+            assert automatic is not None
+            assert torch.equal(plain, automatic)
+
+    def test_a_strided_gradient(self) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(6, 8, 3)
+        x_TD.requires_grad_()
+        threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)[0].sum().backward()  # expanded
+        expanded, x_TD.grad = x_TD.grad, None
+        threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)[0].backward(torch.ones(3, 6).t())
+        assert expanded is not None
+        assert x_TD.grad is not None
+        assert distance(x_TD.grad, expanded) < 1e-6
+
+    @pytest.mark.parametrize("T", [0, 7])
+    def test_opcheck(self, T: int) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(T, 9, 5)
+        score_TE, _, _, inv_norm_T = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)
+        torch.library.opcheck(threshold_gate_backward, (torch.randn(T, 5), score_TE, x_TD, w_DE, inv_norm_T, ONE))
