@@ -88,23 +88,26 @@ class AdaptiveExperts:
         """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
 
         `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
-        ones), "fresh" (drawn anew from `generator`), "keep" (what the slot held, as upstream). The last active expert
-        is never pruned; growth without a free slot is left out. Gradients are cleared of nothing: call it after the
+        ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last active expert
+        is never pruned; growth without a free slot is left out. Call it after the
         optimizer's step.
         """
         if init not in INITS:
             raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
+        if init == "fresh" and generator is None:
+            raise ValueError("init = 'fresh' draws weights: give a torch.Generator as generator")
         gate = self._adaptive_gate(gate_index)
         changes = []
         for slot, reason in decision.prune:
             if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
                 gate.deactivate(slot)
                 changes.append(ExpertChange(slot, "pruned", reason))
+        sources_E = gate.active()  # not those grown a moment ago
         for w_D, reason in decision.grow:
             free = self._free_slot()
             if free is None:
                 break
-            self._fill_slot(gate, free, w_D, init, generator)
+            self._fill_slot(gate, free, w_D, init, sources_E, generator)
             gate.activate(free, w_D)
             changes.append(ExpertChange(free, "grown", reason))
         self._num_global_experts.fill_(int(gate.active().sum()))
@@ -134,15 +137,17 @@ class AdaptiveExperts:
         free = (~used_E).nonzero()
         return int(free[0]) if free.numel() else None
 
-    def _fill_slot(self, gate: Any, slot: int, w_D: Tensor, init: str, generator: torch.Generator | None) -> None:
-        active_E = gate.active()
+    def _fill_slot(
+        self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None
+    ) -> None:
         if init == "nearest":
             cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
-            self.experts.copy_slot(slot, [int(cos_E.masked_fill(~active_E, -torch.inf).argmax())])
+            self.experts.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
         elif init == "mean":
-            self.experts.copy_slot(slot, active_E.nonzero().squeeze(1).tolist())
+            self.experts.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
         elif init == "fresh":
-            self.experts.reset_slot(slot, generator or torch.Generator().manual_seed(slot))
+            assert generator is not None
+            self.experts.reset_slot(slot, generator)
 
     @torch.no_grad()
     def update_one_score_gate(self) -> None:

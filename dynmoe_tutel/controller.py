@@ -259,6 +259,8 @@ class ExpertController:
         if self.schedule.updates_at(self._step):
             if self._window_open:
                 events = self._update()
+            else:
+                logger.warning("step %d: no update, the state loaded had no window open for it", self._step)
             self._set_window(False)
         if self.schedule.opens_at(self._step):
             self._set_window(True)
@@ -296,9 +298,13 @@ class ExpertController:
         incomplete.
         """
         values, records = self._checked_state(state)
-        self._step = int(values["step"])
-        self.events = [ExpertEvent(**event) for event in values["events"]]
-        self._generator.set_state(state["tensors"]["generator"].cpu())
+        try:
+            events = [ExpertEvent(**event) for event in values["events"]]
+            generator = torch.Generator()
+            generator.set_state(state["tensors"]["generator"].cpu())
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        self._step, self.events, self._generator = int(values["step"]), events, generator
         # A window that the schedule given now does not know would end at no update of its own.
         self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
         for site in self._sites:
@@ -399,6 +405,8 @@ class ExpertController:
         records: dict[str, dict[str, Any]] = {}
         for site in self._sites:
             saved, own = gates[site.key], site.record.state_dict()
+            if not {"silent_windows", "record"} <= set(saved):
+                raise ValueError(f"state of {site.key} lacks silent_windows or record")
             if len(saved["silent_windows"]) != len(site.silent_windows):
                 raise ValueError(
                     f"state of {site.key} has {len(saved['silent_windows'])} slots, "

@@ -75,6 +75,9 @@ class RoutingRecord:
         place = torch.arange(lost_ND.shape[0], device=lost_ND.device) + self._seen
         self._seen += lost_ND.shape[0]
         self.unrouted_sample = torch.cat([self.unrouted_sample, lost_ND[place % self._stride == 0]])
+        self._thin()
+
+    def _thin(self) -> None:
         while self.unrouted_sample.shape[0] > self.keep_tokens:
             self.unrouted_sample = self.unrouted_sample[::2].clone()
             self._stride *= 2
@@ -95,15 +98,20 @@ class RoutingRecord:
             self._gather_sample(group)
 
     def _gather_sample(self, group: Any) -> None:
+        """The samples of all ranks at one stride, in the order of the ranks, thinned to `keep_tokens`."""
         world = dist.get_world_size(group)
-        size = torch.tensor([self.unrouted_sample.shape[0]], device=self.device)
+        size = torch.tensor([self.unrouted_sample.shape[0], self._stride], device=self.device)
         sizes = [torch.zeros_like(size) for _ in range(world)]
         dist.all_gather(sizes, size, group=group)
-        padded = self.unrouted_sample.new_zeros(self.keep_tokens, self.model_dim)
+        counts, strides = zip(*(pair.tolist() for pair in sizes), strict=True)
+        padded = self.unrouted_sample.new_zeros(max(counts), self.model_dim)
         padded[: self.unrouted_sample.shape[0]] = self.unrouted_sample
         samples = [torch.zeros_like(padded) for _ in range(world)]
         dist.all_gather(samples, padded, group=group)
-        self.unrouted_sample = torch.cat([s[: int(n)] for s, n in zip(samples, sizes, strict=True)])
+        self._stride = max(strides)
+        parts = [s[: n : self._stride // stride] for s, n, stride in zip(samples, counts, strides, strict=True)]
+        self.unrouted_sample = torch.cat(parts)
+        self._thin()
 
     @property
     def mean_k(self) -> float:

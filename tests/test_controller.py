@@ -632,6 +632,15 @@ class TestResume:
         train(model, None, second, near(0))
         assert not model.mlp.record_routing
 
+    def test_an_update_whose_window_was_never_open_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
+        first = ExpertController(Net(), None, {"every": 4, "window": 1})
+        model = Net()
+        second = ExpertController(model, None, 4)
+        second.load_state_dict(first.state_dict())
+        assert [train(model, None, second, near(0)) for _ in range(4)] == [[]] * 4
+        assert "step 4: no update, the state loaded had no window open for it" in caplog.messages
+        assert model.mlp.record_routing
+
     def test_a_state_that_does_not_fit_is_refused_by_name(self) -> None:
         model = Net()
         controller = ExpertController(model, None, 3)
@@ -646,6 +655,12 @@ class TestResume:
             ({"tensors": {}, "values": {"step": 1}}, "state lacks events, gates, version, window_open"),
             ({**state, "tensors": {}}, "state lacks the tensor generator"),
             (changed(version=99), "state has version 99, this package reads 1"),
+            (changed(events=[{"step": 1}]), "state has events or a generator that cannot be read"),
+            (
+                {**state, "tensors": {**state["tensors"], "generator": torch.zeros(3, dtype=torch.uint8)}},
+                "state has events or a generator that cannot be read",
+            ),
+            (changed(gates={"mlp.gates.0": {}}), "state of mlp.gates.0 lacks silent_windows or record"),
             (changed(gates={}), r"only the model has \['mlp.gates.0'\]"),
             (
                 changed(gates={**state["values"]["gates"], "other.gates.0": {}}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +82,10 @@ class _Several:
 
     def add(self, reporter: Reporter) -> None:
         self._all.append(reporter)
+
+    def run_skipped(self, run: str, steps: int) -> None:
+        for reporter in self._all:
+            reporter.run_skipped(run, steps)
 
     def run_started(self, run: str, step: int, steps: int) -> None:
         for reporter in self._all:

@@ -156,7 +156,9 @@ def _figure(
             "plots need matplotlib, which is not installed: pip install 'dynmoe_tutel[experiments]'"
         ) from error
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", dpi=DPI)
-    panels = [axes for line in figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False) for axes in line]
+    panels = [
+        axes for line in figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False) for axes in line
+    ]
     for axes in panels:
         axes.grid(axis="y", color="0.9", lw=0.8)
         axes.set_axisbelow(True)
@@ -187,7 +189,9 @@ def _layers(metrics: Lines, row: str) -> list[str]:
 
 def _curves(metrics: Lines, row: str, key: str) -> dict[int, dict[int, float]]:
     """By seed: value by step."""
-    return {seed: {line["step"]: line[key] for line in _of(metrics, "eval", row, seed)} for seed in _seeds(metrics, row)}
+    return {
+        seed: {line["step"]: line[key] for line in _of(metrics, "eval", row, seed)} for seed in _seeds(metrics, row)
+    }
 
 
 def _life(

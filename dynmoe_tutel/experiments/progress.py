@@ -42,9 +42,9 @@ class ProgressBar:
     ) -> None:
         self.progress.stop()
 
-    def skip(self, steps: int) -> None:
-        """Count steps that were done before this job was resumed."""
+    def run_skipped(self, run: str, steps: int) -> None:
         self.progress.update(self.task, advance=steps)
+        self.console.print(f"{run}: done before", highlight=False)
 
     def run_started(self, run: str, step: int, steps: int) -> None:
         self.progress.update(self.task, description=run, state="", advance=step)

@@ -32,6 +32,9 @@ class ScalarWriter:
         self.path = path
         self._writer: Any = None
 
+    def run_skipped(self, run: str, steps: int) -> None:
+        pass
+
     def run_started(self, run: str, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-NONE = "–"
+NONE = "-"
 TITLE = "Mean over {seeds} after {steps} steps; ± is the standard deviation over the seeds"
 
 

@@ -105,6 +105,7 @@ class Interrupted(Exception):
 class Reporter(Protocol):
     """Who is told how the job goes."""
 
+    def run_skipped(self, run: str, steps: int) -> None: ...
     def run_started(self, run: str, step: int, steps: int) -> None: ...
     def stepped(self, run: str, step: int) -> None: ...
     def logged(self, run: str, line: Mapping[str, Any]) -> None: ...
@@ -123,6 +124,8 @@ def train(config: TrainConfig, folder: RunFolder, reporter: Reporter) -> None:
     or its checkpoints do not fit.
     """
     pending = _rewind(config, folder)
+    for row, seed in config.plan[: len(config.plan) - len(pending)]:
+        reporter.run_skipped(run_name(row, seed), config.steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:

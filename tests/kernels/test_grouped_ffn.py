@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ class Case:
 
         T, D, H, O, E = self.T, self.D, self.H, self.O, self.E  # noqa: E741
         gate_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.tensors: dict[str, Tensor | None] = {
+        self.tensors: dict[str, Any] = {
             "x": draw(T, D),
             "gate": (torch.rand(self.num_rows, generator=generator) + 0.5).to(gate_dtype)
             if self.apply_gate
@@ -91,33 +92,28 @@ class Case:
             "b2": draw(E, O) if self.biases else None,
         }
 
-    def variables(self) -> dict[str, Tensor | None]:
+    def variables(self) -> dict[str, Any]:
         """Leaves with the strides of the tensors."""
         return {name: None if t is None else t.detach().requires_grad_() for name, t in self.tensors.items()}
 
-    def arguments(self, t: dict[str, Tensor | None], save: bool = True) -> tuple:
+    def arguments(self, t: dict[str, Any], save: bool = True) -> tuple:
         weights = tuple(t[name] for name in NAMES[2:])
         return (t["x"], t["gate"], *self.index, *weights, self.activation, self.apply_gate, save)
 
-    def run(self, t: dict[str, Tensor | None], save: bool = True) -> Tensor:
+    def run(self, t: dict[str, Any], save: bool = True) -> Tensor:
         """Rows [rows, O]."""
         return grouped_ffn(*self.arguments(t, save))[0]
 
-    def naive(self, t: dict[str, Tensor | None]) -> Tensor:
+    def naive(self, t: dict[str, Any]) -> Tensor:
         """The A rows in float64, one by one; a gate that is not applied still has its gradient, at the value 1."""
-        wide = {name: None if value is None else value.double() for name, value in t.items()}
-        x, gate, w1, b1, w3, b3, w2, b2 = (wide[name] for name in NAMES)
-        assert x is not None
-        assert gate is not None
-        assert w1 is not None
-        assert w2 is not None
+        x, gate, w1, b1, w3, b3, w2, b2 = (None if t[n] is None else t[n].double().unbind(0) for n in NAMES)
         act, rows = NAIVE_ACTIVATIONS[self.activation], []
         for row, (token, e) in enumerate(self.pairs):
             a = act(x[token] @ w1[e] + (0 if b1 is None else b1[e]))
             if w3 is not None:
                 a = a * (x[token] @ w3[e] + (0 if b3 is None else b3[e]))
             rows.append((a @ w2[e] + (0 if b2 is None else b2[e])) * gate[row])
-        return torch.stack(rows) if rows else x.new_zeros(0, self.O)
+        return torch.stack(rows) if rows else torch.zeros(0, self.O, dtype=torch.float64)
 
     def grads(self, function: str, d_rows_AO: Tensor) -> dict[str, Tensor]:
         variables = self.variables()
@@ -138,7 +134,8 @@ def distance(value: Tensor, reference: Tensor) -> float:
     assert value.shape == reference.shape
     if not bool(value.isfinite().all()):
         return float("inf")
-    error, size = (value.double() - reference.double()).norm(), reference.double().norm()
+    value, reference = value.detach().double(), reference.detach().double()
+    error, size = (value - reference).norm(), reference.norm()
     return float(error / size) if size > 0 else float(error)
 
 
@@ -193,7 +190,7 @@ class TestForward:
             case = Case(33, 16, 24, 8, 4, dtype=dtype, activation=activation, gated=gated, apply_gate=True)
             rows = case.run(case.tensors)
             assert rows.dtype == dtype
-            limit = (8e-3 if native else 4e-3) if dtype in HALF else 1e-6
+            limit = (1e-2 if native else 6e-3) if dtype in HALF else 1e-6  # the square doubles the error of h
             assert distance(rows, case.naive(case.tensors)) < limit
 
     def test_there_is_a_naive_form_of_every_activation(self) -> None:
@@ -224,7 +221,6 @@ class TestForward:
             index = ragged_index(pack_bits(assigned_TE[some_T]), E)
             t = {**case.tensors, "gate": torch.ones(index[2].shape[0])}
             x = t["x"]
-            assert x is not None
             arguments = (x[some_T], t["gate"], *index, *(t[name] for name in NAMES[2:]), "gelu", False, False)
             return combine(grouped_ffn(*arguments)[0], *index[1:], True)
 
@@ -306,7 +302,6 @@ class TestBackward:
     def test_gradients_have_the_strides_of_their_parameters(self) -> None:
         case = Case(7, 5, 4, 5, 3)
         w1 = case.grads("run", torch.ones(case.A, 5))["w1"]
-        assert case.tensors["w1"] is not None
         assert w1.stride() == case.tensors["w1"].stride()
 
     @pytest.mark.parametrize("frozen", ["weights", "tokens", "all but the gate"])
@@ -316,13 +311,11 @@ class TestBackward:
         names = {"weights": NAMES[2:], "tokens": ("x", "gate"), "all but the gate": ("x", *NAMES[2:])}[frozen]
         for name in names:
             variable = variables[name]
-            assert variable is not None
             variable.requires_grad_(False)
         d_rows_AO = torch.randn(case.A, 5)
         case.run(variables).backward(d_rows_AO)
         exact = case.grads("run", d_rows_AO)
         for name, variable in variables.items():
-            assert variable is not None
             if name in names:
                 assert variable.grad is None
             else:
@@ -368,8 +361,6 @@ class TestBackward:
         exact = Case(9, 6, 5, 6, 4, gated=gated, apply_gate=apply_gate)
         padded = Case(9, 6, 5, 6, 4, gated=gated, apply_gate=apply_gate, spare=7)
         gate_A = padded.tensors["gate"]
-        assert gate_A is not None
-        assert exact.tensors["gate"] is not None
         padded.tensors = {**exact.tensors, "gate": gate_A}
         gate_A[: exact.A], gate_A[exact.A :] = exact.tensors["gate"], float("nan")
         assert torch.equal(padded.run(padded.tensors)[: exact.A], exact.run(exact.tensors))
@@ -403,9 +394,6 @@ class TestLinear:
         d_rows_AO = torch.randn(case.A, 8).to(dtype)
         exact, variables = case.grads("naive", d_rows_AO), case.variables()
         x, w1, b1, w2, b2 = (variables[name] for name in ("x", "w1", "b1", "w2", "b2"))
-        assert x is not None
-        assert w1 is not None
-        assert w2 is not None
         offsets = case.index[0]
         rows = grouped_linear(F.silu(grouped_linear(dispatch(x, *case.index[1:]), offsets, w1, b1)), offsets, w2, b2)
         assert rows.dtype == dtype
@@ -413,7 +401,6 @@ class TestLinear:
         rows.backward(d_rows_AO)
         for name, variable in variables.items():
             if variable is not None and name != "gate":
-                assert variable.grad is not None
                 assert distance(variable.grad, exact[name]) < tolerance(dtype), name
 
     def test_gradcheck(self) -> None:
@@ -424,7 +411,6 @@ class TestLinear:
 
     def test_rows_and_gradients_of_any_strides(self) -> None:
         case = Case(9, 6, 5, 6, 4)
-        assert case.tensors["w1"] is not None
         wide = torch.randn(12, case.A).t().requires_grad_()
         out_AO = grouped_linear(wide[:, ::2], case.index[0], case.tensors["w1"], None)
         assert distance(out_AO, grouped_linear(wide[:, ::2].contiguous(), case.index[0], case.tensors["w1"], None)) < 1e-6

@@ -1,0 +1,148 @@
+"""The command line `dynmoe-tutel`: options in, exit code out. The work is done in `experiments`.
+
+Exit codes: 0 done, 1 something needed is missing, 2 bad input, 128 + n stopped by signal n with the state saved.
+Imports what a command needs only when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from dynmoe_tutel.version import __version__
+
+try:
+    import typer
+except ImportError:
+    sys.exit("dynmoe-tutel needs typer, which is not installed: pip install 'dynmoe_tutel[experiments]'")
+
+if TYPE_CHECKING:
+    from dynmoe_tutel.experiments.train import TrainConfig
+
+app = typer.Typer(
+    name="dynmoe-tutel",
+    help="DynMoE: every token chooses how many experts it activates, and training how many experts there are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dynmoe-tutel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    rows: Annotated[
+        str | None, typer.Option(help="Rows of the table, by comma: dense, top-1, top-2, dynmoe. Default: all.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, ... Default: 3, with --quick 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    test_domain: Annotated[
+        int | None, typer.Option(help="The angle left out: 0, 15, 30, 45, 60 or 75 degrees. Default: 75.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer steps: under 40 seconds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. Default: runs/<time>.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the job in this run folder, exactly where it was.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of torch. The last bits of the result depend on it. Default: 2.")
+    ] = None,
+) -> None:
+    """Train dense, top-1, top-2 and DynMoE on rotated digits and print how they compare on an unseen rotation."""
+
+    def run(console: Any) -> int:
+        given = {"rows": rows, "seeds": seeds, "steps": steps, "test_domain": test_domain, "threads": threads}
+        given = {name: value for name, value in given.items() if value is not None}
+        if resume is not None:
+            if given or quick or out is not None:
+                names = [*given, *["quick"] * quick, *["out"] * (out is not None)]
+                options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+                raise ValueError(f"--resume continues the job as it was started: leave out {options}")
+            from dynmoe_tutel.experiments import job
+
+            return job.resume(resume, console)
+        config = _train_config(given, quick)
+        from dynmoe_tutel.experiments import job
+
+        return job.start(config, out, console)
+
+    _run(run)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a safetensors or torch state dict.")],
+) -> None:
+    """Print slots, active experts, thresholds, load and k of every MoE layer."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.experiments import inspection
+
+        inspection.inspect(path, console)
+        return 0
+
+    _run(run)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, what is missing, and what to do about it."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.experiments import doctor
+
+        return 0 if doctor.report(console) else 1
+
+    _run(run)
+
+
+def _train_config(given: dict[str, Any], quick: bool) -> TrainConfig:
+    from dataclasses import replace
+
+    from dynmoe_tutel.experiments.train import TrainConfig
+
+    config = TrainConfig().quick() if quick else TrainConfig()
+    if "rows" in given:
+        given["rows"] = tuple(row.strip() for row in given["rows"].split(","))
+    if "seeds" in given:
+        if given["seeds"] < 1:
+            raise ValueError(f"--seeds must be at least 1, got {given['seeds']}")
+        given["seeds"] = tuple(range(given["seeds"]))
+    return replace(config, **given)
+
+
+def _run(command: Callable[[Any], int]) -> None:
+    """Exit with what the command returns; what the user can mend becomes one line in red and exit code 1 or 2."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+    except ImportError:
+        sys.exit("dynmoe-tutel needs rich, which is not installed: pip install 'dynmoe_tutel[experiments]'")
+    try:
+        code = command(Console())
+    except (ValueError, ImportError) as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(f"[red]Error: {escape(message)}[/red]", highlight=False, soft_wrap=True)
+        code = 2 if isinstance(error, ValueError) else 1
+    raise typer.Exit(code)

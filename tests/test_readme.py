@@ -1,0 +1,36 @@
+"""Every Python block of the README runs, and every command it shows exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_block_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_is_a_block_that_grows_or_prunes(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    assert re.search(r"grown|pruned", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^dynmoe-tutel (\w+)", README, re.MULTILINE))))
+def test_command_exists(command: str) -> None:
+    from typer.testing import CliRunner
+
+    from dynmoe_tutel.cli import app
+
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))))
+def test_pictures_are_there(path: str) -> None:
+    assert (Path(__file__).parent.parent / path).stat().st_size > 1000
