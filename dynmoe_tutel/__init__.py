@@ -9,7 +9,6 @@ from .records import RoutingRecord
 from .routing import Routing
 from .version import __version__
 
-
 __all__ = [
     "Decision",
     "DynMoEPolicy",

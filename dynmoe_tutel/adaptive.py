@@ -88,9 +88,8 @@ class AdaptiveExperts:
         """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
 
         `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
-        ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last active expert
-        is never pruned; growth without a free slot is left out. Call it after the
-        optimizer's step.
+        ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last
+        active expert is never pruned; growth without a free slot is left out. Call it after the optimizer's step.
         """
         if init not in INITS:
             raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")

@@ -1,7 +1,8 @@
-"""Operations on tensors that the layer is made of, one a file, dispatched by device.
+"""Operations on tensors that the layer is made of, one a file.
 
-Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a CPU kernel, a fake kernel (shapes for
-`torch.compile`) and an autograd formula. Nothing here knows modules, gates or Tutel.
+Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a kernel in torch operations (tuned for a CPU, and
+what any other device runs that has no kernel of its own), a fake kernel (shapes for `torch.compile`) and an autograd
+formula. Nothing here knows modules, gates or Tutel.
 """
 
 from .activations import ACTIVATIONS, activation_name

@@ -25,8 +25,10 @@ from .rows import segment_sum
 
 
 @lru_cache
-def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a CPU multiplies matrices of `dtype`: fp32 for a half type it has no instructions for."""
+def _gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The type in which matrices of `dtype` are multiplied: fp32 for a half type that a CPU has no instructions for."""
+    if device != "cpu":
+        return dtype
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -72,7 +74,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(target)
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=())
 def grouped_ffn(
     x_TD: Tensor,
     gate_A: Tensor,
@@ -92,7 +94,7 @@ def grouped_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`)."""
     act = ACTIVATIONS[activation]
-    dtype = _gemm_dtype(x_TD.dtype)
+    dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
     (R,), (E, _, H) = token_of_row.shape, w1_EDH.shape
     rows_AO = x_TD.new_empty((R, w2_EHO.shape[2]))
     h_AH = x_TD.new_empty((R if save else 0, H))
@@ -152,7 +154,7 @@ def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tenso
     return grad_E
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_ffn_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::grouped_ffn_backward", mutates_args=())
 def grouped_ffn_backward(
     d_rows_AO: Tensor,
     h_AH: Tensor,
@@ -175,7 +177,7 @@ def grouped_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`."""
     act = ACTIVATIONS[activation]
-    dtype = _gemm_dtype(x_TD.dtype)
+    dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
     E, _, H = w1_EDH.shape
     d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
     d_gate_A = torch.empty_like(gate_A)
@@ -278,10 +280,10 @@ def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
 grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=())
 def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
     """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O]. For the unfused path."""
-    dtype = _gemm_dtype(rows_AD.dtype)
+    dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
     for _, segments in _blocks(expert_offsets, 0):
         for e, rows, _ in segments:
@@ -294,12 +296,12 @@ def _(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | Non
     return rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_linear_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::grouped_linear_backward", mutates_args=())
 def grouped_linear_backward(
     d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, w and b (empty without b)."""
-    dtype = _gemm_dtype(rows_AD.dtype)
+    dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     d_rows_AD = torch.empty_like(rows_AD)
     d_w = _zeroed_where_silent(w_EDO, expert_offsets)
     d_b = _zeroed_where_silent(b_EO, expert_offsets)

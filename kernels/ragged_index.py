@@ -49,7 +49,7 @@ def _offsets(counts: Tensor) -> Tensor:
     return offsets
 
 
-@torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=())
 def ragged_index(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both CSR directions of the assignment; see the head of this file."""
     T = bits_TW.shape[0]
@@ -84,7 +84,7 @@ def _(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Te
     return expert_offsets, token_offsets, token_of_row, row_of_assignment
 
 
-@torch.library.custom_op("dynmoe_tutel::bound_assignments", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::bound_assignments", mutates_args=())
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """At most `capacity` assignments: those of the smallest margins go, later ones first among equals.
 

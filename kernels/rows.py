@@ -34,7 +34,7 @@ def gather_rows(x_TD: Tensor, token_of_row: Tensor, A: int) -> Tensor:
     return rows_AD
 
 
-@torch.library.custom_op("dynmoe_tutel::dispatch", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::dispatch", mutates_args=())
 def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
     """Token rows to expert rows: [T, D] to [rows, D]."""
     return gather_rows(x_TD, token_of_row, int(token_offsets[-1]))
@@ -56,7 +56,7 @@ def _dispatch_backward(ctx, d_rows_AD):  # type: ignore[no-untyped-def]
 dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
 
 
-@torch.library.custom_op("dynmoe_tutel::combine", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::combine", mutates_args=())
 def combine(
     rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
 ) -> Tensor:
@@ -77,7 +77,7 @@ def _k_or_one(token_offsets: Tensor) -> Tensor:
     return token_offsets.diff().clamp_(min=1).unsqueeze(1)
 
 
-@torch.library.custom_op("dynmoe_tutel::combine_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::combine_backward", mutates_args=())
 def combine_backward(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
     """Gradient of the rows, [rows, D]: that of the row's token, over k_t for the mean."""
     if mean:
@@ -110,7 +110,7 @@ def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor)
     return token_of_row[:A] * num_experts + expert_A
 
 
-@torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=())
 def row_gates(
     value_TE: Tensor,
     threshold_E: Tensor | None,
@@ -149,7 +149,7 @@ def _(
     return value_TE.new_empty((token_of_row.shape[0],))
 
 
-@torch.library.custom_op("dynmoe_tutel::row_gates_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::row_gates_backward", mutates_args=())
 def row_gates_backward(
     d_gate_A: Tensor,
     unrouted_T: Tensor,

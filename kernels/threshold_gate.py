@@ -29,7 +29,7 @@ def _inverse_norm(v: Tensor, dim: int) -> Tensor:
     return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
 
-@torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())
 def threshold_gate(
     x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dynmoe_tutel::threshold_gate_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dynmoe_tutel::threshold_gate_backward", mutates_args=())
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

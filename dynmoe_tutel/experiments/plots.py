@@ -101,7 +101,7 @@ def k_histogram(metrics: Lines, row: str) -> bytes:
                 np.arange(len(mean)) + 0.4 * (position - 0.5),
                 mean,
                 width=0.38,
-                yerr=np.stack([mean - shares.min(0), shares.max(0) - mean]) if len(seeds) > 1 else None,
+                yerr=np.stack([mean - shares.min(0), shares.max(0) - mean]).clip(0) if len(seeds) > 1 else None,
                 error_kw={"lw": 1, "ecolor": "0.25", "capsize": 2},
                 color=COLOURS[position],
                 hatch=("", "//")[position],
@@ -124,7 +124,7 @@ def load(metrics: Lines, row: str) -> bytes:
 
     layers, seeds = _layers(metrics, row), _seeds(metrics, row)[:4]
     figure, panels = _figure(len(layers), len(seeds), sharex=True, size=(3.4, 2.5))
-    colours = colormaps["cividis"].with_extremes(bad="white")
+    colours = colormaps["viridis"].with_extremes(bad="white")
     for axes, (layer, seed) in zip(panels, [(layer, seed) for layer in layers for seed in seeds], strict=True):
         lines = [line for line in _of(metrics, "train", row, seed) if line["layers"][layer]["load"] is not None]
         share = np.full((len(lines[0]["layers"][layer]["load"]), len(lines)), np.nan)
@@ -134,15 +134,14 @@ def load(metrics: Lines, row: str) -> bytes:
         steps = [0, *[line["step"] for line in lines]]
         edges = np.arange(len(share) + 1) - 0.5
         mesh = axes.pcolormesh(steps, edges, share, cmap=colours, vmin=0, vmax=100)
-        axes.set(title=f"{layer}, seed {seed}", yticks=range(len(share)))
+        axes.set(title=f"{row}: {layer}, seed {seed}", yticks=range(len(share)))
         axes.tick_params(length=2)
         axes.grid(False)
     for column in range(len(seeds)):
         panels[len(panels) - len(seeds) + column].set_xlabel("training step")
     for axes in panels[:: len(seeds)]:
         axes.set_ylabel("expert slot")
-    figure.colorbar(mesh, ax=list(panels), label="share of tokens, %", shrink=0.9, pad=0.02)
-    figure.suptitle(f"{row}: load of every expert slot (white: slot not active)", fontsize=12)
+    figure.colorbar(mesh, ax=list(panels), label="share of tokens, % (white: not active)", pad=0.02)
     return _png(figure)
 
 

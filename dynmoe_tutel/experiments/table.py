@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
-TITLE = "Mean over {seeds} after {steps} steps; ± is the standard deviation over the seeds"
+TITLE = "Mean over {seeds} after {steps} steps, ± standard deviation over the seeds"
+ONE_SEED_TITLE = "One seed, {steps} steps"
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,26 @@ class RowSummary:
             self.row,
             self.in_accuracy.text(100),
             self.out_accuracy.text(100),
-            NONE if self.mean_k is None else self.mean_k.text(1, 2),
+            NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
             _per_layer(self.experts_start),
             _per_layer(self.experts_end),
             f"{self.activated_parameters / 1e3:.0f}k",
             f"{self.total_parameters / 1e3:.0f}k",
-            self.step_ms.text(),
+            f"{self.step_ms.mean:.1f}",
         ]
 
 
+# The line breaks keep the table within 80 columns of a terminal.
 HEADER = (
     "row",
-    "in domain, %",
-    "out of domain, %",
-    "mean k",
-    "experts at start",
-    "at end",
-    "activated parameters",
-    "in all",
-    "ms a step",
+    "in domain\n%",
+    "out of\ndomain %",
+    "mean\nk",
+    "experts\nat start",
+    "experts\nat end",
+    "active\nparameters",
+    "all",
+    "ms a\nstep",
 )
 
 
@@ -144,7 +146,11 @@ def verdict(summaries: Sequence[RowSummary]) -> str:
 
 def markdown(summaries: Sequence[RowSummary], steps: int) -> str:
     """The table and the verdict as Markdown."""
-    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *[row.cells() for row in summaries]]
+    lines = [
+        [title.replace("\n", " ") for title in HEADER],
+        ["---", *["---:"] * (len(HEADER) - 1)],
+        *[row.cells() for row in summaries],
+    ]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{_title(summaries, steps)}.\n\n{body}\n\n{verdict(summaries)}\n"
 
@@ -160,17 +166,17 @@ def rich_table(summaries: Sequence[RowSummary], steps: int) -> Table:
     from rich.table import Table
 
     best = max(summaries, key=lambda row: row.out_accuracy.mean)
-    table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD)
+    table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position == 0 else "right")
+        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom")
     for row in summaries:
         table.add_row(*row.cells(), style="bold" if row is best else None)
     return table
 
 
 def _title(summaries: Sequence[RowSummary], steps: int) -> str:
-    seeds = summaries[0].seeds
-    return TITLE.format(seeds=f"{len(seeds)} seed{'s' * (len(seeds) > 1)}", steps=steps)
+    seeds = len(summaries[0].seeds)
+    return ONE_SEED_TITLE.format(steps=steps) if seeds == 1 else TITLE.format(seeds=f"{seeds} seeds", steps=steps)
 
 
 def _per_layer(values: Sequence[float]) -> str:
