@@ -66,7 +66,7 @@ def train(
         Path | None, typer.Option(help="Go on with the job in this run folder, exactly where it was.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of torch. The last bits of the result depend on it. Default: 2.")
+        int | None, typer.Option(help="CPU threads of torch. The last bits of the result depend on it. Default: 1.")
     ] = None,
 ) -> None:
     """Train dense, top-1, top-2 and DynMoE on rotated digits and print how they compare on an unseen rotation."""

@@ -1,7 +1,7 @@
 """Operations on tensors that the layer is made of, one a file.
 
-Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a kernel in torch operations (tuned for a CPU, and
-what any other device runs that has no kernel of its own), a fake kernel (shapes for `torch.compile`) and an autograd
+Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a kernel in torch operations (made for the CPU; any
+device runs it that has no kernel of its own), a fake kernel (shapes for `torch.compile`) and an autograd
 formula. Nothing here knows modules, gates or Tutel.
 """
 

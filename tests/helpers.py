@@ -1,4 +1,4 @@
-"""What the comparisons with `oracle` share: errors, random layers with a safe margin, and the oracle's view of a layer."""
+"""What comparisons with `oracle` share: errors, random layers with a safe margin, the oracle's view of a layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FP32, FP64, HALF = 1e-6, 1e-13, 4e-3  # relative RMS against float64
 MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (DESIGN.md section 3)
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 LLAMA = ("W_fc1", "W_fc2", "W_fc3")
+TERMS = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")  # of a top-any gate
 
 
 def relative_rms(actual: Tensor | float, expected: Tensor | float, scale: float = 0.0) -> float:
@@ -86,7 +88,8 @@ def make_case(
     **options: Any,
 ) -> Case:
     """A top-any layer of E slots. `G` is a value or a range; `temperature` the gate's, None for none; `options` go to
-    the layer. The first token points along the sum of all active routing vectors. Asserts the margin of every decision.
+    the layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: where
+    there are few, they pass all thresholds, and no positive one. Asserts the margin of every decision.
     """
     from dynmoe_tutel import moe
 
@@ -116,8 +119,9 @@ def make_case(
             parameter.normal_(0, (1 / D) ** 0.5, generator=generator)
     layer.to(dtype)
     x_TD = torch.randn(T, D, generator=generator)
-    if T:
+    if T > 1:
         x_TD[0] = F.normalize(gate.sim_matrix.detach().float(), dim=0)[:, active].sum(dim=1)
+        x_TD[1] = 0.1 * x_TD[1] - 0.5 * x_TD[0]
     dy_TO = torch.randn(T, output_dim or D, generator=generator)
     case = Case(
         layer,
@@ -133,7 +137,7 @@ def make_case(
 
 def oracle_gate(gate: nn.Module) -> oracle.Gate:
     """The oracle's view of a top-any gate as it is now."""
-    temperature = None if gate.temperature is None else float(gate.temperature)
+    temperature = None if gate.temperature is None else gate.temperature.item()
     tensors = (gate.sim_matrix.detach().double().clone(), gate.gates.detach().double().clone())
     return oracle.Gate(*tensors, gate.experts_mask.nonzero().flatten().tolist(), temperature)
 
@@ -164,14 +168,23 @@ def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
 
 
-def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], gate: oracle.Gate, tolerance: float) -> None:
-    """Every gradient is within `tolerance`; that of the temperature against the two parts that it is the sum of,
-    through the scores and through the thresholds (tau * dL/dtau of the latter is sum_e G_e * dL/dG_e)."""
+def assert_gradients(
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    gate: oracle.Gate,
+    tolerance: float,
+    few: float | None = None,
+) -> None:
+    """Every gradient is within `tolerance`; within `few`, if given, those of thresholds and temperature, whose few
+    numbers give a wide spread. The temperature's counts against the two parts that it is the sum of, through scores
+    and through thresholds (the latter is sum_e G_e * dL/dG_e)."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        scale = 0.0
-        if name.endswith("temperature") and 0.0 < expected[name].abs():
+        scale, allowed = 0.0, tolerance
+        if name.endswith(("gates.0.gates", "temperature")):
+            allowed = few or tolerance
+        if name.endswith("temperature") and expected[name].any():
             by_thresholds_E = gate.G_E * expected["gates.0.gates"]
             scale = float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs())
         error = relative_rms(value, expected[name], scale)
-        assert error < tolerance, f"the gradient of {name} is off by {error:.1e}, allowed is {tolerance:.0e}"
+        assert error < allowed, f"the gradient of {name} is off by {error:.1e}, allowed is {allowed:.0e}"

@@ -1,4 +1,4 @@
-"""The specification checked against itself: written-out gradients by finite differences, the rest by hand-made cases."""
+"""The specification checked: its written-out gradients by finite differences, the rest by cases done by hand."""
 
 from __future__ import annotations
 
@@ -145,9 +145,8 @@ class TestGradients:
 class TestByHand:
     """Three axes in the plane at 0, 90 and 180 degrees; tokens at given angles."""
 
-    gate = oracle.Gate(
-        torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]], dtype=torch.float64), torch.tensor([0.5, 0.5, 0.5]).double(), [0, 1, 2]
-    )  # cosine 0.5: within 60 degrees
+    w_DE = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]], dtype=torch.float64)
+    gate = oracle.Gate(w_DE, torch.full((3,), 0.5).double(), [0, 1, 2])  # cosine over 0.5: within 60 degrees
 
     @staticmethod
     def tokens(*degrees: float) -> Tensor:

@@ -21,9 +21,8 @@ Lines = Sequence[Mapping[str, Any]]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-BIRTH, DEATH = "#009E73", "#D55E00"
 DPI = 150
-PANEL = (4.6, 3.3)
+PANEL = (4.6, 3.5)
 
 
 def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
@@ -43,7 +42,8 @@ def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
                 axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.13)
         axes.set(title=title, xlabel="training step", ylim=(0, 100))
     inside.set_ylabel("accuracy, %")
-    outside.legend(loc="lower right", title="row (line: mean, band: range)")
+    note = "line: mean of the seeds, band: their range"
+    figure.legend(*inside.get_legend_handles_labels(), loc="outside lower center", ncols=len(rows), title=note)
     return _png(figure)
 
 
@@ -54,7 +54,7 @@ def experts(metrics: Lines, events: Lines, row: str, slots: int) -> bytes:
     for axes, layer in zip(panels, layers, strict=True):
         for position, seed in enumerate(seeds):
             # Lines of equal height would hide each other: seeds are shifted a little.
-            shift = 0.09 * (position - (len(seeds) - 1) / 2)
+            shift = 0.16 * (position - (len(seeds) - 1) / 2)
             steps, alive, births, deaths = _life(metrics, events, row, layer, seed)
             axes.plot(
                 steps,
@@ -65,25 +65,27 @@ def experts(metrics: Lines, events: Lines, row: str, slots: int) -> bytes:
                 lw=1.8,
                 label=f"seed {seed}",
             )
-            for marks, colour, marker, label in ((births, BIRTH, "^", "grown"), (deaths, DEATH, "v", "pruned")):
+            for marks, colour, marker, label in ((births, "black", "^", "grown"), (deaths, "white", "v", "pruned")):
                 axes.scatter(
                     [step for step, _ in marks],
                     [n + shift for _, n in marks],
                     marker=marker,
-                    s=58,
-                    color=colour,
-                    edgecolor="white",
-                    linewidth=0.8,
+                    s=36,
+                    facecolor=colour,
+                    edgecolor="black",
+                    linewidth=1,
                     zorder=3,
-                    label=label if position == 0 else None,
+                    label=label if position == len(seeds) - 1 else None,
                 )
         axes.axhline(slots, color="0.45", lw=1, ls=(0, (2, 3)))
         axes.annotate(f"{slots} slots", (0.01, slots), (0, 3), xycoords=("axes fraction", "data"), color="0.35",
                       textcoords="offset points", fontsize=9)  # fmt: skip
         axes.set(title=f"{row}: {layer}", xlabel="training step", ylim=(0, slots + 0.9))
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        if slots <= 16:
+            axes.set_yticks(range(slots + 1))
     panels[0].set_ylabel("active experts")
-    panels[-1].legend(loc="lower right", ncols=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return _png(figure)
 
 
@@ -109,12 +111,11 @@ def k_histogram(metrics: Lines, row: str) -> bytes:
                 linewidth=0,
                 label=f"{label}, mean k {k:.2f}",
             )
-        axes.set(title=f"{row}: {layer}", xlabel="experts that passed their threshold, k")
+        axes.set(title=f"{row}: {layer}", xlabel="k, experts that passed (0: the best one is used)")
         axes.set_xticks(range(len(mean)))
         axes.legend(loc="upper right")
     panels[0].set_ylabel("share of tokens, %")
-    note = "at k = 0 the best expert is used"
-    panels[0].annotate(note, (0.0, -0.22), xycoords="axes fraction", fontsize=9, color="0.35", annotation_clip=False)
+    panels[0].set_ylim(0, 1.3 * panels[0].get_ylim()[1])  # room for the legend
     return _png(figure)
 
 

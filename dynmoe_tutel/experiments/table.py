@@ -74,8 +74,8 @@ HEADER = (
     "mean\nk",
     "experts\nat start",
     "experts\nat end",
-    "active\nparameters",
-    "all",
+    "active\nparams",
+    "total\nparams",
     "ms a\nstep",
 )
 
@@ -146,11 +146,8 @@ def verdict(summaries: Sequence[RowSummary]) -> str:
 
 def markdown(summaries: Sequence[RowSummary], steps: int) -> str:
     """The table and the verdict as Markdown."""
-    lines = [
-        [title.replace("\n", " ") for title in HEADER],
-        ["---", *["---:"] * (len(HEADER) - 1)],
-        *[row.cells() for row in summaries],
-    ]
+    titles = [title.replace("\n", " ") for title in HEADER]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *[row.cells() for row in summaries]]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{_title(summaries, steps)}.\n\n{body}\n\n{verdict(summaries)}\n"
 
@@ -166,9 +163,9 @@ def rich_table(summaries: Sequence[RowSummary], steps: int) -> Table:
     from rich.table import Table
 
     best = max(summaries, key=lambda row: row.out_accuracy.mean)
-    table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom")
+        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom", no_wrap=True)
     for row in summaries:
         table.add_row(*row.cells(), style="bold" if row is best else None)
     return table

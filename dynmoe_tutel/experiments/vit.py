@@ -94,7 +94,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = seeded(seed, 0, lambda: nn.Linear(config.patch**2, config.dim))
-        self.position = nn.Parameter(seeded(seed, 1, lambda: 0.5 * torch.randn(config.tokens, config.dim)))
+        self.position = nn.Parameter(seeded(seed, 1, lambda: 0.1 * torch.randn(config.tokens, config.dim)))
         self.head = seeded(seed, 2, lambda: nn.Linear(config.dim, config.classes))
         self.norm = nn.LayerNorm(config.dim)
         blocks = []

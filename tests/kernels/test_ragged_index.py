@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index, unpack_bits
 
 EXPERTS = (1, 2, 63, 64, 65, 128, 200, 512)
 TOKENS = (0, 1, 7, 33)
@@ -82,6 +81,10 @@ class TestBits:
         wide = assignment(14, 260, 0.4)
         for view in (wide[::2, ::2], wide.t(), wide[:, 3:133], wide[:1].expand(9, 260)):
             assert torch.equal(pack_bits(view), pack_bits(view.contiguous()))
+        long = assignment(1, 3 * 64 + 5, 0.5)[0]
+        for start in range(6):  # contiguous, at any offset of its storage
+            view = long[start : start + 128].view(2, 64)
+            assert torch.equal(pack_bits(view), pack_bits(view.clone()))
         bits = pack_bits(wide)
         for view in (bits[::3], bits.t().contiguous().t()):
             assert torch.equal(unpack_bits(view, 260), unpack_bits(view.contiguous(), 260))

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
 from dynmoe_tutel.kernels import combine, dispatch, pack_bits, ragged_index, row_gates, rows
+from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)

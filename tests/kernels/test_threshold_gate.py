@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(7, 97, 65), (64, 16, 4), (1, 1, 1), (33, 47, 512), (5, 8, 64), (0, 8, 3), (9, 300, 130)]
@@ -41,16 +40,15 @@ def gate_inputs(T: int, D: int, E: int, dtype: torch.dtype = torch.float32) -> t
 
 def naive_decision(cos_TE: Tensor, threshold_E: Tensor, active_E: Tensor, fallback: bool) -> tuple[Tensor, Tensor]:
     """Assignment [T, E] and unrouted flags [T], token by token."""
-    assigned_TE = torch.zeros(cos_TE.shape, dtype=torch.bool)
-    unrouted_T = torch.zeros(cos_TE.shape[0], dtype=torch.bool)
-    for t in range(cos_TE.shape[0]):
-        for e in range(cos_TE.shape[1]):
-            assigned_TE[t, e] = bool(active_E[e]) and bool(cos_TE[t, e] > threshold_E[e])
-        unrouted_T[t] = not assigned_TE[t].any()
-        if fallback and unrouted_T[t]:
-            best = max((e for e in range(cos_TE.shape[1]) if active_E[e]), key=lambda e: float(cos_TE[t, e]))
-            assigned_TE[t, best] = True
-    return assigned_TE, unrouted_T
+    (T, E), limits, active = cos_TE.shape, threshold_E.double().tolist(), active_E.tolist()
+    assigned, unrouted = [], []
+    for cosines in cos_TE.tolist():
+        row = [active[e] and cosines[e] > limits[e] for e in range(E)]
+        unrouted.append(not any(row))
+        if fallback and unrouted[-1]:
+            row[max((e for e in range(E) if active[e]), key=cosines.__getitem__)] = True
+        assigned.append(row)
+    return torch.tensor(assigned, dtype=torch.bool).view(T, E), torch.tensor(unrouted, dtype=torch.bool)
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
@@ -110,9 +108,7 @@ class TestForward:
         """cos = G = 0 for a token at right angles, cos = G = 1 for a parallel one."""
         x_TD = torch.eye(4)[:1]
         w_DE = torch.eye(4)[:, :1] if threshold == 1 else torch.eye(4)[:, 1:2]
-        _, bits, unrouted_T, _ = threshold_gate(
-            x_TD, w_DE, torch.tensor([threshold]), torch.ones(1).bool(), ONE, False
-        )
+        _, bits, unrouted_T, _ = threshold_gate(x_TD, w_DE, torch.tensor([threshold]), torch.ones(1).bool(), ONE, False)
         assert unpack_bits(bits, 1).sum() == passes
         assert unrouted_T.tolist() == [passes == 0]
 

@@ -1,0 +1,7 @@
+"""One thread a test process: `make test` runs as many processes as there are cores, and OpenMP threads spin."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes that tests start

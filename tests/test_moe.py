@@ -1,0 +1,904 @@
+"""The surface of a layer: shapes, modes, copies, capacity, the functional form, and what is said of bad input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynmoe_tutel import MoELayer, Routing, moe, options
+
+D, H, E, START = 16, 24, 6, 4
+KINDS: dict[str, Any] = {
+    "top_any": {"type": "top_any", "max_expert_num": E},
+    "gated_multi_gate": {"type": "gated_multi_gate", "max_expert_num": E},
+    "gated_multi_gate_t": {"type": "gated_multi_gate_t", "max_expert_num": E},
+    "top": {"type": "top", "k": 2},
+    "cosine_top": {"type": "cosine_top", "k": 2, "proj_dim": 8},
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "ffn": {"type": "ffn", "activation_fn": F.gelu},
+    "lambda": {"type": "ffn", "activation_fn": lambda h: F.gelu(h)},
+    "llama": {"type": "llama_ffn"},
+}
+
+
+def layer_with(gate: Any = "top_any", experts: str = "ffn", **given: Any) -> Any:
+    """A layer of 4 experts in up to 6 slots; thresholds differ, so that k does."""
+    config = {**EXPERTS[experts], "num_experts_per_device": START, "hidden_size_per_expert": H}
+    layer = moe.moe_layer(KINDS.get(gate, gate) if isinstance(gate, str) else gate, D, config, seeds=(1, 2), **given)
+    for one in layer.gates:
+        if one.adaptive:
+            with torch.no_grad():
+                one.gates.copy_(torch.linspace(-0.2, 0.3, one.slots))
+    return layer
+
+
+def tokens(T: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(layer: Any, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> list[Tensor]:
+    """Of x and of every parameter, for a loss of output and l_aux."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    if run is None:
+        y = layer(x)
+        l_aux = y.l_aux
+    else:
+        y, l_aux = run(x)
+    (y.float().square().sum() + l_aux).backward()
+    found = [x.grad, *(p.grad for p in layer.parameters())]
+    assert all(grad is not None for grad in found)
+    return [grad.clone() for grad in found]  # type: ignore[union-attr]
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the package warns of, from here on, as if it had not warned before."""
+    monkeypatch.setattr(options, "_warned", set())
+    caplog.set_level(logging.WARNING, "dynmoe_tutel")
+    return caplog
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class TestForward:
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("shape", [(40, D), (4, 10, D), (2, 2, 2, 5, D), (1, D), (0, D), (3, 0, D)])
+    def test_leading_dimensions(self, shape: tuple[int, ...], kind: str) -> None:
+        layer, x = layer_with(kind), tokens(math.prod(shape[:-1])).view(shape)
+        y = layer(x)
+        assert y.shape == x.shape
+        assert torch.equal(y.view(-1, D), layer(x.view(-1, D)))
+        assert y.l_aux.shape == layer.l_aux.shape == ()
+        assert y.l_aux is layer.l_aux
+        assert y.l_aux.dtype == torch.float32
+        assert y.l_aux.isfinite()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_output_has_the_dtype_of_the_input(self, kind: str, dtype: torch.dtype) -> None:
+        for layer in (layer_with(kind), layer_with(kind).to(dtype)):
+            y = layer(tokens(dtype=dtype))
+            assert y.dtype == dtype
+            assert y.l_aux.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    def test_a_layer_of_half_precision(self, experts: str, dtype: torch.dtype) -> None:
+        layer = layer_with("gated_multi_gate_t", experts).to(dtype)
+        exact = copy.deepcopy(layer).double()
+        x = tokens(dtype=dtype)
+        assert torch.equal(layer.route(x).assigned, exact.route(x.double()).assigned)
+        assert relative(layer(x), exact(x.double())) < 1e-2
+        for half, double in zip(gradients(layer, x), gradients(exact, x.double()), strict=True):
+            assert half.dtype == dtype
+            if double.abs().max() > 1e-8:
+                assert relative(half, double) < 0.1
+
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    def test_inputs_of_any_strides(self, experts: str) -> None:
+        layer, wide = layer_with(experts=experts), torch.randn(2 * D, 60)
+        for x in (wide.t()[:, ::2], torch.randn(80, D)[::2], torch.randn(1, D).expand(7, D), torch.randn(D, 4, 5).T):
+            assert not x.is_contiguous() or x.stride(0) == 0
+            assert torch.equal(layer(x), layer(x.contiguous()))
+
+    def test_reserve_dims(self) -> None:
+        layer, x = layer_with(), tokens()
+        y = layer(x.view(4, 10, 2, D // 2), reserve_dims=2)
+        assert y.shape == (4, 10, 2, D // 2)
+        assert torch.equal(y.view(-1, D), layer(x))
+
+    def test_result_func(self) -> None:
+        layer = layer_with(result_func=lambda y: (y, y.l_aux))
+        y, l_aux = layer(tokens())
+        assert torch.equal(y, layer_with()(tokens()))
+        assert l_aux is layer.l_aux
+
+    def test_skip_moe_is_the_identity(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SKIP_MOE", "1")
+        layer, x = layer_with(), tokens()
+        y = layer(x)
+        assert torch.equal(y, x)
+        assert y.l_aux is None
+        assert layer_with(result_func=lambda y: (y, y.l_aux))(x)[1] is None
+        monkeypatch.setenv("SKIP_MOE", "0")
+        assert not torch.equal(layer_with()(x), x)
+
+    def test_skip_moe_leaves_the_callers_tensor_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SKIP_MOE", "1")
+        x = tokens()
+        layer_with()(x)
+        assert not hasattr(x, "l_aux")
+
+    def test_counts_by_upstreams_names(self) -> None:
+        layer = layer_with()
+        counts = (layer.num_global_experts, layer.max_num_global_experts, layer.num_local_experts)
+        assert counts == (START, E, START)
+        assert (layer.max_num_local_experts, layer.world_size, layer.sharded_count) == (E, 1, 1)
+        assert moe.moe_layer is moe.MOELayer is MoELayer
+        assert MoELayer.global_expert_count(3) == 3
+        assert f"{START} of {E}" in repr(layer)
+
+    def test_arguments_of_tutel_scripts_are_taken(self) -> None:
+        layer = layer_with(
+            a2a_ffn_overlap_degree=2,
+            batch_prioritized_routing=True,
+            parallel_type="data",
+            use_2dh=True,
+            scan_expert_func=lambda name, parameter: None,
+        )
+        plain = layer_with()
+        x = tokens()
+        y = layer(x, 0, None, None, 1, 1, True, 1)
+        assert torch.equal(y, plain(x))
+
+    def test_state_dict_keys(self) -> None:
+        ffn = {"batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias"}
+        counts = {"_num_global_experts", "_max_num_global_experts"}
+        expected = {"sim_matrix", "gates", "experts_mask"}
+        assert set(layer_with().state_dict()) == counts | {f"gates.0.{k}" for k in expected} | {
+            f"experts.{k}" for k in ffn
+        }
+        assert "gates.0.temperature" in layer_with("gated_multi_gate_t").state_dict()
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_two_runs_are_bitwise_equal(self, kind: str) -> None:
+        layer, x = layer_with(kind), tokens(300)
+        assert torch.equal(layer(x), layer(x))
+        for first, second in zip(gradients(layer, x), gradients(layer, x), strict=True):
+            assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_a_token_gets_the_same_alone_in_a_batch_and_in_any_order(
+        self, kind: str, experts: str, train: bool
+    ) -> None:
+        """Regression for upstream.md D4: eval output depended on whether a batch mate activated two experts."""
+        layer, x = layer_with(kind, experts).train(train), tokens()
+        y = layer(x)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+        for some in (order, order[:13], *(order[i : i + 1] for i in range(8))):
+            own = layer(x[some])
+            zero = (y[some] == 0).all(1)
+            assert torch.equal((own == 0).all(1), zero)
+            assert ((own - y[some]).norm(dim=1) <= 1e-6 * y[some].norm(dim=1)).all()
+
+
+class TestModes:
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_no_grad_and_inference_mode(self, kind: str, train: bool) -> None:
+        layer, x = layer_with(kind).train(train), tokens()
+        y = layer(x)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                silent = layer(x)
+            assert torch.equal(silent, y)
+            assert not silent.requires_grad
+            assert not silent.l_aux.requires_grad
+            assert torch.equal(silent.l_aux, y.l_aux)
+        assert y.requires_grad
+
+    def test_recording_in_inference_mode_and_after_it(self) -> None:
+        layer, x = layer_with(), tokens()
+        layer.begin_record_routing(record_eval=True)
+        with torch.inference_mode():
+            layer(x)
+        layer(x)
+        assert int(layer.record.tokens) == 80
+        assert torch.equal(layer.record.counts, 2 * layer.route(x).counts)
+
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("capacity", ["exact", 1.0])
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_every_parameter_gets_a_gradient(self, kind: str, experts: str, capacity: Any, train: bool) -> None:
+        """Regression: data-parallel training hangs or fails where a rank has none; zeros where nothing was used."""
+        layer = layer_with(kind, experts, capacity=capacity).train(train)
+        everything = dict(layer.named_parameters())
+        for x in (tokens(), tokens(1), tokens(0), torch.zeros(3, D)):
+            layer.zero_grad()
+            layer(x).sum().backward()
+            missing = [name for name, p in everything.items() if p.grad is None]
+            assert not missing, f"{missing} of {list(x.shape)}"
+            assert all(p.grad.isfinite().all() for p in everything.values())
+
+    def test_every_parameter_gets_a_gradient_without_a_routed_token(self) -> None:
+        layer = layer_with("gated_multi_gate_t")
+        with torch.no_grad():
+            layer.gates[0].gates.fill_(2.0)
+        y = layer(tokens())
+        assert (y == 0).all()
+        y.sum().backward()
+        assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
+
+    def test_frozen_parameters(self) -> None:
+        layer, x = layer_with(), tokens()
+        expected = dict(zip(["x", *(n for n, _ in layer.named_parameters())], gradients(layer, x), strict=True))
+        for part in ("experts", "gates"):
+            layer.requires_grad_(True).zero_grad()
+            getattr(layer, part).requires_grad_(False)
+            y = layer(x)
+            (y.square().sum() + y.l_aux).backward()
+            for name, p in layer.named_parameters():
+                assert (p.grad is None) == name.startswith(part)
+                assert p.grad is None or torch.equal(p.grad, expected[name])
+        layer.requires_grad_(False)
+        x.requires_grad_()
+        layer(x).square().sum().backward()
+        assert x.grad is not None
+        assert relative(x.grad, expected["x"]) < 1e-5
+
+    def test_gradients_accumulate(self) -> None:
+        layer, x = layer_with(), tokens()
+        once = gradients(layer, x)
+        y = layer(x)
+        (y.square().sum() + y.l_aux).backward()
+        for p, grad in zip(layer.parameters(), once[1:], strict=True):
+            assert torch.equal(p.grad, 2 * grad)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_gate_stays_fp32(self, dtype: torch.dtype, kind: str, train: bool) -> None:
+        layer, x = layer_with(kind).train(train), tokens(400)
+        plain = layer.route(x)
+        layer.begin_record_routing(record_eval=True)
+        layer(x)
+        counts = layer.record.counts.clone()
+        l_aux = layer.l_aux
+        layer.begin_record_routing(record_eval=True)
+        with torch.autocast("cpu", dtype):
+            automatic = layer.route(x)
+            y = layer(x)
+        assert torch.equal(plain.scores, automatic.scores)
+        assert torch.equal(plain.bits, automatic.bits)
+        assert torch.equal(layer.record.counts, counts)
+        assert torch.equal(y.l_aux, l_aux)
+        assert y.dtype == torch.float32
+
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    def test_experts_compute_in_the_dtype_of_autocast(self, experts: str) -> None:
+        layer, x = layer_with(experts=experts), tokens()
+        exact, half = layer(x), copy.deepcopy(layer)
+        half.experts.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert 1e-4 < relative(y, exact) < 1e-2
+        assert relative(y, half(x)) < 3e-3  # the same but for where the rows are rounded
+        with torch.autocast("cpu", torch.bfloat16):
+            double = copy.deepcopy(layer).double()
+            assert relative(double(x.double()), exact) < 1e-5
+
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_backward_inside_the_context_equals_that_outside(self, kind: str, experts: str) -> None:
+        """torch advises against it, many scripts do it: no crash, and the gate's gradient stays fp32."""
+        layer, found = layer_with(kind, experts), []
+        for inside in (False, True):
+            layer.zero_grad()
+            x = tokens().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+                loss = y.square().sum() + y.l_aux
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+            found.append([x.grad, *(p.grad for p in layer.parameters())])
+        for outside, within in zip(*found, strict=True):
+            if kind in ("top", "cosine_top") or experts == "lambda":  # parts are torch's own operations
+                assert float((within - outside).norm()) <= 2e-2 * float(outside.norm()) + 1e-6
+            else:
+                assert torch.equal(within, outside)
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("capacity", ["exact", 0.7])
+    def test_same_gradients_and_recorded_once(self, capacity: Any, kind: str, experts: str, reentrant: bool) -> None:
+        layer, x = layer_with(kind, experts, capacity=capacity), tokens()
+        layer.begin_record_routing()
+        expected = gradients(layer, x)
+        record, dropped = layer.record.state_dict(), int(layer.dropped_assignments)
+        layer.reset_record_routing()
+        layer.dropped_assignments = torch.tensor(0)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            def inner(x: Tensor) -> tuple[Tensor, Tensor]:
+                y = layer(x)
+                return y, y.l_aux
+
+            return checkpoint(inner, x, use_reentrant=reentrant)  # type: ignore[return-value]
+
+        for grad, reference in zip(gradients(layer, x, run), expected, strict=True):
+            assert torch.equal(grad, reference)
+        assert all(
+            torch.equal(torch.as_tensor(layer.record.state_dict()[k]), torch.as_tensor(record[k])) for k in record
+        )
+        assert int(layer.dropped_assignments) == dropped
+
+    def test_noise_of_the_recompute_is_that_of_the_forward(self) -> None:
+        layer, x = layer_with({"type": "top", "k": 2, "gate_noise": 4.0}), tokens()
+        torch.manual_seed(0)
+        expected = gradients(layer, x)
+        torch.manual_seed(0)
+        found = gradients(layer, x, lambda x: checkpoint(lambda x: (layer(x), layer.l_aux), x, use_reentrant=False))
+        for grad, reference in zip(found, expected, strict=True):
+            assert torch.equal(grad, reference)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+    def test_a_copy_after_a_backward_and_in_a_record_window(self, how: str, kind: str) -> None:
+        layer, x = layer_with(kind), tokens()
+        layer.begin_record_routing()
+        y = layer(x)
+        (y.sum() + y.l_aux).backward()
+        copied = copies(layer, how)
+        assert copied.l_aux is None
+        assert copied.aux_terms == {}
+        assert layer.l_aux is not None
+        assert copied.record_routing
+        assert torch.equal(copied.record.counts, layer.record.counts)
+        for grad, reference in zip(gradients(copied, x), gradients(layer, x), strict=True):
+            assert torch.equal(grad, reference)
+        before = layer.record.counts.clone()
+        with torch.no_grad():
+            for p in copied.parameters():
+                p.zero_()
+        copied(x)
+        assert torch.equal(layer.record.counts, before)
+        assert not torch.equal(layer(x), copied(x))
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_state_dict_round_trip(self, kind: str) -> None:
+        layer, x = layer_with(kind), tokens()
+        if layer.gates[0].adaptive:
+            layer.gates[0].activate(5, torch.randn(D))
+            layer.gates[0].deactivate(1)
+        other = moe.moe_layer(KINDS[kind], D, {"num_experts_per_device": 4, "hidden_size_per_expert": H})
+        other.experts.activation, other.experts.activation_fn = layer.experts.activation, layer.experts.activation_fn
+        buffer = io.BytesIO()
+        torch.save(layer.state_dict(), buffer)
+        buffer.seek(0)
+        assert str(other.load_state_dict(torch.load(buffer, weights_only=True))) == "<All keys matched successfully>"
+        for mode in (True, False):
+            assert torch.equal(layer.train(mode)(x), other.train(mode)(x))
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_to_a_dtype_and_back(self, kind: str) -> None:
+        layer, x = layer_with(kind), tokens()
+        y = layer(x)
+        layer.double()
+        assert relative(layer(x.double()), y) < 1e-6
+        assert layer._num_global_experts.dtype == torch.int64
+        assert torch.equal(layer.float()(x), y)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_construction_under_another_default_dtype(self, kind: str, dtype: torch.dtype) -> None:
+        """As model loaders do: torch.set_default_dtype(bfloat16) around the constructors."""
+        torch.set_default_dtype(dtype)
+        try:
+            layer = layer_with(kind)
+            x = torch.randn(5, D)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert layer(x).isfinite().all()
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("assign", [True, False])
+    def test_built_on_the_meta_device(self, assign: bool, kind: str) -> None:
+        layer, x = layer_with(kind), tokens()
+        with torch.device("meta"):
+            empty = moe.moe_layer(
+                KINDS[kind], D, {**EXPERTS["ffn"], "num_experts_per_device": START, "hidden_size_per_expert": H}
+            )
+        assert all(t.is_meta for t in empty.state_dict().values())
+        if not assign:
+            empty = empty.to_empty(device="cpu")
+        empty.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(empty(x), layer(x))
+        empty.begin_record_routing()
+        empty(x)
+        assert int(empty.record.tokens) == 40
+
+    def test_a_layer_on_the_meta_device_can_be_printed(self) -> None:
+        with torch.device("meta"):
+            layer = moe.moe_layer("top_any", D, {"num_experts_per_device": START, "hidden_size_per_expert": H})
+        assert "MoELayer" in repr(nn.Sequential(layer))
+
+
+def copies(layer: Any, how: str) -> Any:
+    if how == "deepcopy":
+        return copy.deepcopy(layer)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(layer_without_functions(layer)))
+    buffer = io.BytesIO()
+    torch.save(layer_without_functions(layer), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def layer_without_functions(layer: Any) -> Any:
+    assert layer.experts.activation == "gelu"
+    return layer
+
+
+class TestCapacity:
+    @pytest.mark.parametrize("experts", list(EXPERTS))
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("capacity", ["full", 6.0, float(E)])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_spare_rows_change_nothing(
+        self, train: bool, capacity: Any, kind: str, experts: str, poisoned: None
+    ) -> None:
+        x = tokens()
+        exact, padded = (layer_with(kind, experts, capacity=c).train(train) for c in ("exact", capacity))
+        slots = exact.max_num_global_experts
+        rows = padded.route(x).token_of_row
+        assert rows.shape[0] == 40 * (slots if capacity == "full" else int(capacity))
+        assert torch.equal(padded(x), exact(x))
+        assert torch.equal(padded.l_aux, exact.l_aux)
+        for grad, reference in zip(gradients(padded, x), gradients(exact, x), strict=True):
+            assert torch.equal(grad, reference)
+        assert int(padded.dropped_assignments) == 0
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("capacity", [0.01, 0.5, 1, 1.3])
+    def test_overflow_drops_the_smallest_margins(
+        self, capacity: float, kind: str, poisoned: None, warnings: pytest.LogCaptureFixture
+    ) -> None:
+        x = tokens()
+        exact, bounded = layer_with(kind), layer_with(kind, capacity=capacity)
+        all_of, kept = exact.route(x), bounded.route(x)
+        rows = math.ceil(capacity * 40)
+        A = int(all_of.num_assignments)
+        assert kept.token_of_row.shape == (rows,)
+        assert int(kept.num_assignments) == min(rows, A)
+        margin_TE = all_of.scores if all_of.thresholds is None else all_of.scores - all_of.thresholds
+        dropped_TE = all_of.assigned & ~kept.assigned
+        assert not (kept.assigned & ~all_of.assigned).any()
+        if dropped_TE.any():
+            assert margin_TE[dropped_TE].max() <= margin_TE[kept.assigned].min()
+        y = bounded(x)
+        assert y.isfinite().all()
+        assert (y[kept.k_per_token == 0] == 0).all()
+        reference = layer_of(exact, kept)(x)
+        assert relative(y, reference) < 1e-6
+        assert all(g.isfinite().all() for g in gradients(bounded, x))
+        assert int(bounded.dropped_assignments) == 2 * (A - int(kept.num_assignments))
+
+    def test_dropping_is_said_once_and_counted(self, warnings: pytest.LogCaptureFixture) -> None:
+        layer = layer_with(capacity=0.5)
+        total = 0
+        for seed in range(5):
+            x = tokens(seed=seed)
+            layer(x)
+            total += int(layer_with().route(x).num_assignments) - 20
+        assert int(layer.dropped_assignments) == total
+        assert ["capacity = 0.5" in r.getMessage() for r in warnings.records] == [True]
+
+    def test_the_bound_is_the_same_bits_twice(self) -> None:
+        layer, x = layer_with("top", capacity=0.6), tokens().repeat(5, 1)  # equal margins
+        first, second = layer.route(x), layer.route(x)
+        assert torch.equal(first.bits, second.bits)
+
+    def test_dropped_assignments_are_not_recorded_as_unrouted(self) -> None:
+        layer = layer_with(capacity=0.05)
+        x = tokens()
+        layer.begin_record_routing()
+        layer(x)
+        lost_T = layer_with().route(x).unrouted
+        assert int(layer.record.unrouted_tokens) == int(lost_T.sum())
+        assert torch.allclose(layer.record.unrouted_sum, x[lost_T].sum(0), atol=1e-5)
+
+
+def layer_of(layer: Any, routing: Routing) -> Any:
+    """The experts of `layer` under a routing, densely."""
+
+    def forward(x: Tensor) -> Tensor:
+        assigned = routing.assigned.float()
+        share = assigned / assigned.sum(1, keepdim=True).clamp(min=1)
+        if routing.weights is not None:
+            share = routing.weights * assigned
+        p = layer.experts
+        h = F.gelu(torch.einsum("td,ehd->teh", x, p.batched_fc1_w) + p.batched_fc1_bias)
+        rows = torch.einsum("teh,eho->teo", h, p.batched_fc2_w) + p.batched_fc2_bias
+        return torch.einsum("te,teo->to", share, rows)
+
+    return forward
+
+
+class TestFunctions:
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("kind", ["top_any", "gated_multi_gate_t"])
+    @pytest.mark.parametrize("combine_gradient", ["mean", "normalized"])
+    def test_the_parts_make_the_layer(self, combine_gradient: str, kind: str, train: bool) -> None:
+        layer = layer_with(kind, combine_gradient=combine_gradient, aux_losses={}).train(train)
+        gate, experts = layer.gates[0], layer.experts
+        expected = gradients(layer, tokens())
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            routing = moe.top_any_routing(
+                x, gate.sim_matrix, gate.gates, gate.experts_mask, scale=gate.scale(), fallback=not train
+            )
+            rows = moe.fast_encode(x, routing)
+            parts = []
+            for e in range(E):
+                own = rows[routing.expert_offsets[e] : routing.expert_offsets[e + 1]]
+                h = F.gelu(own @ experts.batched_fc1_w[e].t() + experts.batched_fc1_bias[e])
+                parts.append(h @ experts.batched_fc2_w[e] + experts.batched_fc2_bias[e])
+            return moe.fast_decode(torch.cat(parts), routing, combine_gradient), torch.zeros(())
+
+        for grad, reference in zip(gradients(layer, tokens(), run), expected, strict=True):
+            assert float((grad - reference).norm()) <= 2e-6 * float(reference.norm()) + 1e-7
+
+    def test_by_default_all_slots_are_active(self) -> None:
+        x, w = tokens(), torch.randn(D, 3)
+        routing = moe.top_any_routing(x, w, torch.zeros(3))
+        assert torch.equal(routing.assigned, F.normalize(x) @ F.normalize(w, dim=0) > 0)
+        masked = moe.top_any_routing(x, w, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))
+        assert torch.equal(masked.counts, routing.counts * torch.tensor([1, 0, 1]))
+
+    def test_capacity(self) -> None:
+        routing = moe.top_any_routing(tokens(), torch.randn(D, 3), torch.full((3,), -2.0), capacity=1.5)
+        assert int(routing.num_assignments) == 60
+        assert int(routing.dropped) == 60
+
+    @pytest.mark.parametrize(
+        ("call", "said"),
+        [
+            (lambda x, w, g: moe.top_any_routing(x[0], w, g), ["x", "[16]"]),
+            (lambda x, w, g: moe.top_any_routing(x[:, 1:], w, g), ["x", "[40, 15]"]),
+            (lambda x, w, g: moe.top_any_routing(x, w[0], g), ["sim_matrix"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g[:2]), ["gates", "[2]"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, g[:2]), ["experts_mask", "[2]"]),
+            (lambda x, w, g: moe.top_any_routing(x.long(), w, g), ["x", "int64"]),
+            (lambda x, w, g: moe.top_any_routing([1.0], w, g), ["x"]),
+            (lambda x, w, g: moe.top_any_routing(x, w.to("meta"), g), ["sim_matrix", "meta"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g.to("meta")), ["gates", "meta"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, capacity="fool"), ["capacity", "'fool'"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, capacity=-1.0), ["capacity", "-1.0"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, capacity=math.nan), ["capacity", "nan"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, scale="1"), ["scale", "'1'"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, scale=0.0), ["scale", "0.0"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, scale=-1.0), ["scale", "-1.0"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, scale=torch.ones(3)), ["scale", "[3]"]),
+            (lambda x, w, g: moe.top_any_routing(x, w, g, torch.zeros(3), fallback=True), ["experts_mask"]),
+        ],
+    )
+    def test_bad_arguments_of_top_any_routing(self, call: Callable[..., Any], said: list[str]) -> None:
+        with pytest.raises(ValueError) as error:
+            call(tokens(), torch.randn(D, 3), torch.zeros(3))
+        for word in said:
+            assert word in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("call", "said"),
+        [
+            (lambda r: moe.fast_encode(torch.randn(3, D), r), ["[3, 16]", "40"]),
+            (lambda r: moe.fast_encode(torch.randn(50, D), r), ["[50, 16]", "40"]),
+            (lambda r: moe.fast_encode(torch.randn(40), r), ["[40]"]),
+            (lambda r: moe.fast_decode(torch.randn(1, D), r), ["[1, 16]", "rows"]),
+            (lambda r: moe.fast_decode(torch.randn(500, D), r), ["[500, 16]", "rows"]),
+            (lambda r: moe.fast_decode(moe.fast_encode(tokens(), r), r, "average"), ["combine_gradient", "'average'"]),
+            (lambda r: r.row_gates("average"), ["combine_gradient", "'average'"]),
+        ],
+    )
+    def test_bad_arguments_of_encode_and_decode(self, call: Callable[..., Any], said: list[str]) -> None:
+        routing = moe.top_any_routing(tokens(), torch.randn(D, 3), torch.zeros(3))
+        with pytest.raises(ValueError) as error:
+            call(routing)
+        for word in said:
+            assert word in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"assigned": torch.ones(4, 3)}, ["assigned", "float32"]),
+            ({"assigned": torch.ones(4).bool()}, ["assigned", "[4]"]),
+            ({"assigned": [[True]]}, ["assigned", "list"]),
+            ({"weights": torch.ones(4, 2)}, ["weights", "[4, 2]", "[4, 3]"]),
+            ({"scores": torch.ones(5, 3)}, ["scores", "[5, 3]", "[4, 3]"]),
+            ({"scores": torch.ones(4, 3), "weights": torch.ones(4, 4)}, ["weights", "[4, 4]"]),
+            ({"weights": torch.ones(4, 3).long()}, ["weights", "int64"]),
+            ({"capacity": "all"}, ["capacity", "'all'"]),
+            ({"capacity": -0.5}, ["capacity", "-0.5"]),
+            ({"capacity": math.nan}, ["capacity", "nan"]),
+        ],
+    )
+    def test_bad_arguments_of_from_assignments(self, given: dict[str, Any], said: list[str]) -> None:
+        with pytest.raises(ValueError) as error:
+            Routing.from_assignments(**{"assigned": torch.ones(4, 3).bool(), **given})
+        for word in said:
+            assert word in str(error.value)
+
+
+def build(gate: Any = "top_any", model_dim: Any = D, experts: Any = None, **given: Any) -> Any:
+    config = {"type": "ffn", "num_experts_per_device": START, "hidden_size_per_expert": H, **(experts or {})}
+    return moe.moe_layer(gate, model_dim, config, **given)
+
+
+def gate(kind: str = "top_any", **keys: Any) -> dict[str, Any]:
+    return {"type": kind, **keys}
+
+
+def call(**given: Any) -> Callable[[], Any]:
+    """A forward of a good layer with bad arguments."""
+    return lambda: layer_with(**given.pop("layer", {}))(given.pop("x", tokens()), **given)
+
+
+INF, NAN = math.inf, math.nan
+BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    # tokens
+    "last dimension": (call(x=torch.randn(5, 17)), ["input", "[5, 17]", "16"]),
+    "one dimension": (call(x=torch.randn(D)), ["input", "[16]", "two dimensions"]),
+    "no dimension": (call(x=torch.tensor(1.0)), ["input", "[]"]),
+    "no tensor": (call(x=[[1.0] * D]), ["input", "list"]),
+    "integers": (call(x=torch.ones(5, D).long()), ["int64", "float32"]),
+    "booleans": (call(x=torch.ones(5, D).bool()), ["bool", "float32"]),
+    "complex": (call(x=torch.ones(5, D, dtype=torch.complex64)), ["complex64", "float32"]),
+    "float8": (call(x=torch.ones(5, D).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "float32"]),
+    "device": (call(x=torch.ones(5, D, device="meta")), ["meta", "cpu", ".to("]),
+    "not finite": (
+        call(layer={"check_finite": True}, x=torch.full((5, D), NAN)),
+        ["5 of 5 tokens", "non-finite", "token 0"],
+    ),
+    "one inf": (
+        call(layer={"check_finite": True}, x=torch.cat([torch.ones(3, D), torch.full((1, D), INF)]).view(2, 2, D)),
+        ["1 of 4 tokens", "token 3"],
+    ),
+    "route": (lambda: layer_with().route(torch.randn(5, 17)), ["input", "[5, 17]", "16"]),
+    # arguments of a call
+    "gate_index": (call(gate_index=1), ["gate_index", "1", "0"]),
+    "gate_index < 0": (call(gate_index=-1), ["gate_index", "-1"]),
+    "gate_index text": (call(gate_index="0"), ["gate_index", "'0'"]),
+    "gate_index None": (call(gate_index=None), ["gate_index", "None"]),
+    "gate_index float": (call(gate_index=0.5), ["gate_index", "0.5"]),
+    "top_k": (call(layer={"gate": "top"}, top_k=5), ["top_k", "5", "4"]),
+    "top_k 0": (call(layer={"gate": "top"}, top_k=0), ["top_k", "0"]),
+    "top_k float": (call(layer={"gate": "top"}, top_k=1.5), ["top_k", "1.5"]),
+    "reserve_dims 0": (call(x=torch.ones(1, D), reserve_dims=0), ["reserve_dims", "0"]),
+    "reserve_dims -1": (call(reserve_dims=-1), ["reserve_dims", "-1"]),
+    "reserve_dims text": (call(reserve_dims="1"), ["reserve_dims", "'1'"]),
+    "reserve_dims 3": (call(x=torch.ones(1, D), reserve_dims=3), ["reserve_dims", "3"]),
+    # the layer
+    "unknown": (lambda: build(capasity=1.0), ["'capasity'", "'capacity'"]),
+    "unknown by the name of the catch-all": (lambda: build(unknown=1), ["'unknown'"]),
+    "unknown return": (lambda: build(**{"return": 1}), ["'return'"]),
+    "experts None": (lambda: moe.moe_layer("top_any", D), ["experts", "dict"]),
+    "experts list": (lambda: moe.moe_layer("top_any", D, [1]), ["experts", "dict", "list"]),
+    "experts empty": (lambda: moe.moe_layer("top_any", D, {}), ["hidden_size_per_expert"]),
+    "is_postscore": (lambda: build(is_postscore=False), ["is_postscore"]),
+    "seeds int": (lambda: build(seeds=5), ["seeds", "5"]),
+    "seeds text": (lambda: build(seeds="ab"), ["seeds", "ab"]),
+    "seeds float": (lambda: build(seeds=(1.5,)), ["seeds", "1.5"]),
+    "seeds big": (lambda: build(seeds=(2**64,)), ["seeds"]),
+    "scan_expert_func": (lambda: build(scan_expert_func=3), ["scan_expert_func", "3"]),
+    "result_func": (lambda: build(result_func=3), ["result_func", "3"]),
+    "momentum nan": (lambda: build(update_momentum=NAN), ["update_momentum", "nan"]),
+    "momentum 2": (lambda: build(update_momentum=2), ["update_momentum", "2"]),
+    "momentum text": (lambda: build(update_momentum="x"), ["update_momentum", "'x'"]),
+    "one_score top_any": (lambda: build(one_score_gate=True), ["one_score_gate", "'top'"]),
+    "update_one_score_gate": (lambda: build().update_one_score_gate(), ["one_score_gate"]),
+    "param_type": (lambda: build().get_parameter_iterator("expert"), ["param_type", "'expert'", "'local_experts'"]),
+    "adaptive of top": (lambda: build("top").adaptive_update_experts(), ["TopKGate", "top_any"]),
+    "no window": (lambda: build().adaptive_update_experts(), ["begin_record_routing"]),
+    "is_gshard_loss False": (lambda: build("top", is_gshard_loss=False), ["gate_noise"]),
+    "different slots": (
+        lambda: build([gate(max_expert_num=8), "top"]),
+        ["[8, 4]", "same number"],
+    ),
+    # gate_type
+    "gate_type None": (lambda: build(None), ["gate_type", "NoneType"]),
+    "gate_type int": (lambda: build(3), ["gate_type", "int"]),
+    "gate_type empty": (lambda: build([]), ["gate_type", "at least one"]),
+    "gate_type empty dict": (lambda: build({}), ["gate_type['type']", "top_any"]),
+    "gate_type text": (lambda: build("top_eny"), ["'top_eny'", "top_any"]),
+    "gate_type of list": (lambda: build(gate(["top_any"])), ["gate_type['type']", "['top_any']"]),  # type: ignore[arg-type]
+    "unknown gate key": (lambda: build(gate(max_experts=9)), ["'max_experts'", "'max_expert_num'"]),
+    "k of top_any": (lambda: build(gate(k=2)), ["'k'", "top-any"]),
+    "unknown key of top": (lambda: build(gate("top", max_expert_num=8)), ["'max_expert_num'"]),
+    "k > E": (lambda: build(gate("top", k=5)), ["gate_type['k']", "5", "4"]),
+    "k > E by name": (lambda: build("Top9Gate"), ["gate_type['k']", "9", "4"]),
+    **{f"k {v!r}": (lambda v=v: build(gate("top", k=v)), ["gate_type['k']", repr(v)]) for v in (0, -1, 2.5, "2", None)},  # type: ignore[misc]
+    "max_expert_num < start": (lambda: build(gate(max_expert_num=3)), ["max_expert_num", "3", "4"]),
+    "GMGate2": (lambda: build("GMGate2"), ["max_expert_num", "2", "4"]),
+    **{
+        f"max_expert_num {v!r}": (lambda v=v: build(gate(max_expert_num=v)), ["max_expert_num", repr(v)])  # type: ignore[misc]
+        for v in (0, -1, 8.5, "8", NAN, [8], True)
+    },
+    **{
+        f"init_t {v!r}": (lambda v=v: build(gate(init_t=v)), ["gate_type['init_t']", repr(v)])  # type: ignore[misc]
+        for v in (0, -1, NAN, INF, "1", [1])
+    },
+    **{
+        f"cosine init_t {v!r}": (lambda v=v: build(gate("cosine_top", init_t=v)), ["init_t", repr(v)])  # type: ignore[misc]
+        for v in (0, NAN, "1", None)
+    },
+    **{
+        f"proj_dim {v!r}": (lambda v=v: build(gate("cosine_top", proj_dim=v)), ["proj_dim", repr(v)])  # type: ignore[misc]
+        for v in (0, -1, 2.5, "2", None)
+    },
+    **{
+        f"gate_noise {v!r}": (lambda v=v: build(gate("top", gate_noise=v)), ["gate_noise", repr(v)])  # type: ignore[misc]
+        for v in (-1.0, NAN, INF, "x", None)
+    },
+    "custom without module": (lambda: build(gate("custom")), ["'module'"]),
+    "custom text": (lambda: build(gate("custom", module="x")), ["'module'", "'x'"]),
+    "custom k": (lambda: build(gate("custom", module=nn.Linear(D, START), k=2.5)), ["'k'", "2.5"]),
+    "custom no module": (lambda: build(gate("custom", module=lambda **given: 3)), ["'module'"]),
+    "custom of wrong arguments": (lambda: build(gate("custom", module=nn.Linear)), ["'module'", "model_dim"]),
+    "custom options": (lambda: build(gate("custom", module=nn.Linear(D, START), width=3)), ["width"]),
+    "custom shape": (lambda: build(gate("custom", module=nn.Linear(D, 5)))(tokens()), ["[40, 4]", "[40, 5]"]),
+    "custom result": (lambda: build(gate("custom", module=nn.LSTM(D, START)))(tokens()), ["Routing", "tuple"]),
+    # experts
+    "experts type": (lambda: build(experts={"type": "fnn"}), ["experts['type']", "'fnn'", "llama_ffn"]),
+    "unknown key of experts": (lambda: build(experts={"hidden": 4}), ["'hidden'", "hidden_size_per_expert"]),
+    "llama output_dim": (lambda: build(experts={"type": "llama_ffn", "output_dim": 4}), ["'output_dim'"]),
+    "two counts": (lambda: build(experts={"count_per_node": 2}), ["num_experts_per_device", "count_per_node"]),
+    **{
+        f"num_experts {v!r}": (
+            lambda v=v: build(experts={"num_experts_per_device": v}),  # type: ignore[misc]
+            ["num_experts_per_device", repr(v)],
+        )
+        for v in (0, -1, 2.5, "4", None, NAN)
+    },
+    "count_per_node 0": (
+        lambda: moe.moe_layer("top_any", D, {"count_per_node": 0, "hidden_size_per_expert": 3}),
+        ["count_per_node", "0"],
+    ),
+    "no hidden size": (
+        lambda: moe.moe_layer("top_any", D, {"type": "ffn", "num_experts_per_device": 2}),
+        ["hidden_size_per_expert"],
+    ),
+    "no hidden size, llama": (
+        lambda: moe.moe_layer("top_any", D, {"type": "llama_ffn", "num_experts_per_device": 2}),
+        ["hidden_size_per_expert"],
+    ),
+    **{
+        f"hidden {v!r}": (
+            lambda v=v: build(experts={"hidden_size_per_expert": v}),  # type: ignore[misc]
+            ["hidden_size_per_expert", repr(v)],
+        )
+        for v in (0, -1, 2.5, "4", None)
+    },
+    **{
+        f"output_dim {v!r}": (lambda v=v: build(experts={"output_dim": v}), ["output_dim", repr(v)])  # type: ignore[misc]
+        for v in (0, -1, 2.5, "4")
+    },
+    **{f"model_dim {v!r}": (lambda v=v: build(model_dim=v), ["model_dim", repr(v)]) for v in (0, -1, 2.5, "4", None)},  # type: ignore[misc]
+    "two activations": (
+        lambda: build(experts={"activation_fn": F.relu, "activation_fn_with_self": lambda h, s: h}),
+        ["activation_fn", "activation_fn_with_self"],
+    ),
+    "activation text": (lambda: build(experts={"activation_fn": "gelu"}), ["activation_fn", "'gelu'"]),
+    "activation class": (lambda: build(experts={"activation_fn": nn.GELU}), ["activation_fn", "GELU"]),
+    "activation shape": (lambda: build(experts={"activation_fn": lambda h: h[:, 1:]})(tokens()), ["activation_fn"]),
+    "llama activation": (
+        lambda: build(experts={"type": "llama_ffn", "activation_fn": 3}),
+        ["activation_fn", "3"],
+    ),
+    # capacity, losses, gradients
+    **{
+        f"capacity {v!r}": (lambda v=v: build(capacity=v), ["capacity", repr(v), '"exact"'])  # type: ignore[misc]
+        for v in (0, -1, 0.0, -0.5, NAN, INF, "half", None, True, [1])
+    },
+    **{
+        f"combine_gradient {v!r}": (lambda v=v: build(combine_gradient=v), ["combine_gradient", repr(v), "'mean'"])  # type: ignore[misc]
+        for v in ("sum", "Mean", 1, ["mean"])
+    },
+    "unknown loss": (lambda: build(aux_losses={"diversty": 1}), ["aux_losses", "'diversty'", "diversity"]),
+    "loss of the other kind": (lambda: build("top", aux_losses={"diversity": 1}), ["'diversity'", "gshard"]),
+    **{
+        f"loss weight {v!r}": (lambda v=v: build(aux_losses={"diversity": v}), ["aux_losses", "diversity", repr(v)])  # type: ignore[misc]
+        for v in (NAN, INF, "1", None)
+    },
+    "losses list": (lambda: build(aux_losses=["diversity"]), ["aux_losses", "diversity"]),
+    "losses text": (lambda: build(aux_losses="diversity"), ["aux_losses", "diversity"]),
+    "losses number": (lambda: build(aux_losses=1), ["aux_losses", "1"]),
+    "load_importance without noise": (
+        lambda: build("top", aux_losses={"load_importance": 1}),
+        ["load_importance", "gate_noise"],
+    ),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("name", list(BAD))
+    def test_is_refused_by_name_value_and_remedy(self, name: str) -> None:
+        attempt, said = BAD[name]
+        with pytest.raises(ValueError) as error:
+            attempt()
+        for word in said:
+            assert word in str(error.value)
+
+    def test_the_message_of_an_unknown_key_lists_only_arguments(self) -> None:
+        with pytest.raises(ValueError) as error:
+            build(capasity=1)
+        assert "return" not in str(error.value)
+        assert "unknown," not in str(error.value)
+
+    @pytest.mark.parametrize("value", ["yes", "", "2.5"])
+    def test_environment_variables_are_named(self, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("SKIP_MOE", "SKIP_EXPERT"):
+            monkeypatch.setenv(name, value)
+            with pytest.raises(ValueError, match=name):
+                build()
+            monkeypatch.delenv(name)
+
+    def test_a_failed_call_leaves_the_layer_as_it_was(self) -> None:
+        layer = layer_with(check_finite=True)
+        layer.begin_record_routing()
+        y = layer(tokens())
+        for x in (torch.randn(3, 17), torch.full((3, D), NAN), torch.ones(3, D).long()):
+            with pytest.raises(ValueError):
+                layer(x)
+        assert layer.l_aux is y.l_aux
+        assert int(layer.record.tokens) == 40
+
+    def test_integers_of_other_kinds(self) -> None:
+        """Shapes read from numpy are integers too."""
+        numpy = pytest.importorskip("numpy")
+        experts = {"num_experts_per_device": numpy.int64(3), "hidden_size_per_expert": numpy.int32(8)}
+        layer = moe.moe_layer(gate(max_expert_num=numpy.int64(4)), numpy.int64(D), experts)
+        assert (layer.num_global_experts, layer.max_num_global_experts) == (3, 4)
+        assert layer(tokens()).shape == (40, D)
+
+    def test_finite_tokens_pass_the_check(self) -> None:
+        x = tokens()
+        assert torch.equal(layer_with(check_finite=True)(x), layer_with()(x))
+        assert layer_with(check_finite=True)(tokens(0)).shape == (0, D)
