@@ -57,16 +57,16 @@ class AdaptiveExperts:
 
     def get_routing_records(self) -> Tensor:
         """Assignments of each slot in the window, [E] int64, of the first gate."""
-        return self.record.counts
+        return self.record.counts.clone()
 
     def get_sample_records(self) -> Tensor | None:
         """Sum of the unrouted tokens of the window, [D] fp32, or None if there was none."""
-        return self.record.unrouted_sum if int(self.record.unrouted_tokens) else None
+        return self.record.unrouted_sum.clone() if int(self.record.unrouted_tokens) else None
 
     def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
-        """Prune and grow by the default policy from the record, summed over `group`'s ranks; recording goes on.
+        """Prune and grow by the default policy from the record, summed over `group`'s ranks.
 
-        Returns what changed. No optimizer is touched: with one that has state, use `ExpertController`. ValueError
+        Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched: with one that has state, use `ExpertController`. ValueError
         where no window is open, or the gate has no thresholds.
         """
         gate = self._adaptive_gate(gate_index)
@@ -76,6 +76,7 @@ class AdaptiveExperts:
         record.all_reduce(self.group)
         active_E = gate.active()
         decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
+        record.reset()
         return self.update_experts(decision, gate_index)
 
     def update_experts(

@@ -6,7 +6,8 @@ is in `records`, `policy` and `surgery`.
 
 from __future__ import annotations
 
-import os
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from .adaptive import AdaptiveExperts
 from .experts import Experts, experts_at_start, make_experts
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
-from .options import positive_int, refuse_unknown, warn_once
+from .options import environment_flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
-from .routing import Capacity, Routing, check_capacity
+from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity
 from .slot_loading import fit_slots
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
 
 
@@ -42,6 +44,10 @@ def _slots(configs: list[dict[str, Any]], start: int) -> int:
 
 def _generators(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[torch.Generator | None]:
     """One private generator a gate and one for the experts, None where no seed is given."""
+    if seeds is not None and not (
+        isinstance(seeds, tuple | list) and all(s is None or (type(s) is int and abs(s) < 2**63) for s in seeds)
+    ):
+        raise ValueError(f"seeds = {seeds!r}: give (gates, experts), each an integer below 2**63 or None")
     given = tuple(seeds or ())
     if len(given) > 2 and given[2] is not None:
         warn_once("seeds[2] is ignored: the global random state is the caller's")
@@ -52,7 +58,7 @@ def _generators(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[to
 
 def _combine_gradient(value: str | None, configs: list[dict[str, Any]]) -> list[str]:
     """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
-    if value not in (None, "mean", "normalized"):
+    if value is not None and value not in COMBINE_GRADIENTS:
         raise ValueError(f"combine_gradient = {value!r}: allowed are 'mean' and 'normalized'")
     return [value or ("normalized" if c.get("type") in _UPSTREAM_TYPES else "mean") for c in configs]
 
@@ -123,10 +129,13 @@ class MoELayer(AdaptiveExperts, nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown("moe_layer", unknown, MoELayer.__init__.__annotations__)
+        refuse_unknown("moe_layer", unknown, _ARGUMENTS)
         check_capacity(capacity)
         if not isinstance(experts, Mapping):
             raise ValueError(f"experts must be a dict, got {type(experts).__name__}")
+        for name, function in (("scan_expert_func", scan_expert_func), ("result_func", result_func)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} = {function!r}: give a function or None")
         if not is_postscore:
             raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
         self.model_dim = positive_int("model_dim", model_dim)
@@ -136,10 +145,11 @@ class MoELayer(AdaptiveExperts, nn.Module):
             capacity,
             check_finite,
         )
-        self.skip_moe = int(os.environ.get("SKIP_MOE", "0")) != 0
+        self.skip_moe = environment_flag("SKIP_MOE")
         self.normalize_gate, self.is_gshard_loss = normalize_gate, is_gshard_loss
         self.one_score_gate, self.normalize_one_score_gate = one_score_gate, normalize_one_score_gate
-        self.value_norm_weighted, self.update_momentum = value_norm_weighted, update_momentum
+        self.value_norm_weighted = value_norm_weighted
+        self.update_momentum = number("update_momentum", update_momentum, 0, 1)
         self.world_size, self.sharded_count = 1, 1
         self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = (
             a2a_ffn_overlap_degree,
@@ -152,7 +162,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if not configs:
             raise ValueError("gate_type = []: give at least one gate")
         start = experts_at_start(experts)
-        slots = _slots(configs, start)
+        slots = self.slots = _slots(configs, start)
         generators = _generators(seeds, len(configs))
         self._aux_weights: list[dict[str, float]] = []
         gates = []
@@ -161,20 +171,26 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.gates = nn.ModuleList(gates)
         self.combine_gradients = _combine_gradient(combine_gradient, configs)
         self.experts: Experts = make_experts(experts, model_dim, slots, generator=generators[-1])
-        self.experts.skip_expert = int(os.environ.get("SKIP_EXPERT", "0")) != 0
+        self.experts.skip_expert = environment_flag("SKIP_EXPERT")
 
         self.register_buffer("_num_global_experts", torch.tensor(start))
         self.register_buffer("_max_num_global_experts", torch.tensor(slots))
         self.records = [RoutingRecord(slots, model_dim) for _ in gates]
         self.record_routing, self.record_eval = False, False
-        self.l_aux, self.aux_terms, self.dropped_assignments = None, {}, torch.tensor(0)
-        for name, parameter in self.experts.named_parameters():
-            if scan_expert_func is not None:
+        self.l_aux, self.aux_terms = None, {}
+        self.register_buffer("dropped_assignments", torch.tensor(0), persistent=False)
+        if scan_expert_func is not None:
+            for name, parameter in self.experts.named_parameters():
                 scan_expert_func(name, parameter)
-            parameter._tutel_expert = True  # type: ignore[attr-defined]
+        self._mark_experts()
         if one_score_gate:
             for gate in gates:
                 gate.freeze_keys()
+
+    def _mark_experts(self) -> None:
+        """Tutel's mark, by which optimizers and gradient reductions tell experts."""
+        for parameter in self.experts.parameters():
+            parameter._tutel_expert = True  # type: ignore[attr-defined]
 
     def _make_gate(
         self,
@@ -184,7 +200,14 @@ class MoELayer(AdaptiveExperts, nn.Module):
         generator: torch.Generator | None,
         aux_losses: Mapping[str, float] | None,
     ) -> Gate:
-        weights = dict(aux_losses) if aux_losses is not None else gate_class(config).aux_weights(self.is_gshard_loss)
+        if aux_losses is None:
+            weights = gate_class(config).aux_weights(self.is_gshard_loss)
+        elif isinstance(aux_losses, Mapping):
+            weights = {name: number(f"aux_losses[{name!r}]", w, -math.inf) for name, w in aux_losses.items()}
+        else:
+            raise ValueError(
+                f"aux_losses = {aux_losses!r}: give a dict of weights by name, such as {{'diversity': 1.0}}"
+            )
         self._aux_weights.append(weights)
         return make_gate(
             config,
@@ -200,7 +223,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def route(self, x: Tensor, gate_index: int = 0) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
-        return self._gate(gate_index)(self._tokens(x, 1), self.capacity)
+        gate = self._gate(gate_index)
+        with torch.autocast(x.device.type, enabled=False):
+            return gate(self._tokens(x, 1), self.capacity)
 
     def forward(
         self,
@@ -219,8 +244,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
         The other arguments are Tutel's and change nothing in a dropless layer on one device.
         """
         if self.skip_moe:
-            input.l_aux = None  # type: ignore[attr-defined]
-            return self.result_func(input) if self.result_func is not None else input
+            y = input.view_as(input)  # the caller's tensor stays as it is
+            y.l_aux = None  # type: ignore[attr-defined]
+            return self.result_func(y) if self.result_func is not None else y
         if capacity_factor:
             warn_once(f"capacity_factor = {capacity_factor} is ignored: bound the memory by capacity=<factor of T>")
         x_TD = self._tokens(input, reserve_dims)
@@ -233,7 +259,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         gate_A = routing.row_gates(self.combine_gradients[gate_index])
         rows = self.experts(x_TD, routing, gate_A)
         y_TO = routing.combine(rows)
-        y = y_TO.reshape(self._output_shape(input, reserve_dims)).to(input.dtype)
+        y = y_TO.reshape(self._output_shape(input, reserve_dims, y_TO.shape[1])).to(input.dtype)
         l_aux = self._weighted_aux(routing, gate_index)
         if not recompute:
             self.l_aux, self.aux_terms = l_aux, routing.aux
@@ -243,8 +269,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
         return self.result_func(y) if self.result_func is not None else y
 
     def _gate(self, gate_index: int) -> Gate:
-        if not 0 <= gate_index < len(self.gates):
-            raise ValueError(f"gate_index = {gate_index}: this layer has gates 0 to {len(self.gates) - 1}")
+        if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
+            raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
         return self.gates[gate_index]  # type: ignore[return-value]
 
     def _tokens(self, x: Tensor, reserve_dims: int) -> Tensor:
@@ -252,8 +278,10 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
-        if not x.is_floating_point():
+        if x.dtype not in _DTYPES:
             raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
+        if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
+            raise ValueError(f"reserve_dims = {reserve_dims!r}: give an integer from 1 to {x.dim() - 1} for this input")
         if x.shape[-reserve_dims:].numel() != self.model_dim:
             raise ValueError(
                 f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
@@ -270,10 +298,10 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         return x_TD
 
-    def _output_shape(self, x: Tensor, reserve_dims: int) -> tuple[int, ...]:
-        if self.experts.output_dim == self.model_dim:
+    def _output_shape(self, x: Tensor, reserve_dims: int, output_dim: int) -> tuple[int, ...]:
+        if output_dim == self.model_dim:
             return tuple(x.shape)
-        return (*x.shape[: x.dim() - reserve_dims], self.experts.output_dim)
+        return (*x.shape[: x.dim() - reserve_dims], output_dim)
 
     def _weighted_aux(self, routing: Routing, gate_index: int) -> Tensor:
         l_aux = routing.scores.new_zeros((), dtype=torch.float32)
@@ -282,11 +310,11 @@ class MoELayer(AdaptiveExperts, nn.Module):
         return l_aux
 
     def _count_dropped(self, dropped: Tensor) -> None:
-        self.dropped_assignments = self.dropped_assignments.to(dropped.device) + dropped
+        self.dropped_assignments += dropped
         if dropped.device.type == "cpu" and not torch.compiler.is_compiling() and dropped > 0:
             warn_once(
-                f"capacity = {self.capacity} was too small: {int(dropped)} assignments of the smallest margin were "
-                "dropped; layer.dropped_assignments counts them"
+                f"capacity = {self.capacity} was too small: the assignments of smallest margin were dropped; "
+                "layer.dropped_assignments counts them"
             )
 
     @property
@@ -297,7 +325,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     @property
     def max_num_global_experts(self) -> int:
         """E: slots."""
-        return int(self._max_num_global_experts)
+        return self.slots
 
     @property
     def num_local_experts(self) -> int:
@@ -325,7 +353,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
         raise ValueError(f"param_type = {param_type!r}: allowed are 'gate' and 'local_experts'")
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_global_experts} of {self.max_num_global_experts} slots, capacity={self.capacity!r}"
+        active = "?" if self._num_global_experts.is_meta else self.num_global_experts
+        return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         fit_slots(self, state_dict, prefix)
@@ -335,7 +364,18 @@ class MoELayer(AdaptiveExperts, nn.Module):
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
         return {**self.__dict__, "l_aux": None, "aux_terms": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_experts()
+
 
 def _in_backward() -> bool:
     """Whether this forward is a recompute of gradient checkpointing: it runs inside the backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+_ARGUMENTS = [
+    name
+    for name, parameter in inspect.signature(MoELayer.__init__).parameters.items()
+    if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+]

@@ -62,7 +62,7 @@ def load_importance_loss(scores_TE: Tensor, limit_T1: Tensor, noise_std: float) 
     """
 
     def squared_variation(total_E: Tensor) -> Tensor:
-        return total_E.var() / (total_E.mean() ** 2 + 1e-10)
+        return total_E.var(correction=min(1, len(total_E) - 1)) / (total_E.mean() ** 2 + 1e-10)
 
     load_TE = torch.special.ndtr((scores_TE - limit_T1) / noise_std)
     return (squared_variation(scores_TE.sum(dim=0)) + squared_variation(load_TE.sum(dim=0))) / 2

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
+import os
 from collections.abc import Collection, Iterable
+from numbers import Integral, Real
 
 _log = logging.getLogger("dynmoe_tutel")
 _warned: set[str] = set()
@@ -29,7 +32,26 @@ def warn_once(message: str) -> None:
 
 
 def positive_int(name: str, value: object) -> int:
-    """`value` as an int > 0, else ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """`value`, an integer of any kind, as an int > 0; else ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} = {value!r}: give an integer of at least 1")
-    return value
+    return int(value)
+
+
+def number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """`value` as a finite float of [low, high] (above low if `open_low`); else ValueError naming it."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= float(value) <= high or (open_low and float(value) == low):  # type: ignore[arg-type]
+        least = f"above {low:g}" if open_low else f"of at least {low:g}"
+        most = "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name} = {value!r}: give a finite number {least}{most}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def environment_flag(name: str) -> bool:
+    """Whether the environment variable `name` is an integer other than 0; unset or empty is 0."""
+    text = os.environ.get(name, "") or "0"
+    try:
+        return int(text) != 0
+    except ValueError:
+        raise ValueError(f"environment variable {name} = {text!r}: set it to 0 or 1") from None

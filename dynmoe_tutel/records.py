@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .routing import Routing
+from . import kernels
+from .routing import Routing, describe
 
 _SUMS = ("counts", "unrouted_tokens", "tokens", "k_histogram")  # int64
 _FLOATS = ("unrouted_sum", "unrouted_norm")  # fp32
@@ -34,26 +35,53 @@ class RoutingRecord:
     unrouted_tokens: Tensor
     tokens: Tensor
     k_histogram: Tensor
-    unrouted_sample: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
-        self.num_experts, self.model_dim, self.keep_tokens = num_experts, model_dim, keep_tokens
+        self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, keep_tokens
         self.device = torch.device("cpu")
         self.reset()
 
     def reset(self, device: torch.device | None = None) -> None:
         """Start an empty window, on `device` if given."""
         self.device = device or self.device
-        counts = {"dtype": torch.int64, "device": self.device}
-        sums = {"dtype": torch.float32, "device": self.device}
-        self.counts = torch.zeros(self.num_experts, **counts)  # type: ignore[call-overload]
-        self.k_histogram = torch.zeros(self.num_experts + 1, **counts)  # type: ignore[call-overload]
-        self.tokens = torch.zeros((), **counts)  # type: ignore[call-overload]
-        self.unrouted_tokens = torch.zeros((), **counts)  # type: ignore[call-overload]
-        self.unrouted_sum = torch.zeros(self.model_dim, **sums)  # type: ignore[call-overload]
-        self.unrouted_norm = torch.zeros((), **sums)  # type: ignore[call-overload]
-        self.unrouted_sample = torch.zeros((0, self.model_dim), **sums)  # type: ignore[call-overload]
-        self._stride, self._seen = 1, 0
+
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.counts = zeros(torch.int64, self.num_experts)
+        self.k_histogram = zeros(torch.int64, self.num_experts + 1)
+        self.tokens, self.unrouted_tokens = zeros(torch.int64), zeros(torch.int64)
+        self.unrouted_sum, self.unrouted_norm = zeros(torch.float32, self.model_dim), zeros(torch.float32)
+        self._set_sample(zeros(torch.float32, 0, self.model_dim), 1, 0)
+
+    @property
+    def keep_tokens(self) -> int:
+        """How many unrouted tokens are kept at most; set it before the window opens."""
+        return self._keep_tokens
+
+    @keep_tokens.setter
+    def keep_tokens(self, most: int) -> None:
+        self._keep_tokens = most
+        sample, stride = kernels.thinned(self.unrouted_sample, self._stride, most)
+        self._set_sample(sample, stride, self._seen)
+
+    @property
+    def unrouted_sample(self) -> Tensor:
+        """Unrouted tokens at an even stride, [n <= keep_tokens, D] fp32."""
+        return self._sample[: int(self._sample_state[0])]
+
+    @property
+    def _stride(self) -> int:
+        return int(self._sample_state[1])
+
+    @property
+    def _seen(self) -> int:
+        return int(self._sample_state[2])
+
+    def _set_sample(self, rows_ND: Tensor, stride: int, seen: int) -> None:
+        self._sample = torch.zeros((max(self.keep_tokens, len(rows_ND)), self.model_dim), device=self.device)
+        self._sample[: len(rows_ND)] = rows_ND
+        self._sample_state = torch.tensor([len(rows_ND), stride, seen])
 
     @torch.no_grad()
     def add(self, x_TD: Tensor, routing: Routing) -> None:
@@ -69,18 +97,7 @@ class RoutingRecord:
         self.unrouted_sum += lost_TD.sum(dim=0)
         self.unrouted_norm += torch.linalg.vector_norm(lost_TD, dim=1).sum()
         if self.keep_tokens > 0:
-            self._keep(x[unrouted_T])
-
-    def _keep(self, lost_ND: Tensor) -> None:
-        place = torch.arange(lost_ND.shape[0], device=lost_ND.device) + self._seen
-        self._seen += lost_ND.shape[0]
-        self.unrouted_sample = torch.cat([self.unrouted_sample, lost_ND[place % self._stride == 0]])
-        self._thin()
-
-    def _thin(self) -> None:
-        while self.unrouted_sample.shape[0] > self.keep_tokens:
-            self.unrouted_sample = self.unrouted_sample[::2].clone()
-            self._stride *= 2
+            kernels.keep_strided(self._sample, self._sample_state, x, unrouted_T)
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum over the ranks of `group`, on every rank the same; nothing without an initialised torch.distributed.
@@ -108,10 +125,9 @@ class RoutingRecord:
         padded[: self.unrouted_sample.shape[0]] = self.unrouted_sample
         samples = [torch.zeros_like(padded) for _ in range(world)]
         dist.all_gather(samples, padded, group=group)
-        self._stride = max(strides)
-        parts = [s[: n : self._stride // stride] for s, n, stride in zip(samples, counts, strides, strict=True)]
-        self.unrouted_sample = torch.cat(parts)
-        self._thin()
+        stride = max(strides)
+        parts = [s[: n : stride // own] for s, n, own in zip(samples, counts, strides, strict=True)]
+        self._set_sample(*kernels.thinned(torch.cat(parts), stride, self.keep_tokens), self._seen)
 
     @property
     def mean_k(self) -> float:
@@ -125,15 +141,19 @@ class RoutingRecord:
         return {**tensors, "stride": self._stride, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The window of `state_dict()`; ValueError where it does not fit."""
+        """The window of `state_dict()`; ValueError, and nothing changed, where it does not fit."""
         for name in (*_SUMS, *_FLOATS, "unrouted_sample"):
-            if name not in state:
-                raise ValueError(f"the record to load has no {name!r}")
-            if name != "unrouted_sample" and state[name].shape != getattr(self, name).shape:
+            value, own = state.get(name), getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the record to load has no tensor {name!r}, but {describe(value)}")
+            fits = value.shape[1:] == own.shape[1:] and value.dim() == own.dim()
+            if not fits or (name != "unrouted_sample" and value.shape != own.shape):
                 raise ValueError(
-                    f"the record to load has {name} of shape {list(state[name].shape)}, "
-                    f"this layer {list(getattr(self, name).shape)}"
+                    f"the record to load has {name} of shape {list(value.shape)}, this layer {list(own.shape)}"
                 )
-        for name in (*_SUMS, *_FLOATS, "unrouted_sample"):
+        for name in ("stride", "seen"):
+            if not isinstance(state.get(name), int):
+                raise ValueError(f"the record to load has no integer {name!r}, but {describe(state.get(name))}")
+        for name in (*_SUMS, *_FLOATS):
             setattr(self, name, state[name].to(getattr(self, name)).clone())
-        self._stride, self._seen = int(state["stride"]), int(state["seen"])
+        self._set_sample(state["unrouted_sample"].to(self.unrouted_sample), state["stride"], state["seen"])

@@ -16,14 +16,22 @@ from torch import Tensor
 from . import kernels
 
 Capacity = str | float
+COMBINE_GRADIENTS = ("mean", "normalized")
 
 
 def check_capacity(capacity: Capacity) -> None:
     """`"exact"`, `"full"`, or a positive finite factor of T; else ValueError."""
-    if capacity in ("exact", "full"):
+    if isinstance(capacity, str) and capacity in ("exact", "full"):
         return
     if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity < math.inf:
         raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
+
+
+def describe(value: object) -> str:
+    """Type, shape and device of what a caller gave, for messages."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"[:80]
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
 @dataclass
@@ -91,8 +99,12 @@ class Routing:
         capacity: Capacity = "exact",
     ) -> Routing:
         """Index any boolean map [T, E]: for custom gates. `weights` [T, E] are combine weights, else the mean."""
-        if assigned.dtype != torch.bool or assigned.dim() != 2:
-            raise ValueError(f"assigned must be bool [T, E], got {assigned.dtype} {list(assigned.shape)}")
+        if not isinstance(assigned, Tensor) or assigned.dtype != torch.bool or assigned.dim() != 2:
+            raise ValueError(f"assigned must be bool [T, E], got {describe(assigned)}")
+        for name, tensor in (("scores", scores), ("weights", weights)):
+            if tensor is not None and not (tensor.shape == assigned.shape and tensor.is_floating_point()):
+                raise ValueError(f"{name} must be floating point {list(assigned.shape)}, got {describe(tensor)}")
+        check_capacity(capacity)
         if scores is None:
             scores = assigned.float() if weights is None else weights
         return cls.from_bits(kernels.pack_bits(assigned), scores, weights=weights, capacity=capacity)
@@ -143,6 +155,8 @@ class Routing:
 
     def row_gates(self, combine_gradient: str = "mean") -> Tensor:
         """The gate value of each row, [rows]: what the router learns through; see `kernels.row_gates`."""
+        if combine_gradient not in COMBINE_GRADIENTS:
+            raise ValueError(f"combine_gradient = {combine_gradient!r}: allowed are 'mean' and 'normalized'")
         index = (self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
         if self.weights is not None:
             return kernels.row_gates(self.weights, None, self.unrouted, *index, False)

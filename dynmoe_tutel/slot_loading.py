@@ -6,6 +6,7 @@ Called by `MoELayer._load_from_state_dict` with a state dict that torch has copi
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -20,39 +21,63 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     More slots here than there: the saved ones come first, the rest keep their values and are inactive. Fewer: the
     surplus slots are dropped if none of them is active. Missing counts (dense or stock checkpoints) are filled in.
     """
-    slots = layer.max_num_global_experts
+    slots = layer.slots
     own = {f"{prefix}{name}": tensor for name, tensor in _tensors(layer).items()}
     saved = _saved_slots(own, state_dict, prefix, slots)
-    for name in ("_num_global_experts", "_max_num_global_experts"):
-        if prefix + name not in state_dict and any(key.startswith(prefix) for key in state_dict):
-            _log.warning("%s%s is missing in the checkpoint: keeping this layer's", prefix, name)
-            state_dict[prefix + name] = getattr(layer, name).clone()
-    if f"{prefix}_max_num_global_experts" in state_dict:
-        state_dict[f"{prefix}_max_num_global_experts"] = torch.tensor(slots)
+    if any(key.startswith(prefix) for key in state_dict):
+        _fill_counts(layer, state_dict, prefix)
+    _fit_modules(state_dict, prefix, own, slots)
     for key, target in own.items():
-        if key not in state_dict:
+        value = state_dict.get(key)
+        if not isinstance(value, Tensor):
             continue
-        axis = _slot_axis(key)
-        value = state_dict[key]
-        if axis is not None and saved != slots:
-            value = _resized(value, target, axis, saved, slots, key)
-        if value.shape != target.shape and value.numel() == target.numel():
+        if saved != slots:
+            value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
+        if _without_ones(value) == _without_ones(target):  # upstream's converters save biases as [E, 1, H]
             value = value.reshape(target.shape)
         state_dict[key] = value
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [n for n in tensor.shape if n != 1]
+
+
+def _fit_modules(state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor], slots: int) -> None:
+    """Custom experts of one module a slot: drop those of surplus slots, keep this layer's for slots the file lacks."""
+    stem = f"{prefix}experts.module."
+    number = re.compile(re.escape(stem) + r"(\d+)\.")
+    saved = {int(match[1]) for key in state_dict if (match := number.match(key))}
+    for key in [key for key in state_dict if (match := number.match(key)) and int(match[1]) >= slots]:
+        del state_dict[key]
+    for key, tensor in own.items():
+        if saved and (match := number.match(key)) and int(match[1]) > max(saved):
+            state_dict.setdefault(key, tensor.detach())
+
+
+def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """The counts that the layer will have: slots are its own, active experts by the saved mask where there is one."""
+    count, slots, mask = (
+        prefix + n for n in ("_num_global_experts", "_max_num_global_experts", "gates.0.experts_mask")
+    )
+    for key in (count, slots):
+        if key not in state_dict:
+            _log.warning("%s is missing in the checkpoint and is filled in", key)
+    if count not in state_dict:
+        active = state_dict[mask] if mask in state_dict else layer.gates[0].active()
+        state_dict[count] = (active > 0).sum()
+    state_dict[slots] = torch.tensor(layer.slots)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
-def _slot_axis(key: str) -> int | None:
-    """The axis of a tensor that counts slots, by the names of the state dict."""
-    name = key.rsplit(".", 1)[-1]
-    if name == "sim_matrix":
+def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
+    """The axis of a tensor that counts slots, by its name and shape in the layer."""
+    if key.endswith(".sim_matrix"):
         return 1
-    if name in ("gates", "experts_mask") or name.startswith(("batched_fc", "W_fc")) or key.endswith("wg.weight"):
-        return 0
-    return None
+    in_slots = ".gates." in f".{key}" or ".experts." in f".{key}"
+    return 0 if in_slots and target.shape[:1] == (slots,) else None
 
 
 def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:
@@ -63,6 +88,8 @@ def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
     saved = int(state_dict[masks[0]].numel())
     for key in masks:
         active = state_dict[key].reshape(-1) > 0
+        if not active.any():
+            raise ValueError(f"{key} of the checkpoint has no active expert: a layer has at least one")
         lost = active[slots:].nonzero().squeeze(1).tolist()
         if lost:
             raise ValueError(
@@ -73,15 +100,18 @@ def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
     return saved
 
 
-def _resized(value: Tensor, target: Tensor, axis: int, saved: int, slots: int, key: str) -> Tensor:
-    """`value` with `slots` instead of `saved` entries along `axis`."""
-    if value.dim() <= axis or value.shape[axis] != saved:
+def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots: int, key: str) -> Tensor:
+    """`value` with `slots` instead of `saved` entries along `axis`; as it is where it does not fit otherwise."""
+    if axis is None:
         return value
+    expected = [*target.shape]
+    expected[axis] = saved
+    if _without_ones(value) != [n for n in expected if n != 1]:
+        return value
+    value = value.reshape(expected)
     if saved > slots:
         return value.narrow(axis, 0, slots)
     rest = target.detach().narrow(axis, saved, slots - saved).to(value)
     if key.endswith(".experts_mask"):
         rest = torch.zeros_like(rest)
-    if value.dim() != target.dim():
-        value = value.reshape(*value.shape[: axis + 1], *target.shape[axis + 1 :])
     return torch.cat([value, rest], dim=axis)

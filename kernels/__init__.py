@@ -1,14 +1,15 @@
 """Operations on tensors that the layer is made of, one a file.
 
-Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a kernel in torch operations (made for the CPU; any
-device runs it that has no kernel of its own), a fake kernel (shapes for `torch.compile`) and an autograd
-formula. Nothing here knows modules, gates or Tutel.
+Each is a `torch.library.custom_op` of the namespace `dynmoe_tutel` with a kernel in torch operations (made for CPUs; a
+device without a kernel of its own runs it too), a fake kernel (shapes for `torch.compile`) and an autograd formula.
+Nothing here knows modules, gates or Tutel.
 """
 
 from .activations import ACTIVATIONS, activation_name
 from .grouped_ffn import grouped_ffn, grouped_linear
 from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
 from .rows import combine, dispatch, row_gates
+from .strided_sample import keep_strided, thinned
 from .threshold_gate import threshold_gate
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "dispatch",
     "grouped_ffn",
     "grouped_linear",
+    "keep_strided",
     "pack_bits",
     "ragged_index",
     "row_gates",
+    "thinned",
     "threshold_gate",
     "unpack_bits",
 ]

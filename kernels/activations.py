@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +34,21 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda h: h, lambda d, h: d),
 }
 
-_FUNCTIONS: dict[Any, str] = {
-    F.gelu: "gelu",
-    torch.nn.functional.gelu: "gelu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.silu: "silu",
-}
+_FUNCTIONS: list[tuple[object, str]] = [
+    (F.gelu, "gelu"),
+    (F.relu, "relu"),
+    (torch.relu, "relu"),
+    (F.silu, "silu"),
+]
+_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
 def activation_name(activation: object) -> str | None:
-    """The name in `ACTIVATIONS` of a function or module that is one of them, else None."""
-    if isinstance(activation, nn.GELU):
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    for kind, name in ((nn.ReLU, "relu"), (nn.SiLU, "silu"), (nn.Identity, "identity")):
-        if type(activation) is kind:
-            return name
-    return _FUNCTIONS.get(activation) if callable(activation) else None
+    """The name in `ACTIVATIONS` of a function or plain module that is one of them, else None."""
+    if isinstance(activation, nn.Module):
+        if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+            return None
+        if type(activation) is nn.GELU:
+            return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+        return _MODULES.get(type(activation))
+    return next((name for function, name in _FUNCTIONS if activation is function), None)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .autocast import without_autocast
 from .rows import segment_sum
 
 
@@ -75,6 +76,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=())
+@without_autocast
 def grouped_ffn(
     x_TD: Tensor,
     gate_A: Tensor,
@@ -155,6 +157,7 @@ def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tenso
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn_backward", mutates_args=())
+@without_autocast
 def grouped_ffn_backward(
     d_rows_AO: Tensor,
     h_AH: Tensor,
@@ -179,7 +182,7 @@ def grouped_ffn_backward(
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
     E, _, H = w1_EDH.shape
-    d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
+    d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]), dtype=dtype)
     d_gate_A = torch.empty_like(gate_A)
     params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
     w1, _, w3, _, w2, b2 = (_unbind(p, E) for p in params)
@@ -205,13 +208,11 @@ def grouped_ffn_backward(
             d_a, d_row = d_a * gate, d_row * gate
         d_h = act.gradient(d_a if w3_EDH is None else d_a * u, h)
         d_u = d_a * act_h if w3_EDH is not None else None
-        d_x = d_xs_AD[rows] if d_xs_AD.dtype == dtype else d_h.new_empty((d_h.shape[0], x_TD.shape[1]))
+        d_x = d_xs_AD[rows]
         for e, _, part in segments:
             torch.mm(d_h[part], w1[e].to(dtype).t(), out=d_x[part])
             if d_u is not None:
                 d_x[part].addmm_(d_u[part], w3[e].to(dtype).t())
-        if d_x.dtype != d_xs_AD.dtype:
-            d_xs_AD[rows] = d_x
         if not weights:
             continue
         x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
@@ -226,7 +227,7 @@ def grouped_ffn_backward(
                 _linear(x[part].t(), d_u[part], None, d_w3[e])
                 if b3_EH is not None:
                     d_b3[e].copy_(d_u[part].sum(dim=0))
-    d_x_TD = segment_sum(d_xs_AD, token_offsets, row_of_assignment)
+    d_x_TD = segment_sum(d_xs_AD, token_offsets, row_of_assignment).to(x_TD.dtype)
     return (d_x_TD, d_gate_A, *grads)
 
 
@@ -268,10 +269,11 @@ def _ffn_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
     if d_rows_AO is None:
         return (None,) * 15
-    params = ctx.saved_tensors[8:]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    params = saved[8:]
     weights = any(ctx.needs_input_grad[6:12])
     d_x, d_gate, *d_params = grouped_ffn_backward(
-        d_rows_AO.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.apply_gate, weights
+        d_rows_AO.contiguous(), *saved, ctx.activation, ctx.apply_gate, weights
     )
     d_params = [d if weights and p is not None else None for p, d in zip(params, d_params, strict=True)]
     return d_x, d_gate, None, None, None, None, *d_params, None, None, None
@@ -281,6 +283,7 @@ grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=())
+@without_autocast
 def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
     """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O]. For the unfused path."""
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
@@ -288,6 +291,7 @@ def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO:
     for _, segments in _blocks(expert_offsets, 0):
         for e, rows, _ in segments:
             _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
+    out_AO[int(expert_offsets[-1]) :].zero_()  # an activation with parameters sums over all rows
     return out_AO
 
 
@@ -297,6 +301,7 @@ def _(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | Non
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_linear_backward", mutates_args=())
+@without_autocast
 def grouped_linear_backward(
     d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,6 +317,7 @@ def grouped_linear_backward(
             _linear(rows_AD[rows].to(dtype).t(), d_out, None, d_w[e])
             if b_EO is not None:
                 d_b[e].copy_(d_out.sum(dim=0))
+    d_rows_AD[int(expert_offsets[-1]) :].zero_()
     return d_rows_AD, d_w, d_b
 
 
@@ -328,8 +334,9 @@ def _linear_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 
 def _linear_backward(ctx, d_out_AO):  # type: ignore[no-untyped-def]
-    d_rows, d_w, d_b = grouped_linear_backward(d_out_AO.contiguous(), *ctx.saved_tensors)
-    return d_rows, None, d_w, d_b if ctx.saved_tensors[3] is not None else None
+    saved = ctx.saved_tensors
+    d_rows, d_w, d_b = grouped_linear_backward(d_out_AO.contiguous(), *saved)
+    return d_rows, None, d_w, d_b if saved[3] is not None else None
 
 
 grouped_linear.register_autograd(_linear_backward, setup_context=_linear_context)

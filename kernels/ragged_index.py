@@ -27,11 +27,9 @@ def pack_bits(assigned_TE: Tensor) -> Tensor:
     """[T, E] bool to [T, ceil(E / 64)] int64, expert e in bit e % 64 of word e // 64."""
     T, E = assigned_TE.shape
     W = words(E)
-    if E < W * WORD:
-        padded = assigned_TE.new_zeros((T, W * WORD))
-        padded[:, :E] = assigned_TE
-        assigned_TE = padded
-    octets = assigned_TE.contiguous().view(torch.int64) * _GATHER_LOW_BITS >> 56
+    padded = assigned_TE.new_zeros((T, W * WORD))
+    padded[:, :E] = assigned_TE
+    octets = padded.view(torch.int64) * _GATHER_LOW_BITS >> 56
     return octets.to(torch.uint8).view(torch.int64)
 
 

@@ -16,9 +16,10 @@ Index = tuple[Tensor, Tensor, Tensor, Tensor]  # expert_offsets, token_offsets, 
 
 
 def segment_sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
-    """Sum of each token's rows, [T, D] in the dtype of the rows, accumulated in fp32 for half precision."""
+    """Sum of each token's rows, [T, D]; for rows of half precision in fp32, so that the caller rounds once."""
     T, D = token_offsets.shape[0] - 1, rows_AD.shape[1]
     A = int(token_offsets[-1])
+    rows_AD = rows_AD[:A].to(torch.promote_types(rows_AD.dtype, torch.float32))
     if T == 0 or A == 0 or D == 0:
         return rows_AD.new_zeros((T, D))
     order = row_of_assignment[:A]
@@ -64,7 +65,7 @@ def combine(
     y_TD = segment_sum(rows_AD, token_offsets, row_of_assignment)
     if mean:
         y_TD.div_(_k_or_one(token_offsets))
-    return y_TD
+    return y_TD.to(rows_AD.dtype)
 
 
 @combine.register_fake
@@ -107,7 +108,7 @@ def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor)
     A = int(expert_offsets[-1])
     expert_E = torch.arange(num_experts, device=token_of_row.device)
     expert_A = expert_E.repeat_interleave(expert_offsets.diff(), output_size=A)
-    return token_of_row[:A] * num_experts + expert_A
+    return token_of_row[:A].long() * num_experts + expert_A
 
 
 @torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .ragged_index import pack_bits, words
 
 NORM_EPS = 1e-12
@@ -30,6 +31,7 @@ def _inverse_norm(v: Tensor, dim: int) -> Tensor:
 
 
 @torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())
+@without_autocast
 def threshold_gate(
     x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,6 +68,7 @@ def _(
 
 
 @torch.library.custom_op("dynmoe_tutel::threshold_gate_backward", mutates_args=())
+@without_autocast
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,10 +142,11 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
     names = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")
     value, dw = dict.fromkeys(names, 0.0), {name: torch.zeros_like(gate.w_DE) for name in names}
     da = {name: torch.zeros_like(score_TE) for name in names}
-    overlap = {(i, j): float(unit(w_ED[i]) @ unit(w_ED[j])) for i in active for j in active if i != j}
-    value["diversity"] = math.sqrt(sum(cosine**2 for cosine in overlap.values()))  # W'W - I has no diagonal
-    for (i, j), cosine in overlap.items():
-        dw["diversity"][:, i] += 2 * cosine / max(value["diversity"], 1e-300) * cosine_gradient(w_ED[i], w_ED[j])
+    cos_EE, pairs = unit(w_ED) @ unit(w_ED).T, [(i, j) for i in active for j in active if i != j]
+    value["diversity"] = math.sqrt(sum(float(cos_EE[i, j]) ** 2 for i, j in pairs))  # W'W - I has no diagonal
+    for i, j in pairs:
+        slope = 2 * float(cos_EE[i, j]) / max(value["diversity"], 1e-300)
+        dw["diversity"][:, i] += slope * cosine_gradient(w_ED[i], w_ED[j])
     for e in active:
         value["simplicity"] += float(w_ED[e].norm()) / len(active)
         dw["simplicity"][:, e] = unit(w_ED[e]) / len(active)

@@ -190,6 +190,13 @@ def test_a_zero_token_has_cosine_zero_and_passes_no_gate_gradient() -> None:
     assert relative_rms(x.grad[3], expert_only) < FP32
 
 
+def test_a_score_equal_to_its_threshold_is_no_assignment() -> None:
+    """A zero token has the cosine 0 exactly, and G is 0."""
+    case = make_case(G=0.0)
+    case.x[3] = 0
+    assert int(case.layer.route(case.x).k_per_token[3]) == 0
+
+
 @pytest.mark.parametrize("shape", [(24, 16), (4, 6, 16), (2, 3, 4, 16), (1, 24, 16), (4, 0, 16)])
 def test_leading_dimensions_and_strides(shape: tuple[int, ...]) -> None:
     case = make_case()
@@ -238,7 +245,7 @@ def test_a_capacity_that_holds_all_changes_nothing(capacity: float | str, traini
 def test_uninitialised_memory_never_reaches_a_result() -> None:
     """Deterministic mode fills every new buffer with NaN or the largest integer before it is used."""
     cases = [
-        make_case(capacity=capacity, kind=kind, activation=activation)
+        make_case(E=7, active=[1, 2, 5], capacity=capacity, kind=kind, activation=activation)
         for capacity in ("exact", "full", 3.0)
         for kind, activation in (("ffn", F.gelu), ("ffn", torch.tanh), ("llama_ffn", F.silu))
     ]

@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one expert": {"E": 1, "G": 0.05},
     "every token takes all": {"G": -1.5},
     "every token is unrouted": {"G": 1.5},
-    "E = 65": {"T": 12, "E": 65, "G": (0.35, 0.7)},
+    "E = 65": {"T": 12, "E": 65, "active": [*range(8), *range(57, 65)], "G": (0.2, 0.5)},
     "T = 0": {"T": 0},
     "T = 1": {"T": 1},
 }

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe_tutel import MoELayer, Routing, moe, options
+from dynmoe_tutel import Decision, MoELayer, Routing, moe, options
 
 D, H, E, START = 16, 24, 6, 4
 KINDS: dict[str, Any] = {
@@ -93,11 +93,11 @@ class TestForward:
         layer, x = layer_with(kind), tokens(math.prod(shape[:-1])).view(shape)
         y = layer(x)
         assert y.shape == x.shape
-        assert torch.equal(y.view(-1, D), layer(x.view(-1, D)))
-        assert y.l_aux.shape == layer.l_aux.shape == ()
         assert y.l_aux is layer.l_aux
+        assert y.l_aux.shape == ()
         assert y.l_aux.dtype == torch.float32
         assert y.l_aux.isfinite()
+        assert torch.equal(y.view(-1, D), layer(x.view(-1, D)))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", list(KINDS))
@@ -111,6 +111,9 @@ class TestForward:
     @pytest.mark.parametrize("experts", list(EXPERTS))
     def test_a_layer_of_half_precision(self, experts: str, dtype: torch.dtype) -> None:
         layer = layer_with("gated_multi_gate_t", experts).to(dtype)
+        if experts == "llama":  # drawn so small that fp16 has no digits left of its products
+            with torch.no_grad():
+                layer.experts.W_fc1.mul_(20), layer.experts.W_fc2.mul_(20), layer.experts.W_fc3.mul_(20)
         exact = copy.deepcopy(layer).double()
         x = tokens(dtype=dtype)
         assert torch.equal(layer.route(x).assigned, exact.route(x.double()).assigned)
@@ -275,6 +278,26 @@ class TestModes:
         assert x.grad is not None
         assert relative(x.grad, expected["x"]) < 1e-5
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_only_tokens_pre_activations_and_the_index_are_kept(self, dtype: torch.dtype) -> None:
+        """DESIGN.md section 6: saved for backward / (x + pre-activations + 8 bytes an assignment) <= 1.05."""
+        experts = {"num_experts_per_device": 4, "hidden_size_per_expert": 512, "activation_fn": F.gelu}
+        layer = moe.moe_layer("top_any", 256, experts, seeds=(1, 2)).to(dtype)
+        x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        A = int(layer.route(x).num_assignments)
+        assert sum(kept.values()) <= 1.05 * (x.element_size() * (512 * 256 + A * 512) + 8 * A)
+
     def test_gradients_accumulate(self) -> None:
         layer, x = layer_with(), tokens()
         once = gradients(layer, x)
@@ -288,22 +311,35 @@ class TestAutocast:
     @pytest.mark.parametrize("train", [True, False])
     @pytest.mark.parametrize("kind", list(KINDS))
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_the_gate_stays_fp32(self, dtype: torch.dtype, kind: str, train: bool) -> None:
+    def test_a_forward_routes_in_fp32(self, dtype: torch.dtype, kind: str, train: bool) -> None:
+        layer, x, found = layer_with(kind).train(train), tokens(400), []
+        for enabled in (False, True):
+            layer.begin_record_routing(record_eval=True)
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                y = layer(x)
+            assert y.dtype == torch.float32
+            found.append((layer.record.counts.clone(), layer.record.k_histogram.clone(), y.l_aux))
+        for plain, automatic in zip(*found, strict=True):
+            assert torch.equal(plain, automatic)
+
+    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_route_is_what_a_forward_does(self, dtype: torch.dtype, kind: str, train: bool) -> None:
         layer, x = layer_with(kind).train(train), tokens(400)
         plain = layer.route(x)
-        layer.begin_record_routing(record_eval=True)
-        layer(x)
-        counts = layer.record.counts.clone()
-        l_aux = layer.l_aux
-        layer.begin_record_routing(record_eval=True)
         with torch.autocast("cpu", dtype):
             automatic = layer.route(x)
-            y = layer(x)
+        assert automatic.scores.dtype == torch.float32
         assert torch.equal(plain.scores, automatic.scores)
         assert torch.equal(plain.bits, automatic.bits)
-        assert torch.equal(layer.record.counts, counts)
-        assert torch.equal(y.l_aux, l_aux)
-        assert y.dtype == torch.float32
+
+    def test_the_functional_form_routes_in_fp32(self) -> None:
+        gate, x = layer_with().gates[0], tokens(400)
+        plain = moe.top_any_routing(x, gate.sim_matrix, gate.gates, gate.experts_mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            automatic = moe.top_any_routing(x, gate.sim_matrix, gate.gates, gate.experts_mask)
+        assert torch.equal(plain.scores, automatic.scores)
 
     @pytest.mark.parametrize("experts", list(EXPERTS))
     def test_experts_compute_in_the_dtype_of_autocast(self, experts: str) -> None:
@@ -321,21 +357,20 @@ class TestAutocast:
     @pytest.mark.parametrize("experts", list(EXPERTS))
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_backward_inside_the_context_equals_that_outside(self, kind: str, experts: str) -> None:
-        """torch advises against it, many scripts do it: no crash, and the gate's gradient stays fp32."""
+        """torch advises against it, many scripts do it: no crash, and what the layer computes itself stays fp32."""
         layer, found = layer_with(kind, experts), []
         for inside in (False, True):
             layer.zero_grad()
             x = tokens().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 y = layer(x)
-                loss = y.square().sum() + y.l_aux
                 if inside:
-                    loss.backward()
+                    y.square().sum().backward()
             if not inside:
-                loss.backward()
+                y.square().sum().backward()
             found.append([x.grad, *(p.grad for p in layer.parameters())])
         for outside, within in zip(*found, strict=True):
-            if kind in ("top", "cosine_top") or experts == "lambda":  # parts are torch's own operations
+            if kind in ("top", "cosine_top"):  # their logits are torch's own operations
                 assert float((within - outside).norm()) <= 2e-2 * float(outside.norm()) + 1e-6
             else:
                 assert torch.equal(within, outside)
@@ -732,6 +767,20 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "momentum nan": (lambda: build(update_momentum=NAN), ["update_momentum", "nan"]),
     "momentum 2": (lambda: build(update_momentum=2), ["update_momentum", "2"]),
     "momentum text": (lambda: build(update_momentum="x"), ["update_momentum", "'x'"]),
+    **{
+        f"slot {v!r}": (lambda v=v: build(gate(max_expert_num=6)).slot_parameters(v), ["slot", repr(v), "6"])  # type: ignore[misc]
+        for v in (6, -1, 1.5, None)
+    },
+    "prune no slot": (lambda: build().update_experts(Decision(prune=[(9, "")])), ["9", "4"]),
+    "grow no direction": (
+        lambda: build(gate(max_expert_num=6)).update_experts(Decision(grow=[(torch.ones(D + 1), "")])),
+        ["[17]", "16"],
+    ),
+    "grow nan": (
+        lambda: build(gate(max_expert_num=6)).update_experts(Decision(grow=[(torch.full((D,), NAN), "")])),
+        ["finite"],
+    ),
+    "init": (lambda: build().update_experts(Decision(), init="nearst"), ["init", "'nearst'", "nearest"]),
     "one_score top_any": (lambda: build(one_score_gate=True), ["one_score_gate", "'top'"]),
     "update_one_score_gate": (lambda: build().update_one_score_gate(), ["one_score_gate"]),
     "param_type": (lambda: build().get_parameter_iterator("expert"), ["param_type", "'expert'", "'local_experts'"]),
@@ -872,7 +921,7 @@ class TestBadInput:
         assert "return" not in str(error.value)
         assert "unknown," not in str(error.value)
 
-    @pytest.mark.parametrize("value", ["yes", "", "2.5"])
+    @pytest.mark.parametrize("value", ["yes", "2.5"])
     def test_environment_variables_are_named(self, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("SKIP_MOE", "SKIP_EXPERT"):
             monkeypatch.setenv(name, value)

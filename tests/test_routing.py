@@ -158,7 +158,7 @@ def test_a_token_s_routing_does_not_depend_on_the_others(case: tuple[Tensor, ora
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"assigned must be bool \[T, E\], got torch.float32 \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"assigned must be bool \[T, E\], got .*float32 \[2, 3\]"):
         Routing.from_assignments(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"capacity = 0: give"):
         moe.moe_layer("top_any", 4, {"hidden_size_per_expert": 4}, capacity=0)

@@ -21,7 +21,7 @@ from helpers import FFN, FP32, TERMS, Case, gradients, make_case, oracle_gate, r
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe_tutel import losses, moe
+from dynmoe_tutel import Decision, losses, moe
 
 D, H = 8, 6
 UPSTREAM = ("top_any", "gated_multi_gate", "gated_multi_gate_t")
@@ -118,6 +118,18 @@ class TestTraining:
             for name, value in results[0].items():
                 assert torch.equal(torch.as_tensor(result[name]), torch.as_tensor(value)), name
 
+    def test_s3_the_auxiliary_loss_survives_gradient_checkpointing(self) -> None:
+        """A recompute must not put the loss of its own graph in the place of the forward's."""
+        results = []
+        for wrap in (False, True):
+            case = make_case(aux_losses=dict.fromkeys(TERMS, 1.0))
+            x = case.x.clone().requires_grad_()
+            y = checkpoint(case.layer, x, use_reentrant=False) if wrap else case.layer(x)
+            ((y * case.dy).sum() + case.layer.l_aux).backward()
+            results.append({"l_aux": case.layer.l_aux, **gradients(case.layer, x)})
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), name
+
 
 class TestBatchMates:
     def lone(self, case: Case, t: int, training: bool) -> tuple[Tensor, Tensor]:
@@ -173,6 +185,9 @@ class TestUpdates:
             update(layer, axes(5))
             assert active(layer) == [0]
         assert layer.eval()(axes(5)).any()
+        layer = six_slots(3)
+        layer.update_experts(Decision(prune=[(slot, "all of them") for slot in range(6)]))
+        assert layer.num_global_experts == len(active(layer)) == 1
 
     def test_d8_a_grown_expert_copies_its_nearest(self) -> None:
         """Upstream left in the slot what lay there. Unrouted tokens near axis 1 (cosine 0.45): slot 1 is the parent."""

@@ -72,8 +72,8 @@ HEADER = (
     "in domain\n%",
     "out of\ndomain %",
     "mean\nk",
-    "experts\nat start",
-    "experts\nat end",
+    "experts\nstart",
+    "experts\nend",
     "active\nparams",
     "total\nparams",
     "ms a\nstep",
@@ -165,7 +165,7 @@ def rich_table(summaries: Sequence[RowSummary], steps: int) -> Table:
     best = max(summaries, key=lambda row: row.out_accuracy.mean)
     table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom", no_wrap=True)
+        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom")
     for row in summaries:
         table.add_row(*row.cells(), style="bold" if row is best else None)
     return table

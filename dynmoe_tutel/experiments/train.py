@@ -61,11 +61,12 @@ class TrainConfig:
             raise ValueError(f"test_domain must be one of {list(digits.ANGLES)}, got {self.test_domain!r}")
         names = ("steps", "batch_per_domain", "experts", "slots", "update_every", "log_every", "eval_every", "threads")
         for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.experts > self.slots:
             raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
-        if not 0 < self.learning_rate < math.inf:
+        if not isinstance(self.learning_rate, float) or not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +83,10 @@ class TrainConfig:
                 f"unknown {sorted(given - expected)}"
             )
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-        return cls(**{**values, "model": ViTConfig(**content["model"])})
+        try:
+            return cls(**{**values, "model": ViTConfig(**content["model"])})
+        except TypeError as error:
+            raise ValueError(f"the configuration is of another job or version: {error}") from error
 
     def quick(self) -> TrainConfig:
         """The same job, short: one seed, fewer steps, updates as often in proportion."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from ..options import refuse_unknown
@@ -33,12 +34,12 @@ def experts_at_start(config: Mapping[str, Any]) -> int:
             f"experts: {given[0]} = {config[given[0]]} and {given[1]} = {config[given[1]]} are one thing: give one"
         )
     count = config[given[0]] if given else 1
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise ValueError(
             f"experts[{(given or COUNT_KEYS)[0]!r}] = {count!r}: give an integer of at least 1 "
             "(experts sharded over devices need stock Tutel)"
         )
-    return count
+    return int(count)
 
 
 def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common: Any) -> Experts:

@@ -57,6 +57,13 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
+def check_activation(name: str, function: object) -> None:
+    """ValueError unless `function` is None or can be called on pre-activations."""
+    if function is not None and (not callable(function) or isinstance(function, type)):
+        hint = " (an instance, not the class)" if isinstance(function, type) else ""
+        raise ValueError(f"experts[{name!r}] = {function!r}: give a function or module, [rows, H] to [rows, H]{hint}")
+
+
 @torch.no_grad()
 def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> None:
     """U(-bound, bound) in place, drawn on the CPU where a private generator is given."""
@@ -95,7 +102,10 @@ class GroupedMLP(Experts):
         assert w2 is not None
         if self.activation is None:
             rows = routing.dispatch(x)
-            a = self.activation_fn(kernels.grouped_linear(rows, routing.expert_offsets, w1, b1))
+            h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1)
+            a = self.activation_fn(h)
+            if a.shape != h.shape:
+                raise ValueError(f"activation_fn made {list(a.shape)} of {list(h.shape)}: it must keep the shape")
             if w3 is not None:
                 a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3)
             rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..routing import Routing
+from ..routing import Routing, describe
 from .base import Experts, SlotParameter
 
 
@@ -37,20 +37,26 @@ class CustomExperts(Experts):
         if module is None:
             raise ValueError("experts of type 'custom' need 'module': a list of modules, or a class that makes one")
         self.padded = _takes_context(module)
+        built_already = isinstance(module, nn.Module | Iterable) and not isinstance(module, type)
+        if built_already and options:
+            raise ValueError(
+                f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built already"
+            )
         if self.padded:
             self.module = module if isinstance(module, nn.Module) else _make_batched(module, model_dim, slots, options)
-        elif isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList):
+            return
+        if isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList):
             raise ValueError(
                 "experts['module'] is one module: give a list of one a slot, a class that makes one, or a module whose "
                 "forward takes (x, ctx) with x [E, C, D]"
             )
-        else:
-            built = list(module) if isinstance(module, Iterable) else [module(**options) for _ in range(slots)]
-            if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
-                raise ValueError(
-                    f"experts['module'] holds {len(built)} entries: give one nn.Module for each of the {slots} slots"
-                )
-            self.module = nn.ModuleList(built)
+        built = list(module) if isinstance(module, Iterable) else _make_each(module, slots, options)
+        if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
+            kinds = ", ".join(sorted({type(m).__name__ for m in built}))
+            raise ValueError(
+                f"experts['module'] holds {len(built)} entries ({kinds}): give one nn.Module for each of the {slots} slots"
+            )
+        self.module = nn.ModuleList(built)
 
     def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
         """Rows [rows, output_dim] times their gate."""
@@ -62,8 +68,19 @@ class CustomExperts(Experts):
         elif self.padded:
             out = self._padded(rows, routing)
         else:
+            experts = list(cast(nn.ModuleList, self.module))  # one module may serve several slots
             parts = rows.split(routing.counts.tolist())
-            out = torch.cat([expert(part) for expert, part in zip(self.module.children(), parts, strict=True)])
+            outs = [expert(part) for expert, part in zip(experts, parts, strict=True)]
+            for slot, (part, result) in enumerate(zip(parts, outs, strict=True)):
+                if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != part.shape[0]:
+                    raise ValueError(
+                        f"custom expert {slot} made {describe(result)} of {list(part.shape)}: give [n, D_out]"
+                    )
+            if len({result.shape[1] for result in outs}) > 1:
+                raise ValueError(
+                    f"custom experts made outputs of {[result.shape[1] for result in outs]}: give one D_out"
+                )
+            out = torch.cat(outs)
         out = out * gate_A[:A].unsqueeze(1).to(out.dtype)
         behind = gate_A.shape[0] - A
         return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
@@ -76,8 +93,10 @@ class CustomExperts(Experts):
         place_A = expert_A * C + place_A
         padded = rows_AD.new_zeros(E * C, rows_AD.shape[1]).index_copy(0, place_A, rows_AD)
         out = self.module(padded.view(E, C, -1), self)
-        if out.shape[:2] != (E, C):
-            raise ValueError(f"the custom expert returned {list(out.shape)}, expected [{E}, {C}, output_dim]")
+        if not isinstance(out, Tensor) or out.dim() != 3 or out.shape[:2] != (E, C):
+            raise ValueError(
+                f"the custom expert made {describe(out)} of {[E, C, self.model_dim]}: give [{E}, {C}, D_out]"
+            )
         return out.reshape(E * C, -1).index_select(0, place_A)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
@@ -109,6 +128,17 @@ def _takes_context(module: Any) -> bool:
     return (parameters[:1] == ["self"] and len(parameters) == 3) or (
         parameters[:1] != ["self"] and len(parameters) == 2
     )
+
+
+def _make_each(cls: Any, slots: int, options: dict[str, Any]) -> list[Any]:
+    """One module a slot, made by `cls` from `options`."""
+    if not callable(cls):
+        raise ValueError(f"experts['module'] = {cls!r}: give a list of modules, or a class that makes one")
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"experts of type 'custom': {sorted(options)} do not fit 'module': {error}") from None
+    return [cls(**options) for _ in range(slots)]
 
 
 def _make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:

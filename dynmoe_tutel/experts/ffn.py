@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options import positive_int
-from .base import GroupedMLP, fill_uniform
+from .base import GroupedMLP, check_activation, fill_uniform
 
 
 class FFNExperts(GroupedMLP):
@@ -41,12 +41,8 @@ class FFNExperts(GroupedMLP):
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
         if activation_fn is not None and activation_fn_with_self is not None:
             raise ValueError("experts: give one of activation_fn and activation_fn_with_self, not both")
-        for name, function in (
-            ("activation_fn", activation_fn),
-            ("activation_fn_with_self", activation_fn_with_self),
-        ):
-            if function is not None and not callable(function):
-                raise ValueError(f"experts[{name!r}] = {function!r}: give a function or module [rows, H] -> [rows, H]")
+        check_activation("activation_fn", activation_fn)
+        check_activation("activation_fn_with_self", activation_fn_with_self)
         super().__init__(model_dim, slots, activation_fn or F.relu)
         if activation_fn_with_self is not None:
             self.activation_fn, self.activation = partial(_with_self, activation_fn_with_self, self), None

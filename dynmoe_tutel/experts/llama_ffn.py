@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options import positive_int
-from .base import GroupedMLP
+from .base import GroupedMLP, check_activation
 
 
 class LlamaFFNExperts(GroupedMLP):
@@ -25,8 +25,7 @@ class LlamaFFNExperts(GroupedMLP):
         generator: torch.Generator | None = None,
     ) -> None:
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
-        if activation_fn is not None and not callable(activation_fn):
-            raise ValueError(f"experts['activation_fn'] = {activation_fn!r}: give a function or module")
+        check_activation("activation_fn", activation_fn)
         super().__init__(model_dim, slots, activation_fn or F.silu)
         self.hidden_size_per_expert = hidden
         self.W_fc1 = nn.Parameter(torch.empty(slots, model_dim, hidden))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import refuse_unknown
+from ..options import positive_int, refuse_unknown
 from .base import Gate
 from .cosine_top_k import CosineTopKGate
 from .custom import CustomGate
@@ -53,13 +53,13 @@ def gate_config(gate_type: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def max_experts(config: Mapping[str, Any], num_experts: int) -> int:
     """Slots that the gate asks for: `max_expert_num`, by default the experts at start (64 for upstream's names)."""
-    if str(config.get("type")) not in _TYPES:
-        return int(config.get("max_expert_num", num_experts))
+    if gate_class(config) is CustomGate:
+        return positive_int("gate_type['max_expert_num']", config.get("max_expert_num", num_experts))
     _, defaults, keys = _TYPES[config["type"]]
     if "max_expert_num" not in keys:
         return num_experts
     slots = config.get("max_expert_num", defaults.get("max_expert_num"))
-    return num_experts if slots is None else int(slots)
+    return num_experts if slots is None else positive_int("gate_type['max_expert_num']", slots)
 
 
 def gate_class(config: Mapping[str, Any]) -> type[Gate]:
@@ -67,7 +67,7 @@ def gate_class(config: Mapping[str, Any]) -> type[Gate]:
     kind = config.get("type")
     if kind == "custom":
         return CustomGate
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"gate_type['type'] = {kind!r}: allowed are {', '.join([*_TYPES, 'custom'])}")
     return _TYPES[kind][0]
 

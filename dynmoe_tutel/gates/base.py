@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..options import positive_int, warn_once
+from ..options import number, positive_int, warn_once
 from ..routing import Capacity, Routing
 
 
@@ -42,7 +42,7 @@ class Gate(nn.Module):
         self.model_dim = positive_int("model_dim", model_dim)
         self.num_experts, self.slots = num_experts, slots
         self.aux_names = tuple(aux_names)
-        self.gate_noise = float(gate_noise)
+        self.gate_noise = number("gate_type['gate_noise']", gate_noise, 0)
         self.normalize_gate, self.one_score_gate = normalize_gate, one_score_gate
         self.normalize_one_score_gate = normalize_one_score_gate
         unknown = [name for name in self.aux_names if name not in self.aux_choices]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import positive_int
+from ..options import number, positive_int
 from .top_any import MAX_LOG_SCALE
 from .top_k import FixedKGate
 
@@ -22,8 +22,7 @@ class CosineTopKGate(FixedKGate):
 
     def __init__(self, *, proj_dim: int = 256, init_t: float = 0.5, **common: Any) -> None:
         super().__init__(**common)
-        if not 0 < init_t < math.inf:
-            raise ValueError(f"gate_type['init_t'] = {init_t!r}: give a positive number")
+        init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
         generator = self.generator_at_start
         self.generator_at_start = None
         self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..options import positive_int
 from ..routing import Capacity, Routing
 from .top_k import FixedKGate
 
@@ -39,22 +41,21 @@ class CustomGate(FixedKGate):
         )
         common = {name: options.pop(name) for name in names if name in options}
         options.pop("max_expert_num", None)
-        if module is None or not (isinstance(module, nn.Module) or callable(module)):
-            raise ValueError("gate_type of type 'custom' needs 'module': an nn.Module, or a class that makes one")
-        if not isinstance(module, nn.Module):
-            module = module(
-                model_dim=common["model_dim"],
-                num_global_experts=common["slots"],
-                **({} if k is None else {"k": k}),
-                **options,
+        if not isinstance(module, nn.Module) and not callable(module):
+            raise ValueError(
+                f"gate_type of type 'custom': 'module' = {module!r}: give an nn.Module, or a class that makes one"
             )
+        if k is not None:
+            k = positive_int("gate_type['k']", k)
+        if not isinstance(module, nn.Module):
+            module = _built(module, common["model_dim"], common["slots"], options if k is None else {"k": k, **options})
         elif options:
             raise ValueError(
                 f"gate_type of type 'custom': {sorted(options)} go to a class, but 'module' is built already"
             )
         top_k = k if k is not None else getattr(module, "top_k", 1)
         super().__init__(
-            k=int(top_k),
+            k=top_k,
             gate_noise=getattr(module, "gate_noise", gate_noise),
             capacity_factor=capacity_factor,
             **common,
@@ -73,6 +74,17 @@ class CustomGate(FixedKGate):
                     f"the custom gate routed {result.num_tokens} tokens to {result.num_experts} experts; "
                     f"the layer has {x_TD.shape[0]} and {self.slots}"
                 )
+            if capacity != "exact":
+                own = result
+                result = Routing.from_bits(
+                    own.bits,
+                    own.scores,
+                    unrouted=own.unrouted,
+                    thresholds=own.thresholds,
+                    weights=own.weights,
+                    capacity=capacity,
+                )
+                result.aux = own.aux
             for name in self.aux_names:
                 result.aux.setdefault(name, result.scores.new_zeros(()))
             return result
@@ -82,3 +94,16 @@ class CustomGate(FixedKGate):
                 f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
             )
         return self.route_logits(result.to(torch.promote_types(result.dtype, torch.float32)), capacity, top_k)
+
+
+def _built(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:
+    """The gate that `cls` makes; ValueError where it takes other arguments or makes something else."""
+    given = {"model_dim": model_dim, "num_global_experts": slots, **options}
+    try:
+        inspect.signature(cls).bind(**given)
+    except TypeError as error:
+        raise ValueError(f"gate_type of type 'custom': 'module' must take {', '.join(given)}: {error}") from None
+    module = cls(**given)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"gate_type of type 'custom': 'module' made a {type(module).__name__}, not an nn.Module")
+    return module

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels, losses
-from ..options import warn_once
+from ..options import number, warn_once
 from ..routing import Capacity, Routing
 from .base import Gate
 
@@ -61,23 +61,22 @@ class TopAnyGate(Gate):
             warn_once("normalize_gate = False is ignored: a token's output is the mean of its experts")
         if upstream_init:  # upstream's bits, without touching the global random state
             generator = torch.Generator().manual_seed(1)
-        w_ED = torch.empty(slots, model_dim)
+        w_ED = torch.empty(slots, model_dim, dtype=torch.float32)  # whatever the default dtype: qr has no half kernel
         if not w_ED.is_meta:
             nn.init.orthogonal_(w_ED, generator=generator)
-        self.sim_matrix = nn.Parameter(w_ED.t().contiguous())
+        self.sim_matrix = nn.Parameter(w_ED.t().to(torch.get_default_dtype()).contiguous())
         self.gates = nn.Parameter(torch.zeros(slots))
         self.register_buffer("experts_mask", (torch.arange(slots) < num_experts).float())
         self.temperature: nn.Parameter | None = None
         if init_t is not None:
-            if not 0 < init_t < math.inf:
-                raise ValueError(f"gate_type['init_t'] = {init_t!r}: give a positive number or None")
+            init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
             self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
 
-    def scale(self) -> Tensor:
-        """tau, [] in the gate's dtype."""
+    def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """tau, [] in `dtype`."""
         if self.temperature is None:
-            return torch.ones((), device=self.gates.device)
-        return self.temperature.float().clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+            return torch.ones((), dtype=dtype, device=self.gates.device)
+        return self.temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""
@@ -88,7 +87,7 @@ class TopAnyGate(Gate):
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        tau = self.scale().to(dtype)
+        tau = self.scale(dtype)
         score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(
             x_TD, self.sim_matrix, self.gates.detach(), self.active(), tau, not self.training
         )
@@ -109,8 +108,8 @@ class TopAnyGate(Gate):
             return losses.load_balance_loss(assigned_TE)
         if name == "efficiency":
             return losses.efficiency_loss(assigned_TE)
-        # gshard: the first pick is the activated expert of highest score, the fallback expert included
-        chosen_TE = routing.assigned
+        # gshard: the first pick is the expert of highest score among those that passed; an unrouted token has none
+        chosen_TE = assigned_TE.detach() > 0
         first_T = routing.scores.detach().masked_fill(~chosen_TE, -1).argmax(dim=1)
         first_TE = F.one_hot(first_T, self.slots) * chosen_TE
         return losses.gshard_loss(assigned_TE, first_TE, active_E.sum())

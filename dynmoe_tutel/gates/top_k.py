@@ -38,7 +38,7 @@ class FixedKGate(Gate):
             raise ValueError(f"gate_type['k'] = {k} is more than the {self.slots} experts: give at most {self.slots}")
         if "load_importance" in self.aux_names and self.gate_noise <= 0:
             raise ValueError(
-                "is_gshard_loss = False means the load/importance loss, which needs gate_type['gate_noise'] > 0"
+                "the load_importance loss (is_gshard_loss = False of a fixed-k gate) needs gate_type['gate_noise'] > 0"
             )
         self.generator_at_start = generator
 

@@ -197,15 +197,15 @@ class TestForward:
         assert torch.equal(case.run(case.tensors, save=True), case.run(case.tensors, save=False))
 
     @pytest.mark.parametrize("elements", [1, 100, 2000])
-    def test_blocks_of_experts_change_no_bit(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Experts of few rows are worked on together; how many at once must not show."""
+    def test_blocks_of_experts_do_not_show(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Experts of few rows are worked on together; how many at once changes no more than the last bit."""
         case = Case(40, 12, 10, 7, 65, 0.1, gated=True, apply_gate=True)
         d_rows_AO = torch.randn(case.A, 7)
         rows, grads = case.run(case.tensors), case.grads("run", d_rows_AO)
         monkeypatch.setattr(sys.modules["dynmoe_tutel.kernels.grouped_ffn"], "BLOCK_ELEMENTS", elements)
-        assert torch.equal(case.run(case.tensors), rows)
+        assert distance(case.run(case.tensors), rows) < 1e-6
         for name, grad in case.grads("run", d_rows_AO).items():
-            assert torch.equal(grad, grads[name]), name
+            assert distance(grad, grads[name]) < 1e-6, name
 
     def test_two_runs_are_bitwise_equal(self) -> None:
         case = Case(200, 64, 96, 64, 9)

@@ -1,0 +1,231 @@
+"""Loading a layer's state into other active counts and other slot counts, and refusing what is not its state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dynmoe_tutel import moe
+
+D, H = 8, 5
+
+
+def layer_with(slots: int = 6, start: int = 3, seed: int = 1, gate: Any = None, **experts: Any) -> Any:
+    config = {"num_experts_per_device": start, "hidden_size_per_expert": H, **experts}
+    gate = {"type": "top_any", "max_expert_num": slots, "init_t": 0.5} if gate is None else gate
+    layer = moe.moe_layer(gate, D, config, seeds=(seed, seed + 1))
+    for one in layer.gates:
+        if one.adaptive:
+            with torch.no_grad():
+                one.gates.copy_(torch.linspace(-0.1, 0.2, one.slots))
+    return layer
+
+
+def tokens() -> Tensor:
+    return torch.randn(40, D, generator=torch.Generator().manual_seed(0))
+
+
+def same(first: Any, second: Any) -> bool:
+    x = tokens()
+    return all(torch.equal(first.train(mode)(x), second.train(mode)(x)) for mode in (True, False))
+
+
+class TestSameSlots:
+    @pytest.mark.parametrize("active", [[0], [0, 1, 2], [1, 4], [0, 1, 2, 3, 4, 5]])
+    def test_any_active_slots(self, active: list[int]) -> None:
+        saved, other = layer_with(), layer_with(seed=5)
+        for slot in range(6):
+            saved.gates[0].experts_mask[slot] = float(slot in active)
+        saved._num_global_experts.fill_(len(active))
+        result = other.load_state_dict(saved.state_dict())
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert other.num_global_experts == len(active)
+        assert other.gates[0].active().nonzero().squeeze(1).tolist() == active
+        assert same(saved, other)
+
+    @pytest.mark.parametrize("gate", [{"type": "top", "k": 2}, {"type": "cosine_top", "proj_dim": 4}])
+    def test_fixed_k(self, gate: dict[str, Any]) -> None:
+        saved, other = layer_with(gate=gate), layer_with(gate=gate, seed=5)
+        other.load_state_dict(saved.state_dict())
+        assert same(saved, other)
+
+    def test_the_callers_dict_is_not_changed(self) -> None:
+        state = layer_with(slots=4).state_dict()
+        before = {name: value.clone() for name, value in state.items()}
+        layer_with(slots=7).load_state_dict(state)
+        assert list(state) == list(before)
+        assert all(torch.equal(state[name], value) for name, value in before.items())
+
+    def test_in_a_model(self) -> None:
+        def model(seed: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(D, D), nn.ModuleDict({"moe": layer_with(seed=seed)})["moe"], layer_with(4))
+
+        torch.manual_seed(0)
+        saved, other = model(1), model(5)
+        other.load_state_dict(saved.state_dict())
+        assert torch.equal(saved(tokens()), other(tokens()))
+
+
+class TestOtherSlots:
+    @pytest.mark.parametrize("slots", [7, 12, 70])
+    @pytest.mark.parametrize("experts", [{}, {"has_fc1_bias": False}, {"output_dim": 3}, {"type": "llama_ffn"}])
+    def test_more_slots(self, experts: dict[str, Any], slots: int) -> None:
+        saved, other = layer_with(6, **experts), layer_with(slots, seed=5, **experts)
+        own = copy.deepcopy(other.state_dict())
+        saved.gates[0].experts_mask[5] = 1
+        saved._num_global_experts.fill_(4)
+        other.load_state_dict(saved.state_dict())
+        assert (other.num_global_experts, other.max_num_global_experts) == (4, slots)
+        assert other.gates[0].active().nonzero().squeeze(1).tolist() == [0, 1, 2, 5]
+        assert same(saved, other)
+        for name, value in other.experts.state_dict().items():
+            assert torch.equal(value[6:], own[f"experts.{name}"][6:]), "free slots keep what they were drawn with"
+        assert torch.equal(other.gates[0].sim_matrix[:, 6:], own["gates.0.sim_matrix"][:, 6:])
+
+    def test_free_slots_of_a_larger_layer_are_inactive(self) -> None:
+        saved, other = layer_with(3, start=1), layer_with(6, start=6)
+        other.load_state_dict(saved.state_dict())
+        assert other.gates[0].active().tolist() == [True] + [False] * 5
+        assert other.num_global_experts == 1
+
+    @pytest.mark.parametrize("slots", [3, 4, 5])
+    def test_fewer_slots_of_which_none_is_lost(self, slots: int) -> None:
+        saved, other = layer_with(6), layer_with(slots, seed=5)
+        other.load_state_dict(saved.state_dict())
+        assert (other.num_global_experts, other.max_num_global_experts) == (3, slots)
+        assert same(saved, other)
+
+    @pytest.mark.parametrize(("lost", "least"), [([3], 4), ([3, 5], 6), ([5], 6)])
+    def test_active_slots_that_would_be_lost_are_refused(self, lost: list[int], least: int) -> None:
+        saved, other = layer_with(6), layer_with(3, seed=5)
+        before = copy.deepcopy(other.state_dict())
+        for slot in lost:
+            saved.gates[0].experts_mask[slot] = 1
+        with pytest.raises(ValueError) as error:
+            other.load_state_dict(saved.state_dict())
+        for word in (f"slots {lost}", "6 slots", "this layer 3", f"max_expert_num >= {least}"):
+            assert word in str(error.value)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+    def test_every_gate_of_a_list_counts(self) -> None:
+        gates = [{"type": "top_any", "max_expert_num": n} for n in (6, 6)]
+        saved, other = layer_with(gate=gates), layer_with(gate=[{**g, "max_expert_num": 3} for g in gates], seed=5)
+        saved.gates[1].experts_mask[4] = 1
+        with pytest.raises(ValueError, match=r"slots \[4\]"):
+            other.load_state_dict(saved.state_dict())
+        saved.gates[1].experts_mask[4] = 0
+        other.load_state_dict(saved.state_dict())
+        for index in (0, 1):
+            assert torch.equal(saved(tokens(), index), other(tokens(), index))
+
+    @pytest.mark.parametrize("kind", ["list", "batched"])
+    def test_custom_experts(self, kind: str) -> None:
+        class Batched(nn.Module):
+            def __init__(self, local_experts: int) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.randn(local_experts, D, D))
+
+            def forward(self, x: Tensor, ctx: Any) -> Tensor:
+                return torch.bmm(x, self.w)
+
+        def layer(slots: int) -> Any:
+            module: Any = [nn.Linear(D, D) for _ in range(slots)] if kind == "list" else Batched
+            gate = {"type": "top_any", "max_expert_num": slots}
+            return moe.moe_layer(gate, D, {"type": "custom", "num_experts_per_device": 3, "module": module})
+
+        saved, larger, smaller = layer(6), layer(9), layer(4)
+        for other in (larger, smaller):
+            other.load_state_dict(saved.state_dict())
+            assert same(saved, other)
+            assert other.num_global_experts == 3
+
+    def test_in_a_model_with_strict_off(self) -> None:
+        saved, other = nn.ModuleDict({"moe": layer_with(6)}), nn.ModuleDict({"moe": layer_with(9, seed=5)})
+        other.load_state_dict(saved.state_dict(), strict=False)
+        assert same(saved["moe"], other["moe"])
+
+    def test_another_device_or_dtype_of_what_was_saved(self) -> None:
+        saved, other = layer_with(6), layer_with(9, seed=5)
+        other.load_state_dict(copy.deepcopy(saved).double().state_dict())
+        assert other.gates[0].sim_matrix.dtype == torch.float32
+        assert same(saved, other)
+
+
+class TestForeign:
+    def test_upstreams_bias_shape(self) -> None:
+        """Upstream's converters save biases as [E, 1, H]."""
+        saved, other = layer_with(), layer_with(seed=5)
+        state = dict(saved.state_dict())
+        for name in ("experts.batched_fc1_bias", "experts.batched_fc2_bias"):
+            state[name] = state[name].unsqueeze(1)
+        other.load_state_dict(state)
+        assert same(saved, other)
+        larger = layer_with(9, seed=5)
+        larger.load_state_dict(state)
+        assert same(saved, larger)
+
+    def test_missing_counts_are_read_from_the_mask(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.WARNING, "dynmoe_tutel")
+        saved, other = layer_with(start=5), layer_with(start=2, seed=5)
+        state = {name: value for name, value in saved.state_dict().items() if "num_global" not in name}
+        other.load_state_dict(state)
+        assert same(saved, other)
+        assert int(other.gates[0].experts_mask.sum()) == 5
+        assert other.num_global_experts == 5
+        assert sum("_num_global_experts" in record.getMessage() for record in caplog.records) >= 1
+
+    def test_a_model_without_the_layer_says_what_is_missing(self) -> None:
+        model = nn.ModuleDict({"dense": nn.Linear(D, D), "moe": layer_with()})
+        with pytest.raises(RuntimeError, match=r"moe\.gates\.0\.sim_matrix"):
+            model.load_state_dict(nn.ModuleDict({"dense": nn.Linear(D, D)}).state_dict())
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("gates.0.sim_matrix", lambda t: t.t().contiguous()),
+            ("experts.batched_fc1_w", lambda t: t.transpose(1, 2).contiguous()),
+            ("experts.batched_fc2_w", lambda t: t.transpose(1, 2).contiguous()),
+            ("experts.batched_fc1_w", lambda t: t.flatten()),
+            ("experts.batched_fc1_w", lambda t: t.transpose(0, 1).contiguous()),
+        ],
+    )
+    def test_another_layout_of_equal_size_is_refused(self, name: str, change: Any) -> None:
+        """A transposed matrix has as many numbers: to reshape it would scramble the weights without a word."""
+        other = layer_with(seed=5)
+        state = dict(layer_with().state_dict())
+        state[name] = change(state[name])
+        with pytest.raises((RuntimeError, ValueError), match=name.rsplit(".", 1)[-1]):
+            other.load_state_dict(state)
+
+    @pytest.mark.parametrize("cut", [lambda t: t[:-1], lambda t: t[..., :-1], lambda t: t[:0], lambda t: t.sum()])
+    @pytest.mark.parametrize("name", ["experts.batched_fc1_w", "gates.0.sim_matrix", "gates.0.gates"])
+    def test_a_truncated_tensor_is_refused(self, name: str, cut: Any) -> None:
+        state = dict(layer_with().state_dict())
+        state[name] = cut(state[name])
+        for slots in (6, 9):
+            with pytest.raises((RuntimeError, ValueError), match=name.rsplit(".", 1)[-1]):
+                layer_with(slots, seed=5).load_state_dict(state)
+
+    @pytest.mark.parametrize("name", ["experts_mask", "sim_matrix", "batched_fc2_w"])
+    def test_a_missing_tensor_is_named(self, name: str) -> None:
+        for slots in (6, 9):
+            state = {key: value for key, value in layer_with().state_dict().items() if not key.endswith(name)}
+            with pytest.raises((RuntimeError, ValueError), match=name):
+                layer_with(slots, seed=5).load_state_dict(state)
+
+    def test_another_hidden_size_is_refused(self) -> None:
+        with pytest.raises(RuntimeError, match="batched_fc1_w"):
+            layer_with().load_state_dict(layer_with(hidden_size_per_expert=H + 1).state_dict())
+
+    def test_a_mask_without_an_active_expert_is_refused(self) -> None:
+        """DESIGN.md section 3: a layer always has an active expert."""
+        state = layer_with().state_dict()
+        state["gates.0.experts_mask"] = torch.zeros(6)
+        with pytest.raises(ValueError, match="experts_mask"):
+            layer_with(seed=5).load_state_dict(state)
