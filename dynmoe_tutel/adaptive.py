@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .experts import Experts, FFNExperts
 from .experts.base import SlotParameter
 from .gates import Gate, TopKGate
-from .policy import Decision, DynMoEPolicy, ExpertChange
+from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
 INITS = ("nearest", "mean", "fresh", "keep")
@@ -29,6 +29,7 @@ class AdaptiveExperts:
     records: list[RoutingRecord]
     record_routing: bool
     record_eval: bool
+    slots: int
     group: Any
     one_score_gate: bool
     normalize_one_score_gate: bool
@@ -66,8 +67,9 @@ class AdaptiveExperts:
     def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
         """Prune and grow by the default policy from the record, summed over `group`'s ranks.
 
-        Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched: with one that has state, use `ExpertController`. ValueError
-        where no window is open, or the gate has no thresholds.
+        Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched:
+        with one that has state, use `ExpertController`. ValueError where no window is open, or the gate has no
+        thresholds.
         """
         gate = self._adaptive_gate(gate_index)
         if not self.record_routing:
@@ -97,13 +99,16 @@ class AdaptiveExperts:
         if init == "fresh" and generator is None:
             raise ValueError("init = 'fresh' draws weights: give a torch.Generator as generator")
         gate = self._adaptive_gate(gate_index)
+        for slot, _ in decision.prune:
+            self._check_slot("the decision prunes slot", slot)
+        grow = [(unit_direction(w_D, gate.sim_matrix[:, 0], "the layer"), why) for w_D, why in decision.grow]
         changes = []
         for slot, reason in decision.prune:
             if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
                 gate.deactivate(slot)
                 changes.append(ExpertChange(slot, "pruned", reason))
         sources_E = gate.active()  # not those grown a moment ago
-        for w_D, reason in decision.grow:
+        for w_D, reason in grow:
             free = self._free_slot()
             if free is None:
                 break
@@ -116,6 +121,7 @@ class AdaptiveExperts:
     def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
         """Every parameter that holds the slot, with the index of its entries: routing vector, threshold, expert."""
         gate = self._adaptive_gate(gate_index)
+        self._check_slot("slot", slot)
         router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
         return router + self.experts.slot_parameters(slot)
 
@@ -130,6 +136,10 @@ class AdaptiveExperts:
 
     def _gate(self, gate_index: int) -> Gate:
         raise NotImplementedError
+
+    def _check_slot(self, name: str, slot: object) -> None:
+        if type(slot) is not int or not 0 <= slot < self.slots:
+            raise ValueError(f"{name} = {slot!r}: this layer has {self.slots} slots, 0 to {self.slots - 1}")
 
     def _free_slot(self) -> int | None:
         """The lowest slot that no gate uses: gates share the experts."""

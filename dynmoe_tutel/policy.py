@@ -158,18 +158,24 @@ def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor,
     free = len(active) - sum(active) + len(slots)
     if len(decision.grow) > free:
         raise refuse(f"grows {len(decision.grow)} experts, free slots are {free}")
-    grow = []
-    for direction, reason in decision.grow:
-        if not isinstance(direction, Tensor) or direction.shape != like_D.shape:
-            got = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
-            raise refuse(f"grows in a direction of shape {got}, must be {tuple(like_D.shape)}")
-        direction_D = direction.detach().to(like_D.device, torch.float32)
-        length = torch.linalg.vector_norm(direction_D).item()
-        if not 0 < length < float("inf"):
-            raise refuse(f"grows in a direction of norm {length}, must be finite and above zero")
-        # A unit vector passes bit for bit.
-        grow.append((direction_D if abs(length - 1) < 1e-6 else direction_D / length, reason))
+    grow = [(unit_direction(direction, like_D, where), reason) for direction, reason in decision.grow]
     return Decision(list(decision.prune), grow)
+
+
+def unit_direction(direction: Tensor, like_D: Tensor, where: str) -> Tensor:
+    """`direction` as a unit vector [D] fp32 on the device of `like_D`; ValueError, naming `where`, if it is none."""
+    if not isinstance(direction, Tensor) or direction.shape != like_D.shape:
+        got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
+        raise ValueError(
+            f"policy: the decision for {where} grows in a direction of shape {got}, must be {list(like_D.shape)}"
+        )
+    direction_D = direction.detach().to(like_D.device, torch.float32)
+    length = torch.linalg.vector_norm(direction_D).item()
+    if not 0 < length < float("inf"):
+        raise ValueError(
+            f"policy: the decision for {where} grows in a direction of norm {length}, must be finite and above zero"
+        )
+    return direction_D if abs(length - 1) < 1e-6 else direction_D / length  # a unit vector passes bit for bit
 
 
 def _direction(sum_D: Tensor, norm: Tensor) -> Tensor | None:

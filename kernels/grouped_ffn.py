@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Se
         yield slice(first, offsets[-1]), segments
 
 
-def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Tensor, ...] | list[None]:
-    return [None] * num_experts if weight is None else weight.unbind(0)
+def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
+    """One matrix or vector an expert, or None for each."""
+    return (None,) * num_experts if weight is None else weight.unbind(0)
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
@@ -228,7 +230,7 @@ def grouped_ffn_backward(
                 if b3_EH is not None:
                     d_b3[e].copy_(d_u[part].sum(dim=0))
     d_x_TD = segment_sum(d_xs_AD, token_offsets, row_of_assignment).to(x_TD.dtype)
-    return (d_x_TD, d_gate_A, *grads)
+    return d_x_TD, d_gate_A, *grads  # type: ignore[return-value]
 
 
 @grouped_ffn_backward.register_fake

@@ -54,7 +54,7 @@ class CustomExperts(Experts):
         if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
             kinds = ", ".join(sorted({type(m).__name__ for m in built}))
             raise ValueError(
-                f"experts['module'] holds {len(built)} entries ({kinds}): give one nn.Module for each of the {slots} slots"
+                f"experts['module'] holds {len(built)} entries ({kinds}): give one nn.Module for each of {slots} slots"
             )
         self.module = nn.ModuleList(built)
 
