@@ -4,8 +4,8 @@
 
 * ours:  `MoELayer` with a top-any gate: gate, index, dispatch, experts, combine, auxiliary loss; with the backward, the
          gradients of the tokens, the router and every expert.
-* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before. For bfloat16
-         the faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
+* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before. For bf16 the
+         faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
 * loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd.
 
 Router columns are orthonormal and each threshold is the quantile of its cosines that makes the mean k as stated.

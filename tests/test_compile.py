@@ -266,6 +266,24 @@ class TestInAModel:
         for index in (0, 1):
             assert torch.equal(run(x, gate_index=index), layer(x, gate_index=index))
 
+    def test_the_functional_form(self) -> None:
+        """Layers of one's own, from `moe.top_any_routing`, `fast_encode` and `fast_decode`."""
+        torch.manual_seed(0)
+        w, g, tau = torch.randn(D, 4), torch.zeros(4), torch.tensor(2.0, requires_grad=True)
+
+        def forward(x: Tensor, fallback: bool, scale: Any) -> Tensor:
+            routing = moe.top_any_routing(x, w, g, torch.ones(4), scale=scale, fallback=fallback)
+            return moe.fast_decode(torch.tanh(moe.fast_encode(x, routing)), routing)
+
+        for fallback, scale in ((False, 1.0), (True, 1.0), (False, tau), (True, tau)):
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("aot_eager")
+            run = torch.compile(forward, fullgraph=True, backend=counter)
+            for size in (1.0, 100.0):
+                x = torch.randn(T, D) * size
+                assert torch.allclose(run(x, fallback, scale), forward(x, fallback, scale), atol=1e-6)
+            assert counter.frame_count == 1
+
 
 def gradients(run: Callable[[Tensor], Tensor], layer: Any, x: Tensor) -> list[Tensor]:
     layer.zero_grad()

@@ -284,6 +284,16 @@ class Batched(nn.Module):
         return torch.bmm(F.gelu(torch.bmm(x, self.w1) + self.b1), self.w2) + self.b2
 
 
+class BatchedOfWidth(nn.Module):
+    """As Tutel's kind, with an option that has no default."""
+
+    def __init__(self, model_dim: int, width: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, ctx: Any) -> Tensor:
+        return x
+
+
 def copy_ffn(source: Any, target: nn.Module) -> None:
     """The weights of ffn experts into custom ones."""
     with torch.no_grad():
@@ -376,6 +386,7 @@ class TestCustom:
             ({"module": [nn.Linear(D, D) for _ in range(E)], "hidden": 3}, ["hidden"]),
             ({"module": Batched, "hiden": 3}, ["hiden"]),
             ({"module": Batched(D, E, 1), "hidden": 3}, ["hidden"]),
+            ({"module": BatchedOfWidth}, ["width"]),
         ],
     )
     def test_what_cannot_be_an_expert_is_refused(self, experts: dict[str, Any], said: list[str]) -> None:

@@ -35,7 +35,7 @@ def naive_fixed_k(logits_TE: Tensor, k: int, normalize: bool) -> tuple[Tensor, T
     scores_TE = logits_TE.exp() / logits_TE.exp().sum(dim=1, keepdim=True)
     rows = []
     for s in scores_TE.unbind(0):
-        best = sorted(range(len(s)), key=lambda e: -float(s[e]))[:k]
+        best = s.detach().sort(descending=True, stable=True).indices[:k].tolist()
         total = sum(s[e] for e in best) if normalize and k > 1 else 1
         rows.append(torch.stack([s[e] / total if e in best else s[e] * 0 for e in range(len(s))]))
     return scores_TE, torch.stack(rows)

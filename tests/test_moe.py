@@ -64,7 +64,8 @@ def gradients(layer: Any, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Tenso
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.fixture
@@ -126,7 +127,12 @@ class TestForward:
     @pytest.mark.parametrize("experts", list(EXPERTS))
     def test_inputs_of_any_strides(self, experts: str) -> None:
         layer, wide = layer_with(experts=experts), torch.randn(2 * D, 60)
-        for x in (wide.t()[:, ::2], torch.randn(80, D)[::2], torch.randn(1, D).expand(7, D), torch.randn(D, 4, 5).T):
+        for x in (
+            wide.t()[:, ::2],
+            torch.randn(80, D)[::2],
+            torch.randn(1, D).expand(7, D),
+            torch.randn(D, 4, 5).permute(2, 1, 0),
+        ):
             assert not x.is_contiguous() or x.stride(0) == 0
             assert torch.equal(layer(x), layer(x.contiguous()))
 
@@ -490,6 +496,22 @@ class TestCopies:
         empty(x)
         assert int(empty.record.tokens) == 40
 
+    @pytest.mark.parametrize("assign", [True, False])
+    def test_a_bounded_layer_built_on_the_meta_device(self, assign: bool) -> None:
+        """What a state dict does not hold must be sound too: the count of drops, the records."""
+        layer, x = layer_with(capacity=0.5), tokens()
+        with torch.device("meta"):
+            config = {**EXPERTS["ffn"], "num_experts_per_device": START, "hidden_size_per_expert": H}
+            empty = moe.moe_layer(KINDS["top_any"], D, config, capacity=0.5)
+        if not assign:
+            empty = empty.to_empty(device="cpu")
+        empty.load_state_dict(layer.state_dict(), assign=assign)
+        assert int(empty.record.state_dict()["tokens"]) == 0
+        assert len(empty.record.unrouted_sample) == 0
+        for _ in range(2):
+            assert torch.equal(empty(x), layer(x))
+        assert int(empty.dropped_assignments) == int(layer.dropped_assignments) > 0
+
     def test_a_layer_on_the_meta_device_can_be_printed(self) -> None:
         with torch.device("meta"):
             layer = moe.moe_layer("top_any", D, {"num_experts_per_device": START, "hidden_size_per_expert": H})
@@ -628,6 +650,14 @@ class TestFunctions:
         masked = moe.top_any_routing(x, w, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))
         assert torch.equal(masked.counts, routing.counts * torch.tensor([1, 0, 1]))
 
+    def test_double_precision(self) -> None:
+        x, w, g = tokens(dtype=torch.float64), torch.randn(D, 3, dtype=torch.float64), torch.zeros(3).double() + 0.1
+        for scale in (0.7, torch.tensor(0.7, dtype=torch.float64), torch.full((1,), 0.7, dtype=torch.float64)):
+            routing = moe.top_any_routing(x, w, g, scale=scale)
+            expected = torch.sigmoid(0.7 * (F.normalize(x) @ F.normalize(w, dim=0)))
+            assert torch.allclose(routing.scores, expected, rtol=1e-12, atol=0)
+            assert torch.allclose(routing.thresholds, torch.sigmoid(0.7 * g), rtol=1e-12, atol=0)
+
     def test_capacity(self) -> None:
         routing = moe.top_any_routing(tokens(), torch.randn(D, 3), torch.full((3,), -2.0), capacity=1.5)
         assert int(routing.num_assignments) == 60
@@ -736,6 +766,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         call(layer={"check_finite": True}, x=torch.cat([torch.ones(3, D), torch.full((1, D), INF)]).view(2, 2, D)),
         ["1 of 4 tokens", "token 3"],
     ),
+    "route list": (lambda: layer_with().route([[1.0] * D]), ["input", "list"]),
     "route": (lambda: layer_with().route(torch.randn(5, 17)), ["input", "[5, 17]", "16"]),
     # arguments of a call
     "gate_index": (call(gate_index=1), ["gate_index", "1", "0"]),

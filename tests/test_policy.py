@@ -258,7 +258,7 @@ class TestCheckedDecision:
             (Decision([(2, "")]), "prunes slot 2, which is not active"),
             (Decision([(0, ""), (0, "")]), "prunes slot 0, which is twice in it"),
             (Decision([], [(torch.ones(D), "")] * 2), "grows 2 experts, free slots are 1"),
-            (Decision([], [(torch.ones(D + 1), "")]), r"direction of shape \(9,\), must be \(8,\)"),
+            (Decision([], [(torch.ones(D + 1), "")]), r"direction of shape \[9\], must be \[8\]"),
             (Decision([], [([1.0] * D, "")]), "direction of shape list"),  # type: ignore[list-item]
             (Decision([], [(torch.zeros(D), "")]), "norm 0.0, must be finite and above zero"),
             (Decision([], [(torch.full((D,), math.nan), "")]), "norm nan"),

@@ -144,6 +144,25 @@ class TestSample:
         lost = [t for t in range(30) if t % 3]
         assert torch.equal(record.unrouted_sample, x_TD[lost])
 
+    @pytest.mark.parametrize("most", [0, 1, 7, 30, 100])
+    def test_another_limit_within_a_window(self, most: int) -> None:
+        record, x_TD = RoutingRecord(E, D, 30), tokens()
+        record.add(x_TD, unrouted(30))
+        record.keep_tokens = most
+        stride = 1
+        while most and -(-30 // stride) > most:
+            stride *= 2
+        assert torch.equal(record.unrouted_sample, x_TD[::stride] if most else x_TD[:0])
+        record.add(x_TD, unrouted(30))
+        assert len(record.unrouted_sample) <= most
+
+    @pytest.mark.parametrize("most", [-1, 1.5, None, "3"])
+    def test_a_limit_that_is_none_is_refused(self, most: Any) -> None:
+        with pytest.raises(ValueError, match="keep_tokens"):
+            RoutingRecord(E, D).keep_tokens = most
+        with pytest.raises(ValueError, match="keep_tokens"):
+            RoutingRecord(E, D, most)
+
     def test_none_without_keep_tokens(self) -> None:
         record = RoutingRecord(E, D)
         record.add(tokens(), unrouted(30))

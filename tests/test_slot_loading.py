@@ -145,6 +145,22 @@ class TestOtherSlots:
             assert same(saved, other)
             assert other.num_global_experts == 3
 
+    def test_a_batched_module_whose_parts_are_numbered(self) -> None:
+        """Those numbers are no slots: nn.Sequential numbers its layers."""
+
+        class Layers(nn.Sequential):
+            def forward(self, x: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
+                return super().forward(x)
+
+        def layer() -> Any:
+            module = Layers(*(nn.Linear(D, D) for _ in range(5)))
+            gate = {"type": "top_any", "max_expert_num": 3}
+            return moe.moe_layer(gate, D, {"type": "custom", "num_experts_per_device": 3, "module": module})
+
+        saved, other = layer(), layer()
+        other.load_state_dict(saved.state_dict())
+        assert same(saved, other)
+
     def test_in_a_model_with_strict_off(self) -> None:
         saved, other = nn.ModuleDict({"moe": layer_with(6)}), nn.ModuleDict({"moe": layer_with(9, seed=5)})
         other.load_state_dict(saved.state_dict(), strict=False)

@@ -53,7 +53,7 @@ def _finish(config: TrainConfig, folder: RunFolder, console: Console) -> int:
             train(config, folder, reporters)
     except Interrupted as interrupted:
         console.print(
-            f"[yellow]{str(interrupted).capitalize()}[/yellow] The state is saved. Continue with:\n"
+            f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
             f"  dynmoe-tutel train --resume {folder.path}",
             highlight=False,
             soft_wrap=True,

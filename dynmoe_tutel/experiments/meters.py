@@ -6,11 +6,12 @@ Depends on the core alone, and works for every gate type, in training and in eva
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel.gates import Gate
 from dynmoe_tutel.layer import MoELayer
 from dynmoe_tutel.routing import Routing
 
@@ -18,6 +19,11 @@ from dynmoe_tutel.routing import Routing
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a model by qualified name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def active_slots(layer: MoELayer) -> list[int]:
+    """The slots of gate 0 that hold an expert."""
+    return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
 
 
 class RoutingMeter:
@@ -55,7 +61,7 @@ class RoutingMeter:
         return {name: self._read(self.layers[name], sums) for name, sums in self._sums.items()}
 
     def _read(self, layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Any]:
-        active = layer.gates[0].active().nonzero().flatten().tolist()
+        active = active_slots(layer)
         result: dict[str, Any] = {"experts": len(active), "active": active}
         tokens = int(sums["k_histogram"].sum())
         if tokens == 0:
@@ -89,11 +95,11 @@ def parameter_counts(model: nn.Module, mean_k: Mapping[str, float]) -> tuple[flo
     activated = float(total)
     for name, layer in moe_layers(model).items():
         slots = layer.max_num_global_experts
-        active = int(layer.gates[0].active().sum())
+        active = active_slots(layer)
         expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // slots
-        free = sum(_slot_size(layer, slot) for slot in range(slots) if not bool(layer.gates[0].active()[slot]))
+        free = sum(_slot_size(layer, slot) for slot in range(slots) if slot not in active)
         total -= free
-        activated += (mean_k[name] - active) * expert - free
+        activated += (mean_k[name] - len(active)) * expert - free
     return activated, total
 
 

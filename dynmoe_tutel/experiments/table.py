@@ -131,7 +131,7 @@ def verdict(summaries: Sequence[RowSummary]) -> str:
     other = ranked[1] if dynmoe is None or dynmoe is best else dynmoe
     gap = 100 * (best.out_accuracy.mean - other.out_accuracy.mean)
     sentence = f"Best out of domain: {best.row} with {best.out_accuracy.text(100)} %"
-    sentence += f", {gap:.1f} points before {other.row}"
+    sentence += f", {gap:.1f} points ahead of {other.row}"
     deviations = [row.out_accuracy.deviation for row in (best, other)]
     known = [100 * deviation for deviation in deviations if deviation is not None]
     if not known:

@@ -82,9 +82,12 @@ class TrainConfig:
                 f"the configuration is of another job or version: missing {sorted(expected - given)}, "
                 f"unknown {sorted(given - expected)}"
             )
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
         try:
-            return cls(**{**values, "model": ViTConfig(**content["model"])})
+            values["model"] = ViTConfig(**content["model"])
+            return cls(**values)
         except TypeError as error:
             raise ValueError(f"the configuration is of another job or version: {error}") from error
 
@@ -382,7 +385,7 @@ def _stop_requests() -> Iterator[Callable[[], int | None]]:
         received.append(signum)
         signal.signal(signum, before[signum])
 
-    before = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -102,7 +103,7 @@ class ViT(nn.Module):
             attention = seeded(seed, 10 + 2 * block, lambda: Attention(config.dim, config.heads))
             mlp: nn.Module
             if moe is not None and block in config.moe_blocks:
-                mlp = seeded(seed, 11 + 2 * block, lambda block=block: moe(block))
+                mlp = seeded(seed, 11 + 2 * block, partial(moe, block))
             else:
                 mlp = seeded(seed, 11 + 2 * block, lambda: MLP(config.dim, config.hidden))
             blocks.append(Block(attention, mlp, config.dim))

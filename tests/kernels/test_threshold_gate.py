@@ -129,6 +129,14 @@ class TestForward:
             assert unpack_bits(bits, 3).tolist() == [taken]
             assert unrouted_T.tolist() == [threshold == 2.0]
 
+    def test_the_best_of_experts_that_all_point_away(self) -> None:
+        """Cosines -1 and -0.6 of active slots lose to nothing, not to an inactive slot at right angles or closer."""
+        w_DE = torch.tensor([[0.0, -1.0, -0.6, 1.0], [1.0, 0.0, 0.8, 0.0]])
+        active_E = torch.tensor([False, True, True, False])
+        _, bits, unrouted_T, _ = threshold_gate(torch.eye(2)[:1], w_DE, torch.zeros(4), active_E, ONE, True)
+        assert unpack_bits(bits, 4).tolist() == [[False, False, True, False]]
+        assert unrouted_T.tolist() == [True]
+
     def test_among_equally_good_experts_the_lowest_slot_is_the_best(self) -> None:
         w_DE = torch.eye(4)[:, [1, 0, 0, 0]]
         _, bits, _, _ = threshold_gate(
