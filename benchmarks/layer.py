@@ -4,8 +4,8 @@
 
 * ours:  `MoELayer` with a top-any gate: gate, index, dispatch, experts, combine, auxiliary loss; with the backward, the
          gradients of the tokens, the router and every expert.
-* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before. For bf16 the
-         faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
+* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before; no bias, no
+         activation. For bf16 the faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
 * loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd.
 
 Router columns are orthonormal and each threshold is the quantile of its cosines that makes the mean k as stated.
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,38 +115,32 @@ class Case:
         torch.autograd.grad(self.loop_forward(), self.parameters(), self.d_y_TD)
 
     def prepare_bare(self) -> None:
-        """Contiguous rows and output buffers for the bare GEMMs, and the faster GEMM for the dtype."""
+        """Contiguous rows for the bare GEMMs, and the faster GEMM for the dtype."""
         rows_AD = self.routing.dispatch(self.x_TD.detach())
         d_rows_AD = self.routing.dispatch(self.d_y_TD)
         offsets = self.routing.expert_offsets.tolist()
         experts = self.layer.experts
         self.segments = [
-            (
-                rows_AD[a:b].clone(),
-                d_rows_AD[a:b].clone(),
-                w1.detach(),
-                w2.detach(),
-                torch.empty_like(w1),
-                torch.empty_like(w2),
-            )
-            for a, b, w1, w2 in zip(offsets, offsets[1:], experts.batched_fc1_w, experts.batched_fc2_w, strict=False)
+            (rows_AD[a:b].clone(), d_rows_AD[a:b].clone(), w1.detach(), w2.detach())
+            for (a, b), w1, w2 in zip(pairwise(offsets), experts.batched_fc1_w, experts.batched_fc2_w, strict=True)
         ]
         self.gemm: Callable[[Tensor, Tensor], Tensor] = torch.mm
         if self.dtype not in (torch.float32, torch.float64):
-            a, _, w1, *_ = self.segments[0]
-            native, through_fp32 = (_seconds(lambda mm=mm: mm(a[:64], w1.t())) for mm in (torch.mm, _fp32_mm))
+            x, _, w1, _ = self.segments[0]
+            native, through_fp32 = (_seconds(partial(mm, x[:64], w1.t())) for mm in (torch.mm, _fp32_mm))
             self.gemm = torch.mm if native < through_fp32 else _fp32_mm
 
     def bare(self, backward: bool) -> None:
-        """The GEMMs of the experts on contiguous rows, and nothing else."""
-        for x, d_row, w1, w2, d_w1, d_w2 in self.segments:
-            h = self.gemm(x, w1.t())
-            self.gemm(h, w2)
-            if backward:
-                d_h = self.gemm(d_row, w2.t())
-                d_w2.copy_(self.gemm(h.t(), d_row)) if self.gemm is _fp32_mm else torch.mm(h.t(), d_row, out=d_w2)
-                self.gemm(d_h, w1)
-                d_w1.copy_(self.gemm(d_h.t(), x)) if self.gemm is _fp32_mm else torch.mm(d_h.t(), x, out=d_w1)
+        """The GEMMs of the experts on contiguous rows; what a pass must hand on is kept to its end."""
+        mm, kept = self.gemm, []
+        for x, _, w1, w2 in self.segments:
+            h = mm(x, w1.t())
+            kept += [h, mm(h, w2)]
+        if not backward:
+            return
+        for (x, d_row, w1, w2), h in zip(self.segments, kept[::2], strict=True):
+            d_h = mm(d_row, w2.t())
+            kept += [mm(h.t(), d_row), mm(d_h, w1), mm(d_h.t(), x)]
 
 
 def _fp32_mm(a: Tensor, b: Tensor) -> Tensor:
