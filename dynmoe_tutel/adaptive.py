@@ -115,7 +115,7 @@ class AdaptiveExperts:
             self._fill_slot(gate, free, w_D, init, sources_E, generator)
             gate.activate(free, w_D)
             changes.append(ExpertChange(free, "grown", reason))
-        self._num_global_experts.fill_(int(gate.active().sum()))
+        self._num_global_experts.fill_(int(self._used_slots().sum()))
         return changes
 
     def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
@@ -141,10 +141,13 @@ class AdaptiveExperts:
         if type(slot) is not int or not 0 <= slot < self.slots:
             raise ValueError(f"{name} = {slot!r}: this layer has {self.slots} slots, 0 to {self.slots - 1}")
 
+    def _used_slots(self) -> Tensor:
+        """[E] bool: slots that some gate has active; gates share the experts."""
+        return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
+
     def _free_slot(self) -> int | None:
-        """The lowest slot that no gate uses: gates share the experts."""
-        used_E = torch.stack([gate.active().cpu() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
-        free = (~used_E).nonzero()
+        """The lowest slot that no gate uses."""
+        free = (~self._used_slots()).nonzero()
         return int(free[0]) if free.numel() else None
 
     def _fill_slot(

@@ -109,7 +109,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = _safetensors().load(path.read_bytes())
         except Exception as error:  # safetensors has one error type, of its compiled module
             raise ValueError(f"{path} is not a readable safetensors file (truncated or foreign): {error}") from error
-        return tensors
+        return dict(sorted(tensors.items()))  # it gives them in no order
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

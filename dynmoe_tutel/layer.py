@@ -1,7 +1,7 @@
 """`MoELayer`: gate -> routing -> dispatch -> experts -> combine, nothing else.
 
 The arguments and tensor names are those of Tutel's layer and of upstream DynMoE's; what is recorded, grown and pruned
-is in `records`, `policy` and `surgery`.
+is in `records`, `policy` and `adaptive`.
 """
 
 from __future__ import annotations
@@ -82,14 +82,15 @@ class MoELayer(AdaptiveExperts, nn.Module):
         one_score_gate, normalize_one_score_gate, value_norm_weighted, update_momentum: EMoE's avg-k gate, see
             `update_one_score_gate`.
         capacity: rows of memory: "exact" (one an assignment), a factor of T (static shapes; the assignments of smallest
-            margin are dropped, counted in ``dropped_assignments``, and warned about once), or "full" (T * E).
+            margin are dropped, counted in ``dropped_assignments`` since construction, and warned about once; what a
+            token gets then depends on its batch, and records count what is left), or "full" (T * E).
         combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
             ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
         aux_losses: weights by name of the terms of ``l_aux``, instead of the default of is_gshard_loss.
         check_finite: refuse non-finite tokens by ValueError (waits for the device).
 
-    Not needed on one device and accepted for scripts: a2a_ffn_overlap_degree, batch_prioritized_routing, is_postscore,
-    parallel_type, use_2dh.
+    Not needed on one device and accepted for scripts: a2a_ffn_overlap_degree, batch_prioritized_routing, parallel_type,
+    use_2dh. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
 
     After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
     unweighted terms by name.
@@ -224,8 +225,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def route(self, x: Tensor, gate_index: int = 0) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
+        x_TD = self._tokens(x, 1)
         with torch.autocast(x.device.type, enabled=False):
-            return gate(self._tokens(x, 1), self.capacity)
+            return gate(x_TD, self.capacity)
 
     def forward(
         self,
@@ -319,7 +321,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     @property
     def num_global_experts(self) -> int:
-        """Experts active now."""
+        """Experts active now, by any gate."""
         return int(self._num_global_experts)
 
     @property
@@ -359,6 +361,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         fit_slots(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.dropped_assignments = torch.zeros_like(self._num_global_experts)  # in no state dict: maybe uninitialised
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""

@@ -1,4 +1,4 @@
-"""Auxiliary losses of gates, each one unweighted 0-dim tensor in the dtype of its scores.
+"""Auxiliary losses of gates, each one unweighted 0-dim tensor in the dtype of its input.
 
 Top-any terms: arXiv 2405.14297 section 3 (diversity, simplicity) and the DeepSpeed implementation of DynMoE
 (load balance, efficiency). Fixed-k terms, as in Tutel: GShard (arXiv 2006.16668), load and importance (arXiv

@@ -47,7 +47,7 @@ def top_any_routing(
     for name, tensor in (("sim_matrix", sim_matrix), ("gates", gates), ("experts_mask", mask)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one with .to()")
-    if fallback and not (mask > 0).any():
+    if fallback and not torch.compiler.is_compiling() and not (mask > 0).any():
         raise ValueError("experts_mask has no active expert to fall back to")
     check_capacity(capacity)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -60,10 +60,9 @@ def top_any_routing(
 def _scale(scale: object) -> Tensor:
     """tau as a 0-dim tensor; ValueError unless it is one number above 0."""
     if not isinstance(scale, Tensor):
-        return torch.tensor(number("scale", scale, 0, open_low=True))
+        return torch.tensor(number("scale", scale, 0, open_low=True), dtype=torch.float64)
     if scale.numel() != 1:
         raise ValueError(f"scale must be one number, got {list(scale.shape)}")
-    number("scale", float(scale.detach()), 0, open_low=True)
     return scale.reshape(())
 
 

@@ -42,6 +42,8 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, open
     """`value` as a finite float of [low, high] (above low if `open_low`); else ValueError naming it."""
     fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= float(value) <= high or (open_low and float(value) == low):  # type: ignore[arg-type]
+        if low == -math.inf:
+            raise ValueError(f"{name} = {value!r}: give a finite number")
         least = f"above {low:g}" if open_low else f"of at least {low:g}"
         most = "" if high == math.inf else f" and at most {high:g}"
         raise ValueError(f"{name} = {value!r}: give a finite number {least}{most}")

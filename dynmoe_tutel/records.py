@@ -18,6 +18,12 @@ _SUMS = ("counts", "unrouted_tokens", "tokens", "k_histogram")  # int64
 _FLOATS = ("unrouted_sum", "unrouted_norm")  # fp32
 
 
+def _limit(most: object) -> int:
+    if type(most) is not int or most < 0:
+        raise ValueError(f"keep_tokens = {most!r}: give an integer of at least 0")
+    return most
+
+
 class RoutingRecord:
     """Sums over the tokens of a window.
 
@@ -37,7 +43,7 @@ class RoutingRecord:
     k_histogram: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
-        self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, keep_tokens
+        self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, _limit(keep_tokens)
         self.device = torch.device("cpu")
         self.reset()
 
@@ -61,7 +67,8 @@ class RoutingRecord:
 
     @keep_tokens.setter
     def keep_tokens(self, most: int) -> None:
-        self._keep_tokens = most
+        self._keep_tokens = _limit(most)
+        most = self._keep_tokens
         sample, stride = kernels.thinned(self.unrouted_sample, self._stride, most)
         self._set_sample(sample, stride, self._seen)
 
@@ -81,11 +88,11 @@ class RoutingRecord:
     def _set_sample(self, rows_ND: Tensor, stride: int, seen: int) -> None:
         self._sample = torch.zeros((max(self.keep_tokens, len(rows_ND)), self.model_dim), device=self.device)
         self._sample[: len(rows_ND)] = rows_ND
-        self._sample_state = torch.tensor([len(rows_ND), stride, seen])
+        self._sample_state = torch.tensor([len(rows_ND), stride, seen], device="cpu")
 
     @torch.no_grad()
     def add(self, x_TD: Tensor, routing: Routing) -> None:
-        """Add one batch: tokens [T, D] and how they were routed. Waits for the device only if tokens are kept."""
+        """Add one batch: tokens [T, D] and how they were routed."""
         unrouted_T = routing.unrouted
         k_T = routing.k_per_token.masked_fill(unrouted_T, 0)  # in eval an unrouted token has its best expert
         x = x_TD.detach().float()

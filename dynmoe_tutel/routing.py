@@ -72,6 +72,8 @@ class Routing:
         elif not isinstance(capacity, str):
             rows = math.ceil(capacity * T)
             margin_TE = scores if thresholds is None else scores - thresholds
+            if unrouted is not None:  # the only expert of a token, given to it in eval, goes last
+                margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
             bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
         expert_offsets, token_offsets, token_of_row, row_of_assignment = kernels.ragged_index(bits_TW, E, rows)
         if unrouted is None:

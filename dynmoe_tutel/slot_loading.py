@@ -26,7 +26,8 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     saved = _saved_slots(own, state_dict, prefix, slots)
     if any(key.startswith(prefix) for key in state_dict):
         _fill_counts(layer, state_dict, prefix)
-    _fit_modules(state_dict, prefix, own, slots)
+    if not getattr(layer.experts, "padded", True):
+        _fit_modules(state_dict, prefix, own, slots)
     for key, target in own.items():
         value = state_dict.get(key)
         if not isinstance(value, Tensor):

@@ -151,7 +151,7 @@ def _(  # type: ignore[no-untyped-def]
 def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """A buffer for the gradient of a stack of weights, zero for experts without rows."""
     if like_E is None:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device=expert_offsets.device)
     grad_E = torch.empty_like(like_E)
     for e in (expert_offsets.diff() == 0).nonzero().squeeze(1).tolist():
         grad_E[e].zero_()

@@ -30,6 +30,8 @@ def _(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
 
 def thinned(rows_ND: Tensor, stride: int, most: int) -> tuple[Tensor, int]:
     """Every other row dropped and the stride doubled, until at most `most` are left."""
+    if most < 1:
+        return rows_ND[:0], stride
     while rows_ND.shape[0] > most:
         rows_ND, stride = rows_ND[::2], stride * 2
     return rows_ND, stride

@@ -1,4 +1,4 @@
-"""One thread a test process: `make test` runs as many processes as there are cores, and OpenMP threads spin."""
+"""One thread a test process: `make test` runs two processes, and OpenMP threads spin."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP32, FP64, HALF = 1e-6, 1e-13, 4e-3  # relative RMS against float64
-MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (DESIGN.md section 3)
+MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (the design, section 3)
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 LLAMA = ("W_fc1", "W_fc2", "W_fc3")
 TERMS = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")  # of a top-any gate

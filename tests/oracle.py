@@ -1,4 +1,4 @@
-"""The executable specification of the DynMoE layer: DESIGN.md section 3 in float64, loops over tokens and experts.
+"""The executable specification of the DynMoE layer: the design, section 3 in float64, loops over tokens and experts.
 
 It knows torch and nothing of the package; every path of the package is compared with it.
 Suffixes: T tokens, D model dim, O output dim, E slots. A pair is (token t, slot e). Tensors are float64.

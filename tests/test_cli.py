@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,13 +181,20 @@ def test_inspect_reads_any_state_dict_with_such_layers(tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "model.pt")
     for path in tmp_path.iterdir():
         text = call("inspect", path).stdout
-        assert "any: 3 of 5 slots active, k not stored, load not stored" in text
-        assert "top: 3 of 3 slots active" in text
-        assert "cosine: 3 of 3 slots active" in text
+        parts = dict(zip(["any", "cosine", "top", "warm"], re.split(r"\n  (?=\w+:)", text)[1:], strict=True))
+        assert parts["any"].startswith("any: 3 of 5 slots active, k not stored, load not stored")
+        assert parts["top"].startswith("top: 3 of 3 slots active")
+        assert parts["cosine"].startswith("cosine: 3 of 3 slots active")
         # sigmoid(0.3) and, with upstream's temperature of 10, sigmoid(3)
-        assert "0.574" in text.split("any:")[1].split("warm:")[0]
-        assert "0.953" in text.split("warm:")[1].split("top:")[0]
-        assert "threshold" not in text.split("top:")[1]
+        assert "0.574" in parts["any"]
+        assert "0.953" in parts["warm"]
+        assert "threshold" not in parts["top"] + parts["cosine"]
+
+
+def test_inspect_sorts_layers_by_their_numbers() -> None:
+    keys = [f"blocks.{block}.mlp.gates.0.sim_matrix" for block in (10, 9, 1)]
+    names = [layer.name for layer in inspection.layers_in(dict.fromkeys(keys, torch.ones(4, 2)))]
+    assert names == ["blocks.1.mlp", "blocks.9.mlp", "blocks.10.mlp"]
 
 
 def test_inspect_agrees_with_the_layers_own_routing() -> None:

@@ -97,7 +97,7 @@ def active_slots(layer: Any, gate: int = 0) -> list[int]:
 
 
 def slot_mask(name: str, parameter: Tensor, slots: list[int]) -> Tensor:
-    """True at the entries of `slots`, by the shapes that DESIGN.md fixes; nothing for other parameters."""
+    """True at the entries of `slots`, by the shapes that the design fixes; nothing for other parameters."""
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if name.endswith("sim_matrix"):
         mask[:, slots] = True
@@ -198,7 +198,7 @@ class TestWindows:
         assert seen == [(22, [10, 12, 0, 0, 0, 0])] * 2
 
     def test_eval_forwards_do_not_count(self) -> None:
-        """Regression for upstream.md D12: held-out data fed the records of the next update."""
+        """Regression for upstream's defect D12: held-out data fed the records of the next update."""
         seen: list[tuple[int, list[int]]] = []
         model = Net()
         controller = ExpertController(model, None, 1, recording_policy(seen))
@@ -250,7 +250,7 @@ class TestUpdates:
         assert model.mlp.num_global_experts == 3
 
     def test_an_empty_window_changes_nothing(self) -> None:
-        """Regression for upstream.md D3: an update without a forward left no expert."""
+        """Regression for upstream's defect D3: an update without a forward left no expert."""
         model = Net(experts=3)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         controller = ExpertController(model, None, 1, patience=1)
@@ -259,7 +259,7 @@ class TestUpdates:
         assert controller.state_dict()["values"]["gates"]["mlp.gates.0"]["silent_windows"] == [0] * SLOTS
 
     def test_a_layer_keeps_an_expert_when_all_are_silent(self) -> None:
-        """Regression for upstream.md D3: every silent expert was pruned, the last one too."""
+        """Regression for upstream's defect D3: every silent expert was pruned, the last one too."""
         model = Net(experts=3)
         controller = ExpertController(model, None, 1)
         opposite = torch.cat([near(5), near(5, sign=-1)])
@@ -281,7 +281,7 @@ class TestUpdates:
         assert controller.events[-1].experts == len(active_slots(model.mlp))
 
     def test_opposite_unrouted_tokens_cancel(self) -> None:
-        """Regression for upstream.md D13: the zero sum became a NaN column of the gate."""
+        """Regression for upstream's defect D13: the zero sum became a NaN column of the gate."""
         model = Net()
         controller = ExpertController(model, None, 1)
         events = train(model, None, controller, torch.cat([near(0, 1), near(5), near(5, sign=-1)]))
@@ -430,7 +430,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 class TestOptimizers:
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_exactly_the_rows_of_changed_slots_go_to_zero(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
-        """Regression for upstream.md D9: stale moments kept moving pruned experts and kicked grown ones."""
+        """Regression for upstream's defect D9: stale moments kept moving pruned experts and kicked grown ones."""
         model = Net(experts=3)
         optimizer = OPTIMIZERS[name](model.parameters())
         controller = ExpertController(model, optimizer, {"every": 2, "window": 1})
@@ -498,7 +498,7 @@ class TestOptimizers:
         assert not any(parameter in both[0].state for parameter in rest), "an empty state entry was made"
 
     def test_master_copies_take_the_new_value(self) -> None:
-        """Regression for upstream.md S5: a grown expert was overwritten from its stale master copy."""
+        """Regression for upstream's defect S5: a grown expert was overwritten from its stale master copy."""
         model = Net(experts=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         controller = ExpertController(model, optimizer, 1)
@@ -740,7 +740,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
 
 
 def test_ranks_decide_as_one(tmp_path: Path) -> None:
-    """Regression for upstream.md D7: a rank without unrouted tokens stayed away from the reduction."""
+    """Regression for upstream's defect D7: a rank without unrouted tokens stayed away from the reduction."""
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     _equal(ranks[0], ranks[1])

@@ -425,6 +425,23 @@ class TestCustom:
         for mine, expected in zip(*found, strict=True):
             assert torch.equal(mine, expected)
 
+    def test_the_terms_of_a_routing(self) -> None:
+        """GShard's is computed from its scores where the gate gave none; the gate's own object is not changed."""
+        given = Routing.from_assignments(torch.eye(4).bool().repeat(3, 1), torch.rand(12, 4, dtype=torch.float64))
+
+        class Fixed(nn.Module):
+            def forward(self, x_TD: Tensor) -> Routing:
+                return given
+
+        layer = layer_with({"type": "custom", "module": Fixed()})
+        assert float(layer(tokens(12)).l_aux) == pytest.approx(float(given.scores.sum() * 3 * 4 / 144), rel=1e-5)
+        assert given.aux == {}
+
+    def test_an_fp32_module_in_autocast_and_with_bf16_tokens(self) -> None:
+        layer = layer_with({"type": "custom", "module": nn.Linear(D, 4)}, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(tokens(5, torch.bfloat16)).isfinite().all()
+
     def test_options_go_to_the_class(self) -> None:
         layer = layer_with({"type": "custom", "module": Logits, "k": 2, "width": 3})
         assert layer.gates[0].module.given == {"k": 2, "width": 3}
@@ -440,7 +457,7 @@ class TestCustom:
         assigned_TE = torch.rand(9, 4, generator=generator) > 0.5
         assigned_TE[3] = False
         given_TE = torch.rand(9, 4, generator=generator, dtype=torch.float64) if weighted else None
-        layer = layer_with({"type": "custom", "module": Chosen(assigned_TE, given_TE)})
+        layer = layer_with({"type": "custom", "module": Chosen(assigned_TE, given_TE)}, aux_losses={})
 
         def naive(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             if weighted:
@@ -473,7 +490,7 @@ class TestCustom:
                 weights_TE = torch.sigmoid(x_TD @ self.w)
                 return Routing.from_assignments(weights_TE > 0.5, weights=weights_TE)
 
-        layer = layer_with({"type": "custom", "module": Soft()})
+        layer = layer_with({"type": "custom", "module": Soft()}, aux_losses={})
 
         def naive(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             weights_TE = torch.sigmoid(t["x"] @ t["gates.0.module.w"])

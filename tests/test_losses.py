@@ -104,14 +104,14 @@ def test_terms_by_default(gate_type: dict[str, Any], is_gshard_loss: bool | None
 
 
 def test_at_the_start_the_loss_of_a_top_any_gate_is_one() -> None:
-    """Orthogonal unit columns: diversity 0, simplicity 1 (upstream.md 2.5)."""
+    """Orthogonal unit columns: diversity 0, simplicity 1."""
     layer = moe.moe_layer({"type": "gated_multi_gate", "max_expert_num": 8}, D, experts(3))
     layer(torch.ones(2, D))
     assert float(layer.l_aux.detach()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_inactive_slots_count_for_nothing() -> None:
-    """upstream.md 2.6: DynMoE-Tutel's norm term averages over all slots; here it is over the active ones."""
+    """DynMoE-Tutel's norm term averages over all slots; here it is over the active ones."""
     case = make_case(E=6, active=[0, 2, 3], aux_losses=dict.fromkeys(TERMS, 1.0))
     before = case.layer(case.x).l_aux
     before.backward()

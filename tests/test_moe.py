@@ -208,7 +208,7 @@ class TestForward:
     def test_a_token_gets_the_same_alone_in_a_batch_and_in_any_order(
         self, kind: str, experts: str, train: bool
     ) -> None:
-        """Regression for upstream.md D4: eval output depended on whether a batch mate activated two experts."""
+        """Regression for upstream's defect D4: eval output depended on whether a batch mate activated two experts."""
         layer, x = layer_with(kind, experts).train(train), tokens()
         y = layer(x)
         order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
@@ -286,7 +286,7 @@ class TestModes:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_only_tokens_pre_activations_and_the_index_are_kept(self, dtype: torch.dtype) -> None:
-        """DESIGN.md section 6: saved for backward / (x + pre-activations + 8 bytes an assignment) <= 1.05."""
+        """the design, section 6: saved for backward / (x + pre-activations + 8 bytes an assignment) <= 1.05."""
         experts = {"num_experts_per_device": 4, "hidden_size_per_expert": 512, "activation_fn": F.gelu}
         layer = moe.moe_layer("top_any", 256, experts, seeds=(1, 2)).to(dtype)
         x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
@@ -355,7 +355,7 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
         assert 1e-4 < relative(y, exact) < 1e-2
-        assert relative(y, half(x)) < 3e-3  # the same but for where the rows are rounded
+        assert relative(y, half(x)) < 6e-3  # the same but for where rows and weights are rounded
         with torch.autocast("cpu", torch.bfloat16):
             double = copy.deepcopy(layer).double()
             assert relative(double(x.double()), exact) < 1e-5
@@ -450,7 +450,7 @@ class TestCopies:
             layer.gates[0].activate(5, torch.randn(D))
             layer.gates[0].deactivate(1)
         other = moe.moe_layer(KINDS[kind], D, {"num_experts_per_device": 4, "hidden_size_per_expert": H})
-        other.experts.activation, other.experts.activation_fn = layer.experts.activation, layer.experts.activation_fn
+        other.experts.activation_fn = layer.experts.activation_fn
         buffer = io.BytesIO()
         torch.save(layer.state_dict(), buffer)
         buffer.seek(0)

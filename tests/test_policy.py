@@ -38,9 +38,7 @@ def record_of(counts: list[int], tokens: int, unrouted: Tensor | None = None, ke
     return record
 
 
-def decide(
-    policy: DynMoEPolicy, record: Record, active: list[int], silent: list[int] | None = None
-) -> Decision:
+def decide(policy: DynMoEPolicy, record: Record, active: list[int], silent: list[int] | None = None) -> Decision:
     if silent is None:
         silent = [int(bool(a) and c == 0) for a, c in zip(active, record.counts.tolist(), strict=True)]
     return policy(record, torch.tensor(active).bool(), len(active) - sum(active), silent)  # type: ignore[arg-type]
@@ -66,11 +64,11 @@ class TestPrune:
         assert decision.grow == []
 
     def test_an_empty_window_decides_nothing(self) -> None:
-        """Regression for upstream.md D3: an update without a forward in its window pruned every expert."""
+        """Regression for upstream's defect D3: an update without a forward in its window pruned every expert."""
         assert decide(DynMoEPolicy(), record_of([0, 0, 0], 0), [1, 1, 1], [9, 9, 9]) == Decision()
 
     def test_when_all_are_silent_the_lowest_slot_stays(self) -> None:
-        """Regression for upstream.md D3, with tokens in the window."""
+        """Regression for upstream's defect D3, with tokens in the window."""
         decision = decide(DynMoEPolicy(), record_of([0, 0, 0, 0], 12), [0, 1, 1, 1])
         assert [slot for slot, _ in decision.prune] == [2, 3]
 
@@ -108,7 +106,7 @@ class TestGrow:
         assert len(decision.prune) == len(decision.grow) == 1
 
     def test_opposite_tokens_that_cancel_grow_nothing(self) -> None:
-        """Regression for upstream.md D13: a zero sum divided by its norm gave a NaN column."""
+        """Regression for upstream's defect D13: a zero sum divided by its norm gave a NaN column."""
         x = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
         record = record_of([5, 0], 200, torch.cat([x, -x]))
         record.unrouted_sum += 1e-5 * torch.ones(D)  # what fp32 sums in another order may leave over
@@ -116,9 +114,7 @@ class TestGrow:
 
     def test_nearly_opposite_tokens_still_have_a_direction(self) -> None:
         x = torch.eye(D)[:1]
-        [(direction, _)] = decide(
-            DynMoEPolicy(), record_of([5, 0], 200, torch.cat([x, -0.999 * x])), [1, 0]
-        ).grow
+        [(direction, _)] = decide(DynMoEPolicy(), record_of([5, 0], 200, torch.cat([x, -0.999 * x])), [1, 0]).grow
         torch.testing.assert_close(direction, x[0])
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -145,35 +141,27 @@ class TestSeveral:
 
     def test_a_direction_is_the_spherical_centroid_of_its_cluster(self) -> None:
         a, b = clusters(torch.eye(D)[:1], 20, seed=1), clusters(torch.eye(D)[4:5], 30, seed=2)
-        decision = decide(
-            DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 99, torch.cat([a, b]), 64), [1, 0, 0]
-        )
+        decision = decide(DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 99, torch.cat([a, b]), 64), [1, 0, 0])
         for (direction, _), tokens in zip(decision.grow, (b, a), strict=True):
             centroid = torch.nn.functional.normalize(tokens, dim=1).sum(0)
             torch.testing.assert_close(direction, centroid / centroid.norm())
 
     def test_one_cluster_gives_one_expert(self) -> None:
         unrouted = clusters(torch.ones(1, D), 200, noise=0.2)
-        decision = decide(
-            DynMoEPolicy(max_new_experts=4), record_of([9] + [0] * 7, 400, unrouted, 512), [1] + [0] * 7
-        )
+        decision = decide(DynMoEPolicy(max_new_experts=4), record_of([9] + [0] * 7, 400, unrouted, 512), [1] + [0] * 7)
         assert len(decision.grow) == 1
 
     def test_opposite_clusters_give_two_experts(self) -> None:
         """Their sum cancels, which is no reason to serve neither."""
         x = clusters(torch.eye(D)[:1], 40)
-        decision = decide(
-            DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 99, torch.cat([x, -x]), 128), [1, 0, 0]
-        )
+        decision = decide(DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 99, torch.cat([x, -x]), 128), [1, 0, 0])
         (first, _), (second, _) = decision.grow
         assert torch.dot(first, second) < -0.99
 
     def test_an_outlier_neither_takes_a_seed_nor_turns_a_centroid(self) -> None:
         centres = torch.eye(D)[:2]
         unrouted = torch.cat([clusters(centres, 60), torch.eye(D)[7:] * 1000])
-        decision = decide(
-            DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 200, unrouted, 256), [1, 0, 0]
-        )
+        decision = decide(DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 200, unrouted, 256), [1, 0, 0])
         grown = torch.stack([direction for direction, _ in decision.grow])
         assert ((grown @ centres.T).amax(0) > 0.97).all()
 
@@ -239,9 +227,7 @@ class TestCheckedDecision:
         return checked_decision(decision, [True, True, False], torch.zeros(D), "mlp.gates.0")
 
     def test_directions_become_unit_vectors_and_unit_vectors_stay_bitwise(self) -> None:
-        checked = self.check(
-            Decision([(1, "a")], [(torch.eye(D)[0], "b"), (torch.full((D,), 3.0).double(), "c")])
-        )
+        checked = self.check(Decision([(1, "a")], [(torch.eye(D)[0], "b"), (torch.full((D,), 3.0).double(), "c")]))
         assert checked.prune == [(1, "a")]
         for seed in range(20):
             unit = torch.randn(D, generator=torch.Generator().manual_seed(seed))

@@ -269,7 +269,7 @@ class TestWindowsOfALayer:
         assert torch.equal(sample, saved[1])
 
     def test_eval_forwards_only_if_asked(self) -> None:
-        """Regression for upstream.md D12: test data was counted into the statistics."""
+        """Regression for upstream's defect D12: test data was counted into the statistics."""
         layer, x_TD = layer_with(), tokens()
         layer.begin_record_routing()
         layer.eval()(x_TD)

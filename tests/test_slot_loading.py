@@ -240,7 +240,7 @@ class TestForeign:
             layer_with().load_state_dict(layer_with(hidden_size_per_expert=H + 1).state_dict())
 
     def test_a_mask_without_an_active_expert_is_refused(self) -> None:
-        """DESIGN.md section 3: a layer always has an active expert."""
+        """the design, section 3: a layer always has an active expert."""
         state = layer_with().state_dict()
         state["gates.0.experts_mask"] = torch.zeros(6)
         with pytest.raises(ValueError, match="experts_mask"):

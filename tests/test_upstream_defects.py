@@ -1,4 +1,4 @@
-"""One regression test for each defect of the public DynMoE code that could occur here, by its id in upstream.md.
+"""One regression test for each defect of the public DynMoE code that could occur here, by the id that the project's survey of that code gave it.
 
 Elsewhere: D7, S4 (ranks decide as one), D9 (optimizer rows) and S5 (fp32 master copies) in test_controller.py; D13 and
 several experts of one update (D8) also in test_policy.py. Cannot occur: D6 (dead code), D15, D17, D26 (nothing is
@@ -472,7 +472,7 @@ class TestCheckpoints:
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
     def test_d18_upstream_s_counts_may_be_missing(self, caplog: pytest.LogCaptureFixture) -> None:
-        """As where a pretrained dense model was copied into every expert, biases [E, 1, H] (upstream.md 4a)."""
+        """As where a pretrained dense model was copied into every expert, biases [E, 1, H]."""
         saved, state = self.saved(3, 6)
         state = {name: value for name, value in state.items() if "num_global_experts" not in name}
         state["experts.batched_fc1_bias"] = state["experts.batched_fc1_bias"].unsqueeze(1)

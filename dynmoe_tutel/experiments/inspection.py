@@ -23,6 +23,7 @@ from dynmoe_tutel.experiments.run_folder import CONFIG, STEP, checkpoints_of, ru
 
 MAX_LOG_TEMPERATURE = math.log(100)
 LINEAR_GATE = re.compile(r"(^|\.)gates\.\d+\.wg\.weight$")
+NUMBER = re.compile(r"(\d+)")
 CELL = 7
 
 
@@ -56,14 +57,16 @@ def inspect(path: Path, console: Console) -> None:
 
 
 def layers_in(tensors: Mapping[str, Tensor]) -> list[LayerState]:
-    """The MoE layers of a state dict, in its order. ValueError where tensors of a gate do not fit together."""
+    """The MoE layers of a state dict, sorted by name. ValueError where the tensors of a gate do not fit together."""
     result = []
     for key, tensor in tensors.items():
         if key == "sim_matrix" or key.endswith(".sim_matrix"):
             result.append(_cosine_gate(tensors, key[: -len("sim_matrix")], tensor))
         elif LINEAR_GATE.search(key):
             result.append(LayerState(_layer_name(key[: -len("wg.weight")]), [True] * len(tensor), None))
-    return result
+    return sorted(
+        result, key=lambda layer: [int(part) if part.isdigit() else part for part in NUMBER.split(layer.name)]
+    )
 
 
 def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor) -> LayerState:

@@ -114,7 +114,7 @@ def k_histogram(metrics: Lines, row: str) -> bytes:
         axes.set(title=f"{row}: {layer}", xlabel="k, experts that passed (0: the best one is used)")
         axes.set_xticks(range(len(mean)))
         axes.legend(loc="upper right")
-    panels[0].set_ylabel("share of tokens, %")
+    panels[0].set_ylabel("share of tokens, %" + "\n(mean and range of the seeds)" * (len(seeds) > 1))
     panels[0].set_ylim(0, 1.3 * panels[0].get_ylim()[1])  # room for the legend
     return _png(figure)
 

@@ -93,7 +93,7 @@ class TrainConfig:
 
     def quick(self) -> TrainConfig:
         """The same job, short: one seed, fewer steps, updates as often in proportion."""
-        return replace(self, seeds=self.seeds[:1], steps=100, update_every=20, eval_every=20)
+        return replace(self, seeds=self.seeds[:1], steps=80, update_every=20, eval_every=20)
 
     @property
     def plan(self) -> list[tuple[str, int]]:

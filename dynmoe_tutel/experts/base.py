@@ -72,7 +72,7 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> 
     if generator is None:
         p.uniform_(-bound, bound)
     else:
-        p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 class GroupedMLP(Experts):
@@ -84,7 +84,11 @@ class GroupedMLP(Experts):
     def __init__(self, model_dim: int, slots: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model_dim, slots)
         self.activation_fn = activation
-        self.activation = kernels.activation_name(activation)
+
+    @property
+    def activation(self) -> str | None:
+        """The name of `activation_fn` where it runs fused, else None."""
+        return kernels.activation_name(self.activation_fn)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         raise NotImplementedError
@@ -97,11 +101,12 @@ class GroupedMLP(Experts):
         if self.skip_expert:
             rows = routing.dispatch(x)
             return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
-        w1, b1, w3, b3, w2, b2 = (None if w is None else _cast(w, dtype) for w in self.weights())
-        assert w1 is not None
-        assert w2 is not None
-        if self.activation is None:
+        w1, b1, w3, b3, w2, b2 = self.weights()
+        activation = self.activation
+        if activation is None:
             rows = routing.dispatch(x)
+            w1, w2 = _cast(w1, dtype), _cast(w2, dtype)
+            b1, w3, b3, b2 = (None if w is None else _cast(w, dtype) for w in (b1, w3, b3, b2))
             h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1)
             a = self.activation_fn(h)
             if a.shape != h.shape:
@@ -126,7 +131,7 @@ class GroupedMLP(Experts):
             b3,
             w2,
             b2,
-            self.activation,
+            activation,
             apply_gate,
             save,
         )

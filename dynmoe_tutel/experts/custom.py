@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..options import warn_once
 from ..routing import Routing, describe
 from .base import Experts, SlotParameter
 
@@ -39,11 +40,14 @@ class CustomExperts(Experts):
         self.padded = _takes_context(module)
         built_already = isinstance(module, nn.Module | Iterable) and not isinstance(module, type)
         if built_already and options:
-            raise ValueError(
-                f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built already"
-            )
+            raise ValueError(f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built")
         if self.padded:
             self.module = module if isinstance(module, nn.Module) else _make_batched(module, model_dim, slots, options)
+            if not super().slot_parameters(0):
+                warn_once(
+                    f"experts['module']: {type(self.module).__name__} has no parameter [{slots}, ...]: "
+                    "a grown expert cannot be initialised"
+                )
             return
         if isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList):
             raise ValueError(
@@ -120,14 +124,13 @@ class CustomExperts(Experts):
 
 
 def _takes_context(module: Any) -> bool:
-    """Whether forward is Tutel's forward(x, ctx)."""
-    forward = getattr(module, "forward", None)
-    if forward is None or isinstance(module, nn.ModuleList):
+    """Whether forward is Tutel's forward(x, ctx), the second argument required and named so."""
+    cls = module if isinstance(module, type) else type(module)
+    forward = getattr(cls, "forward", None)
+    if forward is None or not issubclass(cls, nn.Module) or issubclass(cls, nn.ModuleList):
         return False
-    parameters = list(inspect.signature(forward).parameters)
-    return (parameters[:1] == ["self"] and len(parameters) == 3) or (
-        parameters[:1] != ["self"] and len(parameters) == 2
-    )
+    arguments = list(inspect.signature(forward).parameters.values())[2:]  # after self and x
+    return bool(arguments) and arguments[0].name == "ctx" and arguments[0].default is inspect.Parameter.empty
 
 
 def _make_each(cls: Any, slots: int, options: dict[str, Any]) -> list[Any]:
@@ -156,4 +159,11 @@ def _make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any])
     missing = [key for key in options if key not in parameters]
     if missing:
         raise ValueError(f"unknown key {missing[0]!r} in experts: {cls.__name__} takes {', '.join(parameters)}")
-    return cls(**{key: value for key, value in given.items() if key in parameters})
+    given = {key: value for key, value in given.items() if key in parameters}
+    try:
+        inspect.signature(cls).bind(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"experts of type 'custom': {cls.__name__} needs more than {', '.join(given)}: {error}"
+        ) from None
+    return cls(**given)

@@ -45,7 +45,7 @@ class FFNExperts(GroupedMLP):
         check_activation("activation_fn_with_self", activation_fn_with_self)
         super().__init__(model_dim, slots, activation_fn or F.relu)
         if activation_fn_with_self is not None:
-            self.activation_fn, self.activation = partial(_with_self, activation_fn_with_self, self), None
+            self.activation_fn = partial(_with_self, activation_fn_with_self, self)
         self.output_dim = model_dim if output_dim is None else positive_int("experts['output_dim']", output_dim)
         self.hidden_size_per_expert = hidden
         self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))

@@ -38,7 +38,8 @@ class LlamaFFNExperts(GroupedMLP):
     def _draw(self, slot: int, generator: torch.Generator | None) -> None:
         for parameter in (self.W_fc1, self.W_fc2, self.W_fc3):
             if not parameter.is_meta:
-                parameter[slot] = torch.empty(parameter.shape[1:]).normal_(0, 0.01, generator=generator)
+                drawn = torch.empty(parameter.shape[1:], device="cpu").normal_(0, 0.01, generator=generator)
+                parameter[slot] = drawn
 
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
         """Draw a slot's weights anew."""

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # gate type -> (class, defaults that the type sets, keys it takes)
-_FIXED_K = {"k", "fp32_gate", "gate_noise", "capacity_factor"}
+_FIXED_K = {"k", "fp32_gate", "adaptive_experts", "gate_noise", "capacity_factor"}
 _TOP_ANY = {"max_expert_num", "fp32_gate", "adaptive_experts", "gate_noise", "capacity_factor"}
 _UPSTREAM: dict[str, Any] = {"max_expert_num": 64, "upstream_init": True}
 _TYPES: dict[str, tuple[type[Gate], dict[str, Any], set[str]]] = {
@@ -54,7 +54,13 @@ def gate_config(gate_type: str | Mapping[str, Any]) -> dict[str, Any]:
 def max_experts(config: Mapping[str, Any], num_experts: int) -> int:
     """Slots that the gate asks for: `max_expert_num`, by default the experts at start (64 for upstream's names)."""
     if gate_class(config) is CustomGate:
-        return positive_int("gate_type['max_expert_num']", config.get("max_expert_num", num_experts))
+        slots = positive_int("gate_type['max_expert_num']", config.get("max_expert_num", num_experts))
+        if slots > num_experts:
+            raise ValueError(
+                f"gate_type['max_expert_num'] = {slots}: a custom gate uses all experts, which are {num_experts} at "
+                "start (num_experts_per_device): give the same number"
+            )
+        return slots
     _, defaults, keys = _TYPES[config["type"]]
     if "max_expert_num" not in keys:
         return num_experts

@@ -33,6 +33,7 @@ class Gate(nn.Module):
         gate_noise: float = 0.0,
         capacity_factor: float = 0.0,
         fp32_gate: bool = True,
+        adaptive_experts: bool = True,
         normalize_gate: bool = True,
         one_score_gate: bool = False,
         normalize_one_score_gate: bool = False,
@@ -56,6 +57,10 @@ class Gate(nn.Module):
                 f"gate_type['capacity_factor'] = {capacity_factor} is ignored: this layer drops no token; "
                 "bound its memory with capacity=<factor of T>"
             )
+        if self.adaptive and not adaptive_experts:
+            warn_once(
+                "gate_type['adaptive_experts'] = False is ignored: experts change only where an update is asked for"
+            )
         if not fp32_gate:
             warn_once("gate_type['fp32_gate'] = False is ignored: gate arithmetic is always fp32")
 
@@ -76,4 +81,5 @@ class Gate(nn.Module):
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""
-        return torch.ones(self.slots, dtype=torch.bool)
+        device = next((p.device for p in self.parameters()), None)
+        return torch.ones(self.slots, dtype=torch.bool, device=device)

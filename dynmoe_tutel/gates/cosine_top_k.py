@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..experts.base import fill_uniform
 from ..options import number, positive_int
 from .top_any import MAX_LOG_SCALE
 from .top_k import FixedKGate
@@ -28,11 +29,13 @@ class CosineTopKGate(FixedKGate):
         self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
         self.cosine_projector = nn.Linear(self.model_dim, positive_int("gate_type['proj_dim']", proj_dim))
         if generator is not None:
-            bound = self.model_dim**-0.5
             for parameter in self.cosine_projector.parameters():
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                fill_uniform(parameter, self.model_dim**-0.5, generator)
         self.sim_matrix = nn.Parameter(torch.empty(proj_dim, self.slots))
-        nn.init.normal_(self.sim_matrix, 0, 0.01, generator=generator)
+        if not self.sim_matrix.is_meta:
+            with torch.no_grad():
+                drawn = torch.empty(proj_dim, self.slots, device="cpu").normal_(0, 0.01, generator=generator)
+                self.sim_matrix.copy_(drawn)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

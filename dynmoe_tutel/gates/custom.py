@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import losses
 from ..options import positive_int
 from ..routing import Capacity, Routing
 from .top_k import FixedKGate
@@ -16,8 +19,10 @@ from .top_k import FixedKGate
 class CustomGate(FixedKGate):
     """Wraps `module`: an nn.Module, or a class or function that builds one from model_dim, num_global_experts, options.
 
-    Its forward takes tokens [T, D] and returns either a `Routing` (any assignment: `Routing.from_assignments`), or
-    logits [T, E] that get softmax and top-k, with k from its attribute `top_k` or from gate_type['k'].
+    Its forward takes tokens [T, D] in the dtype of its parameters (autocast is off) and returns either a `Routing` (any
+    assignment: `Routing.from_assignments`), or logits [T, E] that get softmax and top-k, with k from its attribute
+    `top_k` or from gate_type['k']. Auxiliary terms of a `Routing` are those in its `aux`; a missing GShard term is
+    computed from its scores.
     """
 
     def __init__(
@@ -40,7 +45,8 @@ class CustomGate(FixedKGate):
             "normalize_one_score_gate",
         )
         common = {name: options.pop(name) for name in names if name in options}
-        options.pop("max_expert_num", None)
+        for accepted in ("max_expert_num", "fp32_gate", "adaptive_experts"):
+            options.pop(accepted, None)
         if not isinstance(module, nn.Module) and not callable(module):
             raise ValueError(
                 f"gate_type of type 'custom': 'module' = {module!r}: give an nn.Module, or a class that makes one"
@@ -67,33 +73,37 @@ class CustomGate(FixedKGate):
 
     def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
         """Route tokens [T, D] by the user's module."""
-        result = self.module(x_TD)
+        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), x_TD)
+        result = self.module(x_TD.to(parameter.dtype))
         if isinstance(result, Routing):
-            if result.num_experts != self.slots or result.num_tokens != x_TD.shape[0]:
-                raise ValueError(
-                    f"the custom gate routed {result.num_tokens} tokens to {result.num_experts} experts; "
-                    f"the layer has {x_TD.shape[0]} and {self.slots}"
-                )
-            if capacity != "exact":
-                own = result
-                result = Routing.from_bits(
-                    own.bits,
-                    own.scores,
-                    unrouted=own.unrouted,
-                    thresholds=own.thresholds,
-                    weights=own.weights,
-                    capacity=capacity,
-                )
-                result.aux = own.aux
-            for name in self.aux_names:
-                result.aux.setdefault(name, result.scores.new_zeros(()))
-            return result
+            return self._adopted(result, x_TD.shape[0], capacity)
         if not isinstance(result, Tensor) or result.shape != (x_TD.shape[0], self.slots):
             got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(
                 f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
             )
         return self.route_logits(result.to(torch.promote_types(result.dtype, torch.float32)), capacity, top_k)
+
+    def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity) -> Routing:
+        """The user's routing, checked, within the layer's capacity, with the auxiliary terms; theirs is not changed."""
+        if own.num_experts != self.slots or own.num_tokens != num_tokens:
+            raise ValueError(
+                f"the custom gate routed {own.num_tokens} tokens to {own.num_experts} experts; "
+                f"the layer has {num_tokens} and {self.slots}"
+            )
+        routing = dataclasses.replace(own, aux=dict(own.aux))
+        if capacity != "exact":
+            given = {"unrouted": own.unrouted, "thresholds": own.thresholds, "weights": own.weights}
+            routing = Routing.from_bits(own.bits, own.scores, **given, capacity=capacity)
+            routing.aux = dict(own.aux)
+        for name in self.aux_names:
+            if name not in routing.aux and name != "gshard":
+                raise ValueError(f"aux_losses: the Routing of the custom gate has no {name!r} in its aux")
+            if name not in routing.aux:
+                first_T = own.scores.detach().masked_fill(~own.assigned, -torch.inf).argmax(dim=1)
+                first_TE = F.one_hot(first_T, self.slots) * own.assigned
+                routing.aux[name] = losses.gshard_loss(own.scores, first_TE)
+        return routing
 
 
 def _built(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:

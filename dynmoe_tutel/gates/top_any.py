@@ -50,7 +50,6 @@ class TopAnyGate(Gate):
         slots: int,
         init_t: float | None = None,
         upstream_init: bool = False,
-        adaptive_experts: bool = True,
         generator: torch.Generator | None = None,
         **common: Any,
     ) -> None:
@@ -61,10 +60,15 @@ class TopAnyGate(Gate):
             warn_once("normalize_gate = False is ignored: a token's output is the mean of its experts")
         if upstream_init:  # upstream's bits, without touching the global random state
             generator = torch.Generator().manual_seed(1)
-        w_ED = torch.empty(slots, model_dim, dtype=torch.float32)  # whatever the default dtype: qr has no half kernel
-        if not w_ED.is_meta:
-            nn.init.orthogonal_(w_ED, generator=generator)
-        self.sim_matrix = nn.Parameter(w_ED.t().to(torch.get_default_dtype()).contiguous())
+        self.sim_matrix = nn.Parameter(torch.empty(model_dim, slots))
+        if (
+            not self.sim_matrix.is_meta
+        ):  # drawn in fp32 on the CPU: qr has no half kernel, the generator no other device
+            w_ED = nn.init.orthogonal_(
+                torch.empty(slots, model_dim, dtype=torch.float32, device="cpu"), generator=generator
+            )
+            with torch.no_grad():
+                self.sim_matrix.copy_(w_ED.t())
         self.gates = nn.Parameter(torch.zeros(slots))
         self.register_buffer("experts_mask", (torch.arange(slots) < num_experts).float())
         self.temperature: nn.Parameter | None = None

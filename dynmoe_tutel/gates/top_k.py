@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels, losses
+from ..experts.base import fill_uniform
 from ..options import positive_int
 from ..routing import Capacity, Routing
 from .base import Gate
@@ -89,8 +90,7 @@ class TopKGate(FixedKGate):
         super().__init__(**common)
         self.wg = nn.Linear(self.model_dim, self.slots, bias=False)
         if self.generator_at_start is not None:
-            bound = self.model_dim**-0.5
-            nn.init.uniform_(self.wg.weight, -bound, bound, generator=self.generator_at_start)
+            fill_uniform(self.wg.weight, self.model_dim**-0.5, self.generator_at_start)
         self.generator_at_start = None
 
     def freeze_keys(self) -> None:

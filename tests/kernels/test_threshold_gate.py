@@ -98,7 +98,7 @@ class TestForward:
         assert (inv_norm_T > 0).all()
 
     def test_the_decision_is_taken_before_the_sigmoid_which_saturates(self) -> None:
-        """Regression for upstream.md 2.2: at tau = 100, sigmoid(100) = sigmoid(40) = 1 in fp32, and 1 > 1 is false."""
+        """Regression for upstream: at tau = 100, sigmoid(100) = sigmoid(40) = 1 in fp32, and 1 > 1 is false."""
         x_TD, w_DE = torch.eye(4)[:1], torch.eye(4)
         _, bits, _, _ = threshold_gate(x_TD, w_DE, torch.full((4,), 0.4), torch.ones(4).bool(), 100 * ONE, False)
         assert unpack_bits(bits, 4).tolist() == [[True, False, False, False]]
