@@ -31,6 +31,10 @@ def test_command_exists(command: str) -> None:
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
+def test_it_shows_two_plots() -> None:
+    assert len(re.findall(r"!\[[^\]]+\]\([^)]+\.png\)", README)) >= 2
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))))
 def test_pictures_are_there(path: str) -> None:
     assert (Path(__file__).parent.parent / path).stat().st_size > 1000

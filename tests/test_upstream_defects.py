@@ -1,4 +1,4 @@
-"""One regression test for each defect of the public DynMoE code that could occur here, by the id that the project's survey of that code gave it.
+"""One regression test for each defect of the public DynMoE code that could occur here, by the id of our survey of it.
 
 Elsewhere: D7, S4 (ranks decide as one), D9 (optimizer rows) and S5 (fp32 master copies) in test_controller.py; D13 and
 several experts of one update (D8) also in test_policy.py. Cannot occur: D6 (dead code), D15, D17, D26 (nothing is

@@ -76,13 +76,11 @@ def report(console: Console) -> bool:
     console.print(table)
     status = {finding.name: finding.status for finding in findings}
     needed = all(value != "missing" for value in status.values())
-    fast = status["GPU"] == "ok" and status["triton"] == "ok"
     console.print()
     for what, can, how in (
-        ("train the layer", needed, "on the CPU" + (" and on the GPU" if fast else "")),
+        ("train the layer", needed, "on the CPU"),
         ("`dynmoe-tutel train`", all(status[name] == "ok" for _, name in EXTRAS["experiments"]), "see `--help`"),
         ("torch.compile on the CPU", status["C++ compiler"] == "ok", "with the compiler above"),
-        ("use the layer inside Tutel", status["Tutel"] == "ok", ""),
     ):
         console.print(f"{'can   ' if can else 'cannot'} {what}{', ' + how if can and how else ''}", highlight=False)
     return needed
@@ -118,7 +116,7 @@ def _gpu(available: bool) -> Finding:
     if not available:
         build = torch.version.cuda or torch.version.hip
         detail = f"none visible to torch (built for {build})" if build else "none: this torch is built for the CPU only"
-        return Finding("GPU", "absent", detail, "the CPU path does everything, slower")
+        return Finding("GPU", "absent", detail, "everything runs on the CPU")
     names = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -133,8 +131,8 @@ def _triton(gpu: bool) -> Finding:
     if version is not None:
         return Finding("triton", "ok", version)
     if gpu:
-        return Finding("triton", "missing", "not installed, and there is a GPU", "pip install triton")
-    return Finding("triton", "absent", "not installed", "needed on a GPU only")
+        return Finding("triton", "absent", "not installed, and there is a GPU", "pip install triton, for torch.compile")
+    return Finding("triton", "absent", "not installed", "useful on a GPU only")
 
 
 def _compiler() -> Finding:
@@ -149,9 +147,7 @@ def _compiler() -> Finding:
 
 def _tutel() -> Finding:
     if importlib.util.find_spec("tutel") is None:
-        return Finding(
-            "Tutel", "absent", "not installed", "only needed inside Tutel; its README says how to install it"
-        )
+        return Finding("Tutel", "absent", "not installed", "not needed: running inside Tutel is not there yet")
     try:
         tried = subprocess.run(
             [sys.executable, "-c", "import tutel.moe"], capture_output=True, text=True, timeout=TUTEL_TIMEOUT
