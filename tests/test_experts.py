@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,17 +98,6 @@ def check(found: dict[str, Tensor], reference: dict[str, Tensor], limit: float =
         assert found[name].shape == value.shape, name
         error, size = float((found[name].double() - value).norm()), float(value.norm())
         assert error <= limit * size + 1e-14, f"{name}: {error} of {size}"
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 class TestFFN:

@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,17 +74,6 @@ def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
     monkeypatch.setattr(options, "_warned", set())
     caplog.set_level(logging.WARNING, "dynmoe_tutel")
     return caplog
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 class TestForward:

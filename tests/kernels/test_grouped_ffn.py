@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,17 +141,6 @@ def distance(value: Tensor, reference: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """Of one result; the half types round h, and a gate gradient cancels."""
     return 1e-2 if dtype in HALF else 2e-6
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from dynmoe_tutel.kernels import combine, dispatch, pack_bits, ragged_index, row_gates, rows
@@ -48,17 +46,6 @@ def naive_combine(rows_AD: Tensor, index: Index, mean: bool) -> Tensor:
         y_TD[t] = y_TD[t] + rows_AD[row]
     stacked = torch.stack(y_TD) if index.T else rows_AD.new_zeros(0, rows_AD.shape[1])
     return stacked / index.k_T1.clamp(min=1) if mean else stacked
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 class TestDispatch:
