@@ -50,7 +50,7 @@ def top_any_routing(
     if fallback and not torch.compiler.is_compiling() and not (mask > 0).any():
         raise ValueError("experts_mask has no active expert to fall back to")
     check_capacity(capacity)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = kernels.gate_dtype(x)
     tau = _scale(scale).to(x.device, dtype)
     score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(x, sim_matrix, gates.detach(), mask > 0, tau, fallback)
     thresholds = torch.sigmoid(tau * gates.to(dtype))

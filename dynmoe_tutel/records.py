@@ -67,8 +67,7 @@ class RoutingRecord:
 
     @keep_tokens.setter
     def keep_tokens(self, most: int) -> None:
-        self._keep_tokens = _limit(most)
-        most = self._keep_tokens
+        self._keep_tokens = most = _limit(most)
         sample, stride = kernels.thinned(self.unrouted_sample, self._stride, most)
         self._set_sample(sample, stride, self._seen)
 

@@ -10,7 +10,7 @@ from .grouped_ffn import grouped_ffn, grouped_linear
 from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
 from .rows import combine, dispatch, row_gates
 from .strided_sample import keep_strided, thinned
-from .threshold_gate import threshold_gate
+from .threshold_gate import gate_dtype, threshold_gate
 
 __all__ = [
     "ACTIVATIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "bound_assignments",
     "combine",
     "dispatch",
+    "gate_dtype",
     "grouped_ffn",
     "grouped_linear",
     "keep_strided",

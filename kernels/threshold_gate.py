@@ -22,7 +22,7 @@ NORM_EPS = 1e-12
 
 def gate_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64 tokens, else fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _inverse_norm(v: Tensor, dim: int) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, read_state_dict
 from dynmoe_tutel.experiments.run_folder import CONFIG, STEP, checkpoints_of, runs_of
+from dynmoe_tutel.gates.top_any import MAX_LOG_SCALE
 
-MAX_LOG_TEMPERATURE = math.log(100)
 LINEAR_GATE = re.compile(r"(^|\.)gates\.\d+\.wg\.weight$")
 NUMBER = re.compile(r"(\d+)")
 CELL = 7
@@ -78,7 +78,7 @@ def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor)
     thresholds = None
     if gates is not None:
         temperature = tensors.get(f"{prefix}temperature")
-        tau = 1.0 if temperature is None else math.exp(min(float(temperature), MAX_LOG_TEMPERATURE))
+        tau = 1.0 if temperature is None else math.exp(min(float(temperature), MAX_LOG_SCALE))
         thresholds = torch.sigmoid(tau * gates.double()).tolist()
     active = [True] * slots if mask is None else (mask > 0).tolist()
     return LayerState(_layer_name(prefix), active, thresholds)

@@ -14,10 +14,6 @@ from ..routing import Routing
 SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the index of the slot's entries in it
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
 class Experts(nn.Module):
     """Base of all expert networks: E slots of networks D -> output_dim."""
 
@@ -97,7 +93,7 @@ class GroupedMLP(Experts):
         """Rows [rows, output_dim], those of fixed-k gates times their weights."""
         dtype = self.compute_dtype(x_TD)
         apply_gate = routing.weights is not None
-        x = _cast(x_TD, dtype)
+        x = x_TD.to(dtype)
         if self.skip_expert:
             rows = routing.dispatch(x)
             return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
@@ -105,8 +101,8 @@ class GroupedMLP(Experts):
         activation = self.activation
         if activation is None:
             rows = routing.dispatch(x)
-            w1, w2 = _cast(w1, dtype), _cast(w2, dtype)
-            b1, w3, b3, b2 = (None if w is None else _cast(w, dtype) for w in (b1, w3, b3, b2))
+            w1, w2 = w1.to(dtype), w2.to(dtype)
+            b1, w3, b3, b2 = (None if w is None else w.to(dtype) for w in (b1, w3, b3, b2))
             h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1)
             a = self.activation_fn(h)
             if a.shape != h.shape:

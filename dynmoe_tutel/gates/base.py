@@ -37,7 +37,6 @@ class Gate(nn.Module):
         normalize_gate: bool = True,
         one_score_gate: bool = False,
         normalize_one_score_gate: bool = False,
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.model_dim = positive_int("model_dim", model_dim)

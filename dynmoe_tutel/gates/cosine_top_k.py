@@ -21,11 +21,16 @@ class CosineTopKGate(FixedKGate):
     `cosine_projector` D -> proj_dim, `sim_matrix` [proj_dim, E], `temperature` [1].
     """
 
-    def __init__(self, *, proj_dim: int = 256, init_t: float = 0.5, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        proj_dim: int = 256,
+        init_t: float = 0.5,
+        generator: torch.Generator | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
-        generator = self.generator_at_start
-        self.generator_at_start = None
         self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
         self.cosine_projector = nn.Linear(self.model_dim, positive_int("gate_type['proj_dim']", proj_dim))
         if generator is not None:

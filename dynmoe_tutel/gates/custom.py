@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import losses
+from .. import kernels, losses
 from ..options import positive_int
 from ..routing import Capacity, Routing
 from .top_k import FixedKGate
@@ -39,13 +39,12 @@ class CustomGate(FixedKGate):
             "num_experts",
             "slots",
             "aux_names",
-            "generator",
             "normalize_gate",
             "one_score_gate",
             "normalize_one_score_gate",
         )
         common = {name: options.pop(name) for name in names if name in options}
-        for accepted in ("max_expert_num", "fp32_gate", "adaptive_experts"):
+        for accepted in ("max_expert_num", "fp32_gate", "adaptive_experts", "generator"):
             options.pop(accepted, None)
         if not isinstance(module, nn.Module) and not callable(module):
             raise ValueError(
@@ -82,7 +81,7 @@ class CustomGate(FixedKGate):
             raise ValueError(
                 f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
             )
-        return self.route_logits(result.to(torch.promote_types(result.dtype, torch.float32)), capacity, top_k)
+        return self.route_logits(result.to(kernels.gate_dtype(result)), capacity, top_k)
 
     def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity) -> Routing:
         """The user's routing, checked, within the layer's capacity, with the auxiliary terms; theirs is not changed."""

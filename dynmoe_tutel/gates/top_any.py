@@ -90,7 +90,7 @@ class TopAnyGate(Gate):
         """Route tokens [T, D]; `top_k` is ignored."""
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        dtype = kernels.gate_dtype(x_TD)
         tau = self.scale(dtype)
         score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(
             x_TD, self.sim_matrix, self.gates.detach(), self.active(), tau, not self.training

@@ -30,7 +30,6 @@ class FixedKGate(Gate):
         self,
         *,
         k: int = 1,
-        generator: torch.Generator | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -41,7 +40,6 @@ class FixedKGate(Gate):
             raise ValueError(
                 "the load_importance loss (is_gshard_loss = False of a fixed-k gate) needs gate_type['gate_noise'] > 0"
             )
-        self.generator_at_start = generator
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E] in the dtype of `x_TD`, which is fp32 or fp64."""
@@ -49,7 +47,7 @@ class FixedKGate(Gate):
 
     def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
         """Route tokens [T, D]; `top_k` overrides k for this call."""
-        logits_TE = self.logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
+        logits_TE = self.logits(x_TD.to(kernels.gate_dtype(x_TD)))
         return self.route_logits(logits_TE, capacity, top_k)
 
     def route_logits(self, logits_TE: Tensor, capacity: Capacity, top_k: int | None) -> Routing:
@@ -86,12 +84,11 @@ class FixedKGate(Gate):
 class TopKGate(FixedKGate):
     """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
 
-    def __init__(self, **common: Any) -> None:
+    def __init__(self, *, generator: torch.Generator | None = None, **common: Any) -> None:
         super().__init__(**common)
         self.wg = nn.Linear(self.model_dim, self.slots, bias=False)
-        if self.generator_at_start is not None:
-            fill_uniform(self.wg.weight, self.model_dim**-0.5, self.generator_at_start)
-        self.generator_at_start = None
+        if generator is not None:
+            fill_uniform(self.wg.weight, self.model_dim**-0.5, generator)
 
     def freeze_keys(self) -> None:
         """For one_score_gate: keys that only `update_one_score_gate` changes."""
