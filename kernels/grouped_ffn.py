@@ -95,8 +95,12 @@ def grouped_ffn(
     activation: str,
     apply_gate: bool,
     save: bool,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`)."""
+    """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`).
+
+    Without `save`, the backward computes h and u again. `engine`: see `ENGINES`.
+    """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
     (R,), (E, _, H) = token_of_row.shape, w1_EDH.shape
@@ -139,6 +143,7 @@ def _(  # type: ignore[no-untyped-def]
     activation,
     apply_gate,
     save,
+    engine="auto",
 ):
     R, H = token_of_row.shape[0], w1_EDH.shape[2]
     return (
@@ -179,6 +184,7 @@ def grouped_ffn_backward(
     activation: str,
     apply_gate: bool,
     weights: bool,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`."""
     act = ACTIVATIONS[activation]
@@ -253,6 +259,7 @@ def _(  # type: ignore[no-untyped-def]
     activation,
     apply_gate,
     weights,
+    engine="auto",
 ):
     def grad(p: Tensor | None) -> Tensor:
         return torch.empty_like(p) if weights and p is not None else x_TD.new_empty((0,), dtype=torch.float32)
@@ -263,22 +270,21 @@ def _(  # type: ignore[no-untyped-def]
 
 def _ffn_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
-    *tensors, ctx.activation, ctx.apply_gate, save = inputs
-    assert save, "grouped_ffn keeps nothing for the backward unless save=True"
+    *tensors, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
     ctx.save_for_backward(output[1], output[2], *tensors)
 
 
 def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
     if d_rows_AO is None:
-        return (None,) * 15
+        return (None,) * 16
     saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
     params = saved[8:]
     weights = any(ctx.needs_input_grad[6:12])
     d_x, d_gate, *d_params = grouped_ffn_backward(
-        d_rows_AO.contiguous(), *saved, ctx.activation, ctx.apply_gate, weights
+        d_rows_AO.contiguous(), *saved, ctx.activation, ctx.apply_gate, weights, ctx.engine
     )
     d_params = [d if weights and p is not None else None for p, d in zip(params, d_params, strict=True)]
-    return d_x, d_gate, None, None, None, None, *d_params, None, None, None
+    return d_x, d_gate, None, None, None, None, *d_params, None, None, None, None
 
 
 grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)

@@ -23,6 +23,11 @@ def words(num_experts: int) -> int:
     return max(1, -(-num_experts // WORD))
 
 
+def block_tokens(num_experts: int) -> int:
+    """Tokens a block of `threshold_gate` and of the index: a tile of block by experts fits in registers."""
+    return max(16, min(64, 8192 >> max(num_experts - 1, 0).bit_length()))
+
+
 def pack_bits(assigned_TE: Tensor) -> Tensor:
     """[T, E] bool to [T, ceil(E / 64)] int64, expert e in bit e % 64 of word e // 64."""
     T, E = assigned_TE.shape
