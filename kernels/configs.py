@@ -6,10 +6,13 @@ before the rules below.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -55,3 +58,120 @@ def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return _processors(device)
     return _PROCESSORS.get(architecture(device), 4)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of a grouped matrix product: BLOCK_M rows (or first dimension) by BLOCK_N by BLOCK_K, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # row tiles that share a run of columns
+    programs: int = 1  # persistent programs on a multiprocessor
+    pieces: int = 1  # runs of columns in which a tile's sums are worked up after the product, to hold few registers
+    max_registers: int | None = None  # a thread's, so that `programs` fit; for NVIDIA's compiler
+
+
+# the matrix products of `gpu.grouped_gemm`, those of gated experts apart
+GEMM_KINDS = (
+    "up",
+    "up_gated",
+    "linear",
+    "linear_pair",
+    "activation_gradient",
+    "activation_gradient_gated",
+    "weight_gradient",
+)
+
+
+def _power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `n`, within low and high."""
+    return min(high, max(low, 1 << max(n - 1, 0).bit_length()))
+
+
+def gemm_key(kind: str, dtype: torch.dtype, rows: int, K: int, N: int) -> str:
+    """The name of a product's bucket in the tuned tables; `rows` is the mean number of rows of an expert."""
+    return f"{kind}/{str(dtype).removeprefix('torch.')}/rows{_power_of_two(rows, 16, 4096)}/K{K}/N{N}"
+
+
+@lru_cache
+def tuned(architecture: str) -> dict[str, GemmConfig]:
+    """The table that `benchmarks.tune` wrote for an architecture; empty where none is shipped."""
+    path = Path(__file__).parent / "tuned" / f"{architecture}.json"
+    if not path.exists():
+        return {}
+    return {key: GemmConfig(**values) for key, values in json.loads(path.read_text())["configs"].items()}
+
+
+def gemm(kind: str, device: torch.device, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
+    """The tile for one of GEMM_KINDS: from the tuned table, else by rule.
+
+    `rows` is the mean number of rows of an expert; K the inner dimension, N the columns of the output. For
+    "weight_gradient" the output is [K, N] and the inner dimension are the rows.
+    """
+    chip = architecture(device)
+    found = tuned(chip).get(gemm_key(kind, dtype, rows, K, N))
+    return found or default_gemm(kind, chip, dtype, rows, K, N)
+
+
+# Half precision on sm_90, by the register counts of `benchmarks.aot`: 255 registers a thread and 64 Ki a multiprocessor
+# let two programs of 4 warps run side by side, or two of 8 warps with at most 128 registers, so that one's product hides
+# the other's epilogue. A short inner dimension needs that most.
+_HALF = {
+    "up": GemmConfig(128, 128, 64, 8, 3, pieces=8),
+    "up_short": GemmConfig(128, 64, 64, 8, 3, programs=2, pieces=4, max_registers=128),
+    "up_gated": GemmConfig(128, 64, 64, 8, 3, pieces=4),
+    "linear": GemmConfig(128, 128, 64, 8, 3, programs=2, max_registers=128),
+    "linear_pair": GemmConfig(128, 128, 64, 8, 3),
+    "activation_gradient": GemmConfig(64, 128, 64, 4, 3, programs=2, pieces=8),
+    "activation_gradient_gated": GemmConfig(64, 128, 64, 4, 3, programs=2, pieces=8),
+    "weight_gradient": GemmConfig(128, 128, 64, 8, 3),
+}
+_SINGLE = GemmConfig(64, 64, 32, 4, 2, programs=2, pieces=4)
+_SINGLE_NARROW = replace(_SINGLE, block_n=32, pieces=2)  # two tiles of sums, or a long epilogue
+_UNALIGNED = GemmConfig(64, 32, 32, 4, 2, programs=2, pieces=2)
+_UNALIGNED_NARROW = replace(_UNALIGNED, block_k=16)
+_SHORT = 1024  # inner dimension up to which the product is short beside the epilogue
+
+
+def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
+    """The rule where nothing was tuned: the largest tile that compiles without spills and that the shape fills."""
+    if chip == "interpreter":
+        return GemmConfig(16, 32, 32, 4, 2, group_m=2, pieces=2)
+    half = dtype in (torch.bfloat16, torch.float16)
+    aligned = K % 8 == 0 and N % 8 == 0
+    if not aligned:  # rows that are no multiples of 16 bytes pass through registers
+        two = kind in ("up_gated", "linear_pair", "activation_gradient_gated")  # products, or long epilogues
+        large = _UNALIGNED if half and not two else _UNALIGNED_NARROW
+        if two and not half:
+            large = replace(large, block_m=32)
+    elif half:
+        large = _HALF["up_short" if kind == "up" and K <= _SHORT else kind]
+    else:
+        large = _SINGLE if kind in ("up", "linear", "weight_gradient") else _SINGLE_NARROW
+    if chip != "sm_90" and large.max_registers is not None:
+        large = replace(large, max_registers=None, programs=1)
+    if chip.startswith("gfx"):  # 64 KB of shared memory, wavefronts of 64
+        large = replace(large, block_k=min(large.block_k, 32 if half else 16), num_stages=2, num_warps=4)
+    elif chip.startswith("sm_8") and half and aligned:
+        large = replace(large, block_k=32, num_stages=4)
+    elif chip != "sm_90" and half and aligned:
+        large = replace(large, block_m=64, block_n=64, num_warps=4, pieces=4)
+    sizes = (K, N, rows) if kind == "weight_gradient" else (rows, N, K)
+    block_m, block_n, block_k = (
+        _power_of_two(size, 16, most)
+        for size, most in zip(sizes, (large.block_m, large.block_n, large.block_k), strict=True)
+    )
+    warps = large.num_warps if 2 * block_m > large.block_m else max(4, large.num_warps // 2)
+    return replace(
+        large,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=warps,
+        pieces=min(large.pieces, block_n // 16),
+        max_registers=large.max_registers if warps == large.num_warps else None,
+    )

@@ -1,0 +1,529 @@
+"""Expert networks on ragged rows, forward and backward, from the products of `grouped_gemm`.
+
+Forward:   up (gather, bias, activation)  ->  linear (bias, gate)
+Backward:  activation_gradient  ->  gate gradient, weight gradients, bias gradients  ->  linear (tokens' rows)  ->  sum
+
+For the backward only x, the pre-activations h (and u) and the index are kept, or without h where it is computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import configs
+from . import grouped_gemm as gemm
+from .rows import segment_sum
+
+BLOCK_ROWS = 64  # of the kernels that sum over rows without a matrix product
+BLOCK_COLUMNS = 128
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as torch's own flag says."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """`tensor`, or another one where a kernel does not read it."""
+    return instead if tensor is None else tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product over rows is cut: its configuration, the columns' tiles, and the most row tiles there can be."""
+
+    config: configs.GemmConfig
+    n: int
+    most_m: int
+
+    def meta(self, E: int, K: int, N: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of a row kernel that do not depend on what it computes."""
+        c = self.config
+        return {
+            "BLOCK_M": c.block_m,
+            "BLOCK_N": c.block_n,
+            "BLOCK_K": c.block_k,
+            "BLOCK_E": block_experts(E),
+            "GROUP_M": c.group_m,
+            "EVEN_K": K % c.block_k == 0,
+            "EVEN_N": N % c.block_n == 0,
+            "PRECISION": _precision(dtype),
+            **launch_options(c),
+        }
+
+    def grid(self, device: torch.device) -> tuple[int]:
+        """Programs of a persistent kernel: no more than tiles there can be."""
+        return (max(1, min(self.most_m * self.n, configs.processors(device) * self.config.programs)),)
+
+
+def launch_options(config: configs.GemmConfig) -> dict[str, int]:
+    """What the compiler is told beside the tile."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def block_experts(E: int) -> int:
+    """The width of a vector with an entry an expert."""
+    return max(2, triton.next_power_of_2(E))
+
+
+def tiles(kind: str, x: Tensor, rows: int, E: int, K: int, N: int) -> Tiles:
+    """The cut of a product of `rows` rows over E experts, [rows, K] by [K, N]."""
+    config = configs.gemm(kind, x.device, x.dtype, -(-rows // E), K, N)
+    return Tiles(config, triton.cdiv(N, config.block_n), triton.cdiv(rows, config.block_m) + E)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of the ragged assignment, as `ragged_index` gives it."""
+
+    expert_offsets: Tensor
+    token_offsets: Tensor
+    token_of_row: Tensor
+    row_of_assignment: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Length of the row arrays: A, or the bounded capacity."""
+        return self.token_of_row.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.expert_offsets.shape[0] - 1
+
+
+def up(
+    x_TD: Tensor,
+    index: Index,
+    w1_EDH: Tensor,
+    b1_EH: Tensor | None,
+    w3_EDH: Tensor | None,
+    b3_EH: Tensor | None,
+    activation: str,
+    save: bool,
+    activate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h, u (both empty unless `save`) and a (empty unless `activate`), rows [R, H]; see `grouped_gemm.up_kernel`."""
+    R, E, (_, D, H) = index.rows, index.experts, w1_EDH.shape
+    h_AH = x_TD.new_empty((R if save else 0, H))
+    u_AH = x_TD.new_empty((R if save and w3_EDH is not None else 0, H))
+    a_AH = x_TD.new_empty((R if activate else 0, H))
+    if R == 0 or H == 0:
+        return h_AH, u_AH, a_AH
+    cut = tiles("up" if w3_EDH is None else "up_gated", x_TD, R, E, D, H)
+    w3 = _pointer(w3_EDH, w1_EDH)
+    gemm.up_kernel[cut.grid(x_TD.device)](
+        x_TD,
+        index.token_of_row,
+        index.expert_offsets,
+        w1_EDH,
+        _pointer(b1_EH, w1_EDH),
+        w3,
+        _pointer(b3_EH, w1_EDH),
+        h_AH,
+        u_AH,
+        a_AH,
+        E,
+        D,
+        H,
+        x_TD.stride(0),
+        *w1_EDH.stride(),
+        *w3.stride(),
+        GATED=w3_EDH is not None,
+        BIAS=b1_EH is not None,
+        BIAS3=b3_EH is not None,
+        SAVE=save,
+        ACTIVATE=activate,
+        ACTIVATION=activation,
+        PIECES=cut.config.pieces,
+        **cut.meta(E, D, H, x_TD.dtype),
+    )
+    return h_AH, u_AH, a_AH
+
+
+def linear(
+    a_AK: Tensor,
+    w_EKN: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias_EN: Tensor | None = None,
+    gate_A: Tensor | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
+    zero_tail: bool = False,
+) -> Tensor:
+    """a w[e] + bias[e], times the gate; `second` is a further pair (a2, w2) of the sum; rows [R, N]."""
+    (R, K), (E, _, N) = a_AK.shape, w_EKN.shape
+    out_AN = a_AK.new_empty((R, N))
+    if R == 0 or N == 0:
+        return out_AN
+    a2, w2 = second or (a_AK, w_EKN)
+    cut = tiles("linear" if second is None else "linear_pair", a_AK, R, E, K, N)
+    gemm.linear_kernel[cut.grid(a_AK.device)](
+        a_AK,
+        a2,
+        expert_offsets,
+        w_EKN,
+        w2,
+        _pointer(bias_EN, w_EKN),
+        _pointer(gate_A, a_AK),
+        out_AN,
+        E,
+        R,
+        K,
+        N,
+        *w_EKN.stride(),
+        *w2.stride(),
+        PAIR=second is not None,
+        BIAS=bias_EN is not None,
+        GATE=gate_A is not None,
+        ZERO_TAIL=zero_tail,
+        **cut.meta(E, K, N, a_AK.dtype),
+    )
+    return out_AN
+
+
+@dataclass(frozen=True)
+class ActivationGradient:
+    """What `activation_gradient` makes: rows d_h, d_u, a [R, H], and partial sums for the gate and the biases, fp32."""
+
+    d_h_AH: Tensor
+    d_u_AH: Tensor
+    a_AH: Tensor
+    d_gate_parts_AN: Tensor
+    d_b1_parts_MH: Tensor
+    d_b3_parts_MH: Tensor
+    block_m: int  # rows a tile of the bias parts
+
+
+def activation_gradient(
+    d_rows: Tensor,
+    index: Index,
+    w2_EHO: Tensor,
+    h_AH: Tensor,
+    u_AH: Tensor | None,
+    gate_A: Tensor | None,
+    activation: str,
+    *,
+    from_tokens: bool,
+    weights: bool,
+    biases: tuple[bool, bool],
+) -> ActivationGradient:
+    """Gradients of h and u from those of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`)."""
+    R, E, (_, H, O) = index.rows, index.experts, w2_EHO.shape
+    gated = u_AH is not None
+    cut = tiles("activation_gradient_gated" if gated else "activation_gradient", d_rows, R, E, O, H)
+    fp32 = {"dtype": torch.float32}
+    result = ActivationGradient(
+        torch.empty_like(h_AH),
+        torch.empty_like(u_AH) if u_AH is not None else h_AH.new_empty((0,)),
+        h_AH.new_empty((R if weights else 0, H)),
+        h_AH.new_empty((R, cut.n), **fp32),
+        h_AH.new_empty((cut.most_m if biases[0] else 0, H), **fp32),
+        h_AH.new_empty((cut.most_m if biases[1] else 0, H), **fp32),
+        cut.config.block_m,
+    )
+    if R == 0 or H == 0:
+        return result
+    w2_EOH = w2_EHO.transpose(1, 2)
+    gemm.activation_gradient_kernel[cut.grid(d_rows.device)](
+        d_rows,
+        index.token_of_row,
+        index.token_offsets,
+        _pointer(gate_A, d_rows),
+        index.expert_offsets,
+        w2_EOH,
+        h_AH,
+        _pointer(u_AH, h_AH),
+        result.d_h_AH,
+        result.d_u_AH,
+        result.a_AH,
+        result.d_gate_parts_AN,
+        result.d_b1_parts_MH,
+        result.d_b3_parts_MH,
+        E,
+        O,
+        H,
+        d_rows.stride(0),
+        *w2_EOH.stride(),
+        FROM_TOKENS=from_tokens,
+        GATE=gate_A is not None,
+        GATED=gated,
+        ACTIVATED=weights,
+        BIAS=biases[0],
+        BIAS3=biases[1],
+        ACTIVATION=activation,
+        PIECES=cut.config.pieces,
+        **cut.meta(E, O, H, d_rows.dtype),
+    )
+    return result
+
+
+def weight_gradient(
+    a: Tensor, b: Tensor, index: Index, like_EMN: Tensor, *, a_from_tokens: bool = False, b_from_tokens: bool = False
+) -> Tensor:
+    """a_e^T b_e over the rows of each expert, with the shape, strides and dtype of `like_EMN`."""
+    out_EMN = torch.empty_like(like_EMN)
+    E, M, N = out_EMN.shape
+    if E * M * N == 0:
+        return out_EMN
+    target = out_EMN
+    if out_EMN.stride(2) != 1 and out_EMN.stride(1) == 1:  # write along the contiguous dimension
+        a, b, a_from_tokens, b_from_tokens = b, a, b_from_tokens, a_from_tokens
+        target, M, N = out_EMN.transpose(1, 2), N, M
+    config = configs.gemm("weight_gradient", a.device, a.dtype, -(-index.rows // E), M, N)
+    blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    split = _splits(blocks * E, index.rows, config.block_k, configs.processors(a.device))
+    parts = target.new_empty((split, E, M, N), dtype=torch.float32) if split > 1 else target.unsqueeze(0)
+    gemm.weight_gradient_kernel[(blocks, E * split)](
+        a,
+        b,
+        index.token_of_row,
+        index.expert_offsets,
+        parts,
+        M,
+        N,
+        a.stride(0),
+        b.stride(0),
+        *parts.stride(),
+        split,
+        A_FROM_TOKENS=a_from_tokens,
+        B_FROM_TOKENS=b_from_tokens,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_M=M % config.block_m == 0,
+        EVEN_N=N % config.block_n == 0,
+        PRECISION=_precision(a.dtype),
+        **launch_options(config),
+    )
+    if split > 1:
+        _sum_parts(parts, target)
+    return out_EMN
+
+
+def _splits(programs: int, rows: int, block_k: int, processors: int) -> int:
+    """Runs into which each expert's rows are cut so that few, long products fill the device: by shapes alone."""
+    split = 1
+    while programs * split < 2 * processors and rows >= 32 * block_k * split and split < 16:
+        split *= 2
+    return split
+
+
+def _sum_parts(parts: Tensor, target: Tensor) -> None:
+    """target = sum of parts [S, ...] over S."""
+    dense = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    n = dense.numel()
+    gemm.sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
+    if dense is not target:
+        target.copy_(dense)
+
+
+def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m: int) -> Tensor:
+    """The gradient [E, N] of a bias from the partial sums of row tiles of `block_m` rows."""
+    out_EN = torch.empty_like(like_EN, memory_format=torch.contiguous_format)
+    E, N = out_EN.shape
+    if parts_MN.shape[0] == 0:
+        return out_EN.zero_()
+    if E * N:
+        gemm.expert_sum_kernel[(E, triton.cdiv(N, BLOCK_COLUMNS))](
+            parts_MN, expert_offsets, out_EN, E, N, BLOCK_M=block_m, BLOCK_N=BLOCK_COLUMNS, BLOCK_E=block_experts(E)
+        )
+    return out_EN
+
+
+def bias_gradient(d_rows_AN: Tensor, gate_A: Tensor | None, expert_offsets: Tensor, like_EN: Tensor) -> Tensor:
+    """Each expert's sum of rows, times their gates, [E, N]."""
+    (R, N), E = d_rows_AN.shape, like_EN.shape[0]
+    most = triton.cdiv(R, BLOCK_ROWS) + E
+    parts_MN = d_rows_AN.new_empty((most if R else 0, N), dtype=torch.float32)
+    if R and N:
+        gemm.tile_rows_sum_kernel[(min(most, 4 * configs.processors(d_rows_AN.device)), triton.cdiv(N, BLOCK_COLUMNS))](
+            d_rows_AN,
+            _pointer(gate_A, d_rows_AN),
+            expert_offsets,
+            parts_MN,
+            E,
+            N,
+            GATE=gate_A is not None,
+            BLOCK_M=BLOCK_ROWS,
+            BLOCK_N=BLOCK_COLUMNS,
+            BLOCK_E=block_experts(E),
+        )
+    return sum_tiles(parts_MN, expert_offsets, like_EN, BLOCK_ROWS)
+
+
+def _row_gate_gradient(
+    parts_AN: Tensor, d_rows_AO: Tensor, bias_EO: Tensor | None, expert_offsets: Tensor, like_A: Tensor
+) -> Tensor:
+    """The gradient of each row's gate, [R]: its partial sums and the product with its expert's bias."""
+    out_A = torch.empty_like(like_A)
+    (R, O), E = d_rows_AO.shape, expert_offsets.shape[0] - 1
+    if R:
+        most = triton.cdiv(R, BLOCK_ROWS) + E
+        gemm.row_gate_gradient_kernel[(min(most, 4 * configs.processors(like_A.device)),)](
+            parts_AN,
+            d_rows_AO,
+            _pointer(bias_EO, d_rows_AO),
+            expert_offsets,
+            out_A,
+            E,
+            O,
+            parts_AN.shape[1],
+            BIAS=bias_EO is not None,
+            BLOCK_M=BLOCK_ROWS,
+            BLOCK_K=64,
+            BLOCK_T=16,
+            BLOCK_E=block_experts(E),
+        )
+    return out_A
+
+
+def in_dtype(dtype: torch.dtype, *weights: Tensor | None) -> tuple[Any, ...]:
+    """Matrices in the type of the tokens; biases are left, the kernels read any type. (None stays.)"""
+    return tuple(None if w is None else w.to(dtype) for w in weights)
+
+
+def grouped_ffn(
+    x_TD: Tensor,
+    gate_A: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    w1_EDH: Tensor,
+    b1_EH: Tensor | None,
+    w3_EDH: Tensor | None,
+    b3_EH: Tensor | None,
+    w2_EHO: Tensor,
+    b2_EO: Tensor | None,
+    activation: str,
+    apply_gate: bool,
+    save: bool,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operation `grouped_ffn`."""
+    index = Index(expert_offsets, token_offsets, token_of_row, row_of_assignment)
+    x_TD = x_TD.contiguous()
+    w1, w3, w2 = in_dtype(x_TD.dtype, w1_EDH, w3_EDH, w2_EHO)
+    b1, b3, b2 = (None if b is None else b.contiguous() for b in (b1_EH, b3_EH, b2_EO))
+    h_AH, u_AH, a_AH = up(x_TD, index, w1, b1, w3, b3, activation, save, True)
+    rows_AO = linear(a_AH, w2, expert_offsets, bias_EN=b2, gate_A=gate_A if apply_gate else None)
+    return rows_AO, h_AH, u_AH
+
+
+def grouped_ffn_backward(
+    d_rows_AO: Tensor,
+    h_AH: Tensor,
+    u_AH: Tensor,
+    x_TD: Tensor,
+    gate_A: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    w1_EDH: Tensor,
+    b1_EH: Tensor | None,
+    w3_EDH: Tensor | None,
+    b3_EH: Tensor | None,
+    w2_EHO: Tensor,
+    b2_EO: Tensor | None,
+    activation: str,
+    apply_gate: bool,
+    weights: bool,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the operation `grouped_ffn_backward`."""
+    index = Index(expert_offsets, token_offsets, token_of_row, row_of_assignment)
+    x_TD = x_TD.contiguous()
+    d_rows_AO = d_rows_AO.to(x_TD.dtype).contiguous()
+    w1, w3, w2 = in_dtype(x_TD.dtype, w1_EDH, w3_EDH, w2_EHO)
+    if h_AH.shape[0] != index.rows:
+        b1, b3 = (None if b is None else b.contiguous() for b in (b1_EH, b3_EH))
+        h_AH, u_AH, _ = up(x_TD, index, w1, b1, w3, b3, activation, True, False)
+    gate = gate_A if apply_gate else None
+    through = activation_gradient(
+        d_rows_AO,
+        index,
+        w2,
+        h_AH,
+        u_AH if w3 is not None else None,
+        gate,
+        activation,
+        from_tokens=False,
+        weights=weights,
+        biases=(weights and b1_EH is not None, weights and b3_EH is not None),
+    )
+    b2 = None if b2_EO is None else b2_EO.contiguous()
+    d_gate_A = _row_gate_gradient(through.d_gate_parts_AN, d_rows_AO, b2, expert_offsets, gate_A)
+    grads = weight_gradients(
+        through, x_TD, d_rows_AO, index, (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO), weights, from_tokens=False
+    )
+    d_b2 = x_TD.new_empty((0,), dtype=torch.float32)
+    if weights and b2_EO is not None:
+        d_b2 = bias_gradient(d_rows_AO, gate, expert_offsets, b2_EO)
+    d_x_TD = segment_sum(token_rows(through, w1, w3, expert_offsets), token_offsets, row_of_assignment)
+    return d_x_TD.to(x_TD.dtype), d_gate_A, *grads, d_b2  # type: ignore[return-value]
+
+
+def token_rows(through: ActivationGradient, w1_EDH: Tensor, w3_EDH: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """The gradient of each row's token, [R, D]."""
+    second = None if w3_EDH is None else (through.d_u_AH, w3_EDH.transpose(1, 2))
+    return linear(through.d_h_AH, w1_EDH.transpose(1, 2), expert_offsets, second=second)
+
+
+def weight_gradients(
+    through: ActivationGradient,
+    x_TD: Tensor,
+    d_rows: Tensor,
+    index: Index,
+    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
+    weights: bool,
+    *,
+    from_tokens: bool,
+) -> list[Tensor]:
+    """Gradients of w1, b1, w3, b3, w2, each as its parameter; empty where there is none or none is wanted."""
+    w1, b1, w3, b3, w2 = params
+    empty = x_TD.new_empty((0,), dtype=torch.float32)
+    grads = [empty, empty, empty, empty, empty]
+    if not weights:
+        return grads
+    grads[0] = weight_gradient(x_TD, through.d_h_AH, index, w1, a_from_tokens=True)
+    grads[4] = weight_gradient(through.a_AH, d_rows, index, w2, b_from_tokens=from_tokens)
+    if b1 is not None:
+        grads[1] = sum_tiles(through.d_b1_parts_MH, index.expert_offsets, b1, through.block_m)
+    if w3 is not None:
+        grads[2] = weight_gradient(x_TD, through.d_u_AH, index, w3, a_from_tokens=True)
+    if b3 is not None:
+        grads[3] = sum_tiles(through.d_b3_parts_MH, index.expert_offsets, b3, through.block_m)
+    return grads
+
+
+def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
+    """As the operation `grouped_linear`."""
+    (w,) = in_dtype(rows_AD.dtype, w_EDO)
+    bias = None if b_EO is None else b_EO.contiguous()
+    return linear(rows_AD.contiguous(), w, expert_offsets, bias_EN=bias, zero_tail=True)
+
+
+def grouped_linear_backward(
+    d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operation `grouped_linear_backward`."""
+    rows_AD, d_out_AO = rows_AD.contiguous(), d_out_AO.to(rows_AD.dtype).contiguous()
+    (w,) = in_dtype(rows_AD.dtype, w_EDO)
+    d_rows_AD = linear(d_out_AO, w.transpose(1, 2), expert_offsets, zero_tail=True)
+    none = expert_offsets.new_empty((rows_AD.shape[0],))
+    index = Index(expert_offsets, none, none, none)
+    d_w = weight_gradient(rows_AD, d_out_AO, index, w_EDO)
+    d_b = rows_AD.new_empty((0,), dtype=torch.float32)
+    if b_EO is not None:
+        d_b = bias_gradient(d_out_AO, None, expert_offsets, b_EO)
+    return d_rows_AD, d_w, d_b
