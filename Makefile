@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := dynmoe_tutel kernels benchmarks tests
 TRAIN_ARGS ?=
+AOT_ARGS ?= --all
+RESULTS ?= benchmarks/results
 
-.PHONY: train test lint typecheck clean
+.PHONY: train test lint typecheck gpu aot clean FORCE
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
@@ -25,11 +27,21 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 
-# mypy knows no package_dir: show it the tree as it is installed
-typecheck: $(VENV)/.ready
-	rm -rf build/typecheck && mkdir -p build/typecheck/dynmoe_tutel
-	ln -s $(CURDIR)/dynmoe_tutel/* $(CURDIR)/kernels build/typecheck/dynmoe_tutel/
+# links to the package as it is installed: mypy knows no package_dir, and on a GPU machine it need not be installed
+build/%/dynmoe_tutel: FORCE
+	rm -rf $(@D) && mkdir -p $@
+	ln -s $(CURDIR)/dynmoe_tutel/* $(CURDIR)/kernels $@/
+	ln -s $(CURDIR)/benchmarks $(CURDIR)/tests $(CURDIR)/pyproject.toml $(CURDIR)/README.md $(@D)/
+
+typecheck: $(VENV)/.ready build/typecheck/dynmoe_tutel
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dynmoe_tutel
+
+# no network and no venv: PYTHON= names an interpreter with torch and Triton, whose peers are measured too
+gpu: build/gpu/dynmoe_tutel
+	cd build/gpu && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu --results $(abspath $(RESULTS))
+
+aot: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.aot $(AOT_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

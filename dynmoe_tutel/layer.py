@@ -19,7 +19,7 @@ from .experts import Experts, experts_at_start, make_experts
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
 from .options import environment_flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
-from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity
+from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
 from .slot_loading import fit_slots
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -222,12 +222,13 @@ class MoELayer(AdaptiveExperts, nn.Module):
             normalize_one_score_gate=self.normalize_one_score_gate,
         )
 
-    def route(self, x: Tensor, gate_index: int = 0) -> Routing:
+    def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
         x_TD = self._tokens(x, 1)
+        mask_T = self._token_mask(token_mask, x.shape[:-1], x.device)
         with torch.autocast(x.device.type, enabled=False):
-            return gate(x_TD, self.capacity)
+            return gate(x_TD, self.capacity, None, mask_T)
 
     def forward(
         self,
@@ -239,10 +240,14 @@ class MoELayer(AdaptiveExperts, nn.Module):
         reserve_dims: int = 1,
         inequivalent_tokens: bool = False,
         adaptive_r: int | None = None,
+        *,
+        token_mask: Tensor | None = None,
     ) -> Any:
         """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or what `result_func` makes of it.
 
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
+        Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: no expert, output 0, in
+        no record and no loss.
         The other arguments are Tutel's and change nothing in a dropless layer on one device.
         """
         if self.skip_moe:
@@ -253,21 +258,24 @@ class MoELayer(AdaptiveExperts, nn.Module):
             warn_once(f"capacity_factor = {capacity_factor} is ignored: bound the memory by capacity=<factor of T>")
         x_TD = self._tokens(input, reserve_dims)
         gate = self._gate(gate_index)
+        mask_T = self._token_mask(token_mask, input.shape[: input.dim() - reserve_dims], input.device)
         recompute = _in_backward()
         with torch.autocast(input.device.type, enabled=False):
-            routing = gate(x_TD, self.capacity, top_k)
+            routing = gate(x_TD, self.capacity, top_k, mask_T)
         if self.record_routing and (self.training or self.record_eval) and not recompute:
             self.records[gate_index].add(x_TD, routing)
-        gate_A = routing.row_gates(self.combine_gradients[gate_index])
-        rows = self.experts(x_TD, routing, gate_A)
-        y_TO = routing.combine(rows)
+        combine_gradient = self.combine_gradients[gate_index]
+        if self.experts.fuses(routing):
+            y_TO = self.experts.mean(x_TD, routing, combine_gradient)
+        else:
+            y_TO = routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
         y = y_TO.reshape(self._output_shape(input, reserve_dims, y_TO.shape[1])).to(input.dtype)
         l_aux = self._weighted_aux(routing, gate_index)
         if not recompute:
             self.l_aux, self.aux_terms = l_aux, routing.aux
             if routing.dropped is not None:
                 self._count_dropped(routing.dropped)
-        y.l_aux = l_aux
+        y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
 
     def _gate(self, gate_index: int) -> Gate:
@@ -300,16 +308,26 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         return x_TD
 
+    @staticmethod
+    def _token_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """The mask as [T], checked."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or (mask.dtype, mask.shape, mask.device) != (torch.bool, shape, device):
+            raise ValueError(
+                f"token_mask must be bool {list(shape)} on {device}, True for real tokens, got {describe(mask)}"
+            )
+        return mask.reshape(-1)
+
     def _output_shape(self, x: Tensor, reserve_dims: int, output_dim: int) -> tuple[int, ...]:
         if output_dim == self.model_dim:
             return tuple(x.shape)
         return (*x.shape[: x.dim() - reserve_dims], output_dim)
 
     def _weighted_aux(self, routing: Routing, gate_index: int) -> Tensor:
-        l_aux = routing.scores.new_zeros((), dtype=torch.float32)
-        for name, weight in self._aux_weights[gate_index].items():
-            l_aux = l_aux + weight * routing.aux[name].float()
-        return l_aux
+        weights = self._aux_weights[gate_index]
+        terms = [routing.aux[n].float() if w == 1 else w * routing.aux[n].float() for n, w in weights.items()]
+        return sum(terms[1:], terms[0]) if terms else routing.scores.new_zeros((), dtype=torch.float32)
 
     def _count_dropped(self, dropped: Tensor) -> None:
         self.dropped_assignments += dropped

@@ -52,7 +52,7 @@ def top_any_routing(
     check_capacity(capacity)
     dtype = kernels.gate_dtype(x)
     tau = _scale(scale).to(x.device, dtype)
-    score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(x, sim_matrix, gates.detach(), mask > 0, tau, fallback)
+    score_TE, bits_TW, unrouted_T, *_ = kernels.threshold_gate(x, sim_matrix, gates.detach(), mask > 0, tau, fallback)
     thresholds = torch.sigmoid(tau * gates.to(dtype))
     return Routing.from_bits(bits_TW, score_TE, unrouted=unrouted_T, thresholds=thresholds, capacity=capacity)
 

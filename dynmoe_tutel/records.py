@@ -94,11 +94,14 @@ class RoutingRecord:
         """Add one batch: tokens [T, D] and how they were routed."""
         unrouted_T = routing.unrouted
         k_T = routing.k_per_token.masked_fill(unrouted_T, 0)  # in eval an unrouted token has its best expert
+        if routing.token_mask is not None:
+            k_T = k_T.masked_fill(~routing.token_mask, self.num_experts + 1)  # padding is in no bin
+        bins = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=k_T.device)
         x = x_TD.detach().float()
         lost_TD = torch.where(unrouted_T.unsqueeze(1), x, 0)  # not a product: a routed token may hold inf
         self.counts += routing.counts
-        self.k_histogram += torch.bincount(k_T, minlength=self.num_experts + 1)
-        self.tokens += x.shape[0]
+        self.k_histogram += bins.index_add_(0, k_T, bins.new_ones(k_T.shape))[:-1]  # bincount would wait for the device
+        self.tokens += routing.real_tokens
         self.unrouted_tokens += unrouted_T.sum()
         self.unrouted_sum += lost_TD.sum(dim=0)
         self.unrouted_norm += torch.linalg.vector_norm(lost_TD, dim=1).sum()

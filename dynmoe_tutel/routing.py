@@ -34,6 +34,16 @@ def describe(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
+@dataclass(frozen=True)
+class Router:
+    """What a top-any gate compared; the experts' operation sends the gradient of the scores through it."""
+
+    vectors: Tensor  # [D, E], w
+    thresholds: Tensor  # [E], G
+    scale: Tensor  # [], tau
+    inv_norm: Tensor  # [T], 1 / ||x_t||
+
+
 @dataclass
 class Routing:
     """The ragged assignment of T tokens to E expert slots; index tensors are int32.
@@ -51,6 +61,8 @@ class Routing:
     thresholds: Tensor | None = None  # [E] in (0, 1), of a top-any gate
     weights: Tensor | None = None  # [T, E] combine weights of a fixed-k gate; None: mean over the token's experts
     dropped: Tensor | None = None  # [] int64 assignments that a bounded capacity dropped
+    token_mask: Tensor | None = None  # [T] bool, False for padding: no expert, not unrouted; None: all are tokens
+    router: Router | None = None  # of a top-any gate
     aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted auxiliary loss terms by name
 
     @classmethod
@@ -63,8 +75,13 @@ class Routing:
         thresholds: Tensor | None = None,
         weights: Tensor | None = None,
         capacity: Capacity = "exact",
+        token_mask: Tensor | None = None,
+        block_counts: Tensor | None = None,
     ) -> Routing:
-        """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64)."""
+        """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64).
+
+        `block_counts` are those that `kernels.threshold_gate` gave with the bits.
+        """
         T, E = scores.shape
         dropped, rows = None, -1
         if capacity == "full":
@@ -75,9 +92,13 @@ class Routing:
             if unrouted is not None:  # the only expert of a token, given to it in eval, goes last
                 margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
             bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
-        expert_offsets, token_offsets, token_of_row, row_of_assignment = kernels.ragged_index(bits_TW, E, rows)
+            block_counts = None
+        index = kernels.ragged_index(bits_TW, E, rows, block_counts)
+        expert_offsets, token_offsets, token_of_row, row_of_assignment = index
         if unrouted is None:
             unrouted = token_offsets.diff() == 0
+            if token_mask is not None:
+                unrouted &= token_mask
         return cls(
             bits_TW,
             scores,
@@ -89,6 +110,7 @@ class Routing:
             thresholds,
             weights,
             dropped,
+            token_mask,
         )
 
     @classmethod
@@ -115,6 +137,11 @@ class Routing:
     def num_tokens(self) -> int:
         """T."""
         return self.scores.shape[0]
+
+    @property
+    def real_tokens(self) -> int | Tensor:
+        """Tokens that are no padding: T, or [] int64."""
+        return self.num_tokens if self.token_mask is None else self.token_mask.sum()
 
     @property
     def num_experts(self) -> int:

@@ -11,6 +11,8 @@ from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bit
 from .rows import combine, dispatch, row_gates
 from .strided_sample import keep_strided, thinned
 from .threshold_gate import gate_dtype, threshold_gate
+from .top_any_ffn import top_any_ffn
+from .vector_losses import vector_losses
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,5 +29,7 @@ __all__ = [
     "row_gates",
     "thinned",
     "threshold_gate",
+    "top_any_ffn",
     "unpack_bits",
+    "vector_losses",
 ]

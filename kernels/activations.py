@@ -23,23 +23,31 @@ class Activation:
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
+def gelu_tanh(h: Tensor) -> Tensor:
+    """gelu in its tanh form."""
+    return F.gelu(h, approximate="tanh")
+
+
+def squared_relu(h: Tensor) -> Tensor:
+    """max(h, 0)^2."""
+    return torch.relu(h).square()
+
+
+def identity(h: Tensor) -> Tensor:
+    """h itself."""
+    return h
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(F.gelu, lambda d, h: aten.gelu_backward(d, h)),
-    "gelu_tanh": Activation(
-        lambda h: F.gelu(h, approximate="tanh"), lambda d, h: aten.gelu_backward(d, h, approximate="tanh")
-    ),
+    "gelu_tanh": Activation(gelu_tanh, lambda d, h: aten.gelu_backward(d, h, approximate="tanh")),
     "relu": Activation(torch.relu, lambda d, h: aten.threshold_backward(d, h, 0)),
     "silu": Activation(F.silu, lambda d, h: aten.silu_backward(d, h)),
-    "squared_relu": Activation(lambda h: torch.relu(h).square_(), lambda d, h: d * torch.relu(h).mul_(2)),
-    "identity": Activation(lambda h: h, lambda d, h: d),
+    "squared_relu": Activation(squared_relu, lambda d, h: d * torch.relu(h).mul_(2)),
+    "identity": Activation(identity, lambda d, h: d),
 }
 
-_FUNCTIONS: list[tuple[object, str]] = [
-    (F.gelu, "gelu"),
-    (F.relu, "relu"),
-    (torch.relu, "relu"),
-    (F.silu, "silu"),
-]
+_FUNCTIONS: list[tuple[object, str]] = [*((a.value, name) for name, a in ACTIVATIONS.items()), (F.relu, "relu")]
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
@@ -52,3 +60,28 @@ def activation_name(activation: object) -> str | None:
             return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
         return _MODULES.get(type(activation))
     return next((name for function, name in _FUNCTIONS if activation is function), None)
+
+
+def hidden_rows(activation: Activation, h: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """act(h), and what the second product takes: act(h), or act(h) * u where gated, rounded once."""
+    if u is None:
+        a = activation.value(h)
+        return a, a
+    act_h = activation.value(h.to(_wide(h)))
+    return act_h, (act_h * u).to(h.dtype)
+
+
+def hidden_gradients(
+    activation: Activation, d_a: Tensor, h: Tensor, u: Tensor | None, act_h: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h and u from that of the rows of `hidden_rows`, each rounded once."""
+    if u is None:
+        return activation.gradient(d_a, h), None
+    wide = _wide(h)
+    d_h = activation.gradient(d_a.to(wide) * u, h.to(wide))
+    return d_h.to(h.dtype), (d_a * act_h).to(h.dtype)
+
+
+def _wide(h: Tensor) -> torch.dtype:
+    """fp32 for half precision."""
+    return torch.promote_types(h.dtype, torch.float32)

@@ -21,7 +21,7 @@ _assumed: ContextVar[str | None] = ContextVar("dynmoe_tutel_architecture", defau
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
-    """Choose configurations for `architecture` ("sm_90", "gfx942"), whatever the device: for ahead-of-time compilation."""
+    """Choose configurations for `architecture` ("sm_90", "gfx942") whatever the device: to compile ahead of time."""
     token = _assumed.set(architecture)
     try:
         yield
@@ -80,7 +80,7 @@ GEMM_KINDS = (
     "up",
     "up_gated",
     "linear",
-    "linear_pair",
+    "linear_pair",  # of two pairs of operands, or with rows behind the last to clear
     "activation_gradient",
     "activation_gradient_gated",
     "weight_gradient",
@@ -117,8 +117,8 @@ def gemm(kind: str, device: torch.device, dtype: torch.dtype, rows: int, K: int,
     return found or default_gemm(kind, chip, dtype, rows, K, N)
 
 
-# Half precision on sm_90, by the register counts of `benchmarks.aot`: 255 registers a thread and 64 Ki a multiprocessor
-# let two programs of 4 warps run side by side, or two of 8 warps with at most 128 registers, so that one's product hides
+# Half precision on sm_90, by the register counts of `benchmarks.aot`: 255 registers a thread, 64 Ki a multiprocessor.
+# Two programs of 4 warps run side by side, or two of 8 warps with at most 128 registers, so that one's product hides
 # the other's epilogue. A short inner dimension needs that most.
 _HALF = {
     "up": GemmConfig(128, 128, 64, 8, 3, pieces=8),

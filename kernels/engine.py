@@ -1,19 +1,25 @@
 """Which implementation of an operation runs: torch's dispatcher chooses by device, `engine` may overrule it.
 
-The Triton kernels of an operation are in the module of the same name in `gpu`. They are imported when first a tensor on a
-GPU comes, so that a machine without Triton keeps everything else.
+The Triton kernels of an operation are in the module of the same name in `gpu`. They are imported when first a tensor on
+a GPU comes, so that a machine without Triton keeps everything else.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from functools import lru_cache
+import os
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # of the expert networks: the device's own kernels, Triton's, torch.nn.functional.grouped_mm, a loop over the experts
 ENGINES = ("auto", "triton", "grouped_mm", "torch")
@@ -33,7 +39,9 @@ def triton_is_installed() -> bool:
 def _for_triton(args: tuple[Any, ...]) -> bool:
     """fp64 and the engines of torch run as torch operations, on every device."""
     return not any(
-        arg in ("grouped_mm", "torch") if isinstance(arg, str) else isinstance(arg, Tensor) and arg.dtype == torch.float64
+        arg in ("grouped_mm", "torch")
+        if isinstance(arg, str)
+        else isinstance(arg, Tensor) and arg.dtype == torch.float64
         for arg in args
     )
 
@@ -49,3 +57,72 @@ def on_gpu(operation: Any, module: str, device: str = "cuda") -> None:
         return operation._init_fn(*args, **kwargs)
 
     operation.register_kernel(device)(run)
+
+
+def engine_for(engine: str, x: Tensor) -> str:
+    """ "triton", "grouped_mm" or "torch": what runs an operation on `x` where no kernel of its device takes it.
+
+    "auto" is the loop over the experts, which asks a GPU for the rows of each. Only where torch's grouped product has
+    kernels of its own (bf16 on sm_90 and sm_100) it asks nothing and is taken instead. fp64 always takes the loop.
+    ValueError where "triton" cannot run.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine = {engine!r}: allowed are {', '.join(ENGINES)}")
+    if engine == "triton":
+        if x.device.type == "cpu" and not _interprets():
+            raise ValueError(
+                "engine = 'triton' needs tensors on a GPU, these are on the CPU: move layer and tokens to a GPU, or "
+                "take engine = 'auto' (to try the kernels without a GPU, set TRITON_INTERPRET=1 before Python starts)"
+            )
+        if find_spec("triton") is None:
+            raise ValueError("engine = 'triton', but Triton is not installed: pip install triton, or engine = 'auto'")
+    if x.dtype == torch.float64:
+        if engine in ("triton", "grouped_mm"):
+            _warn_of_float64(engine)
+        return "torch"
+    if engine == "auto":
+        return "grouped_mm" if x.dtype == torch.bfloat16 and _multiplies_groups(x.device) else "torch"
+    return engine
+
+
+@lru_cache
+def _warn_of_float64(engine: str) -> None:
+    logging.getLogger("dynmoe_tutel").warning("engine = %r has no float64: such tensors take engine 'torch'", engine)
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache
+def _multiplies_groups(device: torch.device) -> bool:
+    """Whether torch.nn.functional.grouped_mm has a kernel for bf16: elsewhere it loops and waits for the device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
+def with_engines(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes of a loop over the experts an operation that runs on the engine its argument `engine` names.
+
+    The other engines have a function of the same name and arguments in `grouped_mm` and in `gpu.<module>`.
+    """
+
+    def decorate(loop: Callable[P, R]) -> Callable[P, R]:
+        position = list(inspect.signature(loop).parameters).index("engine")
+
+        @wraps(loop)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            engine = args[position] if len(args) > position else kwargs.get("engine", "auto")
+            first = args[0]
+            assert isinstance(engine, str)
+            assert isinstance(first, Tensor)
+            chosen = engine_for(engine, first)
+            if chosen == "torch":
+                return loop(*args, **kwargs)
+            where = ".grouped_mm" if chosen == "grouped_mm" else f".gpu.{module}"
+            return getattr(import_module(where, __package__), loop.__name__)(*args, **kwargs)
+
+        return run
+
+    return decorate

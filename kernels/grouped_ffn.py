@@ -5,10 +5,12 @@
     row = (a @ w2[e] + b2[e]) * gate        gate only where `apply_gate`, else it is the constant 1
 
 Weights are [E, in, out] with any strides: a transposed view keeps the [E, out, in] storage of a checkpoint.
-For the backward only x, h (and u) and the index are kept; a is computed again. The gate gradient needs no expert
-output: d_gate = <d_row, row / gate> = rowsum(dA * a) + <d_row, b2>, with dA = d_row @ w2^T.
+For the backward only x, h (and u) and the index are kept, or without `save` only x and the index; a, or h, u and a, are
+computed again, with the same bits. The gate gradient needs no expert output: with dA = d_row @ w2^T,
+d_gate = <d_row, row / gate> = rowsum(dA * a) + <d_row, b2>.
 
 Half precision: where the processor has no GEMM of that type, products are taken in fp32 and rounded once.
+What stands here is the engine "torch"; see `engine` for the others.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
 from .autocast import without_autocast
+from .engine import on_gpu, with_engines
 from .rows import segment_sum
 
 
@@ -77,8 +80,36 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(target)
 
 
+def _add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """out += x @ w, the product in the dtype of `x`."""
+    if out.dtype == x.dtype:
+        out.addmm_(x, w.to(x.dtype))
+    else:
+        out.add_(torch.mm(x, w.to(x.dtype)))
+
+
+def _linear_block(x: Tensor, w: tuple[Any, ...], b: tuple[Any, ...], segments: list[Segment], out: Tensor) -> Tensor:
+    """Each expert's x @ w + b for the rows of a block, in `out`."""
+    for e, _, part in segments:
+        _linear(x[part], w[e], b[e], out[part])
+    return out
+
+
+def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
+    """Those of `rows_AH`, or, where it is empty, fresh ones [rows, width] of the type of `like`.
+
+    The fresh ones lie to the line of the cache as those of the long array do: a product may round by its address.
+    """
+    if rows_AH.shape[0]:
+        return rows_AH[rows]
+    line = 64 // like.dtype.itemsize
+    first, size = rows.start * width % line, (rows.stop - rows.start) * width
+    return like.new_empty((first + size,))[first:].view(-1, width)
+
+
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=())
 @without_autocast
+@with_engines("grouped_ffn")
 def grouped_ffn(
     x_TD: Tensor,
     gate_A: Tensor,
@@ -99,7 +130,7 @@ def grouped_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`).
 
-    Without `save`, the backward computes h and u again. `engine`: see `ENGINES`.
+    Without `save`, the backward computes h and u again, with the same bits. `engine`: one of `ENGINES`.
     """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
@@ -110,15 +141,11 @@ def grouped_ffn(
     w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO))
     for rows, segments in _blocks(expert_offsets, H):
         x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
-        h = h_AH[rows] if save else x_TD.new_empty((x.shape[0], H))
-        for e, _, part in segments:
-            _linear(x[part], w1[e], b1[e], h[part])
-        a = act.value(h.to(dtype))
+        h = _linear_block(x, w1, b1, segments, _block_rows(h_AH, rows, x_TD, H)).to(dtype)
+        u = None
         if w3_EDH is not None:
-            u = u_AH[rows] if save else torch.empty_like(h)
-            for e, _, part in segments:
-                _linear(x[part], w3[e], b3[e], u[part])
-            a = a * u
+            u = _linear_block(x, w3, b3, segments, _block_rows(u_AH, rows, x_TD, H)).to(dtype)
+        _, a = hidden_rows(act, h, u)
         for e, own, part in segments:
             _linear(a[part], w2[e], b2[e], rows_AO[own])
         if apply_gate:
@@ -165,6 +192,7 @@ def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tenso
 
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn_backward", mutates_args=())
 @without_autocast
+@with_engines("grouped_ffn")
 def grouped_ffn_backward(
     d_rows_AO: Tensor,
     h_AH: Tensor,
@@ -186,44 +214,52 @@ def grouped_ffn_backward(
     weights: bool,
     engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`."""
+    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`.
+
+    `h_AH` and `u_AH` are those of the forward, or empty: then they are computed again.
+    """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
+    saved = h_AH.shape[0] == token_of_row.shape[0]
     E, _, H = w1_EDH.shape
-    d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]), dtype=dtype)
+    d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
     d_gate_A = torch.empty_like(gate_A)
     params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    w1, _, w3, _, w2, b2 = (_unbind(p, E) for p in params)
+    w1, b1, w3, b3, w2, b2 = (_unbind(p, E) for p in params)
     grads = [_zeroed_where_silent(p if weights else None, expert_offsets) for p in params]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (g.unbind(0) for g in grads)
     for rows, segments in _blocks(expert_offsets, H):
         d_row = d_rows_AO[rows].to(dtype)
-        h = h_AH[rows].to(dtype)
-        a = act_h = act.value(h)
+        x = x_TD.index_select(0, token_of_row[rows if weights or not saved else slice(0)]).to(dtype)
+        h = _block_rows(h_AH, rows, x_TD, H)
+        if not saved:
+            _linear_block(x, w1, b1, segments, h)
+        h, u = h.to(dtype), None
         if w3_EDH is not None:
-            u = u_AH[rows].to(dtype)
-            a = act_h * u
+            u = _block_rows(u_AH, rows, x_TD, H)
+            if not saved:
+                _linear_block(x, w3, b3, segments, u)
+            u = u.to(dtype)
+        act_h, a = hidden_rows(act, h, u)
         d_a = torch.empty_like(h)
         for e, _, part in segments:
             _linear(d_row[part], w2[e].t(), None, d_a[part])
-        d_gate = torch.linalg.vecdot(d_a, a)
+        d_gate = (d_a * a).sum(dim=1, dtype=d_xs_AD.dtype)
         if b2_EO is not None:
             for e, _, part in segments:
-                d_gate[part].addmv_(d_row[part], b2[e].to(dtype))
+                d_gate[part].add_(torch.mv(d_row[part], b2[e].to(dtype)))
         d_gate_A[rows] = d_gate
         if apply_gate:
             gate = gate_A[rows].to(dtype).unsqueeze(1)
             d_a, d_row = d_a * gate, d_row * gate
-        d_h = act.gradient(d_a if w3_EDH is None else d_a * u, h)
-        d_u = d_a * act_h if w3_EDH is not None else None
+        d_h, d_u = hidden_gradients(act, d_a, h, u, act_h)
         d_x = d_xs_AD[rows]
         for e, _, part in segments:
-            torch.mm(d_h[part], w1[e].to(dtype).t(), out=d_x[part])
+            _linear(d_h[part], w1[e].t(), None, d_x[part])
             if d_u is not None:
-                d_x[part].addmm_(d_u[part], w3[e].to(dtype).t())
+                _add_product(d_u[part], w3[e].t(), d_x[part])
         if not weights:
             continue
-        x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
         for e, _, part in segments:
             _linear(a[part].t(), d_row[part], None, d_w2[e])
             _linear(x[part].t(), d_h[part], None, d_w1[e])
@@ -270,18 +306,30 @@ def _(  # type: ignore[no-untyped-def]
 
 def _ffn_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
-    *tensors, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
-    ctx.save_for_backward(output[1], output[2], *tensors)
+    x_TD, gate_A, *tensors, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
+    ctx.gate_dtype = gate_A.dtype
+    gate = gate_A if ctx.apply_gate else None  # else only its gradient is wanted, not its values
+    ctx.save_for_backward(output[1], output[2], x_TD, gate, *tensors)
 
 
 def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
     if d_rows_AO is None:
         return (None,) * 16
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-    params = saved[8:]
-    weights = any(ctx.needs_input_grad[6:12])
+    h_AH, u_AH, x_TD, gate_A, *tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    if gate_A is None:
+        gate_A = d_rows_AO.new_empty((d_rows_AO.shape[0],), dtype=ctx.gate_dtype)
+    weights, params = any(ctx.needs_input_grad[6:12]), tensors[4:]
     d_x, d_gate, *d_params = grouped_ffn_backward(
-        d_rows_AO.contiguous(), *saved, ctx.activation, ctx.apply_gate, weights, ctx.engine
+        d_rows_AO.contiguous(),
+        h_AH,
+        u_AH,
+        x_TD,
+        gate_A,
+        *tensors,
+        ctx.activation,
+        ctx.apply_gate,
+        weights,
+        ctx.engine,
     )
     d_params = [d if weights and p is not None else None for p, d in zip(params, d_params, strict=True)]
     return d_x, d_gate, None, None, None, None, *d_params, None, None, None, None
@@ -292,8 +340,14 @@ grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)
 
 @torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=())
 @without_autocast
-def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
-    """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O]. For the unfused path."""
+@with_engines("grouped_ffn")
+def grouped_linear(
+    rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto"
+) -> Tensor:
+    """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O], 0 behind the last expert's.
+
+    For the unfused path. `engine`: one of `ENGINES`.
+    """
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
     for _, segments in _blocks(expert_offsets, 0):
@@ -304,14 +358,20 @@ def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO:
 
 
 @grouped_linear.register_fake
-def _(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
+def _(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto") -> Tensor:
     return rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
 
 
 @torch.library.custom_op("dynmoe_tutel::grouped_linear_backward", mutates_args=())
 @without_autocast
+@with_engines("grouped_ffn")
 def grouped_linear_backward(
-    d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
+    d_out_AO: Tensor,
+    rows_AD: Tensor,
+    expert_offsets: Tensor,
+    w_EDO: Tensor,
+    b_EO: Tensor | None,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, w and b (empty without b)."""
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
@@ -331,20 +391,28 @@ def grouped_linear_backward(
 
 @grouped_linear_backward.register_fake
 def _(
-    d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
+    d_out_AO: Tensor,
+    rows_AD: Tensor,
+    expert_offsets: Tensor,
+    w_EDO: Tensor,
+    b_EO: Tensor | None,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_b = torch.empty_like(b_EO) if b_EO is not None else rows_AD.new_empty((0,), dtype=torch.float32)
     return torch.empty_like(rows_AD), torch.empty_like(w_EDO), d_b
 
 
 def _linear_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.engine = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _linear_backward(ctx, d_out_AO):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
-    d_rows, d_w, d_b = grouped_linear_backward(d_out_AO.contiguous(), *saved)
-    return d_rows, None, d_w, d_b if saved[3] is not None else None
+    d_rows, d_w, d_b = grouped_linear_backward(d_out_AO.contiguous(), *saved, ctx.engine)
+    return d_rows, None, d_w, d_b if saved[3] is not None else None, None
 
 
 grouped_linear.register_autograd(_linear_backward, setup_context=_linear_context)
+for _operation in (grouped_ffn, grouped_ffn_backward, grouped_linear, grouped_linear_backward):
+    on_gpu(_operation, "grouped_ffn")

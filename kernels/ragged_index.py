@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .engine import on_gpu
+
 WORD = 64
 # eight 0/1 bytes times this hold their low bits, in order, in the top byte
 _GATHER_LOW_BITS = 0x0102040810204080
@@ -26,6 +28,21 @@ def words(num_experts: int) -> int:
 def block_tokens(num_experts: int) -> int:
     """Tokens a block of `threshold_gate` and of the index: a tile of block by experts fits in registers."""
     return max(16, min(64, 8192 >> max(num_experts - 1, 0).bit_length()))
+
+
+def count_blocks(assigned_TE: Tensor) -> Tensor:
+    """Assignments of each expert in each block of tokens, [ceil(T / block_tokens(E)) * E] int32, block-major.
+
+    Flat, because torch.compile would take one block and several for different graphs.
+    """
+    T, E = assigned_TE.shape
+    size = block_tokens(E)
+    blocks, rest = divmod(T, size)
+    counts = assigned_TE.new_empty((blocks + (rest > 0), E), dtype=torch.int32)
+    torch.sum(assigned_TE[: blocks * size].view(blocks, size, E), 1, dtype=torch.int32, out=counts[:blocks])
+    if rest:
+        torch.sum(assigned_TE[blocks * size :], 0, dtype=torch.int32, out=counts[blocks])
+    return counts.view(-1)
 
 
 def pack_bits(assigned_TE: Tensor) -> Tensor:
@@ -53,8 +70,13 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=())
-def ragged_index(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both CSR directions of the assignment; see the head of this file."""
+def ragged_index(
+    bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both CSR directions of the assignment; see the head of this file.
+
+    `block_counts` are those of `threshold_gate` for the same bits; a GPU counts for itself without them.
+    """
     T = bits_TW.shape[0]
     assigned_TE = unpack_bits(bits_TW, num_experts)
     assigned_ET = assigned_TE.t().contiguous()
@@ -78,7 +100,9 @@ def ragged_index(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple
 
 
 @ragged_index.register_fake
-def _(bits_TW: Tensor, num_experts: int, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
     shapes = ((num_experts + 1,), (bits_TW.shape[0] + 1,), (rows,), (rows,))
     expert_offsets, token_offsets, token_of_row, row_of_assignment = (
@@ -111,3 +135,7 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
 @bound_assignments.register_fake
 def _(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(bits_TW), bits_TW.new_empty((), dtype=torch.int64)
+
+
+on_gpu(ragged_index, "ragged_index")
+on_gpu(bound_assignments, "ragged_index")

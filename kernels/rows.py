@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .engine import on_gpu
+
 Index = tuple[Tensor, Tensor, Tensor, Tensor]  # expert_offsets, token_offsets, token_of_row, row_of_assignment
 
 
@@ -205,3 +207,5 @@ def _row_gates_backward(ctx, d_gate_A):  # type: ignore[no-untyped-def]
 
 
 row_gates.register_autograd(_row_gates_backward, setup_context=_row_gates_context)
+for _operation in (dispatch, combine, combine_backward, row_gates, row_gates_backward):
+    on_gpu(_operation, "rows")

@@ -1,8 +1,10 @@
 """Threshold gate: cosine scores, the experts each token activates, and the gradient of the scores.
 
 Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
+         token_mask_T bool or None: False for padding, which gets no expert and is not unrouted
 Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
-         unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward)
+         unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward),
+         block_counts (assignments of each expert in each block of `block_tokens` tokens, int32; for `ragged_index`)
 
 An expert passes where cos > G: compared before the sigmoid, which saturates. Arithmetic is fp32, or fp64 for fp64
 tokens, whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
@@ -15,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
-from .ragged_index import pack_bits, words
+from .engine import on_gpu
+from .ragged_index import block_tokens, count_blocks, pack_bits, words
 
 NORM_EPS = 1e-12
 
@@ -25,7 +28,7 @@ def gate_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _inverse_norm(v: Tensor, dim: int) -> Tensor:
+def inverse_norm(v: Tensor, dim: int) -> Tensor:
     """1 / ||v||, and 0 where the norm is zero: such a vector has cosine 0 and passes no gradient."""
     norm = torch.linalg.vector_norm(v, dim=dim)
     return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
@@ -34,30 +37,46 @@ def _inverse_norm(v: Tensor, dim: int) -> Tensor:
 @torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())
 @without_autocast
 def threshold_gate(
-    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores, bitmask, unrouted flags and inverse norms of T tokens; see the head of this file."""
+    x_TD: Tensor,
+    w_DE: Tensor,
+    threshold_E: Tensor,
+    active_E: Tensor,
+    scale: Tensor,
+    fallback: bool,
+    token_mask_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
     dtype = gate_dtype(x_TD)
     x, w = x_TD.to(dtype), w_DE.to(dtype)
-    inv_norm_T = _inverse_norm(x, 1)
-    cos_TE = F.linear(x, (w * _inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU for few experts
+    inv_norm_T = inverse_norm(x, 1)
+    cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU for few experts
     cos_TE.mul_(inv_norm_T.unsqueeze(1))
     assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
+    if token_mask_T is not None:
+        assigned_TE &= token_mask_T.unsqueeze(1)
     bits_TW = pack_bits(assigned_TE)
     unrouted_T = (bits_TW == 0).all(dim=1)
+    if token_mask_T is not None:
+        unrouted_T &= token_mask_T
     if fallback:
         lost_T = unrouted_T.nonzero().squeeze(1)
         best_T = cos_TE[lost_T].masked_fill_(~active_E, -torch.inf).argmax(dim=1)
         assigned_TE[lost_T, best_T] = True
         bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
-    return score_TE, bits_TW, unrouted_T, inv_norm_T
+    return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
 @threshold_gate.register_fake
 def _(
-    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor,
+    w_DE: Tensor,
+    threshold_E: Tensor,
+    active_E: Tensor,
+    scale: Tensor,
+    fallback: bool,
+    token_mask_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, E = x_TD.shape[0], w_DE.shape[1]
     dtype = gate_dtype(x_TD)
     return (
@@ -65,6 +84,7 @@ def _(
         x_TD.new_empty((T, words(E)), dtype=torch.int64),
         x_TD.new_empty((T,), dtype=torch.bool),
         x_TD.new_empty((T,), dtype=dtype),
+        x_TD.new_empty((-(-T // block_tokens(E)) * E,), dtype=torch.int32),
     )
 
 
@@ -80,7 +100,7 @@ def threshold_gate_backward(
     """
     dtype = score_TE.dtype
     x, w = x_TD.to(dtype), w_DE.to(dtype)
-    inv_norm_E = _inverse_norm(w, 0)
+    inv_norm_E = inverse_norm(w, 0)
     unit_DE = w * inv_norm_E
     tau = scale.to(dtype)
     d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # over ||x||
@@ -105,16 +125,18 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
-    x_TD, w_DE, _, _, scale, _ = inputs
-    score_TE, _, _, inv_norm_T = output
+    x_TD, w_DE, _, _, scale, *_ = inputs
+    score_TE, _, _, inv_norm_T, _ = output
     ctx.save_for_backward(score_TE, x_TD, w_DE, inv_norm_T, scale)
 
 
-def _backward(ctx, d_score_TE, d_bits, d_unrouted, d_inv_norm):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_score_TE, *_):  # type: ignore[no-untyped-def]
     if d_score_TE is None:
-        return (None,) * 6
+        return (None,) * 7
     d_x, d_w, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
-    return d_x, d_w, None, None, d_scale, None
+    return d_x, d_w, None, None, d_scale, None, None
 
 
 threshold_gate.register_autograd(_backward, setup_context=_setup_context)
+on_gpu(threshold_gate, "threshold_gate")
+on_gpu(threshold_gate_backward, "threshold_gate")

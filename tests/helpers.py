@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HAS_GPU = torch.cuda.is_available()
 FP32, FP64, HALF = 1e-6, 1e-13, 4e-3  # relative RMS against float64
 MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (the design, section 3)
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
@@ -23,7 +24,7 @@ def relative_rms(actual: Tensor | float, expected: Tensor | float, scale: float 
 
     With `scale`, the error counts against an RMS of at least this: for a difference of larger terms.
     """
-    a, e = (torch.as_tensor(value).detach().double() for value in (actual, expected))
+    a, e = (torch.as_tensor(value).detach().cpu().double() for value in (actual, expected))
     assert a.shape == e.shape, f"shape {list(a.shape)}, expected {list(e.shape)}"
     assert e.isfinite().all(), "the expected values are not finite"
     assert a.isfinite().all(), f"{int((~a.isfinite()).sum())} of {a.numel()} values are not finite"

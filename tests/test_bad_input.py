@@ -188,7 +188,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: build(experts={"activation_fn": F.relu, "activation_fn_with_self": lambda h, s: h}),
         ["activation_fn", "activation_fn_with_self"],
     ),
-    "activation text": (lambda: build(experts={"activation_fn": "gelu"}), ["activation_fn", "'gelu'"]),
+    "activation text": (lambda: build(experts={"activation_fn": "swish"}), ["activation_fn", "'swish'", "silu"]),
     "activation class": (lambda: build(experts={"activation_fn": nn.GELU}), ["activation_fn", "GELU"]),
     "activation shape": (lambda: build(experts={"activation_fn": lambda h: h[:, 1:]})(tokens()), ["activation_fn"]),
     "llama activation": (

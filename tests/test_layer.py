@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from dynmoe_tutel.kernels.grouped_ffn import _gemm_dtype
 from helpers import FP32, FP64, HALF, Case, assert_gradients, make_case, relative_rms
 from torch import Tensor, nn
 
@@ -91,7 +92,9 @@ def test_half_precision(kind: str, training: bool, combine_gradient: str, dtype:
         combine_gradient=combine_gradient,
     )
     assert min(case.k()) == 0
-    check(case, training, combine_gradient, HALF, FEW)
+    # a processor's own products are rounded to half precision one by one, the fp32 ones that replace them once a chain
+    native = _gemm_dtype(dtype, "cpu") == dtype
+    check(case, training, combine_gradient, 5e-3 if native else HALF, FEW)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

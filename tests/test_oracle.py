@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import relative_rms
 from torch import Tensor
 
-T, D, H, O, E = 5, 3, 4, 2, 4  # noqa: E741
+T, D, H, O, E = 5, 3, 4, 2, 4
 STEP = 1e-5
 
 

@@ -15,15 +15,14 @@ from .llama_ffn import LlamaFFNExperts
 __all__ = ["CustomExperts", "Experts", "FFNExperts", "LlamaFFNExperts", "make_experts"]
 
 COUNT_KEYS = ("num_experts_per_device", "count_per_node")
+_MLP_KEYS = {"hidden_size_per_expert", "activation_fn", "recompute", "engine"}
 _FFN_KEYS = {
-    "hidden_size_per_expert",
-    "activation_fn",
+    *_MLP_KEYS,
     "activation_fn_with_self",
     "output_dim",
     "has_fc1_bias",
     "has_fc2_bias",
 }
-_LLAMA_KEYS = {"hidden_size_per_expert", "activation_fn"}
 
 
 def experts_at_start(config: Mapping[str, Any]) -> int:
@@ -52,6 +51,6 @@ def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common
         refuse_unknown("experts of type 'ffn'", options, _FFN_KEYS)
         return FFNExperts(model_dim, slots, **common, **options)
     if kind == "llama_ffn":
-        refuse_unknown("experts of type 'llama_ffn'", options, _LLAMA_KEYS)
+        refuse_unknown("experts of type 'llama_ffn'", options, _MLP_KEYS)
         return LlamaFFNExperts(model_dim, slots, **common, **options)
     raise ValueError(f"experts['type'] = {kind!r}: allowed are ffn, llama_ffn, custom")

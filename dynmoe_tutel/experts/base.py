@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.engine import ENGINES
+from ..options import warn_once
 from ..routing import Routing
 
+Activation = Callable[[Tensor], Tensor]
+RECOMPUTE = ("none", "up")
 SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the index of the slot's entries in it
 
 
@@ -25,6 +29,14 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
         """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`."""
+        raise NotImplementedError
+
+    def fuses(self, routing: Routing) -> bool:
+        """Whether `mean` does in one operation what `routing.row_gates`, these experts and `routing.combine` do."""
+        return False
+
+    def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
+        """The mean of each token's experts, [T, output_dim], where `fuses`."""
         raise NotImplementedError
 
     def compute_dtype(self, x_TD: Tensor) -> torch.dtype:
@@ -53,6 +65,17 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
+def activation_function(name: str, value: Activation | str | None, default: Activation) -> Activation:
+    """The function that the option `name` means: a callable, or a name of `kernels.ACTIVATIONS`; else ValueError."""
+    if isinstance(value, str):
+        if value not in kernels.ACTIVATIONS:
+            names = ", ".join(kernels.ACTIVATIONS)
+            raise ValueError(f"experts[{name!r}] = {value!r}: allowed names are {names}; or give a function or module")
+        return kernels.ACTIVATIONS[value].value
+    check_activation(name, value)
+    return default if value is None else value
+
+
 def check_activation(name: str, function: object) -> None:
     """ValueError unless `function` is None or can be called on pre-activations."""
     if function is not None and (not callable(function) or isinstance(function, type)):
@@ -74,12 +97,29 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> 
 class GroupedMLP(Experts):
     """The common forward of `ffn` and `llama_ffn`: fused where the activation is known, else by stages.
 
-    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2).
+    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2). The options that both share:
+
+    * `recompute`: "none" keeps x and the pre-activations for the backward, "up" only x: the backward multiplies by the
+      first weights (and the gated ones) again, for the same gradients bit by bit. Needs an activation that runs fused.
+    * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
+      (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
     """
 
-    def __init__(self, model_dim: int, slots: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, model_dim: int, slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
+    ) -> None:
         super().__init__(model_dim, slots)
+        for name, value, allowed in (("recompute", recompute, RECOMPUTE), ("engine", engine, ENGINES)):
+            if value not in allowed:
+                raise ValueError(f"experts[{name!r}] = {value!r}: allowed are {', '.join(map(repr, allowed))}")
+        if recompute == "up" and kernels.activation_name(activation) is None:
+            function = getattr(activation, "__name__", type(activation).__name__)
+            raise ValueError(
+                f"experts['recompute'] = 'up' with the activation {function}, which does not run fused: give one of "
+                f"{', '.join(kernels.ACTIVATIONS)}, or 'none' (and torch.utils.checkpoint, to save memory)"
+            )
         self.activation_fn = activation
+        self.recompute, self.engine = recompute, engine
 
     @property
     def activation(self) -> str | None:
@@ -88,6 +128,43 @@ class GroupedMLP(Experts):
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         raise NotImplementedError
+
+    def _keeps(self, *tensors: Tensor | None) -> bool:
+        """Whether a forward of `tensors` keeps pre-activations for its backward."""
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return learns and self.recompute == "none"
+
+    def fuses(self, routing: Routing) -> bool:
+        """A top-any gate and an activation that the kernels know."""
+        return routing.router is not None and self.activation is not None and not self.skip_expert
+
+    def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
+        """The mean of each token's experts, [T, output_dim]."""
+        router, activation = routing.router, self.activation
+        assert router is not None
+        assert activation is not None
+        weights = self.weights()
+        y_TO, _, _ = kernels.top_any_ffn(
+            x_TD,
+            router.vectors,
+            router.thresholds,
+            router.scale,
+            routing.scores.detach(),
+            router.inv_norm,
+            routing.unrouted,
+            routing.bits,
+            routing.expert_offsets,
+            routing.token_offsets,
+            routing.token_of_row,
+            routing.row_of_assignment,
+            *weights,
+            activation,
+            combine_gradient == "normalized",
+            self.compute_dtype(x_TD),
+            self._keeps(x_TD, router.vectors, router.thresholds, router.scale, *weights),
+            self.engine,
+        )
+        return y_TO
 
     def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
         """Rows [rows, output_dim], those of fixed-k gates times their weights."""
@@ -100,20 +177,19 @@ class GroupedMLP(Experts):
         w1, b1, w3, b3, w2, b2 = self.weights()
         activation = self.activation
         if activation is None:
+            if self.recompute != "none" and not torch.compiler.is_compiling():
+                warn_once("experts['recompute'] is ignored: activation_fn was changed to one that does not run fused")
             rows = routing.dispatch(x)
             w1, w2 = w1.to(dtype), w2.to(dtype)
             b1, w3, b3, b2 = (None if w is None else w.to(dtype) for w in (b1, w3, b3, b2))
-            h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1)
+            h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1, self.engine)
             a = self.activation_fn(h)
             if a.shape != h.shape:
                 raise ValueError(f"activation_fn made {list(a.shape)} of {list(h.shape)}: it must keep the shape")
             if w3 is not None:
-                a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3)
-            rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2)
+                a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
+            rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)
             return rows * gate_A.unsqueeze(1).to(dtype)
-        save = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, gate_A, w1, b1, w3, b3, w2, b2)
-        )
         rows, _, _ = kernels.grouped_ffn(
             x,
             gate_A,
@@ -129,6 +205,7 @@ class GroupedMLP(Experts):
             b2,
             activation,
             apply_gate,
-            save,
+            self._keeps(x, gate_A, w1, b1, w3, b3, w2, b2),
+            self.engine,
         )
         return rows

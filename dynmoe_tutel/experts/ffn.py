@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options import positive_int
-from .base import GroupedMLP, check_activation, fill_uniform
+from .base import Activation, GroupedMLP, activation_function, check_activation, fill_uniform
 
 
 class FFNExperts(GroupedMLP):
@@ -19,7 +19,8 @@ class FFNExperts(GroupedMLP):
 
     `batched_fc1_w` [E, H, D], `batched_fc1_bias` [E, H], `batched_fc2_w` [E, H, output_dim] (y = a @ w),
     `batched_fc2_bias` [E, output_dim]; drawn as nn.Linear draws. `activation_fn` takes the pre-activations of all rows,
-    [rows, H]; the default is relu, as Tutel's. gelu, relu, silu (functions or modules) run fused.
+    [rows, H]; the default is relu, as Tutel's. gelu, relu, silu (functions or modules) and the names of
+    `kernels.ACTIVATIONS` ("squared_relu" is one) run fused. `recompute` and `engine`: see `GroupedMLP`.
     """
 
     batched_fc1_bias: nn.Parameter | None
@@ -31,21 +32,23 @@ class FFNExperts(GroupedMLP):
         slots: int,
         *,
         hidden_size_per_expert: int = 0,
-        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        activation_fn: Activation | str | None = None,
         activation_fn_with_self: Callable[[Tensor, Any], Tensor] | None = None,
         output_dim: int | None = None,
         has_fc1_bias: bool = True,
         has_fc2_bias: bool = True,
+        recompute: str = "none",
+        engine: str = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
         if activation_fn is not None and activation_fn_with_self is not None:
             raise ValueError("experts: give one of activation_fn and activation_fn_with_self, not both")
-        check_activation("activation_fn", activation_fn)
         check_activation("activation_fn_with_self", activation_fn_with_self)
-        super().__init__(model_dim, slots, activation_fn or F.relu)
+        activation = activation_function("activation_fn", activation_fn, F.relu)
         if activation_fn_with_self is not None:
-            self.activation_fn = partial(_with_self, activation_fn_with_self, self)
+            activation = partial(_with_self, activation_fn_with_self, self)
+        super().__init__(model_dim, slots, activation, recompute, engine)
         self.output_dim = model_dim if output_dim is None else positive_int("experts['output_dim']", output_dim)
         self.hidden_size_per_expert = hidden
         self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options import positive_int
-from .base import GroupedMLP, check_activation
+from .base import Activation, GroupedMLP, activation_function
 
 
 class LlamaFFNExperts(GroupedMLP):
-    """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default."""
+    """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default.
+
+    `activation_fn`, `recompute` and `engine` as of `ffn` experts.
+    """
 
     def __init__(
         self,
@@ -21,12 +22,15 @@ class LlamaFFNExperts(GroupedMLP):
         slots: int,
         *,
         hidden_size_per_expert: int = 0,
-        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        activation_fn: Activation | str | None = None,
+        recompute: str = "none",
+        engine: str = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
-        check_activation("activation_fn", activation_fn)
-        super().__init__(model_dim, slots, activation_fn or F.silu)
+        super().__init__(
+            model_dim, slots, activation_function("activation_fn", activation_fn, F.silu), recompute, engine
+        )
         self.hidden_size_per_expert = hidden
         self.W_fc1 = nn.Parameter(torch.empty(slots, model_dim, hidden))
         self.W_fc2 = nn.Parameter(torch.empty(slots, model_dim, hidden))

@@ -63,8 +63,14 @@ class Gate(nn.Module):
         if not fp32_gate:
             warn_once("gate_type['fp32_gate'] = False is ignored: gate arithmetic is always fp32")
 
-    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
-        """Route tokens [T, D] of any float dtype."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        capacity: Capacity = "exact",
+        top_k: int | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Routing:
+        """Route tokens [T, D] of any float dtype; those where `token_mask` [T] is False are padding."""
         raise NotImplementedError
 
     @classmethod

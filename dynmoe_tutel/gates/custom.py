@@ -70,20 +70,26 @@ class CustomGate(FixedKGate):
     def logits(self, x_TD: Tensor) -> Tensor:
         raise NotImplementedError("a custom gate is called, not asked for logits")
 
-    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
-        """Route tokens [T, D] by the user's module."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        capacity: Capacity = "exact",
+        top_k: int | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Routing:
+        """Route tokens [T, D] by the user's module; it sees those where `token_mask` is False too."""
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), x_TD)
         result = self.module(x_TD.to(parameter.dtype))
         if isinstance(result, Routing):
-            return self._adopted(result, x_TD.shape[0], capacity)
+            return self._adopted(result, x_TD.shape[0], capacity, token_mask)
         if not isinstance(result, Tensor) or result.shape != (x_TD.shape[0], self.slots):
             got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(
                 f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
             )
-        return self.route_logits(result.to(kernels.gate_dtype(result)), capacity, top_k)
+        return self.route_logits(result.to(kernels.gate_dtype(result)), capacity, top_k, token_mask)
 
-    def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity) -> Routing:
+    def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity, token_mask: Tensor | None) -> Routing:
         """The user's routing, checked, within the layer's capacity, with the auxiliary terms; theirs is not changed."""
         if own.num_experts != self.slots or own.num_tokens != num_tokens:
             raise ValueError(
@@ -91,17 +97,23 @@ class CustomGate(FixedKGate):
                 f"the layer has {num_tokens} and {self.slots}"
             )
         routing = dataclasses.replace(own, aux=dict(own.aux))
-        if capacity != "exact":
-            given = {"unrouted": own.unrouted, "thresholds": own.thresholds, "weights": own.weights}
-            routing = Routing.from_bits(own.bits, own.scores, **given, capacity=capacity)
+        if capacity != "exact" or token_mask is not None:
+            bits, unrouted = own.bits, own.unrouted
+            if token_mask is not None:
+                bits, unrouted = bits.masked_fill(~token_mask.unsqueeze(1), 0), unrouted & token_mask
+            given = {"unrouted": unrouted, "thresholds": own.thresholds, "weights": own.weights}
+            routing = Routing.from_bits(bits, own.scores, **given, token_mask=token_mask, capacity=capacity)
             routing.aux = dict(own.aux)
         for name in self.aux_names:
             if name not in routing.aux and name != "gshard":
                 raise ValueError(f"aux_losses: the Routing of the custom gate has no {name!r} in its aux")
             if name not in routing.aux:
-                first_T = own.scores.detach().masked_fill(~own.assigned, -torch.inf).argmax(dim=1)
-                first_TE = F.one_hot(first_T, self.slots) * own.assigned
-                routing.aux[name] = losses.gshard_loss(own.scores, first_TE)
+                assigned_TE = own.assigned
+                first_T = own.scores.detach().masked_fill(~assigned_TE, -torch.inf).argmax(dim=1)
+                first_TE, score_TE = F.one_hot(first_T, self.slots) * assigned_TE, own.scores
+                if token_mask is not None:
+                    first_TE, score_TE = (a * token_mask.unsqueeze(1) for a in (first_TE, score_TE))
+                routing.aux[name] = losses.gshard_loss(score_TE, first_TE, num_tokens=routing.real_tokens)
         return routing
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels, losses
 from ..options import number, warn_once
-from ..routing import Capacity, Routing
+from ..routing import Capacity, Router, Routing
 from .base import Gate
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -86,37 +86,52 @@ class TopAnyGate(Gate):
         """[E] bool: the slots that hold an expert."""
         return self.experts_mask > 0
 
-    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
-        """Route tokens [T, D]; `top_k` is ignored."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        capacity: Capacity = "exact",
+        top_k: int | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Routing:
+        """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` is ignored."""
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = kernels.gate_dtype(x_TD)
         tau = self.scale(dtype)
-        score_TE, bits_TW, unrouted_T, _ = kernels.threshold_gate(
-            x_TD, self.sim_matrix, self.gates.detach(), self.active(), tau, not self.training
+        active_E = self.active()
+        score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = kernels.threshold_gate(
+            x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask
         )
         threshold_E = torch.sigmoid(tau * self.gates.to(dtype))
-        routing = Routing.from_bits(bits_TW, score_TE, unrouted=unrouted_T, thresholds=threshold_E, capacity=capacity)
-        routing.aux = {name: self.aux_term(name, routing) for name in self.aux_names}
+        routing = Routing.from_bits(
+            bits_TW,
+            score_TE,
+            unrouted=unrouted_T,
+            thresholds=threshold_E,
+            token_mask=token_mask,
+            capacity=capacity,
+            block_counts=block_counts,
+        )
+        routing.router = Router(self.sim_matrix, self.gates, tau, inv_norm_T)
+        of_vectors: dict[str, Tensor] = {}
+        if {"diversity", "simplicity"} & set(self.aux_names):
+            diversity, simplicity, *_ = kernels.vector_losses(self.sim_matrix, active_E)
+            of_vectors = {"diversity": diversity, "simplicity": simplicity}
+        routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
 
     def aux_term(self, name: str, routing: Routing) -> Tensor:
-        """One unweighted auxiliary loss; see `losses`."""
-        active_E = self.active()
-        if name == "diversity":
-            return losses.diversity_loss(self.sim_matrix.float(), active_E)
-        if name == "simplicity":
-            return losses.simplicity_loss(self.sim_matrix.float(), active_E)
+        """One unweighted auxiliary loss of the assignment; see `losses`."""
         assigned_TE = routing.straight_through()
         if name == "load_balance":
             return losses.load_balance_loss(assigned_TE)
         if name == "efficiency":
-            return losses.efficiency_loss(assigned_TE)
+            return losses.efficiency_loss(assigned_TE, routing.real_tokens)
         # gshard: the first pick is the expert of highest score among those that passed; an unrouted token has none
         chosen_TE = assigned_TE.detach() > 0
         first_T = routing.scores.detach().masked_fill(~chosen_TE, -1).argmax(dim=1)
         first_TE = F.one_hot(first_T, self.slots) * chosen_TE
-        return losses.gshard_loss(assigned_TE, first_TE, active_E.sum())
+        return losses.gshard_loss(assigned_TE, first_TE, self.active().sum(), routing.real_tokens)
 
     @torch.no_grad()
     def activate(self, slot: int, w_D: Tensor) -> None:

@@ -45,13 +45,21 @@ class FixedKGate(Gate):
         """[T, E] in the dtype of `x_TD`, which is fp32 or fp64."""
         raise NotImplementedError
 
-    def forward(self, x_TD: Tensor, capacity: Capacity = "exact", top_k: int | None = None) -> Routing:
-        """Route tokens [T, D]; `top_k` overrides k for this call."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        capacity: Capacity = "exact",
+        top_k: int | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Routing:
+        """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` overrides k for this call."""
         logits_TE = self.logits(x_TD.to(kernels.gate_dtype(x_TD)))
-        return self.route_logits(logits_TE, capacity, top_k)
+        return self.route_logits(logits_TE, capacity, top_k, token_mask)
 
-    def route_logits(self, logits_TE: Tensor, capacity: Capacity, top_k: int | None) -> Routing:
-        """Softmax, the k best, their weights, and the auxiliary terms."""
+    def route_logits(
+        self, logits_TE: Tensor, capacity: Capacity, top_k: int | None, token_mask: Tensor | None = None
+    ) -> Routing:
+        """Softmax, the k best, their weights, and the auxiliary terms, over the tokens that are no padding."""
         k = self.top_k if top_k is None else positive_int("top_k", top_k)
         if k > self.slots:
             raise ValueError(f"top_k = {k} is more than the {self.slots} experts: give at most {self.slots}")
@@ -68,15 +76,22 @@ class FixedKGate(Gate):
             weight_TK = score_TK
         assigned_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, expert_TK, True)
         weight_TE = torch.zeros_like(score_TE).scatter(1, expert_TK, weight_TK)
-        routing = Routing.from_bits(kernels.pack_bits(assigned_TE), score_TE, weights=weight_TE, capacity=capacity)
+        if token_mask is not None:
+            assigned_TE &= token_mask.unsqueeze(1)
+        routing = Routing.from_bits(
+            kernels.pack_bits(assigned_TE), score_TE, weights=weight_TE, token_mask=token_mask, capacity=capacity
+        )
         for name in self.aux_names:
             if name == "gshard":
-                routing.aux[name] = losses.gshard_loss(score_TE, F.one_hot(expert_TK[:, 0], self.slots))
+                first_TE = F.one_hot(expert_TK[:, 0], self.slots) * assigned_TE
+                counted_TE = score_TE if token_mask is None else score_TE * token_mask.unsqueeze(1)
+                routing.aux[name] = losses.gshard_loss(counted_TE, first_TE, num_tokens=routing.real_tokens)
             else:
                 routing.aux[name] = losses.load_importance_loss(
                     F.softmax(logits_TE, dim=1),
                     noisy_TE.gather(1, expert_TK[:, -1:]),
                     self.gate_noise / self.slots,
+                    token_mask,
                 )
         return routing
 

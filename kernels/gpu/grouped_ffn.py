@@ -165,7 +165,7 @@ def linear(
     if R == 0 or N == 0:
         return out_AN
     a2, w2 = second or (a_AK, w_EKN)
-    cut = tiles("linear" if second is None else "linear_pair", a_AK, R, E, K, N)
+    cut = tiles("linear" if second is None and not zero_tail else "linear_pair", a_AK, R, E, K, N)
     gemm.linear_kernel[cut.grid(a_AK.device)](
         a_AK,
         a2,
@@ -220,14 +220,13 @@ def activation_gradient(
     R, E, (_, H, O) = index.rows, index.experts, w2_EHO.shape
     gated = u_AH is not None
     cut = tiles("activation_gradient_gated" if gated else "activation_gradient", d_rows, R, E, O, H)
-    fp32 = {"dtype": torch.float32}
     result = ActivationGradient(
         torch.empty_like(h_AH),
         torch.empty_like(u_AH) if u_AH is not None else h_AH.new_empty((0,)),
         h_AH.new_empty((R if weights else 0, H)),
-        h_AH.new_empty((R, cut.n), **fp32),
-        h_AH.new_empty((cut.most_m if biases[0] else 0, H), **fp32),
-        h_AH.new_empty((cut.most_m if biases[1] else 0, H), **fp32),
+        h_AH.new_empty((R, cut.n), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if biases[0] else 0, H), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if biases[1] else 0, H), dtype=torch.float32),
         cut.config.block_m,
     )
     if R == 0 or H == 0:
@@ -339,25 +338,31 @@ def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m
     return out_EN
 
 
-def bias_gradient(d_rows_AN: Tensor, gate_A: Tensor | None, expert_offsets: Tensor, like_EN: Tensor) -> Tensor:
-    """Each expert's sum of rows, times their gates, [E, N]."""
-    (R, N), E = d_rows_AN.shape, like_EN.shape[0]
+def bias_gradient(
+    d_rows: Tensor, gate_A: Tensor | None, index: Index, like_EN: Tensor, *, from_tokens: bool = False
+) -> Tensor:
+    """Each expert's sum of rows, times their gates, [E, N]; of the tokens' gradients over k_t with `from_tokens`."""
+    R, (E, N) = index.rows, like_EN.shape
     most = triton.cdiv(R, BLOCK_ROWS) + E
-    parts_MN = d_rows_AN.new_empty((most if R else 0, N), dtype=torch.float32)
+    parts_MN = d_rows.new_empty((most if R else 0, N), dtype=torch.float32)
     if R and N:
-        gemm.tile_rows_sum_kernel[(min(most, 4 * configs.processors(d_rows_AN.device)), triton.cdiv(N, BLOCK_COLUMNS))](
-            d_rows_AN,
-            _pointer(gate_A, d_rows_AN),
-            expert_offsets,
+        gemm.tile_rows_sum_kernel[(min(most, 4 * configs.processors(d_rows.device)), triton.cdiv(N, BLOCK_COLUMNS))](
+            d_rows,
+            index.token_of_row,
+            index.token_offsets,
+            _pointer(gate_A, d_rows),
+            index.expert_offsets,
             parts_MN,
             E,
             N,
+            d_rows.stride(0),
+            FROM_TOKENS=from_tokens,
             GATE=gate_A is not None,
             BLOCK_M=BLOCK_ROWS,
             BLOCK_N=BLOCK_COLUMNS,
             BLOCK_E=block_experts(E),
         )
-    return sum_tiles(parts_MN, expert_offsets, like_EN, BLOCK_ROWS)
+    return sum_tiles(parts_MN, index.expert_offsets, like_EN, BLOCK_ROWS)
 
 
 def _row_gate_gradient(
@@ -468,7 +473,7 @@ def grouped_ffn_backward(
     )
     d_b2 = x_TD.new_empty((0,), dtype=torch.float32)
     if weights and b2_EO is not None:
-        d_b2 = bias_gradient(d_rows_AO, gate, expert_offsets, b2_EO)
+        d_b2 = bias_gradient(d_rows_AO, gate, index, b2_EO)
     d_x_TD = segment_sum(token_rows(through, w1, w3, expert_offsets), token_offsets, row_of_assignment)
     return d_x_TD.to(x_TD.dtype), d_gate_A, *grads, d_b2  # type: ignore[return-value]
 
@@ -491,8 +496,7 @@ def weight_gradients(
 ) -> list[Tensor]:
     """Gradients of w1, b1, w3, b3, w2, each as its parameter; empty where there is none or none is wanted."""
     w1, b1, w3, b3, w2 = params
-    empty = x_TD.new_empty((0,), dtype=torch.float32)
-    grads = [empty, empty, empty, empty, empty]
+    grads = [x_TD.new_empty((0,), dtype=torch.float32) for _ in params]  # an operation may return no tensor twice
     if not weights:
         return grads
     grads[0] = weight_gradient(x_TD, through.d_h_AH, index, w1, a_from_tokens=True)
@@ -506,7 +510,9 @@ def weight_gradients(
     return grads
 
 
-def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None) -> Tensor:
+def grouped_linear(
+    rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto"
+) -> Tensor:
     """As the operation `grouped_linear`."""
     (w,) = in_dtype(rows_AD.dtype, w_EDO)
     bias = None if b_EO is None else b_EO.contiguous()
@@ -514,7 +520,12 @@ def grouped_linear(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO:
 
 
 def grouped_linear_backward(
-    d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None
+    d_out_AO: Tensor,
+    rows_AD: Tensor,
+    expert_offsets: Tensor,
+    w_EDO: Tensor,
+    b_EO: Tensor | None,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the operation `grouped_linear_backward`."""
     rows_AD, d_out_AO = rows_AD.contiguous(), d_out_AO.to(rows_AD.dtype).contiguous()
@@ -525,5 +536,5 @@ def grouped_linear_backward(
     d_w = weight_gradient(rows_AD, d_out_AO, index, w_EDO)
     d_b = rows_AD.new_empty((0,), dtype=torch.float32)
     if b_EO is not None:
-        d_b = bias_gradient(d_out_AO, None, expert_offsets, b_EO)
+        d_b = bias_gradient(d_out_AO, None, index, b_EO)
     return d_rows_AD, d_w, d_b

@@ -1,4 +1,4 @@
-"""Matrix products of the experts on ragged rows: the four Triton kernels that `grouped_ffn` and its backward are made of.
+"""Matrix products of the experts on ragged rows: the Triton kernels that `grouped_ffn` and its backward are made of.
 
     up                 pre-activation and activation of gathered tokens        rows [R, H]
     linear             each expert's linear map of contiguous rows             rows [R, N]
@@ -63,7 +63,7 @@ def _product(
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_at, mask=m_mask[:, None], other=0.0)
-            if EVEN_N:
+            if EVEN_N:  # noqa: SIM108  (chosen when the kernel is compiled)
                 b = tl.load(b_at)
             else:
                 b = tl.load(b_at, mask=n_mask[None, :], other=0.0)
@@ -228,7 +228,7 @@ def _activation_gradient_columns(
     GATED: tl.constexpr, ACTIVATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Everything of `activation_gradient_kernel` after its product, for the columns n of a tile; the rows' gate sums."""
+    """What `activation_gradient_kernel` does after its product, for the columns n of a tile; returns the rows' sums."""
     if PIECES > 1:
         half: tl.constexpr = n.shape[0] // 2
         left, right = _halves(d_a)
@@ -379,7 +379,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
-    """out[n] = sum over s of parts[s, n], in order, for N elements of any shape. Grid: blocks of N. S * 4N + out bytes."""
+    """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     at = parts + n
@@ -391,12 +391,14 @@ def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tile_rows_sum_kernel(
-    d_rows, gate, offsets, parts, E, N, GATE: tl.constexpr,
+    d_rows, token_of_row, token_offsets, gate, offsets, parts, E, N, stride_dr,
+    FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """parts[tile_m] = sum of the rows of a tile, each times its gate: the bias gradient before `expert_sum_kernel`.
+    """parts[tile_m] = sum of the rows of a tile, each times its gate (GATE): then `expert_sum_kernel` sums the tiles.
 
-    In: d_rows [R, N], gate [R]. Out: [tiles_m, N] fp32. Grid: (persistent over tiles, blocks of N). Bytes: d_rows once.
+    In: d_rows [R, N], or tokens' [T, N] that count over k_t (FROM_TOKENS); gate [R]. Out: [tiles_m, N] fp32
+    Grid: (persistent over tiles, blocks of N). Bytes: d_rows once.
     """
     tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
@@ -406,8 +408,14 @@ def tile_rows_sum_kernel(
         _, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
-        at = row.to(tl.int64)[:, None] * N + n[None, :]
+        source = row.to(tl.int64)
+        if FROM_TOKENS:
+            source = tl.load(token_of_row + row, mask=m_mask, other=0).to(tl.int64)
+        at = source[:, None] * stride_dr + n[None, :]
         d_row = tl.load(d_rows + at, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
+        if FROM_TOKENS:
+            k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
+            d_row /= tl.maximum(k, 1).to(tl.float32)[:, None]
         if GATE:
             d_row *= tl.load(gate + row, mask=m_mask, other=0.0).to(tl.float32)[:, None]
         at = (tl.zeros((), tl.int64) + tile_m) * N + n

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DTYPES, HALF, NAIVE_ACTIVATIONS, NAMES, SHAPES, Case, distance, tolerance
 from dynmoe_tutel.kernels import (
     ACTIVATIONS,
     activation_name,
@@ -22,125 +22,6 @@ from dynmoe_tutel.kernels import (
 )
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 from torch import Tensor, nn
-
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, torch.float64, *HALF)
-NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
-SHAPES = [  # T, D, H, Dout, E, density
-    (7, 97, 47, 97, 65, 0.2),
-    (33, 16, 24, 8, 4, 0.5),
-    (5, 3, 2, 3, 512, 0.02),
-    (9, 8, 16, 8, 3, 1.0),
-    (6, 5, 4, 5, 3, 0.0),
-    (0, 5, 4, 5, 3, 0.5),
-    (1, 1, 1, 1, 1, 1.0),
-]
-NAIVE_ACTIVATIONS = {
-    "gelu": lambda h: 0.5 * h * (1 + torch.erf(h / 2**0.5)),
-    "gelu_tanh": lambda h: 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))),
-    "relu": lambda h: h.clamp(min=0),
-    "silu": lambda h: h * torch.sigmoid(h),
-    "squared_relu": lambda h: h.clamp(min=0) ** 2,
-    "identity": lambda h: h,
-}
-
-
-@dataclass
-class Case:
-    """Random tensors of one call; `spare` rows behind the last, experts 0 and (by chance) others without rows."""
-
-    T: int
-    D: int
-    H: int
-    Dout: int
-    E: int
-    density: float = 0.5
-    dtype: torch.dtype = torch.float32
-    biases: bool = True
-    gated: bool = False
-    spare: int | None = None
-    activation: str = "gelu"
-    apply_gate: bool = False
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.T + self.D + self.E)
-        assigned_TE = torch.rand(self.T, self.E, generator=generator) < self.density
-        if self.E > 1 and self.density < 1:
-            assigned_TE[:, 0] = False
-        self.pairs = [(t, e) for e in range(self.E) for t in range(self.T) if assigned_TE[t, e]]
-        self.A = len(self.pairs)
-        rows = -1 if self.spare is None else self.A + self.spare
-        self.index = ragged_index(pack_bits(assigned_TE), self.E, rows)
-        self.num_rows = self.A if self.spare is None else rows
-
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator) * scale).to(self.dtype)
-
-        T, D, H, Dout, E = self.T, self.D, self.H, self.Dout, self.E
-        gate_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.tensors: dict[str, Any] = {
-            "x": draw(T, D),
-            "gate": (torch.rand(self.num_rows, generator=generator) + 0.5).to(gate_dtype)
-            if self.apply_gate
-            else torch.ones(self.num_rows, dtype=gate_dtype),
-            "w1": draw(E, H, D, scale=D**-0.5).transpose(1, 2),  # [E, D, H] stored as a checkpoint has it
-            "b1": draw(E, H) if self.biases else None,
-            "w3": draw(E, D, H, scale=D**-0.5) if self.gated else None,
-            "b3": draw(E, H) if self.gated and self.biases else None,
-            "w2": draw(E, H, Dout, scale=H**-0.5),
-            "b2": draw(E, Dout) if self.biases else None,
-        }
-
-    def variables(self) -> dict[str, Any]:
-        """Leaves with the strides of the tensors."""
-        return {name: None if t is None else t.detach().requires_grad_() for name, t in self.tensors.items()}
-
-    def arguments(self, t: dict[str, Any], save: bool = True) -> tuple:
-        weights = tuple(t[name] for name in NAMES[2:])
-        return (t["x"], t["gate"], *self.index, *weights, self.activation, self.apply_gate, save)
-
-    def run(self, t: dict[str, Any], save: bool = True) -> Tensor:
-        """Rows [rows, O]."""
-        return grouped_ffn(*self.arguments(t, save))[0]
-
-    def naive(self, t: dict[str, Any]) -> Tensor:
-        """The A rows in float64, one by one; a gate that is not applied still has its gradient, at the value 1."""
-        x, gate, w1, b1, w3, b3, w2, b2 = (None if t[n] is None else t[n].double().unbind(0) for n in NAMES)
-        act, rows = NAIVE_ACTIVATIONS[self.activation], []
-        for row, (token, e) in enumerate(self.pairs):
-            a = act(x[token] @ w1[e] + (0 if b1 is None else b1[e]))
-            if w3 is not None:
-                a = a * (x[token] @ w3[e] + (0 if b3 is None else b3[e]))
-            rows.append((a @ w2[e] + (0 if b2 is None else b2[e])) * gate[row])
-        return torch.stack(rows) if rows else torch.zeros(0, self.Dout, dtype=torch.float64)
-
-    def grads(self, function: str, d_rows_AO: Tensor) -> dict[str, Tensor]:
-        variables = self.variables()
-        rows = self.run(variables) if function == "run" else self.naive(variables)
-        if rows.requires_grad:
-            rows.backward(d_rows_AO.to(rows.dtype)[: rows.shape[0]])
-        found = {}
-        for name, variable in variables.items():
-            if variable is not None:
-                found[name] = torch.zeros_like(variable) if variable.grad is None else variable.grad
-                if function == "run":
-                    assert variable.grad is not None, f"{name} got no gradient"
-                    assert variable.grad.dtype == variable.dtype
-        return found
-
-
-def distance(value: Tensor, reference: Tensor) -> float:
-    assert value.shape == reference.shape
-    if not bool(value.isfinite().all()):
-        return float("inf")
-    value, reference = value.detach().double(), reference.detach().double()
-    error, size = (value - reference).norm(), reference.norm()
-    return float(error / size) if size > 0 else float(error)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Of one result; the half types round h, and a gate gradient cancels."""
-    return 1e-2 if dtype in HALF else 2e-6
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
@@ -381,6 +262,74 @@ class TestBackward:
     def test_opcheck_without_saving(self) -> None:
         case = Case(7, 5, 4, 6, 3, biases=False)
         torch.library.opcheck(grouped_ffn, case.arguments(case.tensors, save=False))
+
+
+class TestRecompute:
+    """A forward that keeps no pre-activations: its backward computes them again."""
+
+    @pytest.mark.parametrize("engine", ["torch", "grouped_mm"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradients_are_the_same_bit_by_bit(self, dtype: torch.dtype, engine: str, native: bool) -> None:
+        for options in ({}, {"gated": True, "apply_gate": True}, {"gated": True, "biases": False, "spare": 5}):
+            case = Case(33, 17, 23, 8, 5, dtype=dtype, activation="silu", engine=engine, **options)
+            d_rows_AO = torch.randn(case.num_rows, 8)
+            kept, again = (case.grads("run", d_rows_AO, save) for save in (True, False))
+            for name, grad in kept.items():
+                rows = slice(case.A) if name == "gate" else slice(None)
+                assert torch.equal(again[name][rows], grad[rows]), name
+
+    @pytest.mark.parametrize("elements", [1, 100, 2000])
+    def test_in_blocks_of_experts(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys.modules["dynmoe_tutel.kernels.grouped_ffn"], "BLOCK_ELEMENTS", elements)
+        case = Case(40, 12, 10, 7, 65, 0.1, gated=True, apply_gate=True)
+        d_rows_AO = torch.randn(case.A, 7)
+        kept, again = (case.grads("run", d_rows_AO, save) for save in (True, False))
+        for name, grad in kept.items():
+            assert torch.equal(again[name], grad), name
+
+    @pytest.mark.parametrize("frozen", [NAMES[2:], ("x", "gate")])
+    def test_where_only_some_learn(self, frozen: tuple[str, ...]) -> None:
+        case = Case(7, 5, 4, 5, 3, gated=True, apply_gate=True)
+        variables, d_rows_AO = case.variables(), torch.randn(case.A, 5)
+        for name in frozen:
+            variables[name].requires_grad_(False)
+        case.run(variables, save=False).backward(d_rows_AO)
+        exact = case.grads("run", d_rows_AO)
+        for name, variable in variables.items():
+            assert (variable.grad is None) == (name in frozen)
+            assert name in frozen or torch.equal(variable.grad, exact[name])
+
+    @pytest.mark.parametrize("T", [7, 0])
+    def test_opcheck(self, T: int) -> None:
+        case = Case(T, 5, 4, 6, 3, gated=True)
+        torch.library.opcheck(grouped_ffn, case.arguments(case.variables(), save=False))
+        rows, h, u = grouped_ffn(*case.arguments(case.tensors, save=False))
+        assert h.shape == u.shape == (0, 4)
+        inputs = case.arguments(case.tensors)[:-1]
+        torch.library.opcheck(grouped_ffn_backward, (torch.ones_like(rows), h, u, *inputs, True))
+
+    @pytest.mark.parametrize("apply_gate", [False, True])
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("engine", ["torch", "grouped_mm"])
+    def test_what_is_kept(self, engine: str, gated: bool, apply_gate: bool) -> None:
+        """x, the index, and with `save` the pre-activations; a gate only where it is applied."""
+        case = Case(33, 16, 24, 8, 4, gated=gated, apply_gate=apply_gate, spare=3, engine=engine)
+        parameters = {t.untyped_storage().data_ptr() for n, t in case.tensors.items() if n[0] in "wb" and t is not None}
+        for save in (True, False):
+            kept: dict[int, int] = {}
+
+            def keep(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                storage = t.untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in parameters:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                rows = case.run(case.variables(), save)
+            expected = [case.tensors["x"], *case.index, *([case.tensors["gate"]] if apply_gate else [])]
+            size = sum(t.untyped_storage().nbytes() for t in expected)
+            assert sum(kept.values()) == size + save * (1 + gated) * case.num_rows * 24 * 4
+            rows.sum().backward()
 
 
 class TestLinear:

@@ -63,7 +63,7 @@ class TestForward:
     @pytest.mark.parametrize(("T", "D", "E"), SHAPES)
     def test_equals_the_formula(self, T: int, D: int, E: int, dtype: torch.dtype, tau: float, fallback: bool) -> None:
         x_TD, w_DE, threshold_E, active_E = gate_inputs(T, D, E, dtype)
-        score_TE, bits, unrouted_T, inv_norm_T = threshold_gate(
+        score_TE, bits, unrouted_T, inv_norm_T, *_ = threshold_gate(
             x_TD, w_DE, threshold_E, active_E, torch.tensor(tau), fallback
         )
         cos_TE = cosine(x_TD, w_DE)
@@ -82,7 +82,7 @@ class TestForward:
     def test_weights_of_half_precision(self, dtype: torch.dtype) -> None:
         x_TD, w_DE, threshold_E, active_E = gate_inputs(31, 97, 65, dtype)
         half = (w_DE.to(dtype), threshold_E.to(dtype))
-        score_TE, bits, _, _ = threshold_gate(x_TD, *half, active_E, ONE.to(dtype), True)
+        score_TE, bits, _, *_ = threshold_gate(x_TD, *half, active_E, ONE.to(dtype), True)
         assert score_TE.dtype == torch.float32
         assert distance(score_TE, torch.sigmoid(cosine(x_TD, half[0]))) < 1e-6
         assert torch.equal(
@@ -91,7 +91,7 @@ class TestForward:
 
     def test_fp16_tokens_whose_squares_overflow(self) -> None:
         x_TD = torch.full((2, 97), 60000.0, dtype=torch.float16)
-        score_TE, _, _, inv_norm_T = threshold_gate(
+        score_TE, _, _, inv_norm_T, *_ = threshold_gate(
             x_TD, torch.ones(97, 3), torch.zeros(3), torch.ones(3).bool(), ONE, False
         )
         assert distance(score_TE, torch.full((2, 3), 1.0).sigmoid()) < 1e-6
@@ -100,7 +100,7 @@ class TestForward:
     def test_the_decision_is_taken_before_the_sigmoid_which_saturates(self) -> None:
         """Regression for upstream: at tau = 100, sigmoid(100) = sigmoid(40) = 1 in fp32, and 1 > 1 is false."""
         x_TD, w_DE = torch.eye(4)[:1], torch.eye(4)
-        _, bits, _, _ = threshold_gate(x_TD, w_DE, torch.full((4,), 0.4), torch.ones(4).bool(), 100 * ONE, False)
+        _, bits, _, *_ = threshold_gate(x_TD, w_DE, torch.full((4,), 0.4), torch.ones(4).bool(), 100 * ONE, False)
         assert unpack_bits(bits, 4).tolist() == [[True, False, False, False]]
 
     @pytest.mark.parametrize(("threshold", "passes"), [(0.0, 0), (1.0, 0), (-1e-6, 1)])
@@ -108,14 +108,16 @@ class TestForward:
         """cos = G = 0 for a token at right angles, cos = G = 1 for a parallel one."""
         x_TD = torch.eye(4)[:1]
         w_DE = torch.eye(4)[:, :1] if threshold == 1 else torch.eye(4)[:, 1:2]
-        _, bits, unrouted_T, _ = threshold_gate(x_TD, w_DE, torch.tensor([threshold]), torch.ones(1).bool(), ONE, False)
+        _, bits, unrouted_T, *_ = threshold_gate(
+            x_TD, w_DE, torch.tensor([threshold]), torch.ones(1).bool(), ONE, False
+        )
         assert unpack_bits(bits, 1).sum() == passes
         assert unrouted_T.tolist() == [passes == 0]
 
     def test_all_experts_and_none(self) -> None:
         x_TD, w_DE, _, _ = gate_inputs(7, 16, 65)
         for threshold, k in ((-2.0, 65), (2.0, 0)):
-            _, bits, unrouted_T, _ = threshold_gate(
+            _, bits, unrouted_T, *_ = threshold_gate(
                 x_TD, w_DE, torch.full((65,), threshold), torch.ones(65).bool(), ONE, False
             )
             assert (unpack_bits(bits, 65).sum(1) == k).all()
@@ -125,7 +127,7 @@ class TestForward:
         x_TD, w_DE = torch.eye(4)[:1], torch.tensor([[1.0, 0.5, 0.6], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
         active_E = torch.tensor([False, True, True])
         for threshold, taken in ((-2.0, [False, True, True]), (2.0, [False, False, True])):
-            _, bits, unrouted_T, _ = threshold_gate(x_TD, w_DE, torch.full((3,), threshold), active_E, ONE, True)
+            _, bits, unrouted_T, *_ = threshold_gate(x_TD, w_DE, torch.full((3,), threshold), active_E, ONE, True)
             assert unpack_bits(bits, 3).tolist() == [taken]
             assert unrouted_T.tolist() == [threshold == 2.0]
 
@@ -133,13 +135,13 @@ class TestForward:
         """Cosines -1 and -0.6 of active slots lose to nothing, not to an inactive slot at right angles or closer."""
         w_DE = torch.tensor([[0.0, -1.0, -0.6, 1.0], [1.0, 0.0, 0.8, 0.0]])
         active_E = torch.tensor([False, True, True, False])
-        _, bits, unrouted_T, _ = threshold_gate(torch.eye(2)[:1], w_DE, torch.zeros(4), active_E, ONE, True)
+        _, bits, unrouted_T, *_ = threshold_gate(torch.eye(2)[:1], w_DE, torch.zeros(4), active_E, ONE, True)
         assert unpack_bits(bits, 4).tolist() == [[False, False, True, False]]
         assert unrouted_T.tolist() == [True]
 
     def test_among_equally_good_experts_the_lowest_slot_is_the_best(self) -> None:
         w_DE = torch.eye(4)[:, [1, 0, 0, 0]]
-        _, bits, _, _ = threshold_gate(
+        _, bits, _, *_ = threshold_gate(
             torch.eye(4)[:1], w_DE, torch.full((4,), 2.0), torch.tensor([True, False, True, True]), ONE, True
         )
         assert unpack_bits(bits, 4).tolist() == [[False, False, True, False]]
@@ -148,7 +150,7 @@ class TestForward:
     def test_zero_tokens_and_zero_routing_vectors_have_cosine_zero(self, fallback: bool) -> None:
         x_TD, w_DE, _, _ = gate_inputs(4, 8, 3)
         x_TD[1], w_DE[:, 2] = 0, 0
-        score_TE, bits, unrouted_T, inv_norm_T = threshold_gate(
+        score_TE, bits, unrouted_T, inv_norm_T, *_ = threshold_gate(
             x_TD, w_DE, torch.full((3,), 0.01), torch.ones(3).bool(), ONE, fallback
         )
         assert (score_TE[1] == 0.5).all()
@@ -163,9 +165,11 @@ class TestForward:
         x_TD[4] = float("nan")
         dirty = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, True)
         others = [t for t in range(9) if t != 4]
-        for before, after in zip(clean, dirty, strict=True):
+        for before, after in zip(clean[:4], dirty[:4], strict=True):
             assert torch.equal(before[others], after[others])
         assert bool(dirty[2][4])
+        counts_E = unpack_bits(dirty[1], 5).sum(dim=0, dtype=torch.int32)
+        assert torch.equal(dirty[4], counts_E)  # nine tokens are one block
         assert not unpack_bits(dirty[1], 5)[4, ~active_E].any()
 
     def test_tokens_and_weights_of_any_strides(self) -> None:
@@ -185,7 +189,7 @@ class TestForward:
     @pytest.mark.parametrize("fallback", [False, True])
     def test_a_token_is_routed_alone_as_in_any_batch(self, fallback: bool) -> None:
         x_TD, *rest = gate_inputs(40, 97, 65)
-        score_TE, bits, unrouted_T, _ = threshold_gate(x_TD, *rest, ONE, fallback)
+        score_TE, bits, unrouted_T, *_ = threshold_gate(x_TD, *rest, ONE, fallback)
         order_T = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for some_T in (order_T, order_T[:13], order_T[:1]):
             own = threshold_gate(x_TD[some_T], *rest, ONE, fallback)
@@ -282,5 +286,5 @@ class TestBackward:
     @pytest.mark.parametrize("T", [0, 7])
     def test_opcheck(self, T: int) -> None:
         x_TD, w_DE, threshold_E, active_E = gate_inputs(T, 9, 5)
-        score_TE, _, _, inv_norm_T = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)
+        score_TE, _, _, inv_norm_T, *_ = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)
         torch.library.opcheck(threshold_gate_backward, (torch.randn(T, 5), score_TE, x_TD, w_DE, inv_norm_T, ONE))

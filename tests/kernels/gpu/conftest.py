@@ -1,15 +1,16 @@
-"""Triton kernels on whatever is here: a GPU, or the CPU with Triton's interpreter (fp32 only: its bf16 dot is wrong)."""
+"""Triton kernels on what is here: a GPU, or the CPU with Triton's interpreter (fp32 only: its bf16 dot is wrong)."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
-import torch
+from helpers import HAS_GPU
 
-HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined; nothing else in a test process defines one
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before the first kernel is defined; nothing else in a test process defines one
+    )
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

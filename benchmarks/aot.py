@@ -1,0 +1,264 @@
+"""Compile every Triton kernel in every shipped configuration, for GPUs that are not here, and judge the code.
+
+    python -m benchmarks.aot [--all] [--arch sm_90 ...] [--shape vit-s ...] [--jobs N] [--out FILE.json]
+
+The operations' own host functions run on meta tensors and say what they would launch (`launches`); each form is
+compiled once for each architecture. Without --all: a representative set, for `make test`. With it: every shape,
+dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
+
+The exit status is not 0 if a kernel spills registers, needs more shared memory than the architecture has, has a matrix
+product in half precision without matrix instructions, or, in the expert networks on sm_90, one without `wgmma`.
+Triton keeps compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from dynmoe_tutel.kernels import configs
+from triton.backends.compiler import GPUTarget
+
+from .launches import Launch, recording
+from .operations import FILES, VARIANTS, Variant, run_all
+from .shapes import GPU_SHAPES, Shape
+
+KB = 1024
+MATRIX_MODULES = ("grouped_gemm", "grouped_ffn", "top_any_ffn")  # where sm_90 must show wgmma
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What code for it is judged by."""
+
+    target: GPUTarget
+    shared_memory: int  # bytes a program may have
+    matrix: dict[str, str]  # name -> pattern of its matrix instructions in the assembly
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * KB, {"mma": r"\bmma\.sync"}),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KB, {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync"}),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KB, {"tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB, {"mfma": r"\bv_mfma_"}),
+}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One `tl.dot` of a kernel: [M, K] by [K, N] of a type."""
+
+    M: int
+    N: int
+    K: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a compiled kernel."""
+
+    arch: str
+    module: str
+    kernel: str
+    types: str
+    configuration: str
+    warps: int = 0
+    registers: int = 0
+    shared_memory: int = 0
+    spilled: int = 0  # bytes of stack and local memory a thread (NVIDIA), registers and bytes of scratch (AMD)
+    dots: tuple[Dot, ...] = ()
+    matrix: dict[str, int] = field(default_factory=dict)  # instructions by name
+    error: str = ""  # why it did not compile
+
+
+def judge(report: Report) -> list[str]:
+    """What is wrong with a compiled kernel, if anything."""
+    if report.error:
+        return [f"does not compile: {report.error}"]
+    found = []
+    limit = ARCHITECTURES[report.arch].shared_memory
+    if report.spilled:
+        found.append(f"spills ({report.spilled})")
+    if report.shared_memory > limit:
+        found.append(f"needs {report.shared_memory} bytes of shared memory, {report.arch} has {limit}")
+    half = [dot for dot in report.dots if dot.dtype in ("f16", "bf16")]
+    if half and not any(report.matrix.values()):
+        found.append("has a product in half precision and no matrix instruction")
+    # a warpgroup multiplies 64 rows at least: smaller tiles are for experts of few rows
+    large = any(dot.M >= 64 for dot in half) and report.warps >= 4
+    if report.arch == "sm_90" and large and report.module in MATRIX_MODULES and not report.matrix.get("wgmma"):
+        found.append("is a matrix kernel without wgmma")
+    return found
+
+
+def _dots(ttir: str) -> tuple[Dot, ...]:
+    pattern = r"tt\.dot .*?: tensor<(\d+)x(\d+)x(\w+).*?> \* tensor<\d+x(\d+)x"
+    return tuple(Dot(int(m), int(n), int(k), dtype) for m, k, dtype, n in re.findall(pattern, ttir))
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers a thread, and what of them is spilled or in scratch memory."""
+    usage = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    registers = usage["vgpr_count"] + usage.get("agpr_count", 0)
+    return registers, usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
+
+
+def compile_one(arch: str, launch: Launch) -> Report:
+    """Compile a launch for an architecture and read its code."""
+    about = (arch, launch.module.rsplit(".", 1)[-1], launch.kernel, launch.types(), launch.configuration)
+    architecture = ARCHITECTURES[arch]
+    try:
+        compiled: Any = launch.compile(architecture.target)
+    except Exception as error:  # whatever a compiler throws is the finding, and the other kernels are still compiled
+        return Report(*about, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+    hip = architecture.target.backend == "hip"
+    assembly = compiled.asm["amdgcn" if hip else "ptx"]
+    registers, spilled = _amd_usage(assembly) if hip else _nvidia_usage(compiled.asm["cubin"])
+    return Report(
+        *about,
+        compiled.metadata.num_warps,
+        registers,
+        compiled.metadata.shared,
+        spilled,
+        _dots(compiled.asm["ttir"]),
+        {name: len(re.findall(pattern, assembly)) for name, pattern in architecture.matrix.items()},
+    )
+
+
+Case = tuple[Shape, torch.dtype, Variant, bool]  # with tf32
+
+
+def representative(shapes: Sequence[Shape]) -> Iterator[Case]:
+    """The cases of `make test`: half precision and fp32, both kinds of experts."""
+    for shape in shapes:
+        yield shape, torch.bfloat16, VARIANTS["default"], False
+
+
+def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
+    """All dtypes and precisions of every shape; all variants of those without gating, fp16 and bf16 apart."""
+    for shape in shapes:
+        for dtype, tf32 in (
+            (torch.bfloat16, False),
+            (torch.float16, False),
+            (torch.float32, False),
+            (torch.float32, True),
+        ):
+            yield shape, dtype, VARIANTS["default"], tf32
+        for variant in VARIANTS.values():
+            yield shape, torch.bfloat16, variant, False
+
+
+def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:
+    """For every entry of the tuned table, a shape whose operations use it."""
+    for key in configs.tuned(arch):
+        kind, dtype, *sizes = key.split("/")
+        rows, K, N = (int(re.sub(r"\D", "", size)) for size in sizes)
+        D, H = (N, K) if kind in ("linear", "activation_gradient", "activation_gradient_gated") else (K, N)
+        if kind.startswith("activation_gradient"):
+            D, H = K, N
+        yield Shape(rows * 4, D, H, 4, 1.0, kind.endswith("gated")), getattr(torch, dtype)
+
+
+def record(arch: str, cases: Sequence[Case]) -> list[Launch]:
+    """The distinct launches of the operations for an architecture."""
+    hip = ARCHITECTURES[arch].target.backend == "hip"
+    before = torch.get_float32_matmul_precision()
+    with configs.assume(arch), recording(hip) as launches:
+        try:
+            for shape, dtype, variant, tf32 in cases:
+                torch.set_float32_matmul_precision("high" if tf32 else "highest")
+                run_all(shape, dtype, variant, FILES)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return launches
+
+
+def compile_all(tasks: Sequence[tuple[str, Launch]], jobs: int) -> Iterator[Report]:
+    """Reports in the order of the tasks, from `jobs` processes."""
+    if jobs <= 1 or len(tasks) < 4:
+        yield from (compile_one(*task) for task in tasks)
+        return
+    # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
+    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_one, *zip(*tasks, strict=True))
+
+
+def table(reports: Sequence[Report]) -> str:
+    """A Markdown table for each architecture."""
+    lines = []
+    for arch in dict.fromkeys(report.arch for report in reports):
+        own = [report for report in reports if report.arch == arch]
+        lines += [
+            "",
+            f"### {arch}, Triton {triton.__version__}",
+            "",
+            "| kernel | types | configuration | registers | shared KB | spills | matrix instructions | |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in own:
+            matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items() if n)
+            lines.append(
+                f"| {r.kernel} | {r.types} | {r.configuration} | {r.registers} | {r.shared_memory / KB:.1f} "
+                f"| {r.spilled} | {matrix or '-'} | {'; '.join(judge(r))} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the number of kernels that are judged wrong, at most 100."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every shape, dtype, activation and variant")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument(
+        "--shape", nargs="+", choices=list(GPU_SHAPES), help="default: vit-s and llm-2k, with --all all"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--out", type=Path, help="JSON file for the reports")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    names = args.shape or (list(GPU_SHAPES) if args.all else ["vit-s", "llm-2k"])
+    shapes = [GPU_SHAPES[name] for name in names]
+    tasks: list[tuple[str, Launch]] = []
+    for arch in args.arch:
+        cases = list(every_case(shapes) if args.all else representative(shapes))
+        cases += [(shape, dtype, VARIANTS["default"], False) for shape, dtype in tuned_shapes(arch)]
+        tasks += [(arch, launch) for launch in record(arch, cases)]
+    reports = list(compile_all(tasks, args.jobs))
+    print(table(reports))
+    wrong = [(report, judge(report)) for report in reports if judge(report)]
+    print(f"\n{len(reports)} kernels in {time.perf_counter() - started:.0f} s, {len(wrong)} wrong")
+    for report, problems in wrong:
+        print(f"WRONG {report.arch} {report.kernel} ({report.configuration}): {'; '.join(problems)}")
+    if args.out:
+        args.out.write_text(json.dumps([asdict(report) | {"problems": judge(report)} for report in reports], indent=1))
+    return min(len(wrong), 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What the router learns from the experts of a top-any gate, written in one pass over the tokens.
+
+ds[t, e] = sum of the partial sums of the assignment's row + <dy_t, b2_e>, over k_t, minus their mean if CENTRED
+dcos[t, e] = ds s (1 - s) tau / ||x_t||
+dx_t = sum over its rows of d_rows + g - x_t <g, x_t> / ||x_t||^2,   g = sum_e dcos[t, e] w_e / ||w_e||
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..threshold_gate import NORM_EPS
+
+
+@triton.jit
+def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, EPS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector. In: [D, E]. Out: [E, D], [E], fp32. Grid: E."""
+    e = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
+        total += v * v
+    norm = tl.sqrt_rn(tl.sum(total, axis=0))
+    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)
+    tl.store(inv_norm + e, inverse)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(unit + e * D + d, v * inverse, mask=d < D)
+
+
+@triton.jit
+def direction_gradient_kernel(
+    d_unit, unit, inv_norm, d_scores, thresholds, scale, d_w, d_thresholds, d_scale, D, stride_d, stride_e,
+    THRESHOLDS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of w[:, e] and of the threshold G of a slot (THRESHOLDS), and the slot's part of the scale's.
+
+    The scale gets <unit, d_unit> / tau from the cosines; theta = sigmoid(tau G) has the gradient -d_scores[e].
+    In: d_unit and unit [E, D], inv_norm, d_scores (summed over tokens) and thresholds [E], fp32 (thresholds any)
+    Out: d_w [D, E], d_thresholds and d_scale [E]. Grid: E.
+    """
+    e = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        u = tl.load(unit + e * D + d, mask=d < D, other=0.0)
+        total += u * tl.load(d_unit + e * D + d, mask=d < D, other=0.0)
+    radial = tl.sum(total, axis=0)
+    tau = tl.load(scale).to(tl.float32)
+    from_scale = radial / tau
+    if THRESHOLDS:
+        G = tl.load(thresholds + e).to(tl.float32)
+        theta = tl.sigmoid(tau * G)
+        through_theta = -tl.load(d_scores + e) * theta * (1.0 - theta)
+        tl.store(d_thresholds + e, (through_theta * tau).to(d_thresholds.dtype.element_ty))
+        from_scale += through_theta * G
+    tl.store(d_scale + e, from_scale)
+    inverse = tl.load(inv_norm + e)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        u = tl.load(unit + e * D + d, mask=d < D, other=0.0)
+        g = (tl.load(d_unit + e * D + d, mask=d < D, other=0.0) - u * radial) * inverse
+        tl.store(d_w + e * stride_e + d * stride_d, g.to(d_w.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def token_gradient_kernel(
+    d_rows, x, d_y, b2, parts, score, inv_norm, unrouted, bits, unit, scale, token_offsets, row_of_assignment,
+    d_x, d_score, d_cos,
+    D, O, E, W, TILES_N, stride_xt, stride_yt,
+    CENTRED: tl.constexpr, BIAS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The formulas at the head of this file, for one token.
+
+    In: d_rows [R, D], x [T, D], d_y [T, O], b2 [E, O], parts [R, TILES_N], score [T, E], bits [T, W], unit [E, D]
+    Out: d_x [T, D], d_score and d_cos [T, E], 0 where there is no assignment
+    Grid: T. Bytes: d_rows, x, d_y, parts and score once, unit and b2 from L2, the outputs once.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    start = tl.load(token_offsets + t)
+    k = tl.load(token_offsets + t + 1) - start
+    e = tl.arange(0, BLOCK_E)
+    in_E = e < E
+    word = tl.load(bits + t * W + e // 64, mask=in_E, other=0)
+    assigned = ((word >> (e % 64).to(tl.int64)) & 1).to(tl.int32)
+    place = tl.cumsum(assigned, axis=0) - assigned
+    assigned = assigned > 0
+    row = tl.load(row_of_assignment + start + place, mask=assigned, other=0).to(tl.int64)
+
+    ds = tl.zeros((BLOCK_E,), tl.float32)
+    for n0 in range(0, TILES_N, BLOCK_T):
+        n = n0 + tl.arange(0, BLOCK_T)
+        part = tl.load(
+            parts + row[:, None] * TILES_N + n[None, :], mask=assigned[:, None] & (n < TILES_N)[None, :], other=0.0
+        )
+        ds += tl.sum(part, axis=1)
+    if BIAS:
+        o = tl.arange(0, BLOCK_O)
+        dy = tl.load(d_y + t * stride_yt + o, mask=o < O, other=0.0).to(tl.float32)
+        for j in range(k):
+            here = assigned & (place == j)
+            expert = tl.sum(tl.where(here, e, 0), axis=0).to(tl.int64)
+            bias = tl.load(b2 + expert * O + o, mask=o < O, other=0.0).to(tl.float32)
+            ds += tl.where(here, tl.sum(dy * bias, axis=0), 0.0)
+    count = tl.maximum(k, 1).to(tl.float32)
+    ds = ds / count
+    if CENTRED:
+        ds -= tl.sum(ds, axis=0) / count
+    ds = tl.where(assigned & (tl.load(unrouted + t) == 0), ds, 0.0)
+    tl.store(d_score + t * E + e, ds, mask=in_E)
+    s = tl.load(score + t * E + e, mask=in_E, other=0.0)
+    inverse = tl.load(inv_norm + t)
+    dcos = ds * s * (1.0 - s) * (tl.load(scale).to(tl.float32) * inverse)
+    tl.store(d_cos + t * E + e, dcos, mask=in_E)
+
+    d = tl.arange(0, BLOCK_D)
+    in_D = d < D
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    g = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, k, UNROLL):
+        for i in tl.static_range(UNROLL):  # so that several rows are on their way together
+            here = assigned & (place == first + i)
+            mask = in_D & (first + i < k)
+            expert = tl.sum(tl.where(here, e, 0), axis=0).to(tl.int64)
+            r = tl.sum(tl.where(here, row, 0), axis=0)
+            total += tl.load(d_rows + r * D + d, mask=mask, other=0.0).to(tl.float32)
+            g += tl.sum(tl.where(here, dcos, 0.0), axis=0) * tl.load(unit + expert * D + d, mask=mask, other=0.0)
+    token = tl.load(x + t * stride_xt + d, mask=in_D, other=0.0).to(tl.float32)
+    radial = tl.sum(g * token, axis=0) * inverse * inverse
+    tl.store(d_x + t * D + d, (total + g - token * radial).to(d_x.dtype.element_ty), mask=in_D)
+
+
+def unit_vectors(w_DE: Tensor) -> tuple[Tensor, Tensor]:
+    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; both 0 for a zero vector."""
+    D, E = w_DE.shape
+    unit_ED = w_DE.new_empty((E, D), dtype=torch.float32)
+    inv_norm_E = w_DE.new_empty((E,), dtype=torch.float32)
+    if E:
+        unit_vectors_kernel[(E,)](w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), EPS=NORM_EPS, BLOCK_D=1024)
+    return unit_ED, inv_norm_E
+
+
+def direction_gradient(
+    d_unit_ED: Tensor,
+    unit_ED: Tensor,
+    inv_norm_E: Tensor,
+    scale: Tensor,
+    w_DE: Tensor,
+    thresholds: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w [D, E], of the scale [] and of the thresholds G [E], from that of the unit vectors [E, D].
+
+    `thresholds` are (G [E], the gradient of the scores summed over the tokens [E]); without them the last is empty.
+    """
+    E, D = unit_ED.shape
+    d_w_DE = torch.empty(w_DE.shape, dtype=w_DE.dtype, device=w_DE.device)
+    G_E, d_scores_E = thresholds or (inv_norm_E[:0], inv_norm_E)
+    d_thresholds_E, d_scale_E = torch.empty_like(G_E), torch.empty_like(inv_norm_E)
+    if E:
+        direction_gradient_kernel[(E,)](
+            d_unit_ED,
+            unit_ED,
+            inv_norm_E,
+            d_scores_E,
+            G_E,
+            scale,
+            d_w_DE,
+            d_thresholds_E,
+            d_scale_E,
+            D,
+            *d_w_DE.stride(),
+            THRESHOLDS=thresholds is not None,
+            BLOCK_D=1024,
+        )
+    return d_w_DE, d_scale_E.sum().to(scale.dtype), d_thresholds_E
+
+
+def token_gradient(
+    d_rows_AD: Tensor,
+    x_TD: Tensor,
+    d_y_TO: Tensor,
+    b2_EO: Tensor | None,
+    parts_AN: Tensor,
+    score_TE: Tensor,
+    inv_norm_T: Tensor,
+    unrouted_T: Tensor,
+    bits_TW: Tensor,
+    unit_ED: Tensor,
+    scale: Tensor,
+    token_offsets: Tensor,
+    row_of_assignment: Tensor,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines over ||x|| [T, E]."""
+    (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
+    d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
+    d_score_TE, d_cos_TE = torch.empty_like(score_TE), torch.empty_like(score_TE)
+    if T:
+        block_d = triton.next_power_of_2(max(D, 16))
+        token_gradient_kernel[(T,)](
+            d_rows_AD,
+            x_TD,
+            d_y_TO,
+            d_y_TO if b2_EO is None else b2_EO,
+            parts_AN,
+            score_TE,
+            inv_norm_T,
+            unrouted_T,
+            bits_TW,
+            unit_ED,
+            scale,
+            token_offsets,
+            row_of_assignment,
+            d_x_TD,
+            d_score_TE,
+            d_cos_TE,
+            D,
+            O,
+            E,
+            bits_TW.shape[1],
+            parts_AN.shape[1],
+            x_TD.stride(0),
+            d_y_TO.stride(0),
+            CENTRED=centred,
+            BIAS=b2_EO is not None,
+            UNROLL=2 if block_d <= 4096 else 1,
+            BLOCK_D=block_d,
+            BLOCK_O=triton.next_power_of_2(max(O, 16)),
+            BLOCK_E=max(2, triton.next_power_of_2(E)),
+            BLOCK_T=min(16, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
+            num_warps=min(16, max(1, block_d // 512)),
+        )
+    return d_x_TD, d_score_TE, d_cos_TE

@@ -1,0 +1,478 @@
+"""The threshold gate in one pass over the tokens, and the gradient of its scores.
+
+Forward:   routing_vectors (to the layout and type of the product)  ->  threshold_gate
+Backward:  score_gradient  ->  cosine_gradient (to the tokens), unit_gradient (to the routing vectors)
+
+Tokens in half precision are multiplied on matrix cores without loss: the routing vectors are a sum of parts in the
+tokens' dtype, scaled by a power of two. fp32 takes three bf16 parts (24 bits; two err by 7e-6 where few dimensions hold
+most of both vectors, and decisions must be right to 2e-6) or two of fp16 (22 bits, 1.2e-7); a vector that has the
+tokens' dtype is its own only part.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from ..ragged_index import block_tokens, words
+from ..threshold_gate import NORM_EPS
+from .router_gradient import direction_gradient, unit_vectors
+
+HALF = (torch.bfloat16, torch.float16)
+EXACT_EXPERTS = 16  # up to here fp32 products without matrix cores take less time than reading the tokens
+KB = 1024
+MOST_COLUMNS = 4096  # of a routing vector that one program holds in registers
+GRADIENT_PROGRAMS = 512  # that share the sum over the tokens: by shape alone, so that a sum has one order everywhere
+GRADIENT_TOKENS = 256  # and each adds up as many at least
+
+
+@triton.jit
+def _split_and_store(v, at, mask, step, PARTS: tl.constexpr):
+    """Store v as a sum of PARTS numbers of the pointers' type, `step` elements apart, the largest first."""
+    for p in tl.static_range(PARTS):
+        part = v.to(at.dtype.element_ty)
+        tl.store(at + p * step, part, mask=mask)
+        v -= part.to(tl.float32)
+
+
+@triton.jit
+def routing_vectors_kernel(
+    w, parts, inv_norm, D, E, DP, stride_d, stride_e,
+    EPS: tl.constexpr, EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Columns of w as rows, times a power of two that brings their norms to [1, 2) 2^EXPONENT, in PARTS that add up.
+
+    In: w [D, E]. Out: parts [PARTS, BLOCK_E, DP], 0 in what is padding; inv_norm [BLOCK_E] fp32, 1 / the scaled norm, 0
+    for a zero vector. Grid: BLOCK_E. Bytes: w once (twice if D > BLOCK_D, from L2), parts.
+    """
+    e = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    column = w + e * stride_e
+    v = tl.load(column + d.to(tl.int64) * stride_d, mask=(d < D) & (e < E), other=0.0).to(tl.float32)
+    squares = v * v
+    for d0 in range(BLOCK_D, DP, BLOCK_D):
+        far = (d0 + d).to(tl.int64)
+        u = tl.load(column + far * stride_d, mask=(far < D) & (e < E), other=0.0).to(tl.float32)
+        squares += u * u
+    norm = tl.sqrt_rn(tl.sum(squares, axis=0))
+    exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 64), 254)  # of what is 0 or not finite, any will do
+    factor = ((254 + EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(inv_norm + e, tl.where(norm > EPS, tl.div_rn(1.0, norm * factor), 0.0))
+    row = parts + e * DP
+    step = tl.cast(DP, tl.int64) * BLOCK_E
+    _split_and_store(v * factor, row + d, d < DP, step, PARTS)
+    for d0 in range(BLOCK_D, DP, BLOCK_D):
+        far = (d0 + d).to(tl.int64)
+        u = tl.load(column + far * stride_d, mask=(far < D) & (e < E), other=0.0).to(tl.float32)
+        _split_and_store(u * factor, row + far, far < DP, step, PARTS)
+
+
+@triton.jit
+def threshold_gate_kernel(
+    x, parts, inv_norm_E, threshold, active, scale, token_mask,
+    score, words, unrouted, inv_norm_T, counts,
+    T, D, E, DP, WORDS, stride_t,
+    FALLBACK: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, COUNT_T: tl.constexpr,
+):  # fmt: skip
+    """Scores, bitmask, unrouted flags, inverse norms and block counts of BLOCK_T tokens; see `kernels.threshold_gate`.
+
+    In: x [T, D] with stride_t, parts [PARTS, BLOCK_E, DP] and inv_norm_E of `routing_vectors_kernel`, threshold and
+    active [E], scale [], token_mask [T] (MASKED). Out: score [T, E], words [T, WORDS] int32 (expert e in bit e % 32 of
+    word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
+    Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2.
+
+    A masked token is read as zeros. A token that is not finite has NaN for cosines, which pass nothing; to the fallback
+    a NaN is the best, as to torch's argmax.
+    """
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    in_T, in_E = t < T, e < E
+    real = in_T
+    if MASKED:
+        real = real & (tl.load(token_mask + t, mask=in_T, other=0) != 0)
+    x_at = x + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+    part_at = parts + e[None, :] * DP + d[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for d0 in range(0, DP, BLOCK_D):
+        if EVEN_D:
+            tile = tl.load(x_at, mask=real[:, None], other=0.0)
+        else:
+            tile = tl.load(x_at, mask=real[:, None] & (d < D - d0)[None, :], other=0.0)
+        # matrix cores cut off what they add: each step has a sum of its own, the smallest part first, and the steps are
+        # added up with rounding; max_num_imprecise_acc keeps the compiler from making one sum of it
+        step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+        for p in tl.static_range(PARTS):
+            part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
+            step = tl.dot(tile, part, step, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
+        acc += step
+        wide = tile.to(tl.float32)
+        squares += wide * wide
+        x_at += BLOCK_D
+        part_at += BLOCK_D
+
+    norm = tl.sqrt_rn(tl.sum(squares, axis=1))
+    inverse = tl.where(norm > EPS, tl.div_rn(1.0, norm), 0.0)
+    tl.store(inv_norm_T + t, inverse, mask=in_T)
+    cos = acc * inverse[:, None] * tl.load(inv_norm_E + e)[None, :]
+    score_at = score + t.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(score_at, tl.sigmoid(cos * tl.load(scale).to(tl.float32)), mask=in_T[:, None] & in_E[None, :])
+
+    is_active = tl.load(active + e, mask=in_E, other=0) != 0
+    limit = tl.load(threshold + e, mask=in_E, other=0.0).to(tl.float32)
+    passes = (cos > limit[None, :]) & is_active[None, :] & real[:, None]
+    lost = real & (tl.max(passes.to(tl.int32), axis=1) == 0)
+    tl.store(unrouted + t, lost, mask=in_T)
+    if FALLBACK:
+        key = tl.where(cos == cos, cos, float("inf"))
+        key = tl.where(is_active[None, :], key, float("-inf"))
+        best = tl.max(key, axis=1)
+        first = tl.min(tl.where(key == best[:, None], e[None, :], BLOCK_E), axis=1)
+        passes = passes | (lost[:, None] & (e[None, :] == first[:, None]))
+    assigned = passes.to(tl.int32)
+
+    bit = assigned << (e % 32)[None, :]
+    word_at = words + t.to(tl.int64) * WORDS
+    if BLOCK_E <= 32:
+        tl.store(word_at, tl.sum(bit, axis=1), mask=in_T)
+        tl.store(word_at + 1, tl.zeros((BLOCK_T,), tl.int32), mask=in_T)
+    else:
+        word = tl.sum(tl.reshape(bit, (BLOCK_T, BLOCK_E // 32, 32)), axis=2)
+        i = tl.arange(0, BLOCK_E // 32)
+        tl.store(word_at[:, None] + i[None, :], word, mask=in_T[:, None] & (i < WORDS)[None, :])
+
+    blocks: tl.constexpr = BLOCK_T // COUNT_T
+    if blocks == 1:
+        tl.store(counts + tl.cast(block, tl.int64) * E + e, tl.sum(assigned, axis=0), mask=in_E)
+    else:
+        count = tl.sum(tl.reshape(assigned, (blocks, COUNT_T, BLOCK_E)), axis=1)
+        b = (block * blocks + tl.arange(0, blocks)).to(tl.int64)
+        tl.store(counts + b[:, None] * E + e[None, :], count, mask=(b * COUNT_T < T)[:, None] & in_E[None, :])
+
+
+@triton.jit
+def score_gradient_kernel(
+    d_score, score, inv_norm, scale, d_cos, T, E, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """d_cos = d_score s (1 - s) tau / ||x||.
+
+    In: d_score [T, E] of any strides, score [T, E], inv_norm [T]. Out: d_cos [T, E] fp32. Grid: blocks of tokens and of
+    experts. Bytes: 12 T E.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask = (t < T)[:, None] & (e < E)[None, :]
+    row = t.to(tl.int64)[:, None]
+    ds = tl.load(d_score + row * stride_t + e[None, :] * stride_e, mask=mask, other=0.0)
+    s = tl.load(score + row * E + e[None, :], mask=mask, other=0.0)
+    over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tl.load(scale).to(tl.float32)
+    tl.store(d_cos + row * E + e[None, :], (1.0 - s) * s * ds * over_norm[:, None], mask=mask)
+
+
+@triton.jit
+def _through_cosines(
+    d_cos_at, unit_at, in_T, in_D, E, D, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Tile [BLOCK_T, BLOCK_D] of d_cos times the unit vectors, for pointers at the tokens and at the columns."""
+    e = tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for e0 in range(0, E, BLOCK_E):
+        in_E = e < E - e0
+        d_cos = tl.load(d_cos_at[:, None] + (e0 + e)[None, :], mask=in_T[:, None] & in_E[None, :], other=0.0)
+        row = (e0 + e).to(tl.int64) * D
+        unit = tl.load(unit_at[None, :] + row[:, None], mask=in_E[:, None] & in_D[None, :], other=0.0)
+        acc = tl.dot(d_cos, unit, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def cosine_gradient_kernel(
+    d_cos, unit, x, inv_norm, d_x, T, D, E, stride_t,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """d_x = g - x <g, x> / ||x||^2, with g = d_cos unit.
+
+    In: d_cos [T, E] (over ||x||), unit [E, D], inv_norm [T], fp32; x [T, D] with stride_t. Out: d_x [T, D].
+    Grid: blocks of BLOCK_T tokens. Bytes: x twice, d_x once; d_cos and unit from L2.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    in_T = t < T
+    row = t.to(tl.int64)
+    inverse = tl.load(inv_norm + t, mask=in_T, other=0.0)
+    radial = tl.zeros((BLOCK_T,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        in_D = d < D - d0
+        at = (row * stride_t)[:, None] + (d0 + d)[None, :]
+        tile = tl.load(x + at, mask=in_T[:, None] & in_D[None, :], other=0.0).to(tl.float32)
+        g = _through_cosines(
+            d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
+        )  # fmt: skip
+        radial += tl.sum(g * tile, axis=1)
+    radial = radial * inverse * inverse
+    for d0 in range(0, D, BLOCK_D):
+        in_D = d < D - d0
+        mask = in_T[:, None] & in_D[None, :]
+        at = (row * stride_t)[:, None] + (d0 + d)[None, :]
+        tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        g = _through_cosines(
+            d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
+        )  # fmt: skip
+        out = (g - tile * radial[:, None]).to(d_x.dtype.element_ty)
+        tl.store(d_x + (row * D)[:, None] + (d0 + d)[None, :], out, mask=mask)
+
+
+@triton.jit
+def unit_gradient_kernel(
+    d_cos, x, out, T, D, E, CHUNK, stride_t,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens, a multiple of BLOCK_T.
+
+    In: d_cos [T, E] fp32, x [T, D] with stride_t. Out: [chunks, E, D] fp32. Grid: (columns, experts, chunks).
+    Bytes: x once for each block of experts, d_cos once for each block of columns, mostly from L2.
+
+    SPLIT: x is bf16 and d_cos a sum of three bf16 parts, 24 bits. Else the product is fp32.
+    """
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    chunk = tl.program_id(2)
+    first = chunk * CHUNK
+    step = tl.arange(0, BLOCK_T)
+    in_D, in_E = d < D, e < E
+    row = (first + step).to(tl.int64)
+    x_at = x + (row * stride_t)[:, None] + d[None, :]
+    d_cos_at = d_cos + (row * E)[None, :] + e[:, None]
+    acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for t0 in range(first, tl.minimum(first + CHUNK, T), BLOCK_T):
+        in_T = step < T - t0
+        tile = tl.load(x_at, mask=in_T[:, None] & in_D[None, :], other=0.0)
+        weight = tl.load(d_cos_at, mask=in_E[:, None] & in_T[None, :], other=0.0)
+        if SPLIT:
+            high = weight.to(tl.bfloat16)
+            weight -= high.to(tl.float32)
+            middle = weight.to(tl.bfloat16)
+            low = (weight - middle.to(tl.float32)).to(tl.bfloat16)
+            acc += tl.dot(high, tile, tl.dot(middle, tile, tl.dot(low, tile)))
+        else:
+            acc = tl.dot(weight, tile.to(tl.float32), acc, input_precision=PRECISION)
+        x_at += BLOCK_T * tl.cast(stride_t, tl.int64)
+        d_cos_at += BLOCK_T * tl.cast(E, tl.int64)
+    at = (chunk * tl.cast(E, tl.int64) + e) * D
+    tl.store(out + at[:, None] + d[None, :], acc, mask=in_E[:, None] & in_D[None, :])
+
+
+def _precision(E: int, chip: str) -> str:
+    """How fp32 is multiplied: "tf32x3" has the accuracy of fp32; AMD's matrix cores multiply fp32 itself."""
+    return "tf32x3" if chip.startswith("sm_") and E > EXACT_EXPERTS else "ieee"
+
+
+def _number_of_parts(x: torch.dtype, w: torch.dtype) -> int:
+    """Parts in the tokens' dtype that hold a routing vector."""
+    if x not in HALF or x == w:
+        return 1
+    if w in HALF:
+        return 2 if x == torch.bfloat16 else 1
+    return 3 if x == torch.bfloat16 else 2
+
+
+def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]:
+    """Tile, warps and stages of `threshold_gate_kernel`. T has no say: a token's sums must not depend on its batch.
+
+    The more tokens share a tile, the less often the routing vectors are read from L2, which is what bounds the kernel
+    when block_e * parts is near the tile's tokens. Two rows of sums, of all steps and of one, fit in registers.
+    """
+    block_t = 128 if block_e <= 64 else 8192 // block_e
+    block_d, warps = 64, 8
+    if x in HALF:
+        if block_e * parts > 256 or block_e == 256:
+            block_d = 32 if block_e * parts <= 1024 else 16
+    else:
+        block_d = 32 if block_e <= 128 else 16
+        if block_e <= EXACT_EXPERTS:
+            block_t, warps = 64, 4
+    stage = (block_t + block_e * parts) * block_d * x.itemsize
+    # two programs on a multiprocessor, or one
+    stages = 4 if 4 * stage <= 100 * KB else 3 if 3 * stage <= 150 * KB else 2
+    if chip.startswith("gfx"):
+        stages = 2
+    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: int) -> tuple[Tensor, Tensor]:
+    """Parts [parts, BLOCK_E, D up to a multiple of BLOCK_D] and inverse norms [BLOCK_E]."""
+    D, E = w_DE.shape
+    block_e, columns = tile["BLOCK_E"], triton.cdiv(D, tile["BLOCK_D"]) * tile["BLOCK_D"]
+    parts_PED = w_DE.new_empty((parts, block_e, columns), dtype=x)
+    inv_norm_E = w_DE.new_empty((block_e,), dtype=torch.float32)
+    block_d = min(MOST_COLUMNS, max(16, triton.next_power_of_2(columns)))
+    routing_vectors_kernel[(block_e,)](
+        w_DE,
+        parts_PED,
+        inv_norm_E,
+        D,
+        E,
+        columns,
+        *w_DE.stride(),
+        EPS=NORM_EPS,
+        EXPONENT=14 if x == torch.float16 else 0,
+        PARTS=parts,
+        BLOCK_D=block_d,
+        BLOCK_E=block_e,
+        num_warps=8 if block_d >= 1024 else 4,
+    )
+    return parts_PED, inv_norm_E
+
+
+def threshold_gate(
+    x_TD: Tensor,
+    w_DE: Tensor,
+    threshold_E: Tensor,
+    active_E: Tensor,
+    scale: Tensor,
+    fallback: bool,
+    token_mask_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the operation `threshold_gate`."""
+    (T, D), E = x_TD.shape, w_DE.shape[1]
+    count_t = block_tokens(E)
+    score_TE = x_TD.new_empty((T, E), dtype=torch.float32)
+    bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
+    unrouted_T = x_TD.new_empty((T,), dtype=torch.bool)
+    inv_norm_T = x_TD.new_empty((T,), dtype=torch.float32)
+    block_counts = x_TD.new_empty((triton.cdiv(T, count_t) * E,), dtype=torch.int32)
+    if T:
+        x_TD, chip = _rows_contiguous(x_TD), configs.architecture(x_TD.device)
+        parts = _number_of_parts(x_TD.dtype, w_DE.dtype)
+        tile = _tile(max(16, triton.next_power_of_2(E)), x_TD.dtype, parts, chip)
+        parts_PED, inv_norm_E = _routing_vectors(w_DE, x_TD.dtype, tile, parts)
+        threshold_gate_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
+            x_TD,
+            parts_PED,
+            inv_norm_E,
+            threshold_E.contiguous(),
+            active_E.contiguous(),
+            scale,
+            unrouted_T if token_mask_T is None else token_mask_T.contiguous(),
+            score_TE,
+            bits_TW.view(torch.int32),
+            unrouted_T,
+            inv_norm_T,
+            block_counts,
+            T,
+            D,
+            E,
+            parts_PED.shape[2],
+            2 * words(E),
+            x_TD.stride(0),
+            FALLBACK=fallback,
+            MASKED=token_mask_T is not None,
+            EVEN_D=parts_PED.shape[2] == D,
+            EPS=NORM_EPS,
+            PARTS=parts,
+            PRECISION=_precision(E, chip),
+            COUNT_T=count_t,
+            **tile,
+        )
+    return score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts
+
+
+def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
+    """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors, from that of the cosines over ||x||, fp32.
+
+    Chunks of tokens are added up apart and then in order; the chunks depend on shapes alone.
+    """
+    (T, D), E = x_TD.shape, d_cos_TE.shape[1]
+    if T == 0 or D == 0:
+        return d_cos_TE.new_zeros((E, D))
+    x_TD, d_cos_TE = _rows_contiguous(x_TD), d_cos_TE.contiguous()
+    chip = configs.architecture(x_TD.device)
+    split = x_TD.dtype == torch.bfloat16
+    block_e = min(128, max(16, triton.next_power_of_2(E)))
+    tile = _gradient_tile(block_e, split, chip)
+    block_t, block_d = tile["BLOCK_T"], tile["BLOCK_D"]
+    columns, experts = triton.cdiv(D, block_d), triton.cdiv(E, block_e)
+    most = max(1, GRADIENT_PROGRAMS // (columns * experts))
+    chunk = block_t * triton.cdiv(max(GRADIENT_TOKENS, triton.cdiv(T, most)), block_t)
+    chunks = triton.cdiv(T, chunk)
+    sums_CED = d_cos_TE.new_empty((chunks, E, D))
+    unit_gradient_kernel[(columns, experts, chunks)](
+        d_cos_TE,
+        x_TD,
+        sums_CED,
+        T,
+        D,
+        E,
+        chunk,
+        x_TD.stride(0),
+        SPLIT=split,
+        PRECISION=_precision(E, chip),
+        **tile,
+    )
+    return sums_CED[0] if chunks == 1 else sums_CED.sum(dim=0)
+
+
+def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
+    """Tile, warps and stages of `unit_gradient_kernel`: rows of 256 bytes of as many tokens as stay in registers."""
+    tile = {"BLOCK_T": 64 if block_e > 16 else 32, "BLOCK_D": 128, "BLOCK_E": block_e, "num_warps": 8, "num_stages": 3}
+    if not split:
+        tile |= {"BLOCK_T": 32, "BLOCK_D": 64}
+    if chip.startswith("gfx"):
+        tile |= {"num_stages": 2}
+    return tile
+
+
+def threshold_gate_backward(
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operation `threshold_gate_backward`."""
+    (T, D), E = x_TD.shape, w_DE.shape[1]
+    d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
+    d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
+    unit_ED, inv_norm_E = unit_vectors(w_DE)
+    x_TD = _rows_contiguous(x_TD)
+    if T:
+        chip = configs.architecture(x_TD.device)
+        block_e = min(64, max(16, triton.next_power_of_2(E)))
+        score_gradient_kernel[(triton.cdiv(T, 2048 // block_e), triton.cdiv(E, block_e))](
+            d_score_TE,
+            score_TE,
+            inv_norm_T,
+            scale,
+            d_cos_TE,
+            T,
+            E,
+            *d_score_TE.stride(),
+            BLOCK_T=2048 // block_e,
+            BLOCK_E=block_e,
+            num_warps=4,
+        )
+        cosine_gradient_kernel[(triton.cdiv(T, 32),)](
+            d_cos_TE,
+            unit_ED,
+            x_TD,
+            inv_norm_T,
+            d_x_TD,
+            T,
+            D,
+            E,
+            x_TD.stride(0),
+            PRECISION=_precision(E, chip),
+            BLOCK_T=32,
+            BLOCK_D=32,
+            BLOCK_E=min(32, block_e),
+            num_warps=8,
+            num_stages=2,
+        )
+    d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD), unit_ED, inv_norm_E, scale, w_DE)
+    return d_x_TD, d_w_DE, d_scale

@@ -1,0 +1,288 @@
+"""The engine "grouped_mm" of the expert networks: torch.nn.functional.grouped_mm, one product for all experts.
+
+The functions have the names, arguments and results of the operations in `grouped_ffn`. Rows are gathered, multiplied,
+and bias, activation and gate follow as torch operations: more memory traffic than Triton's fused kernels, for the same
+numbers. Nothing here asks the device for a value. On sm_90 and sm_100 in bf16 torch does not either; elsewhere, and in
+fp16 and fp32, its grouped product is a loop over the experts that first copies their offsets to the host.
+
+What grouped_mm asks for (its documentation and aten/src/ATen/native/GroupedMMUtils.h), and what is done about it:
+* int32 ends of the groups: those of `expert_offsets`. Rows behind the last end are neither read nor written.
+* one inner stride of 1, every other stride and the address a multiple of 16 bytes: other operands, as of an odd D or H,
+  are copied once with zeros behind, which change no product.
+* no bias, and results in the type of the operands: in half precision the bias of a pre-activation goes into the product
+  as one more row of the weights (rounded after the product and again after the bias, h near 0 gets the wrong sign, and
+  relu the wrong gradient, in one of 500 elements); elsewhere it is added to the result.
+* no word on a group without rows where rows are summed over: the gradients of such experts are zeroed here.
+
+Row sums (bias gradients) are products with a matrix of ones, token sums a `segment_reduce`: no atomics, a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
+
+ALIGNMENT = 16  # bytes
+
+
+def _aligned_size(size: int, dtype: torch.dtype) -> int:
+    """The least number of elements, at least `size` and 1, that fills a multiple of ALIGNMENT bytes."""
+    step = ALIGNMENT // dtype.itemsize
+    return max(-(-size // step), 1) * step
+
+
+def _operand(t: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
+    """`t` [..., M, N] in `dtype` as grouped_mm takes it: itself or a copy, zeros behind, M (but not of `rows`) and N
+    aligned."""
+    step = ALIGNMENT // dtype.itemsize
+    *batch, M, N = t.shape
+    shape = (*batch, M if rows else _aligned_size(M, dtype), _aligned_size(N, dtype))
+    if tuple(t.shape) == shape:
+        t = t.to(dtype)
+        *outer, stride_m, stride_n = t.stride()
+        row_major = stride_n == 1 and stride_m >= N and stride_m % step == 0
+        column_major = stride_m == 1 and stride_n >= M and stride_n % step == 0 and not rows
+        if (row_major or column_major) and not any(s % step for s in outer) and t.data_ptr() % ALIGNMENT == 0:
+            return t
+    padded = t.new_zeros(shape, dtype=dtype)
+    padded[..., :M, :N] = t
+    return padded
+
+
+def _columns(t: Tensor, size: int) -> Tensor:
+    """The first `size` columns, contiguous."""
+    return t if t.shape[-1] == size else t[..., :size].contiguous()
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The rows [R] of the experts: those of e from expert_offsets[e] on, what lies behind the last is no row."""
+
+    expert_offsets: Tensor
+    R: int
+
+    @property
+    def ends(self) -> Tensor:
+        return self.expert_offsets[1:]
+
+    @cached_property
+    def _expert_of_row(self) -> Tensor:
+        """[R]; an expert, whichever, for what is no row."""
+        row_R = torch.arange(self.R, device=self.expert_offsets.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends, row_R, right=True).clamp_(max=self.ends.shape[0] - 1)
+
+    @cached_property
+    def _behind(self) -> Tensor:
+        """[R, 1] bool: what is no row."""
+        row_R = torch.arange(self.R, device=self.expert_offsets.device, dtype=torch.int32)
+        return (row_R >= self.expert_offsets[-1]).unsqueeze(1)
+
+    @cached_property
+    def _silent(self) -> Tensor:
+        """[E] bool: experts without rows."""
+        return self.expert_offsets.diff() == 0
+
+    def bias_rows(self, b_EN: Tensor, like_RN: Tensor) -> Tensor:
+        """Each row's bias, in width and dtype as `like_RN`, zeros behind."""
+        b_EN = F.pad(b_EN.to(like_RN.dtype), (0, like_RN.shape[1] - b_EN.shape[1]))
+        return b_EN.index_select(0, self._expert_of_row)
+
+    def linear(self, x_RK: Tensor, w_EKN: Tensor, b_EN: Tensor | None = None) -> Tensor:
+        """x w[e] + b[e], [R, N], of aligned operands."""
+        out_RN = F.grouped_mm(x_RK, w_EKN, offs=self.ends)
+        return out_RN if b_EN is None else out_RN.add_(self.bias_rows(b_EN, out_RN))
+
+    def zero_behind(self, rows_RN: Tensor) -> Tensor:
+        """In place: 0 in what is no row."""
+        return rows_RN.masked_fill_(self._behind, 0)
+
+    def weight_gradient(self, x_RM: Tensor, d_RN: Tensor, like_EMN: Tensor) -> Tensor:
+        """The sum of x^T d over each expert's rows, with the shape, strides and dtype of `like_EMN`."""
+        _, M, N = like_EMN.shape
+        if like_EMN.stride(1) == 1:  # stored as [E, N, M]
+            grad_EMN = F.grouped_mm(d_RN.t(), x_RM, offs=self.ends).transpose(1, 2)
+        else:
+            grad_EMN = F.grouped_mm(x_RM.t(), d_RN, offs=self.ends)
+        grad_EMN = grad_EMN.masked_fill_(self._silent.view(-1, 1, 1), 0)[:, :M, :N]
+        if grad_EMN.dtype == like_EMN.dtype and grad_EMN.stride() == like_EMN.stride():
+            return grad_EMN
+        return torch.empty_like(like_EMN).copy_(grad_EMN)
+
+    def bias_gradient(self, d_RN: Tensor, like_EN: Tensor) -> Tensor:
+        """The sum of each expert's rows, with the shape, strides and dtype of `like_EN`."""
+        ones = d_RN.new_ones((self.R, ALIGNMENT // d_RN.dtype.itemsize))
+        grad_EN = F.grouped_mm(ones.t(), d_RN, offs=self.ends)[:, 0].masked_fill(self._silent.unsqueeze(1), 0)
+        return torch.empty_like(like_EN).copy_(grad_EN[:, : like_EN.shape[1]])
+
+
+def _gather(x_TD: Tensor, token_of_row: Tensor, one: bool) -> Tensor:
+    """x of each row's token, aligned, with a 1 behind if `one`; what is no row (-1) gets the first token's."""
+    x_TD = F.pad(x_TD, (0, 1), value=1.0) if one else x_TD
+    return _operand(x_TD, x_TD.dtype, rows=True).index_select(0, token_of_row.clamp(min=0))
+
+
+def _has_one(x_TD: Tensor, b1_EH: Tensor | None, b3_EH: Tensor | None) -> bool:
+    """Whether biases are a row of the weights."""
+    return x_TD.dtype != torch.float32 and not (b1_EH is None and b3_EH is None)
+
+
+def _pre_activation(groups: _Groups, x: Tensor, w_EDH: Tensor, b_EH: Tensor | None, one: bool) -> Tensor:
+    """x w[e] + b[e] of gathered rows, as wide as aligned."""
+    if not one:
+        return groups.linear(x, _operand(w_EDH, x.dtype), b_EH)
+    (E, D, H), dtype = w_EDH.shape, x.dtype
+    w = w_EDH.new_zeros((E, x.shape[1], _aligned_size(H, dtype)), dtype=dtype)
+    w[:, :D, :H] = w_EDH
+    if b_EH is not None:
+        w[:, D, :H] = b_EH
+    return groups.linear(x, w)
+
+
+def _token_sum(rows_RD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
+    """Each token's sum of rows, [T, D], in fp32."""
+    in_order = rows_RD.to(torch.promote_types(rows_RD.dtype, torch.float32))
+    in_order = in_order.index_select(0, row_of_assignment.clamp(min=0))
+    return torch.segment_reduce(in_order, "sum", offsets=token_offsets, axis=0, unsafe=True)  # checks would wait
+
+
+def _empty_like(p: Tensor | None, x_TD: Tensor) -> Tensor:
+    """Instead of a gradient that is not wanted, or zeros."""
+    return x_TD.new_empty((0,), dtype=torch.float32) if p is None else torch.zeros_like(p)
+
+
+def grouped_ffn(
+    x_TD: Tensor,
+    gate_A: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    w1_EDH: Tensor,
+    b1_EH: Tensor | None,
+    w3_EDH: Tensor | None,
+    b3_EH: Tensor | None,
+    w2_EHO: Tensor,
+    b2_EO: Tensor | None,
+    activation: str,
+    apply_gate: bool,
+    save: bool,
+    engine: str = "grouped_mm",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operation `grouped_ffn`."""
+    (R,), T, (_, H, O) = token_of_row.shape, x_TD.shape[0], w2_EHO.shape
+    none = x_TD.new_empty((0, H))
+    if R == 0 or T == 0:
+        h = x_TD.new_zeros((R if save else 0, H))
+        return x_TD.new_zeros((R, O)), h, none if w3_EDH is None else h.clone()
+    dtype, groups = x_TD.dtype, _Groups(expert_offsets, R)
+    one = _has_one(x_TD, b1_EH, b3_EH)
+    x = _gather(x_TD, token_of_row, one)
+    h = _pre_activation(groups, x, w1_EDH, b1_EH, one)
+    u = None if w3_EDH is None else _pre_activation(groups, x, w3_EDH, b3_EH, one)
+    _, a = hidden_rows(ACTIVATIONS[activation], h, u)
+    rows = _columns(groups.linear(a, _operand(w2_EHO, dtype), b2_EO), O)
+    if apply_gate:
+        rows.mul_(gate_A.unsqueeze(1))
+    return rows, _columns(h, H) if save else none, _columns(u, H) if save and u is not None else none.clone()
+
+
+def grouped_ffn_backward(
+    d_rows_AO: Tensor,
+    h_AH: Tensor,
+    u_AH: Tensor,
+    x_TD: Tensor,
+    gate_A: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    token_of_row: Tensor,
+    row_of_assignment: Tensor,
+    w1_EDH: Tensor,
+    b1_EH: Tensor | None,
+    w3_EDH: Tensor | None,
+    b3_EH: Tensor | None,
+    w2_EHO: Tensor,
+    b2_EO: Tensor | None,
+    activation: str,
+    apply_gate: bool,
+    weights: bool,
+    engine: str = "grouped_mm",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the operation `grouped_ffn_backward`."""
+    (R,), (T, D), dtype = token_of_row.shape, x_TD.shape, x_TD.dtype
+    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
+    grads = [_empty_like(p if weights and (R == 0 or T == 0) else None, x_TD) for p in params]
+    if R == 0 or T == 0:
+        return torch.zeros_like(x_TD), torch.zeros_like(gate_A), *grads  # type: ignore[return-value]
+    act, groups = ACTIVATIONS[activation], _Groups(expert_offsets, R)
+    saved, one = h_AH.shape[0] == R, _has_one(x_TD, b1_EH, b3_EH)
+    x = _gather(x_TD, token_of_row if weights or not saved else token_of_row[:0], one and not saved)
+    u = None
+    if saved:
+        h = _operand(h_AH, dtype, rows=True)
+        u = None if w3_EDH is None else _operand(u_AH, dtype, rows=True)
+    else:
+        h = _pre_activation(groups, x, w1_EDH, b1_EH, one)
+        u = None if w3_EDH is None else _pre_activation(groups, x, w3_EDH, b3_EH, one)
+    x = x[:, : _aligned_size(D, dtype)]
+    act_h, a = hidden_rows(act, h, u)
+    d_row = _operand(d_rows_AO, dtype, rows=True)
+    d_a = groups.linear(d_row, _operand(w2_EHO, dtype).transpose(1, 2))
+    wide = torch.promote_types(dtype, torch.float32)
+    d_gate = (d_a * a).sum(dim=1, dtype=wide)
+    if b2_EO is not None:
+        d_gate += (d_row * groups.bias_rows(b2_EO, d_row)).sum(dim=1, dtype=wide)
+    if apply_gate:
+        gate = gate_A.to(dtype).unsqueeze(1)
+        d_a, d_row = d_a * gate, d_row * gate
+    d_h, d_u = hidden_gradients(act, d_a, h, u, act_h)
+    d_xs = groups.linear(d_h, _operand(w1_EDH, dtype).transpose(1, 2))
+    if d_u is not None and w3_EDH is not None:
+        d_xs = d_xs.to(wide) + groups.linear(d_u, _operand(w3_EDH, dtype).transpose(1, 2))
+    if weights:
+        d_rows: tuple[Tensor | None, ...] = (d_h, d_u, d_row)
+        for i, (left, d) in enumerate(zip((x, x, a), d_rows, strict=True)):
+            w, b = params[2 * i], params[2 * i + 1]
+            if w is not None and d is not None:
+                grads[2 * i] = groups.weight_gradient(left, d, w)
+            if b is not None and d is not None:
+                grads[2 * i + 1] = groups.bias_gradient(d, b)
+    d_x_TD = _columns(_token_sum(d_xs, token_offsets, row_of_assignment).to(dtype), D)
+    return d_x_TD, d_gate.to(gate_A.dtype), *grads  # type: ignore[return-value]
+
+
+def grouped_linear(
+    rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "grouped_mm"
+) -> Tensor:
+    """As the operation `grouped_linear`."""
+    (R, _), O, dtype = rows_AD.shape, w_EDO.shape[2], rows_AD.dtype
+    if R == 0:
+        return rows_AD.new_zeros((0, O))
+    groups = _Groups(expert_offsets, R)
+    out = groups.linear(_operand(rows_AD, dtype, rows=True), _operand(w_EDO, dtype), b_EO)
+    return _columns(groups.zero_behind(out), O)
+
+
+def grouped_linear_backward(
+    d_out_AO: Tensor,
+    rows_AD: Tensor,
+    expert_offsets: Tensor,
+    w_EDO: Tensor,
+    b_EO: Tensor | None,
+    engine: str = "grouped_mm",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operation `grouped_linear_backward`."""
+    (R, D), dtype = rows_AD.shape, rows_AD.dtype
+    if R == 0:
+        return torch.zeros_like(rows_AD), torch.zeros_like(w_EDO), _empty_like(b_EO, rows_AD)
+    groups = _Groups(expert_offsets, R)
+    d_out = _operand(d_out_AO, dtype, rows=True)
+    d_rows = groups.zero_behind(groups.linear(d_out, _operand(w_EDO, dtype).transpose(1, 2)))
+    d_w = groups.weight_gradient(_operand(rows_AD, dtype, rows=True), d_out, w_EDO)
+    d_b = _empty_like(None, rows_AD) if b_EO is None else groups.bias_gradient(d_out, b_EO)
+    return torch.empty_like(rows_AD).copy_(d_rows[:, :D]), d_w, d_b

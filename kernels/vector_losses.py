@@ -1,0 +1,99 @@
+"""The two auxiliary losses of a top-any gate that see its routing vectors alone, in one operation.
+
+    diversity  = ||M||_F,  M = (U^T U - I) o m m^T over unit columns u_e of active slots (its diagonal is zero)
+    simplicity = mean over active slots of ||w_e||
+
+Source: arXiv 2405.14297, section 3. With u^ = 2 / ||M|| * U M the gradient of a column is
+(u^_e - u_e <u_e, u^_e>) / ||w_e|| for diversity, where <u_e, u^_e> = 2 / ||M|| * sum_f M[e, f]^2, and u_e / (number of
+active slots) for simplicity. As torch operations they are sixty launches of a microsecond's work each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autocast import without_autocast
+from .engine import on_gpu
+from .threshold_gate import gate_dtype, inverse_norm
+
+
+@torch.library.custom_op("dynmoe_tutel::vector_losses", mutates_args=())
+@without_autocast
+def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Diversity [] and simplicity [] of routing vectors [D, E].
+
+    For the backward: the unit vectors [E, D], their inverse norms [E], and M [E, E], zero where a slot is not active.
+    """
+    w = w_DE.to(gate_dtype(w_DE))
+    active = active_E.to(w.dtype)
+    inv_norm_E = inverse_norm(w, 0)
+    unit_ED = (w * (inv_norm_E * active)).t().contiguous()
+    gram_EE = unit_ED @ unit_ED.t()
+    gram_EE.fill_diagonal_(0)
+    diversity = torch.linalg.vector_norm(gram_EE)
+    simplicity = (torch.linalg.vector_norm(w, dim=0) * active).sum() / active.sum()
+    return diversity, simplicity, unit_ED, inv_norm_E, gram_EE
+
+
+@vector_losses.register_fake
+def _(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D, E = w_DE.shape
+    shapes = ((), (), (E, D), (E,), (E, E))
+    loss, other, unit, inverse, gram = (w_DE.new_empty(shape, dtype=gate_dtype(w_DE)) for shape in shapes)
+    return loss, other, unit, inverse, gram
+
+
+@torch.library.custom_op("dynmoe_tutel::vector_losses_backward", mutates_args=())
+@without_autocast
+def vector_losses_backward(
+    d_diversity: Tensor,
+    d_simplicity: Tensor,
+    diversity: Tensor,
+    unit_ED: Tensor,
+    inv_norm_E: Tensor,
+    gram_EE: Tensor,
+    active_E: Tensor,
+    w_DE: Tensor,
+) -> Tensor:
+    """Gradient of the routing vectors, [D, E] in their dtype."""
+    factor = torch.where(diversity > 0, 2 * d_diversity / diversity, torch.zeros_like(diversity))
+    tangent_ED = gram_EE @ unit_ED - unit_ED * gram_EE.square().sum(dim=1, keepdim=True)
+    radial_E = d_simplicity / active_E.sum()
+    d_w_ED = tangent_ED * (factor * inv_norm_E).unsqueeze(1) + unit_ED * radial_E
+    return d_w_ED.t().to(w_DE.dtype).contiguous()
+
+
+@vector_losses_backward.register_fake
+def _(
+    d_diversity: Tensor,
+    d_simplicity: Tensor,
+    diversity: Tensor,
+    unit_ED: Tensor,
+    inv_norm_E: Tensor,
+    gram_EE: Tensor,
+    active_E: Tensor,
+    w_DE: Tensor,
+) -> Tensor:
+    return torch.empty_like(w_DE, memory_format=torch.contiguous_format)
+
+
+def _context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    w_DE, active_E = inputs
+    diversity, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(diversity, *saved, active_E, w_DE)
+
+
+def _backward(ctx, d_diversity, d_simplicity, *_):  # type: ignore[no-untyped-def]
+    if d_diversity is None and d_simplicity is None:
+        return None, None
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    of_losses = (torch.zeros_like(saved[0]) if d is None else d for d in (d_diversity, d_simplicity))
+    return vector_losses_backward(*of_losses, *saved), None
+
+
+vector_losses.register_autograd(_backward, setup_context=_context)
+on_gpu(vector_losses, "vector_losses")
+on_gpu(vector_losses_backward, "vector_losses")

@@ -1,0 +1,239 @@
+"""Triton's expert networks against the torch operations, which are tested against float64 row by row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from dynmoe_tutel.kernels import ACTIVATIONS, configs, grouped_ffn, grouped_linear, pack_bits, ragged_index
+from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
+from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
+from helpers import HAS_GPU, relative_rms
+from torch import Tensor
+
+NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
+SHAPES = [  # T, D, H, O, E, density
+    (33, 16, 24, 8, 4, 0.5),
+    (70, 40, 72, 33, 3, 0.6),  # more than one row tile an expert
+    (9, 8, 16, 8, 3, 1.0),
+    (6, 5, 4, 5, 3, 0.0),
+    (0, 5, 4, 5, 3, 0.5),
+    (1, 1, 1, 1, 1, 1.0),
+]
+MANY = (5, 33, 17, 33, 65, 0.1)
+OPTIONS = [
+    {},
+    {"gated": True, "activation": "silu"},
+    {"biases": False, "apply_gate": True, "spare": 5, "activation": "relu"},
+    {"gated": True, "apply_gate": True, "activation": "gelu_tanh", "spare": 2},
+]
+HALF = [torch.bfloat16, torch.float16] if HAS_GPU else []
+
+
+class Call:
+    """Arguments of one call on the CPU, and the same on the device."""
+
+    def __init__(
+        self,
+        T: int,
+        D: int,
+        H: int,
+        O: int,
+        E: int,
+        density: float = 0.5,
+        *,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        gated: bool = False,
+        biases: bool = True,
+        apply_gate: bool = False,
+        spare: int = -1,
+        activation: str = "gelu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(T + D + E)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+        assigned_TE = torch.rand(T, E, generator=generator) < density
+        if E > 1 and density < 1:
+            assigned_TE[:, 1] = False
+        self.A = int(assigned_TE.sum())
+        self.index = ragged_index(pack_bits(assigned_TE), E, -1 if spare < 0 else self.A + spare)
+        R = self.index[2].shape[0]
+        gate = torch.rand(R, generator=generator) + 0.5 if apply_gate else torch.ones(R)
+        w1 = draw(E, H, D, scale=D**-0.5).transpose(1, 2)  # stored as a checkpoint has it
+        b1, w3 = draw(E, H) if biases else None, draw(E, D, H, scale=D**-0.5) if gated else None
+        b3, w2 = draw(E, H) if gated and biases else None, draw(E, H, O, scale=H**-0.5)
+        b2 = draw(E, O) if biases else None
+        self.tensors = (draw(T, D), gate, *self.index, w1, b1, w3, b3, w2, b2)
+        self.options = (activation, apply_gate)
+        self.d_rows = draw(R, O)
+        self.device = device
+
+    def on_device(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(None if t is None else t.to(self.device) for t in tensors)
+
+    def in_fp64(self) -> tuple[Any, ...]:
+        return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.tensors)
+
+
+def compare(call: Call, limit: float) -> None:
+    """Forward and backward on the device against the torch operations in float64 on the CPU."""
+    A, activation_and_gate = call.A, call.options
+    expected = grouped_ffn(*call.in_fp64(), *activation_and_gate, True)
+    found = gpu.grouped_ffn(*call.on_device(call.tensors), *activation_and_gate, True)
+    for f, e in zip(found, expected, strict=True):
+        assert relative_rms(f[:A], e[:A]) < limit
+
+    poisoned = call.d_rows.clone()
+    poisoned[A:] = float("nan")
+    found = tuple(t.clone() for t in found)
+    for t in found:
+        t[A:] = float("nan")  # rows behind the last are not read
+    wanted = grouped_ffn_backward(
+        call.d_rows.double(), *(t.nan_to_num() for t in expected[1:]), *call.in_fp64(), *activation_and_gate, True
+    )
+    (d_rows,) = call.on_device((poisoned,))
+    gradients = gpu.grouped_ffn_backward(d_rows, *found[1:], *call.on_device(call.tensors), *activation_and_gate, True)
+    for name, f, e in zip(NAMES, gradients, wanted, strict=True):
+        part = slice(0, A) if name == "gate" else slice(None)
+        assert relative_rms(f[part], e[part]) < limit, name
+    for f, parameter in zip(gradients[2:], call.tensors[6:], strict=True):
+        if parameter is not None:
+            assert (f.stride(), f.dtype) == (parameter.stride(), parameter.dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(shape: tuple, options: dict, device: str, poisoned: None) -> None:
+    compare(Call(*shape, device=device, **options), 1e-6 if shape[0] > 1 else 1e-5)  # one number may cancel
+
+
+def test_more_experts_than_a_word_has_bits(device: str, poisoned: None) -> None:
+    compare(Call(*MANY, device=device, gated=True), 1e-6)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations(activation: str, gated: bool, device: str) -> None:
+    compare(Call(12, 16, 32, 16, 2, device=device, activation=activation, gated=gated), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(257, 64, 96, 48, 5, 0.4), (64, 97, 47, 65, 3, 0.7), (300, 1030, 2050, 520, 3, 0.5)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_half_precision(shape: tuple, options: dict, dtype: torch.dtype, device: str) -> None:
+    compare(Call(*shape, device=device, dtype=dtype, **options), 6e-3)
+
+
+def test_what_is_not_saved_is_computed_again_bit_for_bit(device: str) -> None:
+    call = Call(33, 16, 24, 8, 4, device=device, gated=True)
+    tensors = call.on_device(call.tensors)
+    _, h, u = gpu.grouped_ffn(*tensors, "gelu", False, True)
+    rows, no_h, no_u = gpu.grouped_ffn(*tensors, "gelu", False, False)
+    assert no_h.shape[0] == no_u.shape[0] == 0
+    d_rows = torch.randn_like(rows)
+    saved = gpu.grouped_ffn_backward(d_rows, h, u, *tensors, "gelu", False, True)
+    again = gpu.grouped_ffn_backward(d_rows, no_h, no_u, *tensors, "gelu", False, True)
+    for one, other in zip(saved, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_gradients_of_the_weights(device: str) -> None:
+    call = Call(33, 16, 24, 8, 4, device=device)
+    tensors = call.on_device(call.tensors)
+    rows, h, u = gpu.grouped_ffn(*tensors, "gelu", False, True)
+    d_rows = torch.randn_like(rows)
+    full = gpu.grouped_ffn_backward(d_rows, h, u, *tensors, "gelu", False, True)
+    few = gpu.grouped_ffn_backward(d_rows, h, u, *tensors, "gelu", False, False)
+    assert torch.equal(few[0], full[0])
+    assert torch.equal(few[1], full[1])
+    assert all(t.numel() == 0 for t in few[2:])
+
+
+def test_weights_of_another_type_get_their_own_gradient(device: str) -> None:
+    """Under autocast the weights stay fp32; their gradients must not be rounded to the tokens' type."""
+    if not HAS_GPU:
+        pytest.skip("the interpreter multiplies fp32 only")
+    call = Call(33, 16, 24, 8, 4, device=device)
+    x, *others = call.on_device(call.tensors)
+    rows, h, u = gpu.grouped_ffn(x.bfloat16(), *others, "gelu", False, True)
+    gradients = gpu.grouped_ffn_backward(rows, h, u, x.bfloat16(), *others, "gelu", False, True)
+    assert all(g.dtype == torch.float32 for g in gradients[2:])
+
+
+def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
+    call = Call(40, 16, 24, 8, 3, 1.0, device=device)
+    x, _, *_ = tensors = call.on_device(call.tensors)
+    rows = gpu.grouped_ffn(*tensors, "gelu", False, False)[0].view(3, 40, 8)
+    one = ragged_index(pack_bits(torch.ones(1, 3, dtype=torch.bool)), 3)
+    alone = gpu.grouped_ffn(x[17:18], *call.on_device((torch.ones(3), *one)), *tensors[6:], "gelu", False, False)[0]
+    if HAS_GPU:  # the bucket of the shape may choose another tile
+        assert relative_rms(alone, rows[:, 17]) < 1e-6
+    else:
+        assert torch.equal(alone, rows[:, 17])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_linear(bias: bool, dtype: torch.dtype, device: str, poisoned: None) -> None:
+    """Rows behind the last are zero, whatever the memory held."""
+    call = Call(40, 24, 40, 1, 4, device=device, spare=7, dtype=dtype)
+    offsets, w, b = call.index[0], call.tensors[6], call.tensors[7] if bias else None
+    rows, d_out = torch.randn(call.A + 7, 24).to(dtype), torch.randn(call.A + 7, 40).to(dtype)
+    rows[call.A :] = d_out[call.A :] = float("nan")
+    exact = tuple(None if t is None else t.double() for t in (rows, w, b))
+    clean = (exact[0].nan_to_num(), offsets, exact[1], exact[2])
+    on_device = call.on_device((rows, offsets, w, b))
+    limit = 1e-6 if dtype == torch.float32 else 4e-3
+    found = gpu.grouped_linear(*on_device)
+    assert relative_rms(found, grouped_linear(*clean)) < limit
+    gradients = gpu.grouped_linear_backward(d_out.to(device), *on_device)
+    wanted = grouped_linear_backward(d_out.double().nan_to_num(), *clean)
+    for f, e in zip(gradients, wanted, strict=True):
+        assert relative_rms(f, e) < limit
+
+
+def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(90, 16, 24, 16, 2, 0.8, device=device)
+    (x, d_h) = call.on_device((call.tensors[0], torch.randn(call.index[2].shape[0], 24)))
+    index = gpu.Index(*call.on_device(call.index))
+    w1, w2 = call.on_device((call.tensors[6], torch.randn(2, 16, 24)))
+    whole = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
+    monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
+    split = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
+    for one, other, like in zip(whole, split, (w1, w2), strict=True):
+        assert other.stride() == like.stride()
+        assert relative_rms(other, one) < 1e-6
+
+
+def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
+    assert gpu._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
+    assert gpu._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
+    assert gpu._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
+
+
+def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert gpu._precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert gpu._precision(torch.float32) == "tf32"
+        assert gpu._precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("group_m", [1, 3])
+def test_tiles_in_any_order_give_the_same(group_m: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(70, 24, 72, 40, 3, device=device)
+    tensors = call.on_device(call.tensors)
+    before = gpu.grouped_ffn(*tensors, "gelu", False, True)
+    rule = configs.gemm
+    monkeypatch.setattr(configs, "gemm", lambda *shape: replace(rule(*shape), group_m=group_m))
+    for one, other in zip(before, gpu.grouped_ffn(*tensors, "gelu", False, True), strict=True):
+        assert torch.equal(one, other)

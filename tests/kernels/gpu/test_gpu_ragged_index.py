@@ -1,0 +1,104 @@
+"""Triton's index and its choice of what to drop against the torch operations: equal, not close."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index
+from dynmoe_tutel.kernels.gpu import ragged_index as gpu
+from dynmoe_tutel.kernels.ragged_index import count_blocks
+from torch import Tensor
+
+SHAPES = [  # T, E, density
+    (1, 1, 1.0),
+    (7, 5, 0.4),
+    (65, 63, 0.1),
+    (130, 64, 0.05),
+    (33, 65, 1.0),
+    (300, 8, 0.3),
+    (20, 200, 0.02),
+    (17, 512, 0.01),
+    (40, 6, 0.0),
+    (0, 6, 0.5),
+]
+NAMES = ("expert_offsets", "token_offsets", "token_of_row", "row_of_assignment")
+
+
+def assignment(T: int, E: int, density: float) -> Tensor:
+    return torch.rand(T, E, generator=torch.Generator().manual_seed(T + E)) < density
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("spare", [None, 0, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_torch_operation(
+    shape: tuple[int, int, float], spare: int | None, counted: bool, device: str, poisoned: None
+) -> None:
+    _T, E, _ = shape
+    assigned = assignment(*shape)
+    capacity = -1 if spare is None else int(assigned.sum()) + spare
+    bits, counts = pack_bits(assigned).to(device), count_blocks(assigned).to(device) if counted else None
+    found = gpu.ragged_index(bits, E, capacity, counts)
+    for name, f, e in zip(NAMES, found, ragged_index(pack_bits(assigned), E, capacity), strict=True):
+        assert f.dtype == torch.int32
+        assert torch.equal(f.cpu(), e), name
+
+
+def test_full_capacity_is_filled_behind_the_last_row(device: str, poisoned: None) -> None:
+    assigned = assignment(70, 5, 0.3)
+    _, _, token_of_row, row_of_assignment = gpu.ragged_index(pack_bits(assigned).to(device), 5, 350)
+    A = int(assigned.sum())
+    assert A < 350
+    for array in (token_of_row, row_of_assignment):
+        assert array.shape == (350,)
+        assert (array[A:] == -1).all()
+        assert (array[:A] >= 0).all()
+
+
+def test_a_capacity_that_is_too_small_writes_nothing_beyond_it(device: str) -> None:
+    assigned = assignment(70, 5, 0.6)
+    _, _, token_of_row, _ = gpu.ragged_index(pack_bits(assigned).to(device), 5, 20)
+    exact = ragged_index(pack_bits(assigned), 5)
+    assert torch.equal(token_of_row.cpu(), exact[2][:20])
+
+
+def drop(assigned: Tensor, margin: Tensor, capacity: int, device: str) -> None:
+    """The kept bits and the number dropped are those of the torch operation."""
+    bits = pack_bits(assigned)
+    kept, dropped = gpu.bound_assignments(bits.to(device), margin.to(device), capacity)
+    expected, number = bound_assignments(bits, margin, capacity)
+    assert torch.equal(kept.cpu(), expected)
+    assert int(dropped) == int(number)
+    assert dropped.dtype == torch.int64
+    assert dropped.shape == ()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99, 1.0, 2.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_smallest_margins_go(shape: tuple[int, int, float], share: float, device: str, poisoned: None) -> None:
+    T, E, _ = shape
+    assigned = assignment(*shape)
+    margin = torch.randn(T, E, generator=torch.Generator().manual_seed(1))
+    drop(assigned, margin, int(share * int(assigned.sum())), device)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 50, 77])
+def test_of_equal_margins_the_later_go(capacity: int, device: str) -> None:
+    assigned = assignment(90, 5, 0.4)
+    margin = torch.randint(-2, 3, (90, 5), generator=torch.Generator().manual_seed(2)).float() / 4
+    margin[::3] = -0.0
+    drop(assigned, margin, capacity, device)
+    drop(assigned, torch.zeros(90, 5), capacity, device)
+
+
+def test_infinite_margins_go_last(device: str) -> None:
+    assigned = assignment(90, 5, 0.4)
+    margin = torch.randn(90, 5, generator=torch.Generator().manual_seed(3))
+    margin[::2] = torch.inf
+    drop(assigned, margin, 60, device)
+
+
+def test_strided_margins(device: str) -> None:
+    assigned = assignment(65, 9, 0.4)
+    margin = torch.randn(9, 65, generator=torch.Generator().manual_seed(4)).t()
+    drop(assigned, margin, 100, device)

@@ -1,0 +1,113 @@
+"""Triton's rows of the assignment against the torch operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynmoe_tutel.kernels import pack_bits, ragged_index, rows
+from dynmoe_tutel.kernels.gpu import rows as gpu
+from helpers import relative_rms
+from torch import Tensor
+
+SHAPES = [  # T, E, D, density
+    (7, 5, 16, 0.4),
+    (65, 3, 97, 0.7),
+    (20, 66, 33, 0.1),
+    (5, 4, 2500, 0.6),
+    (40, 6, 1, 0.5),
+    (9, 4, 16, 0.0),
+    (0, 4, 16, 0.5),
+]
+HALF = [torch.bfloat16, torch.float16]  # these kernels have no product, so that the interpreter knows them
+
+
+class Batch:
+    """An assignment, its index on the device and on the CPU, and random values."""
+
+    def __init__(self, T: int, E: int, D: int, density: float, device: str, spare: int | None = None) -> None:
+        self.generator = torch.Generator().manual_seed(T + E + D)
+        assigned = torch.rand(T, E, generator=self.generator) < density
+        self.A = int(assigned.sum())
+        self.index = ragged_index(pack_bits(assigned), E, -1 if spare is None else self.A + spare)
+        self.R, self.device = self.index[2].shape[0], device
+        self.unrouted_T = torch.rand(T, generator=self.generator) < 0.3
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.to(self.device) for t in tensors)
+
+
+@pytest.mark.parametrize("spare", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tokens_to_rows(shape: tuple, spare: int | None, device: str, poisoned: None) -> None:
+    T, _, D, _ = shape
+    batch = Batch(*shape, device, spare)
+    x = batch.draw(T, D)
+    _, *index = batch.index
+    found = gpu.dispatch(*batch.on(x, *index))
+    assert found.shape == (batch.R, D)
+    assert torch.equal(found[: batch.A].cpu(), rows.dispatch(x, *index)[: batch.A])
+    for mean in (False, True):
+        found = gpu.combine_backward(*batch.on(x, *index[:2]), mean)
+        expected = rows.combine_backward(x, *index[:2], mean)
+        assert relative_rms(found[: batch.A], expected[: batch.A]) < 1e-7
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("spare", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_to_tokens(
+    shape: tuple, spare: int | None, dtype: torch.dtype, mean: bool, device: str, poisoned: None
+) -> None:
+    batch = Batch(*shape, device, spare)
+    values = batch.draw(batch.R, shape[2]).to(dtype)
+    _, *index = batch.index
+    expected = rows.combine(values.double(), *index, mean)
+    values[batch.A :] = float("nan")  # not read
+    found = gpu.combine(*batch.on(values, *index), mean)
+    assert found.dtype == dtype
+    assert relative_rms(found, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert torch.equal(found, gpu.combine(*batch.on(values, *index), mean))
+    total = gpu.segment_sum(*batch.on(values, index[0], index[2]))
+    assert total.dtype == torch.float32
+    if not mean:
+        assert relative_rms(total, expected) < 1e-6
+
+
+def test_strided_tokens(device: str) -> None:
+    batch = Batch(20, 4, 24, 0.5, device)
+    x = batch.draw(24, 20).t()
+    _, *index = batch.index
+    assert torch.equal(gpu.dispatch(*batch.on(x, *index)).cpu(), rows.dispatch(x, *index))
+
+
+@pytest.mark.parametrize("spare", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_values(shape: tuple, spare: int | None, device: str, poisoned: None) -> None:
+    T, E, _, _ = shape
+    batch = Batch(*shape, device, spare)
+    value, unrouted = batch.draw(T, E), batch.unrouted_T
+    thresholds = torch.zeros(E)
+    for threshold in (None, thresholds):
+        expected = rows.row_gates(value, threshold, unrouted, *batch.index, False)
+        on_device = None if threshold is None else threshold.to(device)
+        found = gpu.row_gates(value.to(device), on_device, *batch.on(unrouted, *batch.index), False)
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("spare", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_gradients(
+    shape: tuple, spare: int | None, straight_through: bool, centred: bool, device: str, poisoned: None
+) -> None:
+    batch = Batch(*shape, device, spare)
+    d_gate = batch.draw(batch.R)
+    expected = rows.row_gates_backward(d_gate.double(), batch.unrouted_T, *batch.index, straight_through, centred)
+    d_gate[batch.A :] = float("nan")  # not read
+    found = gpu.row_gates_backward(*batch.on(d_gate, batch.unrouted_T, *batch.index), straight_through, centred)
+    assert found.shape == (shape[0], shape[1])
+    assert relative_rms(found, expected) < 1e-6

@@ -1,0 +1,160 @@
+"""Triton's top-any experts and the router's gradient against the torch operations in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dynmoe_tutel.kernels.gpu import router_gradient as router
+from dynmoe_tutel.kernels.gpu import top_any_ffn as gpu
+from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn, top_any_ffn_backward
+from helpers import HAS_GPU, relative_rms
+from torch import Tensor
+
+from dynmoe_tutel import kernels
+
+NAMES = ("x", "w", "thresholds", "scale", "w1", "b1", "w3", "b3", "w2", "b2")
+CASES = [  # T, D, H, O, E, threshold, options
+    ((33, 16, 24, 8, 4, 0.1), {}),
+    ((33, 40, 24, 40, 4, 0.0), {"gated": True, "activation": "silu", "biases": False}),
+    ((70, 33, 47, 35, 5, 0.05), {"spare": 4, "activation": "relu"}),
+    ((6, 33, 17, 33, 65, 0.2), {"gated": True}),
+    ((20, 16, 24, 16, 6, 0.3), {"fallback": True}),
+    ((20, 16, 24, 16, 6, 2.0), {}),  # nobody is routed
+    ((20, 16, 24, 16, 3, -2.0), {"spare": 0}),  # everybody to every expert
+    ((0, 16, 24, 16, 3, 0.0), {}),
+]
+HALF = [torch.bfloat16, torch.float16] if HAS_GPU else []
+
+
+class Call:
+    """A routed batch; `gate` and `experts` are the arguments of the operation around the index."""
+
+    def __init__(
+        self,
+        T: int,
+        D: int,
+        H: int,
+        O: int,
+        E: int,
+        threshold: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        gated: bool = False,
+        biases: bool = True,
+        spare: int = -1,
+        fallback: bool = False,
+        activation: str = "gelu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(T + D + E)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+        x, w, thresholds = draw(T, D), draw(D, E), torch.full((E,), threshold)
+        active = torch.ones(E, dtype=torch.bool)
+        if E > 3:
+            active[1] = False
+        scale = torch.tensor(1.7)
+        score, bits, unrouted, inv_norm, *_ = kernels.threshold_gate(x, w, thresholds, active, scale, fallback)
+        self.A = int(kernels.unpack_bits(bits, E).sum())
+        index = kernels.ragged_index(bits, E, -1 if spare < 0 else self.A + spare)
+        b1, w3 = draw(E, H) if biases else None, draw(E, D, H, scale=D**-0.5) if gated else None
+        b3, b2 = draw(E, H) if gated and biases else None, draw(E, O) if biases else None
+        w1, w2 = draw(E, H, D, scale=D**-0.5).transpose(1, 2), draw(E, H, O, scale=H**-0.5)
+        gate = (x, w, thresholds, scale, score, inv_norm, unrouted, bits)
+        self.tensors = (*gate, *index, w1, b1, w3, b3, w2, b2)
+        self.activation, self.d_y = activation, draw(T, O)
+
+    def on(self, device: str) -> tuple[Any, ...]:
+        return tuple(None if t is None else t.to(device) for t in self.tensors)
+
+    def in_fp64(self) -> tuple[Any, ...]:
+        return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.tensors)
+
+
+def compare(call: Call, device: str, centred: bool, dtype: torch.dtype, limit: float) -> None:
+    options = (call.activation, centred)
+    expected = top_any_ffn(*call.in_fp64(), *options, torch.float64, True)
+    found = gpu.top_any_ffn(*call.on(device), *options, dtype, True)
+    assert found[0].dtype == dtype
+    assert relative_rms(found[0], expected[0]) < limit
+    for f, e in zip(found[1:], expected[1:], strict=True):
+        assert relative_rms(f[: call.A], e[: call.A]) < limit
+        f[call.A :] = float("nan")  # not read
+
+    saved = [t.nan_to_num() for t in expected[1:]]
+    wanted = top_any_ffn_backward(call.d_y.double(), *saved, *call.in_fp64(), *options, torch.float64, True)
+    gradients = gpu.top_any_ffn_backward(call.d_y.to(device), *found[1:], *call.on(device), *options, dtype, True)
+    assert len(gradients) == len(NAMES)
+    for name, f, e in zip(NAMES, gradients, wanted, strict=True):
+        allowed = max(limit, 1e-4) if name == "scale" else limit  # one number, a difference of larger ones
+        assert relative_rms(f, e) < allowed, name
+    for f, given in zip(gradients[:4], call.tensors, strict=False):
+        assert (f.shape, f.dtype) == (given.shape, given.dtype)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
+def test_forward_and_backward(shape: tuple, options: dict, centred: bool, device: str, poisoned: None) -> None:
+    compare(Call(*shape, **options), device, centred, torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(257, 64, 96, 48, 5, 0.05), (64, 97, 47, 65, 3, 0.0), (500, 520, 1040, 520, 8, 0.0)])
+def test_half_precision(shape: tuple, gated: bool, dtype: torch.dtype, device: str) -> None:
+    compare(Call(*shape, dtype=dtype, gated=gated), device, False, dtype, 8e-3)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_tokens_in_fp32_products_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    """As under autocast: the gate's tokens and all weights stay fp32, and so do their gradients."""
+    call = Call(257, 64, 96, 48, 5, 0.05)
+    compare(call, device, False, dtype, 8e-3)
+    y, h, u = gpu.top_any_ffn(*call.on(device), "gelu", False, dtype, True)
+    gradients = gpu.top_any_ffn_backward(y, h, u, *call.on(device), "gelu", False, dtype, True)
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_two_runs_are_bitwise_equal_and_recompute_changes_nothing(device: str) -> None:
+    call = Call(33, 16, 24, 8, 4, 0.1, gated=True)
+    tensors, d_y = call.on(device), call.d_y.to(device)
+
+    def run(save: bool) -> tuple[Tensor, ...]:
+        y, h, u = gpu.top_any_ffn(*tensors, "gelu", True, torch.float32, save)
+        assert (h.shape[0] > 0) == save
+        return y, *gpu.top_any_ffn_backward(d_y, h, u, *tensors, "gelu", True, torch.float32, True)
+
+    first = run(True)
+    for other in (run(True), run(False)):
+        for one, two in zip(first, other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1030, 5, generator=generator)
+    w[:, 3] = 0
+    w = w.t().contiguous().t() if strided else w
+    d_unit = torch.randn(5, 1030, generator=generator)
+    scale, G, d_scores = torch.tensor(2.0), torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    unit, inverse = router.unit_vectors(w.to(device))
+    wd = w.double().requires_grad_()
+    norm = wd.norm(dim=0)
+    exact = torch.where(norm > 1e-12, wd / norm.clamp(min=1e-12), wd * 0).t()
+    assert relative_rms(unit, exact.detach()) < 1e-6
+    d_w, d_scale, d_G = router.direction_gradient(
+        d_unit.to(device), unit, inverse, scale.to(device), w.to(device), (G.to(device), d_scores.to(device))
+    )
+    exact.backward(d_unit.double())
+    d_expected = wd.grad
+    d_expected[:, 3] = 0
+    assert relative_rms(d_w, d_expected) < 1e-6
+    Gd, tau = G.double().requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (-(torch.sigmoid(tau * Gd) * d_scores.double()).sum()).backward()
+    assert relative_rms(d_G, Gd.grad) < 1e-6
+    through_cosines_E = (exact.detach() * d_unit.double()).sum(dim=1) / 2
+    assert abs(float(d_scale) - float(through_cosines_E.sum() + tau.grad)) < 1e-6 * float(through_cosines_E.abs().sum())

@@ -1,0 +1,34 @@
+"""Triton's diversity and simplicity against the torch operation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynmoe_tutel.kernels.gpu import vector_losses as gpu
+from dynmoe_tutel.kernels.vector_losses import vector_losses, vector_losses_backward
+from helpers import relative_rms
+
+SHAPES = [(16, 4, 3), (97, 65, 40), (5, 1, 1), (33, 17, 17)]  # D, E, active
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradient(shape: tuple[int, int, int], strided: bool, device: str, poisoned: None) -> None:
+    D, E, count = shape
+    generator = torch.Generator().manual_seed(D + E)
+    active_E = torch.zeros(E, dtype=torch.bool)
+    active_E[torch.randperm(E, generator=generator)[:count]] = True
+    w = torch.randn(D, E, generator=generator)
+    w = w.t().contiguous().t() if strided else w
+    wanted = vector_losses(w.double(), active_E)
+    found = gpu.vector_losses(w.to(device), active_E.to(device))
+    for f, e in zip(found[:2], wanted[:2], strict=True):
+        assert relative_rms(f, e) < 1e-6
+    d_losses = torch.tensor(2.0), torch.tensor(3.0)
+    gradient = gpu.vector_losses_backward(
+        *(d.to(device) for d in d_losses), found[0], *found[2:], active_E.to(device), w.to(device)
+    )
+    exact = vector_losses_backward(*(d.double() for d in d_losses), wanted[0], *wanted[2:], active_E, w.double())
+    assert relative_rms(gradient, exact) < 1e-6
+    assert gradient.is_contiguous()
+    assert not gradient[:, ~active_E.to(device)].any()

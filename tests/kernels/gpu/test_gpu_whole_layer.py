@@ -1,0 +1,221 @@
+"""The whole layer on Triton kernels against the oracle: on a GPU, or with the CPU's operations switched to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynmoe_tutel.kernels.engine import _for_triton
+from helpers import FP32, HAS_GPU, Case, assert_gradients, gradients, make_case, relative_rms
+from test_layer import CASES, named_case
+from torch import nn
+
+OPERATIONS = {
+    "threshold_gate": ("threshold_gate", "threshold_gate_backward"),
+    "ragged_index": ("ragged_index", "bound_assignments"),
+    "rows": ("dispatch", "combine", "combine_backward", "row_gates", "row_gates_backward"),
+    "grouped_ffn": ("grouped_ffn", "grouped_ffn_backward", "grouped_linear", "grouped_linear_backward"),
+    "top_any_ffn": ("top_any_ffn", "top_any_ffn_backward"),
+}
+GATE = ("threshold_gate", "ragged_index")
+_counts: Counter[str] | None = None  # of calls by name, while the operations of the CPU are switched
+
+
+@lru_cache
+def _make_switchable() -> None:
+    """Give each operation a CPU kernel that is its Triton kernel while `_counts` is set, else what it was."""
+    for module, names in OPERATIONS.items():
+        for name in names:
+            operation = getattr(import_module(f"dynmoe_tutel.kernels.{module}"), name)
+            triton = getattr(import_module(f"dynmoe_tutel.kernels.gpu.{module}"), name)
+
+            def run(*args: Any, operation: Any = operation, triton: Any = triton, name: str = name) -> Any:
+                if _counts is None or not _for_triton(args):
+                    return operation._init_fn(*args)
+                _counts[name] += 1
+                return triton(*args)
+
+            operation.register_kernel("cpu")(run)
+
+
+@pytest.fixture
+def calls() -> Iterator[Counter[str]]:
+    """How often each operation ran on Triton kernels in this test (on a GPU they are not counted)."""
+    global _counts
+    counts: Counter[str] = Counter()
+    if not HAS_GPU:
+        _make_switchable()
+        _counts = counts
+    try:
+        yield counts
+    finally:
+        _counts = None
+
+
+def run(case: Case, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Output and every gradient of the layer on the device."""
+    layer, x = case.layer.to(device), case.x.to(device).clone().requires_grad_()
+    y = layer(x)
+    y.backward(case.dy.to(device))
+    return y, {name: grad.cpu() for name, grad in gradients(layer, x).items()}
+
+
+def check(case: Case, device: str, training: bool = True, combine_gradient: str = "mean") -> None:
+    case.layer.train(training)
+    y, found = run(case, device)
+    assert relative_rms(y, case.expected_output(training)) < FP32
+    assert_gradients(found, case.expected_gradients(training, combine_gradient), case.gate, FP32)
+
+
+@pytest.mark.parametrize(("training", "combine_gradient"), [(True, "normalized"), (False, "mean")])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "E = 200"])
+def test_output_and_every_gradient(
+    name: str, training: bool, combine_gradient: str, device: str, calls: Counter
+) -> None:
+    check(named_case(name, temperature=1.3, combine_gradient=combine_gradient), device, training, combine_gradient)
+    if not HAS_GPU:
+        assert {*GATE, "top_any_ffn", "top_any_ffn_backward"} <= calls.keys()
+
+
+@pytest.mark.parametrize("capacity", [0.6, "full"])
+def test_capacities(capacity: float | str, device: str, calls: Counter) -> None:
+    """A bounded layer is that of the CPU with the same bound, drops included; a full one that of the oracle."""
+    case = make_case(capacity=capacity)
+    expected = run(case, "cpu") if HAS_GPU else _on_torch(case)
+    found = run(case, device)
+    assert int(case.layer.dropped_assignments) > 0 if capacity == 0.6 else capacity == "full"
+    assert relative_rms(found[0], expected[0]) < FP32
+    for name, gradient in found[1].items():
+        assert relative_rms(gradient, expected[1][name]) < 5 * FP32, name
+    if capacity == "full":
+        assert relative_rms(found[0], case.expected_output(True)) < FP32
+    elif not HAS_GPU:
+        assert calls["bound_assignments"] == 1
+
+
+def _on_torch(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The layer on the torch operations, in a test whose operations are switched; it is left as it was."""
+    global _counts
+    counts, _counts = _counts, None
+    try:
+        found = run(case, "cpu")
+    finally:
+        _counts = counts
+    case.layer.zero_grad()
+    case.layer.dropped_assignments.zero_()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
+def test_gated_and_plain_experts(kind: str, device: str, calls: Counter) -> None:
+    check(make_case(kind=kind, activation=F.silu), device)
+
+
+def test_an_activation_that_no_kernel_knows(device: str, calls: Counter) -> None:
+    check(make_case(activation=torch.tanh), device)
+    if not HAS_GPU:
+        assert {"dispatch", "grouped_linear", "grouped_linear_backward", "row_gates", "combine"} <= calls.keys()
+
+
+def test_losses_on_the_scores_join_the_gradient_of_the_experts(device: str, calls: Counter) -> None:
+    """A loss on the scores goes back through the gate, the experts' through their own operation; both must count."""
+    terms = {"load_balance": 1.0, "efficiency": 0.5, "diversity": 1.0}
+    case = make_case(aux_losses=terms)
+    expected = _with_losses(case, "cpu") if HAS_GPU else _on_torch_with_losses(case)
+    for name, gradient in _with_losses(case, device).items():
+        assert relative_rms(gradient, expected[name]) < 5 * FP32, name
+
+
+def _with_losses(case: Case, device: str) -> dict[str, torch.Tensor]:
+    layer, x = case.layer.to(device), case.x.to(device).clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    ((y * case.dy.to(device)).sum() + y.l_aux).backward()
+    return {name: gradient.cpu().clone() for name, gradient in gradients(layer, x).items()}
+
+
+def _on_torch_with_losses(case: Case) -> dict[str, torch.Tensor]:
+    global _counts
+    counts, _counts = _counts, None
+    try:
+        return _with_losses(case, "cpu")
+    finally:
+        _counts = counts
+
+
+def test_fixed_k_takes_the_same_kernels(device: str, calls: Counter) -> None:
+    from dynmoe_tutel import moe
+
+    layer = moe.moe_layer(
+        gate_type={"type": "top", "k": 2},
+        experts={"num_experts_per_device": 4, "hidden_size_per_expert": 24},
+        model_dim=16,
+        seeds=(1, 2),
+    )
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    exact = nn.Module.double(_copy(layer))
+    expected = exact(x.double())
+    found = layer.to(device)(x.to(device))
+    assert relative_rms(found, expected) < FP32
+    (found * found).sum().backward()
+    (expected * expected).sum().backward()
+    for one, other in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert relative_rms(one.grad, other.grad) < 5 * FP32
+    if not HAS_GPU:
+        assert {"ragged_index", "row_gates", "grouped_ffn", "grouped_ffn_backward", "combine"} <= calls.keys()
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(layer)
+
+
+def test_training_grows_as_on_the_cpu(device: str, calls: Counter) -> None:
+    """Twenty steps with a record window and an update: the same experts, and the same loss to rounding."""
+    torch_losses, torch_mask = _train("cpu", on_torch=True)
+    losses, mask = _train(device, on_torch=False)
+    assert torch.equal(mask, torch_mask)
+    assert int(mask.sum()) != 3
+    assert torch.allclose(losses, torch_losses, rtol=1e-4)
+
+
+def _train(device: str, on_torch: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    global _counts
+    from dynmoe_tutel import moe
+
+    counts = _counts
+    if on_torch:
+        _counts = None
+    try:
+        layer = moe.moe_layer(
+            gate_type={"type": "top_any", "max_expert_num": 6},
+            experts={"num_experts_per_device": 3, "hidden_size_per_expert": 16, "activation_fn": F.gelu},
+            model_dim=8,
+            seeds=(3, 4),
+        ).to(device)
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1)).to(device)
+        target = torch.randn(32, 8, generator=torch.Generator().manual_seed(2)).to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+        losses = []
+        for step in range(20):
+            if step == 5:
+                layer.begin_record_routing()
+            optimizer.zero_grad()
+            y = layer(x)
+            loss = F.mse_loss(y, target) + 0.01 * y.l_aux
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().cpu())
+            if step == 10:
+                layer.adaptive_update_experts()
+                layer.end_record_routing()
+        return torch.stack(losses), layer.gates[0].experts_mask.cpu()
+    finally:
+        _counts = counts

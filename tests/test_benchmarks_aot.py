@@ -1,0 +1,218 @@
+"""Ahead-of-time compilation of the Triton kernels: all are compiled and judged, and what is wrong is found.
+
+The process of the tests may run Triton's interpreter, under which nothing compiles: each compilation has its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+TOYS = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spilling_kernel(x, out, N: tl.constexpr):
+    """More live values than registers: all of them are needed again after their sum."""
+    n = tl.arange(0, N)
+    v = tl.load(x + n)
+    tl.store(out + n, v / tl.sum(v, axis=0))
+
+
+@triton.jit
+def matrix_kernel(x, out, M: tl.constexpr):
+    """One product, [M, 64] by [64, 64]."""
+    m, k = tl.arange(0, M), tl.arange(0, 64)
+    a = tl.load(x + m[:, None] * 64 + k[None, :])
+    b = tl.load(x + k[:, None] * 64 + k[None, :])
+    tl.store(out + m[:, None] * 64 + k[None, :], tl.dot(a, b).to(tl.bfloat16))
+
+
+@triton.jit
+def arguments_kernel(tensor, none, one, sixteen, seventeen, large, flag, ratio, BLOCK: tl.constexpr):
+    """Arguments of every kind."""
+    tl.store(tensor + tl.arange(0, BLOCK), ratio)
+'''
+
+
+def python(code: str, directory: Path, **environment: str) -> str:
+    """What the code prints, without Triton's interpreter, with kernels of the module `toys` at hand."""
+    (directory / "toys.py").write_text(TOYS)
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(directory)])
+    program = ["import json, toys, torch", "from dataclasses import asdict, replace"]
+    program += ["from benchmarks import aot, launches", code]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)],
+        cwd=ROOT,
+        env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def toy(call: str, tmp_path: Path, arch: str = "sm_90", module: str = "toys") -> dict:
+    """The report and the judgement of the one launch that `call` makes."""
+    code = f"""
+with launches.recording() as found:
+    {call}
+report = aot.compile_one({arch!r}, found[0])
+report = replace(report, module={module!r})
+print(json.dumps({{**asdict(report), "problems": aot.judge(report)}}))
+"""
+    return json.loads(python(code, tmp_path).splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None:
+    """What `make test` guards: no spill, no overflow of shared memory, matrix instructions; for four architectures."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--jobs", "1", "--out", str(tmp_path / "reports.json")]
+    done = subprocess.run(command, cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    for arch in ARCHITECTURES:
+        assert f"### {arch}, Triton" in done.stdout
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    seen = {arch: {r["kernel"] for r in reports if r["arch"] == arch} for arch in ARCHITECTURES}
+    assert len({frozenset(kernels) for kernels in seen.values()}) == 1, "an architecture misses a kernel"
+    sources = "".join(path.read_text() for path in (ROOT / "kernels" / "gpu").glob("*.py"))
+    defined = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    reached = seen["sm_90"]
+    assert defined - reached <= NOT_IN_THE_SET, f"no launch of {defined - reached}"
+    assert all(r["registers"] > 0 for r in reports)
+    for name in ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel"):
+        assert all(r["matrix"]["wgmma"] for r in reports if (r["arch"], r["kernel"]) == ("sm_90", name))
+
+
+# of the widest reduction and of fixed-k gates alone: compiled by --all
+NOT_IN_THE_SET = {"sum_parts_kernel"}
+
+
+class TestJudgement:
+    @pytest.mark.parametrize(("arch", "N"), [("sm_90", 2**14), ("gfx942", 2**16)])
+    def test_a_spilling_kernel(self, arch: str, N: int, tmp_path: Path) -> None:
+        """In one warp these are 512 and 1,024 values a thread; there are 255 and 512 registers."""
+        tensors = "*(torch.empty(65536, device='meta'),) * 2"
+        found = toy(f"toys.spilling_kernel[(1,)]({tensors}, {N}, num_warps=1)", tmp_path, arch)
+        assert found["spilled"] > 0
+        assert any(p.startswith("spills") for p in found["problems"])
+
+    def test_too_much_shared_memory(self, tmp_path: Path) -> None:
+        code = """
+report = aot.Report("sm_80", "m", "k", "bf16", "", shared_memory=200 * 1024)
+print(json.dumps([aot.judge(report), aot.judge(replace(report, arch="sm_90")),
+                  aot.judge(replace(report, arch="gfx942", shared_memory=64 * 1024 + 1))]))
+"""
+        small, large, amd = json.loads(python(code, tmp_path))
+        assert "shared memory" in small[0]
+        assert large == []
+        assert "gfx942 has 65536" in amd[0]
+
+    @pytest.mark.parametrize("rows", [16, 64])
+    def test_wgmma_is_asked_of_the_expert_networks_on_sm_90(self, rows: int, tmp_path: Path) -> None:
+        """With 64 rows and 4 warps the compiler uses it, with 16 it cannot; two warps never make a warpgroup."""
+        call = "toys.matrix_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, {})"
+        found = toy(call.format(f"{rows}, num_warps=4"), tmp_path, module="grouped_gemm")
+        assert bool(found["matrix"]["wgmma"]) == (rows >= 64)
+        assert found["matrix"]["wgmma"] or found["matrix"]["mma"]
+        assert found["problems"] == []
+        assert found["dots"] == [{"M": rows, "N": 64, "K": 64, "dtype": "bf16"}]
+
+    def test_a_matrix_kernel_without_wgmma(self, tmp_path: Path) -> None:
+        code = """
+dots = (aot.Dot(128, 128, 64, "bf16"),)
+report = aot.Report("sm_90", "grouped_gemm", "up_kernel", "bf16", "", warps=8, dots=dots, matrix={"mma": 32})
+variants = [report, replace(report, module="threshold_gate"), replace(report, arch="sm_80"),
+            replace(report, matrix={"wgmma": 4}), replace(report, matrix={}),
+            replace(report, matrix={}, dots=(aot.Dot(128, 128, 64, "f32"),))]
+print(json.dumps([aot.judge(r) for r in variants]))
+"""
+        found = json.loads(python(code, tmp_path))
+        assert found[0] == ["is a matrix kernel without wgmma"]
+        assert found[1:4] == [[], [], []]
+        assert "has a product in half precision and no matrix instruction" in found[4]
+        assert found[5] == []
+
+    def test_a_kernel_that_does_not_compile_is_reported(self, tmp_path: Path) -> None:
+        found = toy("toys.matrix_kernel[(1,)](*(torch.empty(64, device='meta'),) * 2, 63)", tmp_path)
+        assert found["problems"][0].startswith("does not compile: ")
+
+
+def test_launches_are_specialised_as_triton_does(tmp_path: Path) -> None:
+    code = """
+x = torch.empty(64, dtype=torch.bfloat16, device="meta")
+with launches.recording() as found:
+    for tensor in (x, x[1:]):
+        toys.arguments_kernel[(4,)](tensor, None, 1, 16, 17, 2**31, True, 0.5, BLOCK=16, num_warps=8)
+with launches.recording(hip=True) as hip:
+    toys.arguments_kernel[lambda meta: (meta["BLOCK"],)](x, None, 1, 16, 17, 2**31, True, 0.5, BLOCK=16)
+print(json.dumps([[dict(l.signature), l.constants, l.attributes, l.options] for l in (*found, *hip)]))
+"""
+    whole, view, hip = json.loads(python(code, tmp_path))
+    assert whole[0] == {
+        "tensor": "*bf16", "none": "constexpr", "one": "constexpr", "sixteen": "i32", "seventeen": "i32",
+        "large": "i64", "flag": "i1", "ratio": "fp32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    assert whole[1] == [[1, None], [2, 1], [8, 16]]
+    divisible = ["tt.divisibility", 16]
+    assert whole[2] == [[0, [divisible]], [3, [divisible]], [5, [divisible]]]
+    assert whole[3] == [["num_warps", 8]]
+    assert view[2] == whole[2][1:], "a view at an odd offset is not divisible"
+    assert hip[2][0] == [0, [divisible, ["tt.pointer_range", 32]]]
+
+
+def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
+    code = """
+with launches.recording():
+    try:
+        toys.arguments_kernel[(0,)](torch.empty(16, device="meta"), None, 1, 16, 17, 5, True, 0.5, BLOCK=16)
+    except ValueError as error:
+        print(error)
+"""
+    assert "has no program" in python(code, tmp_path)
+
+
+def test_the_interpreter_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "Unset it" in done.stderr
+
+
+def test_an_entry_of_the_tuned_table_is_compiled(tmp_path: Path) -> None:
+    """For each entry there are operations that ask for exactly its bucket."""
+    code = """
+from dynmoe_tutel.kernels import configs
+asked, choose = set(), configs.gemm
+def gemm(kind, device, dtype, rows, K, N):
+    asked.add(configs.gemm_key(kind, dtype, rows, K, N))
+    return choose(kind, device, dtype, rows, K, N)
+configs.gemm = gemm
+entries = {configs.gemm_key(kind, torch.bfloat16, 512, 256, 768): configs.default_gemm(
+    kind, "sm_90", torch.bfloat16, 512, 256, 768) for kind in configs.GEMM_KINDS}
+configs.tuned = lambda chip: entries
+cases = [(s, d, aot.VARIANTS["default"], False) for s, d in aot.tuned_shapes("sm_90")]
+aot.record("sm_90", cases)
+print(json.dumps(sorted(set(entries) - asked)))
+"""
+    assert json.loads(python(code, tmp_path).splitlines()[-1]) == []
