@@ -21,7 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,27 +33,10 @@ from torch import Tensor
 
 from dynmoe_tutel import MoELayer
 
+from . import layer_gpu
+from .shapes import CPU_SHAPES, Shape
 
-@dataclass(frozen=True)
-class Shape:
-    """Tokens, model dim, hidden dim, experts, mean number of experts a token."""
-
-    T: int
-    D: int
-    H: int
-    E: int
-    k: float
-
-    def __str__(self) -> str:
-        return f"T {self.T}, D {self.D}, H {self.H}, E {self.E}, k {self.k}"
-
-
-SHAPES = (
-    Shape(2048, 768, 3072, 8, 4),
-    Shape(4096, 384, 1536, 8, 1.3),
-    Shape(8192, 256, 256, 32, 1.8),
-    Shape(4096, 1024, 1024, 16, 2),
-)
+SHAPES = CPU_SHAPES
 
 
 class Case:
@@ -235,7 +218,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file for the results and the environment")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cuda: see benchmarks.layer_gpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="on cuda: start no shape after this time")
     args = parser.parse_args()
+    if args.device == "cuda":
+        dtypes = ["bfloat16"] if args.dtype == parser.get_default("dtype") else args.dtype
+        layer_gpu.run(torch.device("cuda"), dtypes, args.seconds, args.repeats, args.out)
+        return
     torch.set_num_threads(args.threads)
     results = []
     for name in args.dtype:

@@ -88,11 +88,12 @@ def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None
     for arch in ARCHITECTURES:
         assert f"### {arch}, Triton" in done.stdout
     reports = json.loads((tmp_path / "reports.json").read_text())
-    seen = {arch: {r["kernel"] for r in reports if r["arch"] == arch} for arch in ARCHITECTURES}
+    by_size = {"sum_parts_kernel"}  # launched where a product is split, which the number of multiprocessors decides
+    seen = {arch: {r["kernel"] for r in reports if r["arch"] == arch} - by_size for arch in ARCHITECTURES}
     assert len({frozenset(kernels) for kernels in seen.values()}) == 1, "an architecture misses a kernel"
     sources = "".join(path.read_text() for path in (ROOT / "kernels" / "gpu").glob("*.py"))
     defined = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
-    reached = seen["sm_90"]
+    reached = {r["kernel"] for r in reports}
     assert defined - reached <= NOT_IN_THE_SET, f"no launch of {defined - reached}"
     assert all(r["registers"] > 0 for r in reports)
     for name in ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel"):

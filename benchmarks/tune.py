@@ -1,0 +1,164 @@
+"""Measure candidate tiles of the experts' products on the GPU at hand and write the table that `kernels.configs` reads.
+
+    python -m benchmarks.tune [--shape vit-s ...] [--dtype bfloat16] [--repeats 10] [--out FILE.json]
+
+For each kind of product and shape every candidate runs on the same inputs; one that does not compile or does not fit is
+left out. The best goes to kernels/tuned/<architecture>.json (or --out), beside what is there for other shapes. Run
+`python -m benchmarks.aot` afterwards: it compiles every entry of the table and fails on spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from dynmoe_tutel.kernels import configs
+from dynmoe_tutel.kernels.configs import GemmConfig
+
+from .kernels import TINY, Inputs
+from .shapes import GPU_SHAPES, Shape
+from .timing import environment, seconds
+
+
+def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
+    """The configuration of the rule, and its neighbours."""
+    yield start
+    for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256)):
+        for block_k in (32, 64):
+            for warps in (4, 8):
+                for stages in (2, 3, 4):
+                    tile = replace(start, block_m=block_m, block_n=block_n, block_k=block_k, max_registers=None)
+                    pieces = min(max(start.pieces, 1), block_n // 16)
+                    for programs in (1, 2):
+                        yield replace(tile, num_warps=warps, num_stages=stages, programs=programs, pieces=pieces)
+
+
+def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
+    """By kind: a call of the product, and the key of its entry."""
+    from dynmoe_tutel.kernels.gpu import grouped_ffn
+
+    i, s = inputs, inputs.shape
+    index = grouped_ffn.Index(*i.index)
+    gated = "_gated" if s.gated else ""
+    mean_rows = -(-i.A // s.E)
+
+    def key(kind: str, K: int, N: int) -> str:
+        return configs.gemm_key(kind, i.dtype, mean_rows, K, N)
+
+    h, u, a = grouped_ffn.up(i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
+
+    def through() -> Any:
+        return grouped_ffn.activation_gradient(
+            i.d_y_TD,
+            index,
+            i.w2,
+            h,
+            u if s.gated else None,
+            None,
+            i.activation,
+            from_tokens=True,
+            weights=True,
+            biases=(i.b1 is not None, False),
+        )
+
+    kept = through()
+    up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
+    return {
+        f"up{gated}": (lambda: grouped_ffn.up(*up), key(f"up{gated}", s.D, s.H)),
+        "linear": (lambda: grouped_ffn.linear(a, i.w2, i.index[0], bias_EN=i.b2), key("linear", s.H, s.D)),
+        f"activation_gradient{gated}": (through, key(f"activation_gradient{gated}", s.D, s.H)),
+        "weight_gradient": (
+            lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
+            key("weight_gradient", s.H, s.D),
+        ),
+        **(
+            {
+                "linear_pair": (
+                    lambda: grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0]),
+                    key("linear_pair", s.H, s.D),
+                )
+            }
+            if s.gated
+            else {}
+        ),
+    }
+
+
+def best(
+    run: Callable[[], Any], key: str, start: GemmConfig, device: torch.device, repeats: int, few: int | None = None
+) -> tuple[GemmConfig, float, float]:
+    """The fastest candidate, its seconds, and those of the rule."""
+    original, found = configs.tuned, []
+    try:
+        for candidate in list(dict.fromkeys(candidates(start)))[:few]:
+            configs.tuned = lambda _, c=candidate: {key: c}  # type: ignore[assignment,misc]
+            try:
+                found.append((statistics.median(seconds([run], device, repeats)), candidate))
+            except Exception as error:  # whatever a compiler or a launch throws rules the candidate out
+                if candidate == start:
+                    raise
+                print(f"  {candidate} does not run: {type(error).__name__}")
+    finally:
+        configs.tuned = original
+    seconds_of_best, config = min(found, key=lambda pair: pair[0])
+    return config, seconds_of_best, found[0][0]
+
+
+def tune(
+    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, repeats: int, few: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Entries of the table, by key."""
+    table: dict[str, dict[str, Any]] = {}
+    for shape in shapes:
+        inputs = Inputs(shape, dtype, device, 0)
+        for kind, (run, key) in products(inputs).items():
+            start = configs.gemm(kind, device, dtype, -(-inputs.A // shape.E), *map(int, _sizes(key)))
+            config, fastest, rule = best(run, key, start, device, repeats, few)
+            table[key] = asdict(config)
+            print(f"{shape}: {kind} {1e6 * rule:.1f} us by rule, {1e6 * fastest:.1f} us with {config}", flush=True)
+    return table
+
+
+def _sizes(key: str) -> tuple[str, str]:
+    """K and N of an entry's key."""
+    *_, K, N = key.split("/")
+    return K.removeprefix("K"), N.removeprefix("N")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=list(GPU_SHAPES), default=list(GPU_SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--interpreter", action="store_true", help="two candidates on a tiny shape, to try the program")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    if args.interpreter:
+        device, shapes, dtype, few = torch.device("cpu"), [TINY], torch.float32, 2
+    elif torch.cuda.is_available():
+        device, shapes, few = torch.device("cuda"), [GPU_SHAPES[name] for name in args.shape], None
+        dtype = getattr(torch, args.dtype)
+    else:
+        print(f"no GPU: torch {torch.__version__} sees none, and tiles are tuned on the GPU they are for")
+        return 1
+    chip = configs.architecture(device)
+    out = args.out or Path(configs.__file__).parent / "tuned" / f"{chip}.json"
+    known = json.loads(out.read_text())["configs"] if out.exists() else {}
+    found = tune(shapes, dtype, device, args.repeats, few)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    summary = {"environment": environment(device), "configs": known | found}
+    out.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{len(found)} entries written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
