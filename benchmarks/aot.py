@@ -155,9 +155,10 @@ Case = tuple[Shape, torch.dtype, Variant, bool]  # with tf32
 
 
 def representative(shapes: Sequence[Shape]) -> Iterator[Case]:
-    """The cases of `make test`: half precision and fp32, both kinds of experts."""
+    """The cases of `make test`: half precision, both kinds of experts, and a gate with weights."""
     for shape in shapes:
         yield shape, torch.bfloat16, VARIANTS["default"], False
+    yield shapes[0], torch.bfloat16, VARIANTS["fixed k, no bias"], False
 
 
 def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:

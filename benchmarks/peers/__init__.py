@@ -1,15 +1,31 @@
-"""Packages that do the same job, for `benchmarks.layer` on a GPU. An adapter a file; none is there yet.
+"""Packages that do the same job, for `benchmarks.layer` on a GPU: an adapter a file, whatever of them is installed.
 
-A package is named with why it is not measured: it is not installed, or it is and has no adapter.
+Peers take a fixed number of experts a token, so all of them, and ours beside them, get the same fixed-k routing of the
+same rows: k distinct experts a token, drawn at random, weights 1 / k, experts without biases. Timed is what lies
+between that routing and the gradients: index or sort, dispatch, experts, combine, and the backward of all but the routing.
+A peer is compared with plain torch before it is timed, and named with the reason where it is not measured.
+
+An adapter has `PACKAGE`, `unfit(case)` (why it cannot take a case, or None; may import nothing) and `build(case)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
-PACKAGES = {
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..shapes import Shape
+
+# name in the table -> module here
+ADAPTERS = {
     "scattermoe": "scattermoe",
-    "liger-kernel": "liger_kernel",
+    "liger-kernel": "liger",
     "moe-ops": "moe_ops",
     "sonicmoe": "sonicmoe",
     "megablocks": "megablocks",
@@ -17,9 +33,104 @@ PACKAGES = {
 }
 
 
-def reasons() -> dict[str, str]:
-    """Why each package is not in the table."""
-    return {
-        name: "not installed" if find_spec(module) is None else "installed, but its adapter is not written yet"
-        for name, module in PACKAGES.items()
-    }
+class PeerCase:
+    """Tokens, a fixed-k routing of them, and experts without biases: act(x w1) w2, or act(x w1) (x w3) w2 if gated."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        T, D, H, E = shape.T, shape.D, shape.H, shape.E
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.k = min(max(1, round(shape.k)), E)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
+
+        self.x_TD, self.d_y_TD = draw(T, D).requires_grad_(), draw(T, D)
+        self.w1_EDH = draw(E, D, H, scale=D**-0.5)
+        self.w3_EDH = draw(E, D, H, scale=D**-0.5) if shape.gated else None
+        self.w2_EHD = draw(E, H, D, scale=H**-0.5)
+        chosen_TK = torch.rand(T, E, generator=generator).topk(self.k, dim=1).indices.sort(dim=1).values
+        self.index_TK = chosen_TK.to(device)
+        self.weight_TK = torch.full((T, self.k), 1 / self.k, device=device)
+        self.activation = F.silu if shape.gated else F.gelu
+
+    def expected(self, index_TK: Tensor | None = None, weight_TK: Tensor | None = None) -> Tensor:
+        """The output in fp32 by a loop over the experts; for another routing where a peer insists on its own."""
+        index_TK = self.index_TK if index_TK is None else index_TK
+        weight_TK = self.weight_TK if weight_TK is None else weight_TK
+        x_TD = self.x_TD.detach().float()
+        y_TD = torch.zeros_like(x_TD)
+        for e in range(self.shape.E):
+            token, slot = (index_TK == e).nonzero(as_tuple=True)
+            x = x_TD[token]
+            a = self.activation(x @ self.w1_EDH[e].float())
+            if self.w3_EDH is not None:
+                a = a * (x @ self.w3_EDH[e].float())
+            y_TD[token] += (a @ self.w2_EHD[e].float()) * weight_TK[token, slot].float().unsqueeze(1)
+        return y_TD
+
+
+@dataclass
+class Peer:
+    """A peer on a case: its forward, the parameters whose gradients are taken, and its routing if it is its own."""
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
+    routing: tuple[Tensor, Tensor] | None = None
+    note: str = ""
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A contiguous copy that takes a gradient."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+
+
+def ours(case: PeerCase) -> Peer:
+    """Our operations on the same routing, from its bitmask."""
+    from dynmoe_tutel import kernels
+
+    assigned_TE = torch.zeros((case.shape.T, case.shape.E), dtype=torch.bool, device=case.device)
+    bits_TW = kernels.pack_bits(assigned_TE.scatter_(1, case.index_TK, True))
+    rows = case.index_TK.numel()
+    gate_A = torch.ones(rows, device=case.device)
+    w1, w2 = leaf(case.w1_EDH), leaf(case.w2_EHD)
+    w3 = None if case.w3_EDH is None else leaf(case.w3_EDH)
+    name = kernels.activation_name(case.activation)
+    assert name is not None
+
+    def forward(x_TD: Tensor) -> Tensor:
+        index = kernels.ragged_index(bits_TW, case.shape.E, rows)
+        out, _, _ = kernels.grouped_ffn(x_TD, gate_A, *index, w1, None, w3, None, w2, None, name, False, True)
+        return kernels.combine(out, *index[1:], True)
+
+    return Peer(forward, [w for w in (w1, w2, w3) if w is not None])
+
+
+def step(peer: Peer, case: PeerCase) -> Callable[[], Any]:
+    """Forward and backward."""
+    wanted = [case.x_TD, *peer.parameters]
+    return lambda: torch.autograd.grad(peer.forward(case.x_TD), wanted, case.d_y_TD)
+
+
+def checked(peer: Peer, case: PeerCase) -> float:
+    """Relative RMS of its output to plain torch's; RuntimeError where it is large."""
+    with torch.no_grad():
+        found = peer.forward(case.x_TD).float()
+    expected = case.expected(*peer.routing) if peer.routing else case.expected()
+    error = float((found - expected).norm() / expected.norm())
+    if not error < (1e-5 if case.dtype == torch.float32 else 1.5e-2):
+        raise RuntimeError(f"its output differs from plain torch by {error:.1e}")
+    return error
+
+
+def unavailable(name: str, case: PeerCase) -> str | None:
+    """Why a peer is not measured on a case, or None."""
+    adapter = import_module(f".{ADAPTERS[name]}", __package__)
+    if find_spec(adapter.PACKAGE) is None:
+        return "not installed"
+    return adapter.unfit(case)
+
+
+def build(name: str, case: PeerCase) -> Peer:
+    """The peer on a case; whatever its import or construction raises."""
+    return import_module(f".{ADAPTERS[name]}", __package__).build(case)

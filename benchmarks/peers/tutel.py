@@ -1,0 +1,52 @@
+"""Stock Tutel (github.com/microsoft/Tutel): its layer with its own top-k gate, which takes no routing from outside.
+
+Its routing is compared against the same choice made in torch, and is within the time, unlike that of the others.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import Peer, PeerCase
+
+PACKAGE = "tutel"
+
+
+def unfit(case: PeerCase) -> str | None:
+    return "its plain experts only: gated ones have another layout in every version" if case.shape.gated else None
+
+
+def build(case: PeerCase) -> Peer:
+    from tutel import moe
+
+    s = case.shape
+    layer = moe.moe_layer(
+        gate_type={"type": "top", "k": case.k, "capacity_factor": 0, "fp32_gate": True},
+        model_dim=s.D,
+        experts={
+            "type": "ffn",
+            "num_experts_per_device": s.E,
+            "hidden_size_per_expert": s.H,
+            "activation_fn": case.activation,
+        },
+        seeds=(1, 1),
+    ).to(case.device, case.dtype)
+    layer.gates[0].float()
+    experts = layer.experts
+    with torch.no_grad():
+        experts.batched_fc1_w.copy_(case.w1_EDH.transpose(1, 2))
+        experts.batched_fc2_w.copy_(case.w2_EHD)
+        experts.batched_fc1_bias.zero_()
+        experts.batched_fc2_bias.zero_()
+        score_TE = F.softmax(layer.gates[0](case.x_TD.float()).float(), dim=1)
+        weight_TK, index_TK = score_TE.topk(case.k, dim=1)
+        if case.k > 1:
+            weight_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
+
+    def forward(x_TD: Tensor) -> Tensor:
+        return layer(x_TD)
+
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    return Peer(forward, parameters, (index_TK, weight_TK), "with its own gate")
