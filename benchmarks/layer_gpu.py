@@ -5,7 +5,8 @@
 * bare:        the products of the experts alone by cuBLAS on contiguous rows, all experts' rows at once.
 * dense:       a dense MLP on A rows, as many FLOPs as the layer: what an eager Linear, activation, Linear costs.
 * loop:        the layer on the torch engine, a loop over the experts that asks the device for their sizes.
-* peers:       named with the reason why they are not measured, see `benchmarks.peers`.
+* peers:       every one that is installed, and ours beside them, on a fixed-k routing of the same rows, which is given to
+               them; eager, since some wait for the device. See `benchmarks.peers`.
 
 Ratios are bare / contestant, from the same run; times are medians in milliseconds and are of the GPU that is named.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
 
+from . import peers
 from .shapes import GPU_SHAPES, Shape
 from .timing import bounds, environment, seconds, spread, write
 
@@ -158,21 +160,63 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
     times, skipped, memory = {}, {}, {}
     for name, (run, graph) in contestants(case).items():
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            before = _fresh_peak(device)
             times[name] = seconds([run], device, repeats, graph)
             if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device)
+                memory[name] = torch.cuda.max_memory_allocated(device) - before
         except (RuntimeError, ValueError) as error:  # out of memory, or an engine that does not take this type
             skipped[name] = str(error).splitlines()[0]
-    from .peers import reasons
-
-    result["skipped"] = skipped | reasons()
+    result["skipped"] = skipped
     result["milliseconds"] = {name: spread([1e3 * t for t in values]) for name, values in times.items()}
     result["peak_bytes"] = memory
     bare = statistics.median(times["bare"])
     result["bare_over"] = {name: bare / statistics.median(values) for name, values in times.items()}
+    del case
+    result["peers"] = measure_peers(shape, dtype, device, repeats)
     return result
+
+
+def _fresh_peak(device: torch.device) -> int:
+    """Bytes allocated now, from which on the peak is counted."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def measure_peers(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+    """By name: milliseconds, ours over it and peak bytes, or why it is not measured."""
+    case = peers.PeerCase(shape, dtype, device)
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("ours", *peers.ADAPTERS):
+        why = None if name == "ours" else peers.unavailable(name, case)
+        if why is not None:
+            found[name] = {"skipped": why}
+            continue
+        try:
+            peer = peers.ours(case) if name == "ours" else peers.build(name, case)
+            error = peers.checked(peer, case)
+            before = _fresh_peak(device)
+            times = seconds([peers.step(peer, case)], device, repeats, False)
+        except Exception as error:  # whatever another package throws is why it is not measured
+            if name == "ours":
+                raise
+            found[name] = {"skipped": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            continue
+        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        found[name] = {"milliseconds": spread([1e3 * t for t in times]), "peak_bytes": peak, "note": peer.note}
+        found[name] |= {"k": case.k, "relative_rms": error}
+    ours = found["ours"]["milliseconds"]["median"]
+    for entry in found.values():
+        if "milliseconds" in entry:
+            entry["it_over_ours"] = entry["milliseconds"]["median"] / ours
+    return found
+
+
+def _captured_step(case: Case, repeats: int) -> float:
+    """Seconds of a step as a CUDA graph with room for every assignment, so that the host plays no part."""
+    return statistics.median(seconds([case.step(case.make("full", "auto"))], case.device, repeats, True))
 
 
 def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int) -> dict[str, Any]:
@@ -181,7 +225,7 @@ def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int)
     for k in (0.5, 1, 2, 3, 4):
         case = Case(Shape(shape.T, shape.D, shape.H, shape.E, k, shape.gated), dtype, device)
         rows.append(case.rows)
-        times.append(statistics.median(seconds([case.step(case.layer)], device, repeats, False)))
+        times.append(_captured_step(case, repeats))
     mean_r, mean_t = statistics.mean(rows), statistics.mean(times)
     slope = sum((r - mean_r) * (t - mean_t) for r, t in zip(rows, times, strict=True)) / sum(
         (r - mean_r) ** 2 for r in rows
@@ -189,10 +233,10 @@ def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int)
     residual = sum((t - mean_t - slope * (r - mean_r)) ** 2 for r, t in zip(rows, times, strict=True))
     r2 = 1 - residual / sum((t - mean_t) ** 2 for t in times)
     case = Case(shape, dtype, device)
-    before = statistics.median(seconds([case.step(case.layer)], device, repeats, False))
+    before = _captured_step(case, repeats)
     with torch.no_grad():  # along the sum of the routing vectors, which are orthonormal, and above every threshold
         case.x_TD[0] = case.layer.gates[0].sim_matrix.sum(dim=1)
-    after = statistics.median(seconds([case.step(case.layer)], device, repeats, False))
+    after = _captured_step(case, repeats)
     return {"rows": rows, "seconds": times, "r2": r2, "one_token_with_every_expert": after / before}
 
 
@@ -210,6 +254,20 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         for name, why in r["skipped"].items():
             lines.append(f"| {Shape(**r['shape'])}, {r['dtype']} | {name} | skipped: {why} | | | |")
         lines.append(f"| {Shape(**r['shape'])} | saved / (x + h + 8 A) | {r['saved_over_bound']:.3f} | | | |")
+    lines += ["", "Peers, all on the same fixed-k routing, eager, forward and backward:", ""]
+    lines += ["| shape | peer | k | ms | quartiles | it / ours | peak MiB |", "|---" * 7 + "|"]
+    for r in results:
+        for name, entry in r["peers"].items():
+            head = f"| {Shape(**r['shape'])}, {r['dtype']} | {name}"
+            if "skipped" in entry:
+                lines.append(f"{head} | | skipped: {entry['skipped']} | | | |")
+                continue
+            ms, peak = entry["milliseconds"], entry["peak_bytes"]
+            lines.append(
+                f"{head}{', ' + entry['note'] if entry['note'] else ''} | {entry['k']} | {ms['median']:.3f} "
+                f"| {ms['quartile_1']:.3f} to {ms['quartile_3']:.3f} | **{entry['it_over_ours']:.2f}** "
+                f"| {'-' if peak is None else f'{peak / 2**20:.0f}'} |"
+            )
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+FILL_SECONDS = 2e-3  # of work between two events, beside which they and a launch weigh little
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, graph: bool = True) -> list[float]:
     """Seconds of one call, `repeats` times; `calls` are the same work on inputs in different memory, taken in turn.
 
-    On a GPU all of them are captured in one CUDA graph, so that the host plays no part (`graph`), and a replay is timed
-    with events; on a CPU each is timed by the clock.
+    On a GPU all of them, short ones several times, are captured in one CUDA graph, so that the host plays no part
+    (`graph`), and a replay is timed with events; on a CPU each is timed by the clock.
     """
     if device.type != "cuda":
         times = []
@@ -76,28 +78,35 @@ def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, grap
             call()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    rounds = max(1, min(64, math.ceil(FILL_SECONDS / min(_elapsed(once) for _ in range(2)))))
+
+    def run() -> None:
+        for _ in range(rounds):
+            once()
+
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            for call in calls:
-                call()
-        run: Call = captured.replay
+            run()
+        times = [_elapsed(captured.replay) for _ in range(repeats + 3)]
     else:
+        times = [_elapsed(run) for _ in range(repeats + 3)]
+    return [t / (rounds * len(calls)) for t in times[3:]]
 
-        def run() -> None:
-            for call in calls:
-                call()
 
-    times = []
-    for repeat in range(repeats + 3):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        if repeat >= 3:
-            times.append(start.elapsed_time(stop) / 1e3 / len(calls))
-    return times
+def _elapsed(run: Call) -> float:
+    """Seconds on the current device from the first to the last of what `run` launches."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

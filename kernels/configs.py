@@ -158,6 +158,8 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
         large = replace(large, block_k=min(large.block_k, 32 if half else 16), num_stages=2, num_warps=4)
     elif chip.startswith("sm_8") and half and aligned:
         large = replace(large, block_k=32, num_stages=4)
+    elif chip == "sm_100" and not half:
+        large = replace(large, block_n=32, pieces=min(large.pieces, 2))
     elif chip != "sm_90" and half and aligned:
         large = replace(large, block_m=64, block_n=64, num_warps=4, pieces=4)
     sizes = (K, N, rows) if kind == "weight_gradient" else (rows, N, K)

@@ -55,9 +55,48 @@ def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
     assert {"bare", "dense", "loop", "grouped_mm", "ours, exact", "ours, bounded", "ours, full"} <= names
     assert result["relative_rms_to_loop"] < 1e-5
     assert 0.9 < result["saved_over_bound"] < 3  # for so few tokens the scores and flags weigh more than 8 A
-    assert set(result["skipped"]) == set(peers.PACKAGES)
+    assert result["skipped"] == {}
+    assert set(result["peers"]) == {"ours", *peers.ADAPTERS}
+    assert result["peers"]["ours"]["it_over_ours"] == 1
     text = layer_gpu.table([result])
+    assert all(f"| {name}" in text for name in peers.ADAPTERS)
     assert all(name in text for name in names)
+
+
+class TestPeers:
+    @pytest.mark.parametrize("name", peers.ADAPTERS)
+    def test_one_that_is_not_installed_is_named(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(peers, "find_spec", lambda _: None)
+        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
+        assert peers.unavailable(name, case) == "not installed"
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_ours_on_their_routing(self, gated: bool) -> None:
+        shape = Shape(TINY.T, TINY.D, TINY.H, TINY.E, 3, gated)
+        case = peers.PeerCase(shape, torch.float32, torch.device("cpu"))
+        assert case.index_TK.shape == (40, 3)
+        assert all(len(set(row)) == 3 for row in case.index_TK.tolist())
+        ours = peers.ours(case)
+        assert peers.checked(ours, case) < 1e-6
+        grads = peers.step(ours, case)()
+        assert [g.shape for g in grads] == [t.shape for t in (case.x_TD, *ours.parameters)]
+
+    def test_a_wrong_output_is_not_timed(self) -> None:
+        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
+        ours = peers.ours(case)
+        wrong = peers.Peer(lambda x: ours.forward(x) * 1.001, ours.parameters)
+        with pytest.raises(RuntimeError, match="differs from plain torch"):
+            peers.checked(wrong, case)
+
+    def test_what_a_peer_throws_is_its_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def build(name: str, case: peers.PeerCase) -> peers.Peer:
+            raise ImportError("no compiled part")
+
+        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
+        monkeypatch.setattr(peers, "build", build)
+        found = layer_gpu.measure_peers(TINY, torch.float32, torch.device("cpu"), 2)
+        assert found["tutel"] == {"skipped": "ImportError: no compiled part"}
+        assert "milliseconds" in found["ours"]
 
 
 def test_time_against_assignments(monkeypatch: pytest.MonkeyPatch) -> None:

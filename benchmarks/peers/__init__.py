@@ -2,8 +2,8 @@
 
 Peers take a fixed number of experts a token, so all of them, and ours beside them, get the same fixed-k routing of the
 same rows: k distinct experts a token, drawn at random, weights 1 / k, experts without biases. Timed is what lies
-between that routing and the gradients: index or sort, dispatch, experts, combine, and the backward of all but the routing.
-A peer is compared with plain torch before it is timed, and named with the reason where it is not measured.
+between that routing and the gradients: index or sort, dispatch, experts, combine, and the backward of all but the
+routing. A peer is compared with plain torch before it is timed, and named with the reason where it is not measured.
 
 An adapter has `PACKAGE`, `unfit(case)` (why it cannot take a case, or None; may import nothing) and `build(case)`.
 """

@@ -227,11 +227,11 @@ def token_gradient(
             d_y_TO.stride(0),
             CENTRED=centred,
             BIAS=b2_EO is not None,
-            UNROLL=2 if block_d <= 4096 else 1,
+            UNROLL=2 if block_d <= 2048 else 1,
             BLOCK_D=block_d,
             BLOCK_O=triton.next_power_of_2(max(O, 16)),
             BLOCK_E=max(2, triton.next_power_of_2(E)),
-            BLOCK_T=min(16, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
-            num_warps=min(16, max(1, block_d // 512)),
+            BLOCK_T=min(8, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
+            num_warps=min(16, max(1, block_d // (256 if block_d <= 2048 else 512))),
         )
     return d_x_TD, d_score_TE, d_cos_TE

@@ -457,7 +457,7 @@ def threshold_gate_backward(
             BLOCK_E=block_e,
             num_warps=4,
         )
-        cosine_gradient_kernel[(triton.cdiv(T, 32),)](
+        cosine_gradient_kernel[(triton.cdiv(T, 16),)](
             d_cos_TE,
             unit_ED,
             x_TD,
@@ -468,10 +468,10 @@ def threshold_gate_backward(
             E,
             x_TD.stride(0),
             PRECISION=_precision(E, chip),
-            BLOCK_T=32,
+            BLOCK_T=16,
             BLOCK_D=32,
             BLOCK_E=min(32, block_e),
-            num_warps=8,
+            num_warps=4,
             num_stages=2,
         )
     d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD), unit_ED, inv_norm_E, scale, w_DE)
