@@ -232,6 +232,6 @@ def token_gradient(
             BLOCK_O=triton.next_power_of_2(max(O, 16)),
             BLOCK_E=max(2, triton.next_power_of_2(E)),
             BLOCK_T=min(8, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
-            num_warps=min(16, max(1, block_d // (256 if block_d <= 2048 else 512))),
+            num_warps=min(16, max(1, block_d // 256)),
         )
     return d_x_TD, d_score_TE, d_cos_TE
