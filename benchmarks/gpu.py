@@ -55,7 +55,7 @@ def missing() -> str | None:
 def parts(results: Path, seconds: float) -> list[Part]:
     """The commands, in order."""
     python = sys.executable
-    workers = () if find_spec("xdist") is None else ("-n", str(min(8, os.cpu_count() or 1)))
+    workers = () if find_spec("xdist") is None else ("-n", str(min(12, os.cpu_count() or 1)))
     tests = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *TESTS)
 
     def benchmark(module: str, share: float) -> tuple[str, ...]:

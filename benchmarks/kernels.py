@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [--device cuda] [--shape vit-s ...] [--dtype bfloat16] [--seconds N] [--out FILE.json]
 
-Bytes count every input and output of a kernel once, FLOPs those of its products. A kernel is first compared with the
-torch operation on the same device; a difference ends the run. Times are of CUDA-graph replays over several sets of
+Bytes count every input and output of a kernel once, FLOPs those of its products. A kernel is first compared with torch
+on the same device; a difference ends the run. Times are of CUDA-graph replays over several sets of
 inputs, so that they come from memory. Writes FILE.json, FILE.md and the roofline FILE.png. Without a GPU the kernels
 run in Triton's interpreter on a tiny shape: that shows that this program works, and no time.
 """
@@ -74,6 +74,52 @@ class Inputs:
         self.rows_AD = draw(self.A, D)
 
 
+class Loop:
+    """The experts' products in torch, expert by expert, with sums in fp32."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        offsets = inputs.index[0].tolist()
+        self.segments = list(enumerate(map(slice, offsets[:-1], offsets[1:])))
+        self.token_A = inputs.index[2].long()
+        self.inputs = inputs
+
+    def linear(self, rows_AK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None = None) -> Tensor:
+        """Rows [A, N] in fp32."""
+        out = rows_AK.new_empty((rows_AK.shape[0], w_EKN.shape[2]), dtype=torch.float32)
+        for e, rows in self.segments:
+            out[rows] = rows_AK[rows].float() @ w_EKN[e].float()
+            if bias_EN is not None:
+                out[rows] += bias_EN[e].float()
+        return out
+
+    def up(self) -> tuple[Tensor, Tensor, Tensor]:
+        """h, u and a, those before rounded to the dtype of the tokens."""
+        from dynmoe_tutel.kernels import ACTIVATIONS
+
+        i = self.inputs
+        x = i.x_TD[self.token_A]
+        h = self.linear(x, i.w1, i.b1).to(i.dtype)
+        u = h[:0] if i.w3 is None else self.linear(x, i.w3).to(i.dtype)
+        a = ACTIVATIONS[i.activation].value(h.float())
+        return h, u, a if i.w3 is None else a * u.float()
+
+    def activation_gradient(self, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of h and u, and a over k, as `activation_gradient` gives them."""
+        from dynmoe_tutel.kernels import ACTIVATIONS
+
+        i, act = self.inputs, ACTIVATIONS[self.inputs.activation]
+        k_A1 = i.index[1].diff()[self.token_A].unsqueeze(1).float()
+        d_a = self.linear(i.d_y_TD[self.token_A], i.w2.transpose(1, 2)) / k_A1
+        act_h = act.value(h.float())
+        if i.w3 is None:
+            return act.gradient(d_a, h.float()), u, act_h / k_A1
+        return act.gradient(d_a * u.float(), h.float()), d_a * act_h, act_h * u.float() / k_A1
+
+    def weight_gradient(self, a_AM: Tensor, b_AN: Tensor) -> Tensor:
+        """[E, M, N] in fp32."""
+        return torch.stack([a_AM[rows].t().float() @ b_AN[rows].float() for _, rows in self.segments])
+
+
 def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     """The kernels in forward, then backward order."""
     from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, rows, threshold_gate
@@ -108,6 +154,14 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         0,
         lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, A),
     )
+    fewer = A - A // 10
+    yield Kernel(
+        "bound (a tenth dropped)",
+        lambda: ragged_index.bound_assignments(i.bits_TW, i.score_TE, fewer),
+        16 * T * W + 4 * A,
+        0,
+        lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, fewer),
+    )
     yield Kernel(
         "dispatch",
         lambda: rows.dispatch(i.x_TD, *i.index[1:]),
@@ -118,7 +172,14 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
     h, u, a = grouped_ffn.up(*up)
     u_or_none = u if s.gated else None
-    yield Kernel("up", lambda: grouped_ffn.up(*up), tokens + g * weight + n * (g + 1) * A * H, 2 * g * A * D * H)
+    loop = Loop(inputs)
+    yield Kernel(
+        "up",
+        lambda: grouped_ffn.up(*up),
+        tokens + g * weight + n * (g + 1) * A * H,
+        2 * g * A * D * H,
+        loop.up,
+    )
     down = {"bias_EN": i.b2}
     yield Kernel(
         "down",
@@ -157,24 +218,36 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         )
 
     kept = through()
-    yield Kernel("activation gradient", through, tokens + weight + n * (2 * g + 1) * A * H, 2 * A * D * H)
+    yield Kernel(
+        "activation gradient",
+        lambda: (lambda r: (r.d_h_AH, r.d_u_AH, r.a_AH))(through()),
+        tokens + weight + n * (2 * g + 1) * A * H,
+        2 * A * D * H,
+        lambda: loop.activation_gradient(h, u),
+    )
     yield Kernel(
         "weight gradient, first",
         lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
         tokens + n * A * H + weight,
         2 * A * D * H,
+        lambda: loop.weight_gradient(i.x_TD[loop.token_A], kept.d_h_AH),
     )
     yield Kernel(
         "weight gradient, second",
         lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
         tokens + n * A * H + weight,
         2 * A * D * H,
+        lambda: loop.weight_gradient(kept.a_AH, i.d_y_TD[loop.token_A]),
     )
     yield Kernel(
         "rows of the tokens' gradient",
         lambda: grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0]),
         g * (n * A * H + weight) + n * A * D,
         2 * g * A * D * H,
+        lambda: (
+            loop.linear(kept.d_h_AH, i.w1.transpose(1, 2))
+            + (0 if i.w3 is None else loop.linear(kept.d_u_AH, i.w3.transpose(1, 2)))
+        ),
     )
     d_rows = grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0])
     unit_ED, _ = router_gradient.unit_vectors(i.w_DE)

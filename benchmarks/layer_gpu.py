@@ -5,8 +5,8 @@
 * bare:        the products of the experts alone by cuBLAS on contiguous rows, all experts' rows at once.
 * dense:       a dense MLP on A rows, as many FLOPs as the layer: what an eager Linear, activation, Linear costs.
 * loop:        the layer on the torch engine, a loop over the experts that asks the device for their sizes.
-* peers:       every one that is installed, and ours beside them, on a fixed-k routing of the same rows, which is given to
-               them; eager, since some wait for the device. See `benchmarks.peers`.
+* peers:       every one that is installed, and ours beside them, on a fixed-k routing of the same rows that is given
+               to them; eager, since some wait for the device. See `benchmarks.peers`.
 
 Ratios are bare / contestant, from the same run; times are medians in milliseconds and are of the GPU that is named.
 """

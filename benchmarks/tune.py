@@ -28,16 +28,24 @@ from .timing import environment, seconds
 
 
 def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
-    """The configuration of the rule, and its neighbours."""
+    """The configuration of the rule, and others of its depth: few, since each compiles for a second or two."""
     yield start
-    for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256)):
-        for block_k in (32, 64):
-            for warps in (4, 8):
-                for stages in (2, 3, 4):
-                    tile = replace(start, block_m=block_m, block_n=block_n, block_k=block_k, max_registers=None)
-                    pieces = min(max(start.pieces, 1), block_n // 16)
-                    for programs in (1, 2):
-                        yield replace(tile, num_warps=warps, num_stages=stages, programs=programs, pieces=pieces)
+    for block_m, block_n, warps in (
+        (64, 64, 4),
+        (64, 128, 4),
+        (128, 64, 4),
+        (128, 64, 8),
+        (128, 128, 4),
+        (128, 128, 8),
+        (128, 256, 8),
+        (256, 128, 8),
+    ):
+        for stages in (2, 3, 4):
+            tile = replace(start, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
+            for programs in (1, 2):  # of a multiprocessor: the same code
+                yield replace(
+                    tile, programs=programs, pieces=min(max(start.pieces, 1), block_n // 16), max_registers=None
+                )
 
 
 def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
@@ -83,7 +91,11 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
                 "linear_pair": (
                     lambda: grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0]),
                     key("linear_pair", s.H, s.D),
-                )
+                ),
+                "weight_gradient of the first": (
+                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
+                    key("weight_gradient", s.D, s.H),
+                ),
             }
             if s.gated
             else {}
@@ -119,7 +131,7 @@ def tune(
     for shape in shapes:
         inputs = Inputs(shape, dtype, device, 0)
         for kind, (run, key) in products(inputs).items():
-            start = configs.gemm(kind, device, dtype, -(-inputs.A // shape.E), *map(int, _sizes(key)))
+            start = configs.gemm(key.split("/")[0], device, dtype, -(-inputs.A // shape.E), *map(int, _sizes(key)))
             config, fastest, rule = best(run, key, start, device, repeats, few)
             table[key] = asdict(config)
             print(f"{shape}: {kind} {1e6 * rule:.1f} us by rule, {1e6 * fastest:.1f} us with {config}", flush=True)
