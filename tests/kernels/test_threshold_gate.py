@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
+from dynmoe_tutel.kernels.ragged_index import block_tokens
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
 from torch import Tensor
 
@@ -206,13 +207,85 @@ class TestForward:
         for first, second in zip(plain, automatic, strict=True):
             assert torch.equal(first, second)
 
+    @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("fallback", [False, True])
-    @pytest.mark.parametrize(("T", "D", "E"), [(7, 9, 65), (0, 4, 3)])
-    def test_opcheck(self, T: int, D: int, E: int, fallback: bool) -> None:
+    @pytest.mark.parametrize(("T", "D", "E"), [(7, 9, 65), (0, 4, 3), (70, 4, 3)])
+    def test_opcheck(self, T: int, D: int, E: int, fallback: bool, masked: bool) -> None:
         x_TD, w_DE, threshold_E, active_E = gate_inputs(T, D, E)
         scale = torch.tensor(2.0, requires_grad=True)
-        inputs = (x_TD.requires_grad_(), w_DE.requires_grad_(), threshold_E, active_E, scale, fallback)
+        mask = (torch.arange(T) % 3 > 0,) if masked else ()
+        inputs = (x_TD.requires_grad_(), w_DE.requires_grad_(), threshold_E, active_E, scale, fallback, *mask)
         torch.library.opcheck(threshold_gate, inputs)
+
+
+class TestBlockCounts:
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize(
+        ("T", "E"), [(0, 3), (1, 1), (63, 5), (64, 5), (65, 5), (200, 65), (130, 128), (33, 512), (32, 512)]
+    )
+    def test_are_the_sums_of_the_bits(self, T: int, E: int, fallback: bool, masked: bool) -> None:
+        mask_T = torch.arange(T) % 5 > 1 if masked else None
+        _, bits, _, _, block_counts = threshold_gate(*gate_inputs(T, 16, E), ONE, fallback, mask_T)
+        size = 64 if E <= 128 else 16
+        assert size == block_tokens(E)
+        assigned_TE = unpack_bits(bits, E)
+        wanted = [assigned_TE[t : t + size].sum(dim=0).tolist() for t in range(0, T, size)]
+        assert block_counts.dtype == torch.int32
+        assert block_counts.shape == (-(-T // size) * E,)
+        assert block_counts.view(-1, E).tolist() == wanted
+        assert T < 2 or block_counts.any()
+
+    @pytest.mark.parametrize(("E", "size"), [(1, 64), (64, 64), (128, 64), (129, 32), (256, 32), (257, 16), (512, 16)])
+    def test_the_tokens_of_a_block(self, E: int, size: int) -> None:
+        assert block_tokens(E) == size
+
+
+class TestMask:
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize(("T", "D", "E"), [(64, 16, 4), (33, 47, 130), (9, 8, 64), (1, 1, 1)])
+    def test_real_tokens_as_without_padding(self, T: int, D: int, E: int, fallback: bool) -> None:
+        x_TD, *rest = gate_inputs(T, D, E)
+        mask_T = torch.arange(T) % 3 > 0
+        score_TE, bits, unrouted_T, inv_norm_T, block_counts = threshold_gate(x_TD, *rest, ONE, fallback, mask_T)
+        own = threshold_gate(x_TD[mask_T], *rest, ONE, fallback)
+        assert distance(score_TE[mask_T], own[0]) < 1e-6
+        assert torch.equal(bits[mask_T], own[1])
+        assert torch.equal(unrouted_T[mask_T], own[2])
+        assert distance(inv_norm_T[mask_T], own[3]) < 1e-6
+        assert torch.equal(block_counts.view(-1, E).sum(dim=0), own[4].view(-1, E).sum(dim=0))
+        assert not bits[~mask_T].any()
+        assert not unrouted_T[~mask_T].any()
+        if T > 20 and E < 10:  # padding would have had experts, and would have been unrouted
+            _, bits, unrouted_T, *_ = threshold_gate(x_TD, *rest, ONE, False)
+            assert bits[~mask_T].any()
+            assert unrouted_T[~mask_T].any()
+            assert unrouted_T[mask_T].any()
+
+    def test_nothing_but_padding_and_no_padding(self) -> None:
+        inputs = (*gate_inputs(70, 16, 5), ONE, True)
+        _, bits, unrouted_T, _, block_counts = threshold_gate(*inputs, torch.zeros(70).bool())
+        assert not bits.any()
+        assert not unrouted_T.any()
+        assert block_counts.tolist() == [0] * 10
+        for plain, masked in zip(threshold_gate(*inputs), threshold_gate(*inputs, torch.ones(70).bool()), strict=True):
+            assert torch.equal(plain, masked)
+
+    def test_gradients_of_the_real_tokens(self) -> None:
+        """The mask decides about experts; scores and their gradient are those of each token."""
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(12, 8, 5)
+        mask_T, d_score_TE = torch.arange(12) % 3 > 0, torch.randn(12, 5)
+        d_score_TE[~mask_T] = 0  # as from a loss over the real tokens
+        found = []
+        for x, mask, d_score in ((x_TD, mask_T, d_score_TE), (x_TD[mask_T], None, d_score_TE[mask_T])):
+            variables = [t.clone().requires_grad_() for t in (x, w_DE, ONE)]
+            score = threshold_gate(variables[0], variables[1], threshold_E, active_E, variables[2], True, mask)[0]
+            score.backward(d_score)
+            found.append([v.grad for v in variables])
+        assert not found[0][0][~mask_T].any()
+        found[0][0] = found[0][0][mask_T]
+        for one, other in zip(*found, strict=True):
+            assert distance(one, other) < 1e-6
 
 
 class TestBackward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import threshold_gate
+from dynmoe_tutel.kernels import threshold_gate, unpack_bits
 from dynmoe_tutel.kernels.gpu import threshold_gate as gpu
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
 from helpers import HAS_GPU, relative_rms
@@ -19,6 +19,8 @@ SHAPES = [  # T, D, E
     (17, 33, 512),
     (1, 1, 1),
     (0, 16, 4),
+    (7, 1, 63),
+    (130, 16, 64),  # three blocks of the index, two tiles
 ]
 HALF = [torch.bfloat16, torch.float16] if HAS_GPU else []
 MARGIN = 1e-5
@@ -27,10 +29,12 @@ MARGIN = 1e-5
 class Batch:
     """Tokens, routing vectors, and thresholds that no cosine is near to."""
 
-    def __init__(self, T: int, D: int, E: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, T: int, D: int, E: int, dtype: torch.dtype = torch.float32, w_dtype: torch.dtype | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(T + D + E)
         self.x = torch.randn(T, D, generator=generator).to(dtype)
-        self.w = torch.randn(D, E, generator=generator).to(dtype)
+        self.w = torch.randn(D, E, generator=generator).to(w_dtype or dtype)
         self.active = torch.ones(E, dtype=torch.bool)
         self.active[1::3] = False
         self.scale = torch.tensor(2.5)
@@ -49,7 +53,8 @@ class Batch:
         return self.x.double(), self.w.double(), self.G.double(), self.active, self.scale.double()
 
 
-def compare(batch: Batch, device: str, fallback: bool, mask: Tensor | None = None, limit: float = 1e-6) -> None:
+def compare(batch: Batch, device: str, fallback: bool, mask: Tensor | None = None, limit: float = 1e-6) -> Tensor:
+    """Returns the unrouted flags."""
     wanted = threshold_gate(*batch.in_fp64(), fallback, mask)
     found = gpu.threshold_gate(*batch.arguments(device), fallback, None if mask is None else mask.to(device))
     real = slice(None) if mask is None else mask
@@ -59,6 +64,26 @@ def compare(batch: Batch, device: str, fallback: bool, mask: Tensor | None = Non
     for i, name in ((0, "score"), (3, "inv_norm")):
         assert found[i].dtype == torch.float32, name
         assert relative_rms(found[i].cpu()[real], wanted[i][real]) < limit, name
+    return wanted[2]
+
+
+def gradient_errors(batch: Batch, d_score: Tensor, device: str) -> dict[str, float]:
+    """Relative to the terms that the gradients are differences of, and in units of what their dtype can hold."""
+    x, w, *_, scale = batch.arguments(device)
+    score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
+    found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
+    exact = threshold_gate(*batch.in_fp64(), False)
+    xd, wd, *_, tau = batch.in_fp64()
+    wanted = threshold_gate_backward(d_score.double(), exact[0], xd, wd, exact[3], tau)
+    terms = float((d_score.double() * exact[0] * (1 - exact[0])).norm())
+    errors = {}
+    for name, given, f, e in zip(("x", "w", "scale"), (x, w, scale), found, wanted, strict=True):
+        assert (f.shape, f.dtype) == (given.shape, given.dtype), name
+        assert f.isfinite().all(), name
+        rounding = 1e-6 if f.dtype == torch.float32 else torch.finfo(f.dtype).eps / 3
+        allowed = rounding * max(float(e.norm()), terms)
+        errors[name] = float((f.double().cpu() - e).norm()) / allowed if allowed else 0.0
+    return errors
 
 
 @pytest.mark.parametrize("fallback", [False, True])
@@ -74,18 +99,128 @@ def test_padding_gets_no_expert(shape: tuple, fallback: bool, device: str, poiso
     compare(Batch(*shape), device, fallback, mask)
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_padding_holds_is_not_read(fallback: bool, device: str, poisoned: None) -> None:
+    batch, mask = Batch(70, 24, 5), torch.arange(70) % 3 > 0
+    clean = gpu.threshold_gate(*batch.arguments(device), fallback, mask.to(device))
+    batch.x[~mask] = float("nan")
+    strided = mask.repeat_interleave(2).to(device)[::2]
+    assert not strided.is_contiguous()
+    for one, other in zip(clean, gpu.threshold_gate(*batch.arguments(device), fallback, strided), strict=True):
+        assert torch.equal(one, other)
+    assert int(clean[1][~mask.to(device)].abs().sum()) == 0
+    assert int(clean[2].sum()) > 0
+
+
+def test_padding_alone(device: str, poisoned: None) -> None:
+    batch = Batch(65, 16, 5)
+    _, bits, unrouted, _, block_counts = gpu.threshold_gate(
+        *batch.arguments(device), True, torch.zeros(65, dtype=torch.bool, device=device)
+    )
+    assert not bits.any()
+    assert not unrouted.any()
+    assert block_counts.tolist() == [0] * 10
+
+
+def test_masked_tokens_leave_the_others_as_they_are(device: str) -> None:
+    """And a mask that masks nothing is none."""
+    batch, mask = Batch(65, 47, 16), torch.arange(65) % 2 > 0
+    plain = gpu.threshold_gate(*batch.arguments(device), True)
+    all_real = gpu.threshold_gate(*batch.arguments(device), True, torch.ones(65, dtype=torch.bool, device=device))
+    some = gpu.threshold_gate(*batch.arguments(device), True, mask.to(device))
+    for i, (one, two, three) in enumerate(zip(plain, all_real, some, strict=True)):
+        assert torch.equal(one, two)
+        assert i == 4 or torch.equal(one[mask.to(device)], three[mask.to(device)])
+
+
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["same", "w fp32"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 1030, 8), (257, 768, 64)], ids=str)
-def test_half_precision_decides_as_fp32(shape: tuple, dtype: torch.dtype, device: str) -> None:
-    compare(Batch(*shape, dtype), device, True)
+def test_half_precision_decides_as_fp32(
+    shape: tuple, dtype: torch.dtype, w_dtype: torch.dtype | None, device: str
+) -> None:
+    compare(Batch(*shape, dtype, w_dtype), device, True)
 
 
-def test_strides(device: str) -> None:
-    batch = Batch(33, 40, 6)
-    expected = gpu.threshold_gate(*batch.arguments(device), True)
-    batch.x, batch.w = batch.x.t().contiguous().t(), batch.w.t().contiguous().t()
-    for one, other in zip(gpu.threshold_gate(*batch.arguments(device), True), expected, strict=True):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_tokens_and_parameters_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    batch = Batch(33, 47, 6, torch.float32, dtype)
+    batch.G, batch.scale = batch.G.to(dtype), batch.scale.to(dtype)
+    margin = threshold_gate(*batch.in_fp64(), False)[0].logit() / 2.5 - batch.G.double()
+    assert margin.abs().min() > MARGIN
+    compare(batch, device, True)
+
+
+def in_other_strides(t: Tensor, how: str) -> Tensor:
+    """The same values in memory of other strides, NaN in between."""
+    rows, columns = t.shape
+    if how == "transposed":
+        return t.t().contiguous().t()
+    wide = t.new_full((2 * rows, columns + 3), float("nan"))
+    if how == "every other row":
+        wide = wide[::2]
+    at = slice(2, 2 + columns)
+    wide[:rows, at] = t
+    return wide[:rows, at]
+
+
+@pytest.mark.parametrize("how_w", ["transposed", "some columns", "every other row"])
+@pytest.mark.parametrize("how_x", ["transposed", "some columns", "every other row"])
+def test_strides(how_x: str, how_w: str, device: str) -> None:
+    batch, d_score = Batch(33, 40, 6), torch.randn(33, 6, generator=torch.Generator().manual_seed(1))
+    x, w, G, active, scale = batch.arguments(device)
+    expected = gpu.threshold_gate(x, w, G, active, scale, True)
+    strided = (in_other_strides(x, how_x), in_other_strides(w, how_w))
+    assert not strided[0].is_contiguous()
+    assert not strided[1].is_contiguous()
+    thin = (G.repeat_interleave(2)[::2], active.repeat_interleave(2)[::2])
+    for one, other in zip(gpu.threshold_gate(*strided, *thin, scale, True), expected, strict=True):
         assert torch.equal(one, other)
+
+    score, inv_norm, d_score = expected[0], expected[3], d_score.to(device)
+    gradients = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+    for d in (in_other_strides(d_score, how_x), d_score):
+        own = gpu.threshold_gate_backward(d, score, *strided, inv_norm, scale)
+        assert all(torch.equal(one, other) for one, other in zip(own, gradients, strict=True))
+    d_cos = in_other_strides(d_score, how_w)
+    assert torch.equal(gpu.unit_gradient(d_cos, strided[0]), gpu.unit_gradient(d_score, x))
+
+
+def test_an_expanded_gradient(device: str) -> None:
+    """That of a sum has no strides at all."""
+    batch = Batch(33, 40, 6)
+    assert max(gradient_errors(batch, torch.ones(()).expand(33, 6), device).values()) < 3
+
+
+def test_unrouted_tokens_take_the_best_active_expert(device: str, poisoned: None) -> None:
+    """Whatever the inactive ones and the padded columns have; E = 5 is padded to 16, 65 to 128."""
+    for E in (5, 65):
+        batch = Batch(20, 24, E)
+        batch.G += 2  # nobody passes
+        batch.w[:, batch.active] = batch.w[:, :1] * -1 + 0.1 * batch.w[:, batch.active]  # all point away from most
+        batch.w[:, 1] = batch.x.sum(dim=0)  # inactive, and near to all
+        assert compare(batch, device, True).all()
+        bits = gpu.threshold_gate(*batch.arguments(device), True)[1].cpu()
+        assigned = unpack_bits(bits, E)
+        assert (assigned.sum(dim=1) == 1).all()
+        assert not assigned[:, ~batch.active].any()
+
+
+def test_among_equally_good_experts_the_lowest_slot_is_the_best(device: str) -> None:
+    x, w = torch.eye(4)[:1], torch.eye(4)[:, [1, 0, 0, 0]]
+    active = torch.tensor([True, False, True, True])
+    given = (t.to(device) for t in (x, w, torch.full((4,), 2.0), active, torch.tensor(1.0)))
+    assert gpu.threshold_gate(*given, True)[1].tolist() == [[0b0100]]
+
+
+@pytest.mark.parametrize(("threshold", "passes"), [(0.0, 0), (1.0, 0), (-1e-6, 1)])
+def test_equality_does_not_pass(threshold: float, passes: int, device: str) -> None:
+    """cos = G = 0 for a token at right angles, cos = G = 1 for a parallel one."""
+    x, w = torch.eye(4)[:1], torch.eye(4)[:, :1] if threshold == 1 else torch.eye(4)[:, 1:2]
+    given = (t.to(device) for t in (x, w, torch.tensor([threshold]), torch.ones(1).bool(), torch.tensor(1.0)))
+    _, bits, unrouted, *_ = gpu.threshold_gate(*given, False)
+    assert bits.tolist() == [[passes]]
+    assert unrouted.tolist() == [passes == 0]
 
 
 def test_zero_and_non_finite_tokens_leave_the_others_alone(device: str) -> None:
@@ -97,8 +232,36 @@ def test_zero_and_non_finite_tokens_leave_the_others_alone(device: str) -> None:
     for one, other in zip(clean[:4], dirty[:4], strict=True):
         assert torch.equal(one[others], other[others])
     assert dirty[2][[3, 5, 9]].all()  # a zero token has cosine 0, below every threshold here
+    assert not dirty[1][[3, 5, 9]].any()
     assert float(dirty[3][3]) == 0
     assert torch.equal(dirty[0][3], torch.full((5,), 0.5, device=device))
+    assigned = unpack_bits(dirty[1].cpu(), 5)
+    assert torch.equal(dirty[4].cpu(), assigned.sum(dim=0, dtype=torch.int32))  # 20 tokens are one block
+
+
+def test_the_fallback_of_zero_and_non_finite_tokens_is_that_of_torch(device: str) -> None:
+    batch = Batch(20, 24, 5)
+    batch.active[0] = False
+    batch.x[3], batch.x[5, 7], batch.x[9, 0] = 0, float("nan"), float("inf")
+    wanted = threshold_gate(batch.x, *batch.arguments("cpu")[1:], True)
+    found = gpu.threshold_gate(*batch.arguments(device), True)
+    for i in (1, 2, 4):
+        assert torch.equal(found[i].cpu(), wanted[i])
+    assert found[1][[3, 5, 9], 0].tolist() == [0b00100] * 3  # the first active one
+
+
+def test_zero_vectors_get_zero_gradients(device: str, poisoned: None) -> None:
+    batch = Batch(20, 24, 6)
+    batch.x[3], batch.w[:, 2] = 0, 0
+    x, w, _, _, scale = batch.arguments(device)
+    score, bits, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
+    assert not (bits & 4).any()
+    assert (score[:, 2] == 0.5).all()
+    d_score = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).to(device)
+    d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+    assert (d_x[3] == 0).all()
+    assert (d_w[:, 2] == 0).all()
+    assert all(t.isfinite().all() and (t != 0).any() for t in (d_x, d_w, d_scale))
 
 
 def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
@@ -112,24 +275,22 @@ def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradient_of_the_scores(shape: tuple, device: str, poisoned: None) -> None:
-    batch = Batch(*shape)
-    x, w, _, _, scale = batch.arguments(device)
-    score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
     d_score = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(7))
-    found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
-    exact = threshold_gate(*batch.in_fp64(), False)
-    wanted = threshold_gate_backward(
-        d_score.double(), exact[0], batch.x.double(), batch.w.double(), exact[3], batch.scale.double()
-    )
-    terms = float((d_score.double() * exact[0] * (1 - exact[0])).norm())  # the gradients are differences of such
-    for name, f, e in zip(("x", "w", "scale"), found, wanted, strict=True):
-        assert f.dtype == torch.float32
-        allowed = 1e-6 * max(float(e.norm()), terms)
-        assert float((f.double().cpu() - e).norm()) <= 3 * allowed, name
+    errors = gradient_errors(Batch(*shape), d_score, device)
+    assert max(errors.values()) < 3, errors
+
+
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["same", "w fp32"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(7, 97, 5), (65, 47, 16), (33, 64, 65), (300, 1030, 8)], ids=str)
+def test_gradient_in_half_precision(shape: tuple, dtype: torch.dtype, w_dtype: torch.dtype | None, device: str) -> None:
+    d_score = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(7))
+    errors = gradient_errors(Batch(*shape, dtype, w_dtype), d_score, device)
+    assert max(errors.values()) < 3, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("shape", [(7, 97, 5), (700, 33, 4), (65, 130, 200), (0, 16, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 97, 5), (700, 33, 4), (65, 130, 200), (1, 1, 1), (0, 16, 4)], ids=str)
 def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, poisoned: None) -> None:
     T, D, E = shape
     generator = torch.Generator().manual_seed(T)
