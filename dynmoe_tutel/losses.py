@@ -43,7 +43,8 @@ def gshard_loss(
     T, E = scores_TE.shape
     load_E = first_TE.to(scores_TE.dtype).sum(dim=0)
     tokens = _at_least_one(T if num_tokens is None else num_tokens)
-    return (scores_TE.sum(dim=0) * load_E).sum() * ((E if num_experts is None else num_experts) / tokens**2)
+    product = (scores_TE.sum(dim=0) * load_E).sum()
+    return product * (E if num_experts is None else num_experts) / tokens**2  # in this order in the dtype of the scores
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:
