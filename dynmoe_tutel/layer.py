@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adaptive import AdaptiveExperts
 from .experts import Experts, experts_at_start, make_experts
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
+from .late_count import LateCount
 from .options import environment_flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
 from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
@@ -180,6 +181,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.record_routing, self.record_eval = False, False
         self.l_aux, self.aux_terms = None, {}
         self.register_buffer("dropped_assignments", torch.tensor(0), persistent=False)
+        self._dropped_late = LateCount()  # a GPU's count of them, for the warning
         if scan_expert_func is not None:
             for name, parameter in self.experts.named_parameters():
                 scan_expert_func(name, parameter)
@@ -331,7 +333,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _count_dropped(self, dropped: Tensor) -> None:
         self.dropped_assignments += dropped
-        if dropped.device.type == "cpu" and not torch.compiler.is_compiling() and dropped > 0:
+        if torch.compiler.is_compiling() or dropped.device.type not in ("cpu", "cuda"):
+            return
+        if dropped > 0 if dropped.device.type == "cpu" else self._dropped_late.above_zero(self.dropped_assignments):
             warn_once(
                 f"capacity = {self.capacity} was too small: the assignments of smallest margin were dropped; "
                 "layer.dropped_assignments counts them"
@@ -383,7 +387,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
-        return {**self.__dict__, "l_aux": None, "aux_terms": {}}
+        return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -196,7 +196,9 @@ class TestCompile:
                     assert relative_rms(a.cpu(), b.cpu()) < (1e-6 if backend == "aot_eager" else HALF)
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("name", ["threshold_gate", "ragged_index", "bound_assignments", "rows", "top_any_ffn"])
+    @pytest.mark.parametrize(
+        "name", ["threshold_gate", "ragged_index", "bound_assignments", "rows", "top_any_ffn", "vector_losses"]
+    )
     def test_opcheck(self, name: str, device: str) -> None:
         """Schema, fake kernel and autograd registration of every operation, on small inputs."""
         for operation, args in operations(device)[name]:
@@ -223,6 +225,7 @@ def operations(device: str) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     return {
         "threshold_gate": [(kernels.threshold_gate, (x, w, threshold, active, tau, e)) for e in (False, True)],
         "ragged_index": [(kernels.ragged_index, (bits, E, capacity)) for capacity in (-1, rows + 3)],
+        "vector_losses": [(kernels.vector_losses, (w, active))],
         "bound_assignments": [(kernels.bound_assignments, (bits, score, rows - 7))],
         "rows": [
             (kernels.dispatch, (x, *index[1:])),
