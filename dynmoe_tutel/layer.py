@@ -227,8 +227,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
-        x_TD = self._tokens(x, 1)
-        mask_T = self._token_mask(token_mask, x.shape[:-1], x.device)
+        x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
             return gate(x_TD, self.capacity, None, mask_T)
 
@@ -248,8 +247,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
         """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or what `result_func` makes of it.
 
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
-        Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: no expert, output 0, in
-        no record and no loss.
+        Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
+        expert, output 0, in no record and no loss.
         The other arguments are Tutel's and change nothing in a dropless layer on one device.
         """
         if self.skip_moe:
@@ -258,9 +257,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
             return self.result_func(y) if self.result_func is not None else y
         if capacity_factor:
             warn_once(f"capacity_factor = {capacity_factor} is ignored: bound the memory by capacity=<factor of T>")
-        x_TD = self._tokens(input, reserve_dims)
+        x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         gate = self._gate(gate_index)
-        mask_T = self._token_mask(token_mask, input.shape[: input.dim() - reserve_dims], input.device)
         recompute = _in_backward()
         with torch.autocast(input.device.type, enabled=False):
             routing = gate(x_TD, self.capacity, top_k, mask_T)
@@ -302,13 +300,20 @@ class MoELayer(AdaptiveExperts, nn.Module):
         device = self._num_global_experts.device
         if x.device != device:
             raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
-        x_TD = x.reshape(-1, self.model_dim)
+        return x.reshape(-1, self.model_dim)
+
+    def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
+        x_TD = self._tokens(x, reserve_dims)
+        mask_T = self._token_mask(token_mask, x.shape[: x.dim() - reserve_dims], x.device)
+        if mask_T is not None:
+            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
         if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
             raise ValueError(
                 f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
                 f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
             )
-        return x_TD
+        return x_TD, mask_T
 
     @staticmethod
     def _token_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:

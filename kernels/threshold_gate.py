@@ -1,7 +1,7 @@
 """Threshold gate: cosine scores, the experts each token activates, and the gradient of the scores.
 
 Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
-         token_mask_T bool or None: False for padding, which gets no expert and is not unrouted
+         token_mask_T bool or None: False for padding, a zero token to scores and norms, without expert, not unrouted
 Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
          unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward),
          block_counts (assignments of each expert in each block of `block_tokens` tokens, int32; for `ragged_index`)
@@ -54,6 +54,8 @@ def threshold_gate(
     assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
     if token_mask_T is not None:
         assigned_TE &= token_mask_T.unsqueeze(1)
+        cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
+        inv_norm_T.masked_fill_(~token_mask_T, 0)
     bits_TW = pack_bits(assigned_TE)
     unrouted_T = (bits_TW == 0).all(dim=1)
     if token_mask_T is not None:

@@ -104,10 +104,11 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("capacity", ["exact", "full"])
 @pytest.mark.parametrize("gate", GATES)
-def test_padding_changes_nothing(gate: str, capacity: str, training: bool) -> None:
+@pytest.mark.parametrize("held", [50.0, math.nan], ids=["large", "nan"])
+def test_padding_changes_nothing(held: float, gate: str, capacity: str, training: bool) -> None:
     """Output, gradients, every auxiliary term and the record are those of the real tokens alone."""
     x, d_y, mask = tokens(), tokens(seed=1), some_mask()
-    x[~mask] *= 50
+    x[~mask] *= held
     padded, alone = (layer_with(gate, capacity=capacity).train(training) for _ in range(2))
     y, terms, gradients = run(padded, x, d_y, mask)
     own_y, own_terms, own_gradients = run(alone, x[mask], d_y[mask])
@@ -130,7 +131,7 @@ def test_padding_changes_nothing(gate: str, capacity: str, training: bool) -> No
     assert int(padded.records[0].k_histogram.sum()) == int(mask.sum())
 
     with_padding, _, _ = run(layer_with(gate).train(training), x, d_y)  # and padding would have had experts
-    assert with_padding[~mask].any()
+    assert math.isnan(held) or with_padding[~mask].any()
 
 
 @pytest.mark.parametrize("gate", ["top", "cosine_top", "custom logits"])
@@ -270,6 +271,15 @@ def test_route(gate: str, capacity: str | float, training: bool) -> None:
         assert (routing.token_of_row[A:] == -1).all()
     assert layer.route(x).token_mask is None
     assert layer.route(x).real_tokens == T
+
+
+def test_padding_may_hold_what_check_finite_refuses() -> None:
+    layer, x, mask = layer_with(check_finite=True), tokens(), some_mask()
+    x[~mask] = math.inf
+    assert layer(x, token_mask=mask).isfinite().all()
+    x[mask.nonzero()[2]] = math.nan
+    with pytest.raises(ValueError, match=f"1 of {T} tokens"):
+        layer(x, token_mask=mask)
 
 
 def test_nothing_is_recorded_of_a_route() -> None:

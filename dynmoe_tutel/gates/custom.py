@@ -77,7 +77,7 @@ class CustomGate(FixedKGate):
         top_k: int | None = None,
         token_mask: Tensor | None = None,
     ) -> Routing:
-        """Route tokens [T, D] by the user's module; it sees those where `token_mask` is False too."""
+        """Route tokens [T, D] by the user's module, to which those where `token_mask` is False are zeros."""
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), x_TD)
         result = self.module(x_TD.to(parameter.dtype))
         if isinstance(result, Routing):

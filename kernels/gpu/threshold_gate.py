@@ -291,8 +291,8 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
     block_t = 128 if block_e <= 64 else 8192 // block_e
     block_d, warps = 64, 8
     if x in HALF:
-        if block_e * parts > 256 or block_e == 256:
-            block_d = 32 if block_e * parts <= 1024 else 16
+        if block_e * parts >= 256:
+            block_d = 32 if block_e * parts <= 768 else 16
     else:
         block_d = 32 if block_e <= 128 else 16
         if block_e <= EXACT_EXPERTS:
@@ -423,13 +423,14 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
 
 
 def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
-    """Tile, warps and stages of `unit_gradient_kernel`: rows of 256 bytes of as many tokens as stay in registers."""
-    tile = {"BLOCK_T": 64 if block_e > 16 else 32, "BLOCK_D": 128, "BLOCK_E": block_e, "num_warps": 8, "num_stages": 3}
-    if not split:
-        tile |= {"BLOCK_T": 32, "BLOCK_D": 64}
-    if chip.startswith("gfx"):
-        tile |= {"num_stages": 2}
-    return tile
+    """Tile, warps and stages of `unit_gradient_kernel`: rows of 128 or 256 bytes, as many as stay in registers.
+
+    Wider rows where that spills nowhere: the narrower they are, the more often d_cos is read.
+    """
+    block_t = 32 if split or block_e > 16 else 16
+    block_d = 128 if split and 16 < block_e <= 64 else 64
+    stages = 2 if chip.startswith("gfx") else 4 if block_e <= 16 or block_d == 128 else 3
+    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
 
 
 def threshold_gate_backward(
