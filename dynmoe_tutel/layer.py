@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import AdaptiveExperts
+from .expert_capacity import drop_beyond_capacity, expert_capacity
 from .experts import Experts, experts_at_start, make_experts
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
 from .late_count import LateCount
@@ -249,26 +250,22 @@ class MoELayer(AdaptiveExperts, nn.Module):
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
         Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
         expert, output 0, in no record and no loss.
-        The other arguments are Tutel's and change nothing in a dropless layer on one device.
+        `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
+        The other arguments are Tutel's and change nothing on one device.
         """
         if self.skip_moe:
             y = input.view_as(input)  # the caller's tensor stays as it is
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
-        if capacity_factor:
-            warn_once(f"capacity_factor = {capacity_factor} is ignored: bound the memory by capacity=<factor of T>")
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         gate = self._gate(gate_index)
         recompute = _in_backward()
         with torch.autocast(input.device.type, enabled=False):
             routing = gate(x_TD, self.capacity, top_k, mask_T)
+            routing = self._within_capacity(routing, gate, gate_index, capacity_factor)
         if self.record_routing and (self.training or self.record_eval) and not recompute:
             self.records[gate_index].add(x_TD, routing)
-        combine_gradient = self.combine_gradients[gate_index]
-        if self.experts.fuses(routing):
-            y_TO = self.experts.mean(x_TD, routing, combine_gradient)
-        else:
-            y_TO = routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
+        y_TO = self._through_experts(x_TD, routing, self.combine_gradients[gate_index])
         y = y_TO.reshape(self._output_shape(input, reserve_dims, y_TO.shape[1])).to(input.dtype)
         l_aux = self._weighted_aux(routing, gate_index)
         if not recompute:
@@ -277,6 +274,30 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 self._count_dropped(routing.dropped)
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
+
+    def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
+        """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
+        factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -math.inf)
+        if factor == 0:
+            return routing
+        if self.capacity != "exact":
+            raise ValueError(
+                f"capacity_factor = {factor} and capacity = {self.capacity!r} both bound the rows: give one of them"
+            )
+        k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
+        capacity = expert_capacity(factor, routing.num_tokens, self.slots, k, load)
+        return drop_beyond_capacity(
+            routing,
+            capacity,
+            self.combine_gradients[gate_index],
+            batch_prioritized=self.batch_prioritized_routing,
+        )
+
+    def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
+        """Dispatch, experts, combine: [T, output_dim]."""
+        if self.experts.fuses(routing):
+            return self.experts.mean(x_TD, routing, combine_gradient)
+        return routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
 
     def _gate(self, gate_index: int) -> Gate:
         if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
@@ -341,6 +362,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if torch.compiler.is_compiling() or dropped.device.type not in ("cpu", "cuda"):
             return
         if dropped > 0 if dropped.device.type == "cpu" else self._dropped_late.above_zero(self.dropped_assignments):
+            if self.capacity == "exact":
+                warn_once("a capacity_factor drops rows of full experts; layer.dropped_assignments counts them")
+                return
             warn_once(
                 f"capacity = {self.capacity} was too small: the assignments of smallest margin were dropped; "
                 "layer.dropped_assignments counts them"

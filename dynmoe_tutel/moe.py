@@ -1,19 +1,37 @@
 """Drop-in for `tutel.moe`: `from dynmoe_tutel import moe as tutel_moe`.
 
-`moe_layer` builds a layer; `top_any_routing`, `fast_encode` and `fast_decode` are its parts for layers of one's own.
+`moe_layer` builds a layer. For layers of one's own: `top_any_routing` and `top_k_routing` say which token goes where,
+`fast_encode` and `fast_decode` carry rows there, padded to [E, C, D], and back.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from . import kernels, losses
+from .expert_capacity import CriticalData, critical_data, expert_capacity, locations
 from .layer import MoELayer
-from .options import number
+from .options import number, positive_int
+from .padded_rows import PaddedRows
 from .routing import Capacity, Routing, check_capacity, describe
 
-__all__ = ["MOELayer", "fast_decode", "fast_encode", "moe_layer", "top_any_routing"]
+__all__ = [
+    "FastDispatcher",
+    "MOELayer",
+    "extract_critical",
+    "fast_decode",
+    "fast_dispatcher",
+    "fast_encode",
+    "moe_layer",
+    "top_any_routing",
+    "top_k_routing",
+]
 
 moe_layer = MoELayer
 MOELayer = MoELayer  # Tutel's spelling
@@ -66,17 +84,200 @@ def _scale(scale: object) -> Tensor:
     return scale.reshape(())
 
 
-def fast_encode(data: Tensor, routing: Routing) -> Tensor:
-    """Token rows [T, D] to expert rows [A, D], expert-major: the rows of expert e are
-    routing.expert_offsets[e]:routing.expert_offsets[e + 1]."""
-    if data.dim() != 2 or data.shape[0] != routing.num_tokens:
-        raise ValueError(f"data must be [T, D] with T = {routing.num_tokens} routed tokens, got {list(data.shape)}")
-    return routing.dispatch(data)
+def gshard_loss(scores: Tensor, top_ids: Tensor) -> Tensor:
+    """GShard's loss of scores [T, E] and picks [T, K] (-1 for none), by the first picks; arXiv 2006.16668."""
+    first_TE = F.one_hot(top_ids[:, 0] + 1, scores.shape[1] + 1)[:, 1:]
+    return losses.gshard_loss(scores, first_TE)
 
 
-def fast_decode(rows: Tensor, routing: Routing, combine_gradient: str = "mean") -> Tensor:
-    """Expert rows [A, D] back to tokens [T, D], their mean (top-any) or weighted sum (fixed k), with gate gradient."""
-    gate_A = routing.row_gates(combine_gradient)
-    if rows.dim() != 2 or rows.shape[0] != gate_A.shape[0]:
-        raise ValueError(f"rows must be [{gate_A.shape[0]}, D], a row an assignment, got {list(rows.shape)}")
-    return routing.combine(rows * gate_A.unsqueeze(1).to(rows.dtype))
+def top_k_routing(
+    scores: Tensor | Routing,
+    top_k: int | Tensor | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = gshard_loss,
+    capacity_factor: float = 1.0,
+    batch_prioritized_routing: bool = False,
+    normalize_gate: bool = True,
+    alignment: int = 1,
+    group: Any = None,
+    inequivalent_tokens: bool = False,
+) -> tuple[CriticalData, Tensor | None]:
+    """Tutel's critical data of scores [T, E], and `loss_fn(scores, picks)`: (data, l_aux); see `expert_capacity`.
+
+    `top_k` is k, or k of each token, [T] integers from 0: the picks [T, max k] are the best experts by score, -1 behind
+    a token's k. A `Routing` instead of the scores brings its own picks and weights. `normalize_gate` divides the scores
+    of k > 1 picks by their sum. Rows beyond the capacity are left out by whoever reads the data, as in Tutel.
+    """
+    if isinstance(scores, Routing):
+        data = critical_data(scores)
+        picks_TK, weights = torch.stack(data[1], dim=1).long(), data[3]
+        scores = scores.scores
+    else:
+        picks_TK = _best(scores, top_k)
+        weight_TK = scores.gather(1, picks_TK.clamp(min=0)).masked_fill(picks_TK < 0, 0)
+        if picks_TK.shape[1] > 1 and normalize_gate:
+            weight_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
+        weights = list(weight_TK.unbind(dim=1))
+    (T, K), E = picks_TK.shape, scores.shape[1]
+    place_TK = locations(picks_TK, E, scores.amax(dim=1) if batch_prioritized_routing else None)
+    load_E = torch.zeros(E + 1, dtype=torch.int64, device=picks_TK.device)
+    load_E = load_E.scatter_add_(0, picks_TK.remainder(E + 1).flatten(), torch.ones_like(picks_TK).flatten())[:E]
+    capacity = expert_capacity(
+        number("capacity_factor", capacity_factor, -math.inf),
+        T,
+        E,
+        K,
+        int(load_E.max()),
+        alignment=alignment,
+        group=group,
+        inequivalent_tokens=inequivalent_tokens,
+    )
+    l_aux = None if loss_fn is None else loss_fn(scores, picks_TK)
+    columns = [[column.contiguous() for column in x.int().unbind(dim=1)] for x in (picks_TK, place_TK)]
+    return (E, *columns, weights, capacity, load_E.int()), l_aux  # type: ignore[return-value]
+
+
+extract_critical = top_k_routing  # Tutel's other name
+
+
+def _best(scores: Tensor, top_k: int | Tensor | None) -> Tensor:
+    """The picks [T, K] int64, -1 behind a token's k."""
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(f"scores must be a floating-point matrix [T, E], or a Routing, got {describe(scores)}")
+    T, E = scores.shape
+    if not isinstance(top_k, Tensor):
+        return scores.topk(min(positive_int("top_k", top_k), E), dim=1).indices
+    if top_k.shape != (T,) or top_k.is_floating_point() or top_k.dtype == torch.bool:
+        raise ValueError(f"top_k must be an integer or integers [{T}], one a token, got {describe(top_k)}")
+    if T and not 0 <= int(top_k.min()) <= int(top_k.max()) <= E:
+        raise ValueError(f"top_k has values from {int(top_k.min())} to {int(top_k.max())}: allowed are 0 to {E}")
+    K = max(int(top_k.max()) if T else 0, 1)
+    behind_TK = torch.arange(K, device=scores.device) >= top_k.unsqueeze(1)
+    return scores.topk(K, dim=1).indices.masked_fill(behind_TK, -1)
+
+
+class FastDispatcher:
+    """Tutel's dispatcher: token rows [T, D] to padded expert rows [E * C, D] and back, by gates and picks.
+
+    `update` takes Tutel's lists (K tensors of [T]: experts, -1 for none; places in the experts' queues; gates), or one
+    `Routing`. Where `is_postscore`, `decode` applies the gates, else `encode`. Differentiable in data and gates, in the
+    dtype of the data, in a fixed order.
+    """
+
+    def __init__(self, num_global_experts: int, capacity: int, model_dim: int, dispatch_dtype: torch.dtype) -> None:
+        self.num_global_experts, self.capacity = int(num_global_experts), int(capacity)
+        self.model_dim, self.dtype = int(model_dim), dispatch_dtype
+        self.routing: Routing | None = None
+
+    def update(
+        self,
+        indices_: Sequence[Tensor] | Routing,
+        locations_: Sequence[Tensor] | None = None,
+        gates_: Sequence[Tensor] | None = None,
+        capacity: int | None = None,
+        is_postscore: bool = True,
+        combine_gradient: str = "mean",
+    ) -> None:
+        """Take the assignment of a batch; `combine_gradient` is that of a Routing's gates."""
+        self.is_postscore = is_postscore
+        if isinstance(indices_, Routing):
+            self.routing = indices_
+            self.places = PaddedRows(indices_, capacity or self.capacity or None)
+            self.capacity, self.gate_A = self.places.capacity, indices_.row_gates(combine_gradient)
+            if not is_postscore and indices_.weights is None:
+                token_A = indices_.token_of_row
+                self.gate_A = self.gate_A / indices_.k_per_token.index_select(0, token_A.clamp(min=0))
+            return
+        if locations_ is None or gates_ is None or not len(indices_) == len(locations_) == len(gates_) > 0:
+            raise ValueError("update takes indices, locations and gates as lists of equal length, or one Routing")
+        self.routing = None
+        self.capacity = int(capacity or 0) or self.capacity
+        self.sample_size = indices_[0].numel()
+        self._columns = []
+        for expert_T, place_T, gate_T in zip(indices_, locations_, gates_, strict=True):
+            expert_T, place_T = expert_T.reshape(-1).long(), place_T.reshape(-1).long()
+            held_T = ((expert_T >= 0) & (place_T < self.capacity)).nonzero().squeeze(1)
+            self._columns.append((held_T, (expert_T * self.capacity + place_T)[held_T], gate_T.reshape(-1)))
+
+    def encode(self, data: Tensor) -> Tensor:
+        """[T, D] to [E * C, D], 0 where no row is."""
+        if self.routing is not None:
+            rows = self.routing.dispatch(self._checked(data, self.routing.num_tokens))
+            if not self.is_postscore:
+                rows = rows * self.gate_A.unsqueeze(1).to(rows.dtype)
+            return self.places.pad(rows).flatten(0, 1)
+        self._checked(data, self.sample_size)
+        padded = data.new_zeros((self.num_global_experts * self.capacity, data.shape[1]))
+        for held_T, place_A, gate_T in self._columns:
+            rows = data.index_select(0, held_T)
+            if not self.is_postscore:
+                rows = rows * gate_T.index_select(0, held_T).unsqueeze(1).to(data.dtype)
+            padded = padded.index_copy(0, place_A, rows)
+        return padded
+
+    def decode(self, data: Tensor) -> Tensor:
+        """[E * C, D] to [T, D], 0 for a token without a row."""
+        if data.dim() != 2 or data.shape[0] != self.num_global_experts * self.capacity:
+            wanted = f"[{self.num_global_experts} * {self.capacity}, D]"
+            raise ValueError(f"data must be {wanted} as encode made it, got {describe(data)}")
+        if self.routing is not None:
+            rows = self.places.unpad(data.view(self.num_global_experts, self.capacity, -1))
+            if self.is_postscore:
+                rows = rows * self.gate_A[: rows.shape[0]].unsqueeze(1).to(rows.dtype)
+                return self.routing.combine(rows)
+            return self.routing.sum(rows)
+        out = data.new_zeros((self.sample_size, data.shape[1]))
+        for held_T, place_A, gate_T in self._columns:
+            rows = data.index_select(0, place_A)
+            if self.is_postscore:
+                rows = rows * gate_T.index_select(0, held_T).unsqueeze(1).to(data.dtype)
+            out = out.index_add(0, held_T, rows)
+        return out
+
+    @staticmethod
+    def _checked(data: Tensor, num_tokens: int) -> Tensor:
+        if not isinstance(data, Tensor) or data.dim() != 2 or data.shape[0] != num_tokens:
+            raise ValueError(f"data must be [T, D] with T = {num_tokens} routed tokens, got {describe(data)}")
+        return data
+
+
+fast_dispatcher = FastDispatcher
+
+
+def fast_encode(data: Tensor, critical_data: Routing | CriticalData, is_postscore: bool = True) -> Tensor:
+    """Token rows [T, D] to padded expert rows [E, C, D], zeros behind an expert's own; see `FastDispatcher`.
+
+    Packed rows, [A, D] without padding, are `routing.dispatch(data)`.
+    """
+    dispatcher = _dispatcher(data, critical_data, is_postscore)
+    return dispatcher.encode(data).view(dispatcher.num_global_experts, dispatcher.capacity, -1)
+
+
+def fast_decode(
+    data: Tensor,
+    critical_data: Routing | CriticalData,
+    is_postscore: bool = True,
+    combine_gradient: str = "mean",
+) -> Tensor:
+    """Padded expert rows [E, C, D] back to tokens [T, D]: the mean of each token's (top-any), or their weighted sum.
+
+    Packed rows come back by `routing.combine(rows)`, times `routing.row_gates()` for the router's gradient.
+    """
+    if not isinstance(data, Tensor) or data.dim() != 3:
+        raise ValueError(f"data must be [E, C, D], got {describe(data)}")
+    dispatcher = _dispatcher(data, critical_data, is_postscore, combine_gradient)
+    return dispatcher.decode(data.flatten(0, 1))
+
+
+def _dispatcher(
+    data: Tensor, critical_data: Routing | CriticalData, is_postscore: bool, combine_gradient: str = "mean"
+) -> FastDispatcher:
+    if isinstance(critical_data, Routing):
+        capacity = data.shape[1] if isinstance(data, Tensor) and data.dim() == 3 else 0
+        dispatcher = FastDispatcher(critical_data.num_experts, capacity, data.shape[-1], data.dtype)
+        dispatcher.update(critical_data, is_postscore=is_postscore, combine_gradient=combine_gradient)
+        return dispatcher
+    if not isinstance(critical_data, tuple | list) or len(critical_data) != 6:
+        raise ValueError(f"critical_data must be a Routing or Tutel's tuple of six, got {describe(critical_data)}")
+    dispatcher = FastDispatcher(critical_data[0], critical_data[4], data.shape[-1], data.dtype)
+    dispatcher.update(*critical_data[1:5], is_postscore=is_postscore)
+    return dispatcher

@@ -57,3 +57,14 @@ def environment_flag(name: str) -> bool:
         return int(text) != 0
     except ValueError:
         raise ValueError(f"environment variable {name} = {text!r}: set it to 0 or 1") from None
+
+
+def environment_number(name: str, default: float) -> float:
+    """The environment variable `name` as a finite float; `default` where it is unset or empty."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return number(name, float(text), -math.inf)
+    except ValueError:
+        raise ValueError(f"environment variable {name} = {text!r}: set it to a finite number") from None

@@ -200,6 +200,10 @@ class Routing:
         """Token rows to expert rows, [T, D] to [rows, D]."""
         return kernels.dispatch(x_TD, self.token_offsets, self.token_of_row, self.row_of_assignment)
 
+    def sum(self, rows_AD: Tensor) -> Tensor:
+        """Expert rows back to tokens, [rows, D] to [T, D]: the sum, whatever their weights."""
+        return kernels.combine(rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, False)
+
     def combine(self, rows_AD: Tensor) -> Tensor:
         """Expert rows back to tokens, [rows, D] to [T, D]: the mean, or with `weights` (already in them) the sum."""
         return kernels.combine(

@@ -267,13 +267,13 @@ class TestInAModel:
             assert torch.equal(run(x, gate_index=index), layer(x, gate_index=index))
 
     def test_the_functional_form(self) -> None:
-        """Layers of one's own, from `moe.top_any_routing`, `fast_encode` and `fast_decode`."""
+        """Layers of one's own, from `moe.top_any_routing` and the routing's packed rows."""
         torch.manual_seed(0)
         w, g, tau = torch.randn(D, 4), torch.zeros(4), torch.tensor(2.0, requires_grad=True)
 
         def forward(x: Tensor, fallback: bool, scale: Any) -> Tensor:
             routing = moe.top_any_routing(x, w, g, torch.ones(4), scale=scale, fallback=fallback)
-            return moe.fast_decode(torch.tanh(moe.fast_encode(x, routing)), routing)
+            return routing.combine(torch.tanh(routing.dispatch(x)) * routing.row_gates().unsqueeze(1))
 
         for fallback, scale in ((False, 1.0), (True, 1.0), (False, tau), (True, tau)):
             torch._dynamo.reset()

@@ -622,12 +622,9 @@ class TestFunctions:
                 x, gate.sim_matrix, gate.gates, gate.experts_mask, scale=gate.scale(), fallback=not train
             )
             rows = moe.fast_encode(x, routing)
-            parts = []
-            for e in range(E):
-                own = rows[routing.expert_offsets[e] : routing.expert_offsets[e + 1]]
-                h = F.gelu(own @ experts.batched_fc1_w[e].t() + experts.batched_fc1_bias[e])
-                parts.append(h @ experts.batched_fc2_w[e] + experts.batched_fc2_bias[e])
-            return moe.fast_decode(torch.cat(parts), routing, combine_gradient), torch.zeros(())
+            h = F.gelu(rows @ experts.batched_fc1_w.transpose(1, 2) + experts.batched_fc1_bias.unsqueeze(1))
+            y = h @ experts.batched_fc2_w + experts.batched_fc2_bias.unsqueeze(1)
+            return moe.fast_decode(y, routing, combine_gradient=combine_gradient), torch.zeros(())
 
         for grad, reference in zip(gradients(layer, tokens(), run), expected, strict=True):
             assert float((grad - reference).norm()) <= 2e-6 * float(reference.norm()) + 1e-7
@@ -686,9 +683,13 @@ class TestFunctions:
             (lambda r: moe.fast_encode(torch.randn(3, D), r), ["[3, 16]", "40"]),
             (lambda r: moe.fast_encode(torch.randn(50, D), r), ["[50, 16]", "40"]),
             (lambda r: moe.fast_encode(torch.randn(40), r), ["[40]"]),
-            (lambda r: moe.fast_decode(torch.randn(1, D), r), ["[1, 16]", "rows"]),
-            (lambda r: moe.fast_decode(torch.randn(500, D), r), ["[500, 16]", "rows"]),
-            (lambda r: moe.fast_decode(moe.fast_encode(tokens(), r), r, "average"), ["combine_gradient", "'average'"]),
+            (lambda r: moe.fast_decode(torch.randn(30, D), r), ["[30, 16]", "[E, C, D]"]),
+            (lambda r: moe.fast_decode(torch.randn(3, 1, D), r), ["1 rows", "an expert has"]),
+            (lambda r: moe.fast_decode(torch.randn(2, 40, D), r), ["[3 * 40, D]", "[80, 16]"]),
+            (
+                lambda r: moe.fast_decode(moe.fast_encode(tokens(), r), r, combine_gradient="average"),
+                ["combine_gradient", "'average'"],
+            ),
             (lambda r: r.row_gates("average"), ["combine_gradient", "'average'"]),
         ],
     )

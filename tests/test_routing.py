@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynmoe_tutel import Routing, moe
+from dynmoe_tutel.padded_rows import PaddedRows
 
 EXPERTS = (1, 63, 64, 65, 200)
 D = 8
@@ -118,9 +119,13 @@ def test_what_is_dispatched_and_combined_comes_back(assigned_TE: Tensor) -> None
     T = assigned_TE.shape[0]
     x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
     routing = Routing.from_assignments(assigned_TE)
-    rows_AD = moe.fast_encode(x_TD, routing)
+    rows_AD = routing.dispatch(x_TD)
     assert torch.equal(rows_AD, x_TD[routing.token_of_row.long()])
-    back_TD = moe.fast_decode(rows_AD, routing)
+    padded_ECD = moe.fast_encode(x_TD, routing)
+    assert torch.equal(PaddedRows(routing).unpad(padded_ECD), rows_AD)
+    assert torch.equal((padded_ECD != 0).any(dim=2).sum(dim=1).int(), routing.counts)
+    assert torch.equal(moe.fast_decode(padded_ECD, routing), routing.combine(rows_AD))
+    back_TD = routing.combine(rows_AD)
     assert relative_rms(back_TD, x_TD * assigned_TE.any(dim=1, keepdim=True)) < FP64
     assert not back_TD[~assigned_TE.any(dim=1)].any()
 

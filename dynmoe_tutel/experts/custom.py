@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import warn_once
+from ..padded_rows import PaddedRows
 from ..routing import Routing, describe
 from .base import Experts, SlotParameter
 
@@ -91,17 +92,14 @@ class CustomExperts(Experts):
 
     def _padded(self, rows_AD: Tensor, routing: Routing) -> Tensor:
         """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
-        E, C = self.slots, max(int(routing.counts.max()), 1)
-        expert_A = routing.expert_of_row
-        place_A = torch.arange(rows_AD.shape[0], device=rows_AD.device) - routing.expert_offsets[expert_A]
-        place_A = expert_A * C + place_A
-        padded = rows_AD.new_zeros(E * C, rows_AD.shape[1]).index_copy(0, place_A, rows_AD)
-        out = self.module(padded.view(E, C, -1), self)
+        places = PaddedRows(routing)
+        E, C = places.num_experts, places.capacity
+        out = self.module(places.pad(rows_AD), self)
         if not isinstance(out, Tensor) or out.dim() != 3 or out.shape[:2] != (E, C):
             raise ValueError(
                 f"the custom expert made {describe(out)} of {[E, C, self.model_dim]}: give [{E}, {C}, D_out]"
             )
-        return out.reshape(E * C, -1).index_select(0, place_A)
+        return places.unpad(out)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """Of a list of modules, all parameters of the slot's; of a batched one, the slot's entries."""

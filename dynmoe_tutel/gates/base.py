@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..options import number, positive_int, warn_once
+from ..options import environment_number, number, positive_int, warn_once
 from ..routing import Capacity, Routing
 
 
 class Gate(nn.Module):
     """Base of all gates.
 
-    `model_dim` D; `num_experts` active at start; `slots` E >= num_experts; `aux_names` the terms put in `Routing.aux`.
+    `model_dim` D; `num_experts` active at start; `slots` E >= num_experts; `aux_names` the terms put in `Routing.aux`;
+    `capacity_factor` of the layer's forward, by default the environment's CAP_FACTOR, else 0: dropless.
     """
 
     adaptive: ClassVar[bool] = False  # can grow and prune experts
@@ -31,7 +33,7 @@ class Gate(nn.Module):
         slots: int,
         aux_names: Collection[str],
         gate_noise: float = 0.0,
-        capacity_factor: float = 0.0,
+        capacity_factor: float | None = None,
         fp32_gate: bool = True,
         adaptive_experts: bool = True,
         normalize_gate: bool = True,
@@ -51,11 +53,10 @@ class Gate(nn.Module):
                 f"aux_losses: {unknown[0]!r} is no term of {type(self).__name__}: allowed are "
                 f"{', '.join(self.aux_choices) or 'none'}"
             )
-        if capacity_factor:
-            warn_once(
-                f"gate_type['capacity_factor'] = {capacity_factor} is ignored: this layer drops no token; "
-                "bound its memory with capacity=<factor of T>"
-            )
+        if capacity_factor is None:
+            self.capacity_factor = environment_number("CAP_FACTOR", 0.0)
+        else:
+            self.capacity_factor = number("gate_type['capacity_factor']", capacity_factor, -math.inf)
         if self.adaptive and not adaptive_experts:
             warn_once(
                 "gate_type['adaptive_experts'] = False is ignored: experts change only where an update is asked for"

@@ -31,7 +31,7 @@ class CustomGate(FixedKGate):
         module: Any = None,
         k: int | None = None,
         gate_noise: float = 0.0,
-        capacity_factor: float = 0.0,
+        capacity_factor: float | None = None,
         **options: Any,
     ) -> None:
         names = (

@@ -58,7 +58,11 @@ class TopAnyGate(Gate):
             warn_once(f"gate_type['gate_noise'] = {self.gate_noise} is ignored: a threshold takes no noise")
         if not self.normalize_gate:
             warn_once("normalize_gate = False is ignored: a token's output is the mean of its experts")
-        if upstream_init:  # upstream's bits, without touching the global random state
+        if upstream_init:
+            if common.get("capacity_factor"):
+                warn_once("gate_type['capacity_factor'] is ignored by upstream's gates: give it to the forward")
+            self.capacity_factor = 0.0  # as upstream
+            # upstream's bits, without touching the global random state
             generator = torch.Generator().manual_seed(1)
         self.sim_matrix = nn.Parameter(torch.empty(model_dim, slots))
         if (
