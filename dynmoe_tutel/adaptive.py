@@ -30,7 +30,8 @@ class AdaptiveExperts:
     record_routing: bool
     record_eval: bool
     slots: int
-    group: Any
+    record_group: Any
+    expert_slots: Any
     one_score_gate: bool
     normalize_one_score_gate: bool
     value_norm_weighted: bool
@@ -65,7 +66,7 @@ class AdaptiveExperts:
         return self.record.unrouted_sum.clone() if int(self.record.unrouted_tokens) else None
 
     def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
-        """Prune and grow by the default policy from the record, summed over `group`'s ranks.
+        """Prune and grow by the default policy from the record, summed over `record_group`'s ranks.
 
         Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched:
         with one that has state, use `ExpertController`. ValueError where no window is open, or the gate has no
@@ -75,7 +76,7 @@ class AdaptiveExperts:
         if not self.record_routing:
             raise ValueError("no record window is open: call begin_record_routing() before the forwards to judge by")
         record = self.records[gate_index]
-        record.all_reduce(self.group)
+        record.all_reduce(self.record_group)
         active_E = gate.active()
         decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
         record.reset()
@@ -123,7 +124,7 @@ class AdaptiveExperts:
         gate = self._adaptive_gate(gate_index)
         self._check_slot("slot", slot)
         router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
-        return router + self.experts.slot_parameters(slot)
+        return router + self.expert_slots.slot_parameters(slot)
 
     def _adaptive_gate(self, gate_index: int) -> Any:
         gate = self._gate(gate_index)
@@ -155,12 +156,12 @@ class AdaptiveExperts:
     ) -> None:
         if init == "nearest":
             cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
-            self.experts.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
+            self.expert_slots.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
         elif init == "mean":
-            self.experts.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
+            self.expert_slots.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
         elif init == "fresh":
             assert generator is not None
-            self.experts.reset_slot(slot, generator)
+            self.expert_slots.reset_slot(slot, generator)
 
     @torch.no_grad()
     def update_one_score_gate(self) -> None:

@@ -322,7 +322,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
         for site in self._sites:
-            site.record.all_reduce(site.layer.group if self.group is None else self.group)
+            site.record.all_reduce(site.layer.record_group if self.group is None else self.group)
         decisions = [self._decide(site) for site in self._sites]
         events = []
         for site, decision in zip(self._sites, decisions, strict=True):

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adaptive import AdaptiveExperts
 from .expert_capacity import drop_beyond_capacity, expert_capacity
 from .experts import Experts, experts_at_start, make_experts
+from .experts.base import has_hooks
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
 from .late_count import LateCount
-from .options import environment_flag, number, positive_int, refuse_unknown, warn_once
+from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
 from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
 from .slot_loading import fit_slots
@@ -142,29 +144,29 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if not is_postscore:
             raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
         self.model_dim = positive_int("model_dim", model_dim)
-        self.group, self.result_func, self.capacity, self.check_finite = (
-            group,
-            result_func,
-            capacity,
-            check_finite,
-        )
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(f"group = {group!r}: give a process group of torch.distributed, or None")
+        self.group, self.result_func, self.capacity = group, result_func, capacity
+        self.check_finite = flag("check_finite", check_finite)
+        self.record_group = group  # the ranks whose records are summed
         self.skip_moe = environment_flag("SKIP_MOE")
-        self.normalize_gate, self.is_gshard_loss = normalize_gate, is_gshard_loss
-        self.one_score_gate, self.normalize_one_score_gate = one_score_gate, normalize_one_score_gate
-        self.value_norm_weighted = value_norm_weighted
+        self.normalize_gate = flag("normalize_gate", normalize_gate)
+        self.is_gshard_loss = None if is_gshard_loss is None else flag("is_gshard_loss", is_gshard_loss)
+        self.one_score_gate = flag("one_score_gate", one_score_gate)
+        self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
+        self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
         self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.world_size, self.sharded_count = 1, 1
         self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = (
             a2a_ffn_overlap_degree,
             use_2dh,
             parallel_type,
         )
-        self.batch_prioritized_routing = batch_prioritized_routing
+        self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
 
         configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
         if not configs:
             raise ValueError("gate_type = []: give at least one gate")
-        start = experts_at_start(experts)
+        start = self._start(experts)
         slots = self.slots = _slots(configs, start)
         generators = _generators(seeds, len(configs))
         self._aux_weights: list[dict[str, float]] = []
@@ -173,8 +175,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
             gates.append(self._make_gate(config, start, slots, generator, aux_losses))
         self.gates = nn.ModuleList(gates)
         self.combine_gradients = _combine_gradient(combine_gradient, configs)
-        self.experts: Experts = make_experts(experts, model_dim, slots, generator=generators[-1])
-        self.experts.skip_expert = environment_flag("SKIP_EXPERT")
+        self.experts: Experts = self._make_experts(experts, generators[-1])
 
         self.register_buffer("_num_global_experts", torch.tensor(start))
         self.register_buffer("_max_num_global_experts", torch.tensor(slots))
@@ -190,6 +191,21 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if one_score_gate:
             for gate in gates:
                 gate.freeze_keys()
+
+    def _start(self, experts: Mapping[str, Any]) -> int:
+        """Experts active at start, of all ranks."""
+        self.world_size, self.sharded_count = 1, 1
+        return experts_at_start(experts)
+
+    def _make_experts(self, config: Mapping[str, Any], generator: torch.Generator | None) -> Any:
+        experts = make_experts(config, self.model_dim, self.slots, generator=generator)
+        experts.skip_expert = environment_flag("SKIP_EXPERT")
+        return experts
+
+    @property
+    def expert_slots(self) -> Any:
+        """What reads and writes the slots of `experts`: `slot_parameters`, `copy_slot`, `reset_slot`."""
+        return self.experts
 
     def _mark_experts(self) -> None:
         """Tutel's mark, by which optimizers and gradient reductions tell experts."""
@@ -257,6 +273,10 @@ class MoELayer(AdaptiveExperts, nn.Module):
             y = input.view_as(input)  # the caller's tensor stays as it is
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
+        if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
+            )
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         gate = self._gate(gate_index)
         recompute = _in_backward()
@@ -285,7 +305,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 f"capacity_factor = {factor} and capacity = {self.capacity!r} both bound the rows: give one of them"
             )
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
-        capacity = expert_capacity(factor, routing.num_tokens, self.slots, k, load)
+        capacity = expert_capacity(
+            factor, routing.num_tokens, self.slots, k, load, alignment=max(1, self.a2a_ffn_overlap_degree)
+        )
         return drop_beyond_capacity(
             routing,
             capacity,
@@ -295,7 +317,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
         """Dispatch, experts, combine: [T, output_dim]."""
-        if self.experts.fuses(routing):
+        if self.experts.fuses(routing) and not has_hooks(self.experts):
             return self.experts.mean(x_TD, routing, combine_gradient)
         return routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
 
@@ -393,9 +415,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:
         """Experts over all ranks of `group` for a number on each, as Tutel counts them."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (dist.is_available() and dist.is_initialized()):
             return num_local_experts
-        return num_local_experts * torch.distributed.get_world_size(group)
+        return num_local_experts * dist.get_world_size(group)
 
     def get_parameter_iterator(self, param_type: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters of "gate" or "local_experts"."""
@@ -412,7 +434,10 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         fit_slots(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.dropped_assignments = torch.zeros_like(self._num_global_experts)  # in no state dict: maybe uninitialised
+        if self.dropped_assignments.device == self._num_global_experts.device:
+            self.dropped_assignments.zero_()  # in no state dict: maybe uninitialised
+        else:
+            self.dropped_assignments = torch.zeros_like(self._num_global_experts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""

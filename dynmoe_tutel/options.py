@@ -9,6 +9,8 @@ import os
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
+import torch
+
 _log = logging.getLogger("dynmoe_tutel")
 _warned: set[str] = set()
 
@@ -25,7 +27,9 @@ def refuse_unknown(where: str, given: Iterable[str], allowed: Collection[str], h
 
 
 def warn_once(message: str) -> None:
-    """Log a warning the first time this message comes."""
+    """Log a warning the first time this message comes; silent while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return
     if message not in _warned:
         _warned.add(message)
         _log.warning(message)
@@ -48,6 +52,15 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, open
         most = "" if high == math.inf else f" and at most {high:g}"
         raise ValueError(f"{name} = {value!r}: give a finite number {least}{most}")
     return float(value)  # type: ignore[arg-type]
+
+
+def flag(name: str, value: object) -> bool:
+    """`value`, True or False or an integer 0 or 1; else ValueError naming it."""
+    if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
+        return bool(value)
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's
+        return bool(value)
+    raise ValueError(f"{name} = {value!r}: give True or False")
 
 
 def environment_flag(name: str) -> bool:

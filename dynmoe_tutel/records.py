@@ -47,9 +47,16 @@ class RoutingRecord:
         self.device = torch.device("cpu")
         self.reset()
 
+    @torch.inference_mode(False)
     def reset(self, device: torch.device | None = None) -> None:
-        """Start an empty window, on `device` if given."""
-        self.device = device or self.device
+        """Start an empty window, on `device` if given; in place on the same device, where a CUDA graph may write."""
+        device = device or self.device
+        if hasattr(self, "_sample_state") and device == self.counts.device:
+            for name in (*_SUMS, *_FLOATS):
+                getattr(self, name).zero_()
+            self._set_sample(self._sample[:0], 1, 0)
+            return
+        self.device = device
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -85,9 +92,15 @@ class RoutingRecord:
         return int(self._sample_state[2])
 
     def _set_sample(self, rows_ND: Tensor, stride: int, seen: int) -> None:
-        self._sample = torch.zeros((max(self.keep_tokens, len(rows_ND)), self.model_dim), device=self.device)
+        rows = max(self.keep_tokens, len(rows_ND)) + 1  # and one of scratch
+        state = torch.tensor([len(rows_ND), stride, seen], device=self.device)
+        if hasattr(self, "_sample_state") and (self._sample.shape[0], self._sample.device) == (rows, self.device):
+            self._sample[: len(rows_ND)] = rows_ND.clone()
+            self._sample_state.copy_(state)
+            return
+        self._sample = torch.zeros((rows, self.model_dim), device=self.device)
         self._sample[: len(rows_ND)] = rows_ND
-        self._sample_state = torch.tensor([len(rows_ND), stride, seen], device="cpu")
+        self._sample_state = state
 
     @torch.no_grad()
     def add(self, x_TD: Tensor, routing: Routing) -> None:
@@ -119,7 +132,7 @@ class RoutingRecord:
             flat = torch.cat([getattr(self, name).reshape(-1) for name in names])
             dist.all_reduce(flat, group=group)
             for name, part in zip(names, flat.split([getattr(self, n).numel() for n in names]), strict=True):
-                setattr(self, name, part.reshape(getattr(self, name).shape).clone())
+                getattr(self, name).copy_(part.reshape(getattr(self, name).shape))
         if self.keep_tokens > 0:
             self._gather_sample(group)
 
@@ -164,5 +177,5 @@ class RoutingRecord:
             if not isinstance(state.get(name), int):
                 raise ValueError(f"the record to load has no integer {name!r}, but {describe(state.get(name))}")
         for name in (*_SUMS, *_FLOATS):
-            setattr(self, name, state[name].to(getattr(self, name)).clone())
+            getattr(self, name).copy_(state[name])
         self._set_sample(state["unrouted_sample"].to(self.unrouted_sample), state["stride"], state["seen"])

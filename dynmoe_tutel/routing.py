@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def check_capacity(capacity: Capacity) -> None:
     """`"exact"`, `"full"`, or a positive finite factor of T; else ValueError."""
     if isinstance(capacity, str) and capacity in ("exact", "full"):
         return
-    if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity < math.inf:
+    if isinstance(capacity, bool | str) or not isinstance(capacity, Real) or not 0 < capacity < math.inf:
         raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
 
 
@@ -87,7 +88,7 @@ class Routing:
         if capacity == "full":
             rows = T * E
         elif not isinstance(capacity, str):
-            rows = math.ceil(capacity * T)
+            rows = math.ceil(min(capacity, E) * T)  # as many as there can be
             margin_TE = scores if thresholds is None else scores - thresholds
             if unrouted is not None:  # the only expert of a token, given to it in eval, goes last
                 margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)

@@ -6,6 +6,7 @@ Called by `MoELayer._load_from_state_dict` with a state dict that torch has copi
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import Any
 
@@ -34,13 +35,18 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
             continue
         if saved != slots:
             value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
-        if _without_ones(value) == _without_ones(target):  # upstream's converters save biases as [E, 1, H]
+        # upstream's converters save biases as [E, 1, H], and Tutel's llama_ffn holds its weights as one row
+        if _without_ones(value) == _without_ones(target) or _is_flat(value, target):
             value = value.reshape(target.shape)
         state_dict[key] = value
 
 
 def _without_ones(tensor: Tensor) -> list[int]:
     return [n for n in tensor.shape if n != 1]
+
+
+def _is_flat(value: Tensor, target: Tensor) -> bool:
+    return 1 in (value.dim(), target.dim()) and value.numel() == target.numel()
 
 
 def _fit_modules(state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor], slots: int) -> None:
@@ -57,15 +63,15 @@ def _fit_modules(state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor]
 
 def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """The counts that the layer will have: slots are its own, active experts by the saved mask where there is one."""
-    count, slots, mask = (
-        prefix + n for n in ("_num_global_experts", "_max_num_global_experts", "gates.0.experts_mask")
-    )
+    count, slots = prefix + "_num_global_experts", prefix + "_max_num_global_experts"
     for key in (count, slots):
         if key not in state_dict:
             _log.warning("%s is missing in the checkpoint and is filled in", key)
-    if count not in state_dict:
-        active = state_dict[mask] if mask in state_dict else layer.gates[0].active()
-        state_dict[count] = (active > 0).sum()
+    masks = [v for k, v in state_dict.items() if k.startswith(f"{prefix}gates.") and k.endswith(".experts_mask")]
+    if masks:  # what the masks say, whatever count was saved beside them
+        state_dict[count] = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0).sum()
+    elif count not in state_dict:
+        state_dict[count] = layer.gates[0].active().sum()
     state_dict[slots] = torch.tensor(layer.slots)
 
 
@@ -83,9 +89,18 @@ def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
 
 def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:
     """Slots of the checkpoint; ValueError if they are more than `slots` and a surplus one is active."""
-    masks = [key for key in own if key.endswith(".experts_mask") and key in state_dict]
-    if not masks:
-        return slots
+    own_masks = [key for key in own if key.endswith(".experts_mask")]
+    masks = [key for key in own_masks if key in state_dict]
+    if not masks:  # of a fixed-k gate: all its experts are active
+        count = state_dict.get(f"{prefix}_num_global_experts")
+        if count is None or not own_masks:
+            return slots
+        if int(count) > slots:
+            raise ValueError(
+                f"the checkpoint has {int(count)} active experts at {prefix or 'top level'} and this layer {slots} "
+                f"slots: build the layer with max_expert_num >= {int(count)}"
+            )
+        return int(count)
     saved = int(state_dict[masks[0]].numel())
     for key in masks:
         active = state_dict[key].reshape(-1) > 0
@@ -107,7 +122,8 @@ def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots:
         return value
     expected = [*target.shape]
     expected[axis] = saved
-    if _without_ones(value) != [n for n in expected if n != 1]:
+    flat = value.dim() == 1 and value.numel() == math.prod(expected)
+    if not flat and _without_ones(value) != [n for n in expected if n != 1]:
         return value
     value = value.reshape(expected)
     if saved > slots:

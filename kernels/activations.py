@@ -51,10 +51,16 @@ _FUNCTIONS: list[tuple[object, str]] = [*((a.value, name) for name, a in ACTIVAT
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward of the instance's own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 def activation_name(activation: object) -> str | None:
     """The name in `ACTIVATIONS` of a function or plain module that is one of them, else None."""
     if isinstance(activation, nn.Module):
-        if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+        if has_hooks(activation):
             return None
         if type(activation) is nn.GELU:
             return "gelu_tanh" if activation.approximate == "tanh" else "gelu"

@@ -1,7 +1,7 @@
 """A sample of rows at an even stride, kept in a buffer of fixed size: for clustering the unrouted tokens of a window.
 
 Every s-th row of all that were seen is kept; when they become too many, every other one goes and s doubles. No random
-number is drawn, and the result does not depend on how the rows came in batches.
+number is drawn, and the result does not depend on how the rows came in batches. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ SIZE, STRIDE, SEEN = range(3)  # entries of `state`
 
 @torch.library.custom_op("dynmoe_tutel::keep_strided", mutates_args=("sample_ND", "state"))
 def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
-    """Add the rows of x_TD where chosen_T to sample_ND [N, D]; `state` [3] int64 is (size, stride, seen)."""
-    size, stride, seen = state.tolist()
-    rows = x_TD[chosen_T].to(sample_ND.dtype)
-    place = torch.arange(seen, seen + rows.shape[0], device=rows.device)
-    kept, stride = thinned(torch.cat([sample_ND[:size], rows[place % stride == 0]]), stride, sample_ND.shape[0])
-    sample_ND[: kept.shape[0]] = kept
-    state.copy_(torch.tensor([kept.shape[0], stride, seen + rows.shape[0]]))
+    """Add the rows of x_TD where chosen_T to sample_ND [N + 1, D], whose last row is scratch; at most N are kept.
+
+    `state` [3] int64, on the device, is (size, stride, seen); the i-th row seen stands at i / stride if that is whole.
+    """
+    most = sample_ND.shape[0] - 1
+    _, old, seen = state.unbind()
+    total = seen + chosen_T.sum()
+    strides = old << torch.arange(32, device=state.device)
+    fits = (total + strides - 1) // strides <= most
+    stride = strides[fits.int().argmax().reshape(1)].squeeze(0)
+    place_N = torch.arange(most, device=state.device)
+    sample_ND[:most] = sample_ND.index_select(0, (place_N * (stride // old)).clamp(max=most))
+    index_T = seen + chosen_T.cumsum(0) - 1
+    kept_T = chosen_T & (index_T % stride == 0)
+    sample_ND.index_copy_(0, torch.where(kept_T, index_T // stride, most), x_TD.to(sample_ND.dtype))
+    state.copy_(torch.stack([(total + stride - 1) // stride, stride, total]))
 
 
 @keep_strided.register_fake

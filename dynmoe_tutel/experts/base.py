@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.activations import has_hooks
 from ..kernels.engine import ENGINES
 from ..options import warn_once
-from ..routing import Routing
+from ..routing import Routing, describe
+
+__all__ = ["Experts", "GroupedMLP", "has_hooks"]
 
 Activation = Callable[[Tensor], Tensor]
 RECOMPUTE = ("none", "up")
@@ -184,8 +187,8 @@ class GroupedMLP(Experts):
             b1, w3, b3, b2 = (None if w is None else w.to(dtype) for w in (b1, w3, b3, b2))
             h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1, self.engine)
             a = self.activation_fn(h)
-            if a.shape != h.shape:
-                raise ValueError(f"activation_fn made {list(a.shape)} of {list(h.shape)}: it must keep the shape")
+            if not isinstance(a, Tensor) or a.shape != h.shape:
+                raise ValueError(f"activation_fn made {describe(a)} of {list(h.shape)}: it must keep the shape")
             if w3 is not None:
                 a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
             rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)

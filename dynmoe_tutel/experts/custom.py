@@ -38,12 +38,12 @@ class CustomExperts(Experts):
         super().__init__(model_dim, slots)
         if module is None:
             raise ValueError("experts of type 'custom' need 'module': a list of modules, or a class that makes one")
-        self.padded = _takes_context(module)
+        self.padded = takes_context(module)
         built_already = isinstance(module, nn.Module | Iterable) and not isinstance(module, type)
         if built_already and options:
             raise ValueError(f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built")
         if self.padded:
-            self.module = module if isinstance(module, nn.Module) else _make_batched(module, model_dim, slots, options)
+            self.module = module if isinstance(module, nn.Module) else make_batched(module, model_dim, slots, options)
             if not super().slot_parameters(0):
                 warn_once(
                     f"experts['module']: {type(self.module).__name__} has no parameter [{slots}, ...]: "
@@ -121,7 +121,7 @@ class CustomExperts(Experts):
                 module.reset_parameters()  # type: ignore[operator]
 
 
-def _takes_context(module: Any) -> bool:
+def takes_context(module: Any) -> bool:
     """Whether forward is Tutel's forward(x, ctx), the second argument required and named so."""
     cls = module if isinstance(module, type) else type(module)
     forward = getattr(cls, "forward", None)
@@ -142,18 +142,18 @@ def _make_each(cls: Any, slots: int, options: dict[str, Any]) -> list[Any]:
     return [cls(**options) for _ in range(slots)]
 
 
-def _make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:
-    """Build Tutel's kind with those of its four arguments that it takes."""
+def make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any], sharded_count: int = 1) -> nn.Module:
+    """Build Tutel's kind with those of its arguments that it takes; local_experts is an old name."""
     given = {
         "model_dim": model_dim,
-        "local_experts": slots,
         "num_experts_per_device": slots,
-        "sharded_count": 1,
+        "sharded_count": sharded_count,
         **options,
     }
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return cls(**given)
+    given["local_experts"] = slots
     missing = [key for key in options if key not in parameters]
     if missing:
         raise ValueError(f"unknown key {missing[0]!r} in experts: {cls.__name__} takes {', '.join(parameters)}")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import positive_int
+from ..options import flag, positive_int
 from .base import Activation, GroupedMLP, activation_function, check_activation, fill_uniform
 
 
@@ -53,6 +53,9 @@ class FFNExperts(GroupedMLP):
         self.hidden_size_per_expert = hidden
         self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))
         self.batched_fc2_w = nn.Parameter(torch.empty(slots, hidden, self.output_dim))
+        has_fc1_bias, has_fc2_bias = (
+            flag(f"experts['has_fc{i}_bias']", value) for i, value in ((1, has_fc1_bias), (2, has_fc2_bias))
+        )
         self.register_parameter("batched_fc1_bias", nn.Parameter(torch.empty(slots, hidden)) if has_fc1_bias else None)
         self.register_parameter(
             "batched_fc2_bias", nn.Parameter(torch.empty(slots, self.output_dim)) if has_fc2_bias else None

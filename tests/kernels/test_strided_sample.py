@@ -12,7 +12,7 @@ from torch import Tensor
 
 def empty(most: int, D: int = 3) -> tuple[Tensor, Tensor]:
     """A buffer for `most` rows and its state (size, stride, seen)."""
-    return torch.zeros(most, D), torch.tensor([0, 1, 0])
+    return torch.zeros(most + 1, D), torch.tensor([0, 1, 0])
 
 
 def naive_sample(rows_ND: Tensor, most: int) -> tuple[Tensor, int]:
