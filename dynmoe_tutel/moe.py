@@ -116,7 +116,7 @@ def top_k_routing(
         weight_TK = scores.gather(1, picks_TK.clamp(min=0)).masked_fill(picks_TK < 0, 0)
         if picks_TK.shape[1] > 1 and normalize_gate:
             weight_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
-        weights = list(weight_TK.unbind(dim=1))
+        weights = [weight_T.contiguous() for weight_T in weight_TK.unbind(dim=1)]
     (T, K), E = picks_TK.shape, scores.shape[1]
     place_TK = locations(picks_TK, E, scores.amax(dim=1) if batch_prioritized_routing else None)
     load_E = torch.zeros(E + 1, dtype=torch.int64, device=picks_TK.device)
@@ -222,7 +222,7 @@ class FastDispatcher:
         if self.routing is not None:
             rows = self.places.unpad(data.view(self.num_global_experts, self.capacity, -1))
             if self.is_postscore:
-                rows = rows * self.gate_A[: rows.shape[0]].unsqueeze(1).to(rows.dtype)
+                rows = rows * self.gate_A.unsqueeze(1).to(rows.dtype)
                 return self.routing.combine(rows)
             return self.routing.sum(rows)
         out = data.new_zeros((self.sample_size, data.shape[1]))

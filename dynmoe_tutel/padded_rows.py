@@ -26,6 +26,7 @@ class PaddedRows:
             raise ValueError(f"capacity = {capacity} rows, but an expert has {load}: drop the surplus first")
         expert_A = routing.expert_of_row
         self.num_rows = expert_A.shape[0]
+        self.behind = routing.token_of_row.shape[0] - self.num_rows
         own_A = torch.arange(self.num_rows, device=expert_A.device) - routing.expert_offsets[expert_A]
         self.place_A = expert_A * self.capacity + own_A
 
@@ -36,7 +37,8 @@ class PaddedRows:
         return padded.view(self.num_experts, self.capacity, rows.shape[1])
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[E, C, D] to [A, D]."""
+        """[E, C, D] to [rows, D], zeros behind the A-th row where a capacity makes room for more."""
         if padded.dim() != 3 or padded.shape[:2] != (self.num_experts, self.capacity):
             raise ValueError(f"padded rows must be [{self.num_experts}, {self.capacity}, D], got {describe(padded)}")
-        return padded.flatten(0, 1).index_select(0, self.place_A)
+        rows = padded.flatten(0, 1).index_select(0, self.place_A)
+        return rows if self.behind == 0 else torch.cat([rows, rows.new_zeros((self.behind, rows.shape[1]))])

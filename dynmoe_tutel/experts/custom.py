@@ -86,8 +86,8 @@ class CustomExperts(Experts):
                     f"custom experts made outputs of {[result.shape[1] for result in outs]}: give one D_out"
                 )
             out = torch.cat(outs)
-        out = out * gate_A[:A].unsqueeze(1).to(out.dtype)
-        behind = gate_A.shape[0] - A
+        out = out * gate_A[: out.shape[0]].unsqueeze(1).to(out.dtype)
+        behind = gate_A.shape[0] - out.shape[0]
         return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
 
     def _padded(self, rows_AD: Tensor, routing: Routing) -> Tensor:

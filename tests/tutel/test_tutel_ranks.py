@@ -1,0 +1,225 @@
+"""The registered layer over two Gloo processes against the native layer on the tokens of both."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers import FP32, make_case, relative_rms
+from torch import Tensor
+
+pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
+
+D, H, RANKS = 16, 20, 2
+ACTIVATION = F.gelu
+
+
+def spawn(function: Any, folder: Path, *arguments: Any) -> list[Any]:
+    """What `function(rank, *arguments)` returned on each rank."""
+    torch.multiprocessing.spawn(_rank, args=(str(folder), function, arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _rank(rank: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> None:
+    from dynmoe_tutel import tutel_backend
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    tutel_backend.register()
+    result = function(rank, *arguments)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def native(kind: str, slots: int, **options: Any) -> Any:
+    activation = F.silu if kind == "llama_ffn" else ACTIVATION
+    return make_case(T=24, D=D, H=H, E=slots, kind=kind, activation=activation, **options)
+
+
+def fill(layer: Any, whole: Any, rank: int) -> None:
+    """The rank's part of the native layer's weights; a sharded expert's hidden units (and output bias) are split."""
+    layer.gates.load_state_dict(whole.gates.state_dict())
+    layer._num_global_experts.copy_(whole._num_global_experts)
+    own, full = dict(layer.experts.named_parameters()), dict(whole.experts.named_parameters())
+    with torch.no_grad():
+        for name, value in full.items():
+            if layer.sharded_count == 1:
+                part = value.chunk(RANKS)[rank]
+            elif name.startswith("W_"):
+                part = value.flatten().chunk(RANKS)[rank]
+            else:
+                part = value.chunk(RANKS, dim=1)[rank]
+            own[name].copy_(part.reshape(own[name].shape))
+
+
+def exchange(rank: int, kind: str, slots: int, per_device: Any, tokens: list[int], options: dict, call: dict) -> Any:
+    from tutel import moe
+
+    case = native(kind, slots, combine_gradient="normalized")
+    layer = moe.moe_layer(
+        gate_type={"type": "top_any", "max_expert_num": slots},
+        experts={
+            "type": kind,
+            "num_experts_per_device": per_device,
+            "hidden_size_per_expert": H,
+            "activation_fn": F.silu if kind == "llama_ffn" else ACTIVATION,
+        },
+        model_dim=D,
+        combine_gradient="normalized",
+        **options,
+    )
+    fill(layer, case.layer, rank)
+    x = case.x.split(tokens)[rank].clone().requires_grad_()
+    y = layer(x, **call)
+    y.backward(case.dy.split(tokens)[rank])
+    counts = layer.num_local_experts, layer.max_num_local_experts, layer.num_global_experts, layer.layout
+    gradients = {name: p.grad for name, p in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, "gradients": gradients, "counts": counts}
+
+
+def check(ranks: list[Any], kind: str, slots: int, sharded: bool) -> None:
+    case = native(kind, slots, combine_gradient="normalized")
+    x = case.x.clone().requires_grad_()
+    y = case.layer(x)
+    y.backward(case.dy)
+    assert relative_rms(torch.cat([r["y"] for r in ranks]), y) < FP32
+    assert relative_rms(torch.cat([r["x"] for r in ranks]), x.grad) < FP32
+    for name, parameter in case.layer.named_parameters():
+        parts = [r["gradients"][name] for r in ranks]
+        found: Tensor
+        if name.startswith("gates."):
+            found = torch.stack(parts).sum(dim=0)
+        elif not sharded or "W_" in name:
+            found = torch.cat(parts)
+        else:
+            found = torch.cat(parts, dim=1)
+        expected = parameter.grad
+        assert relative_rms(found.reshape(expected.shape), expected) < 3 * FP32, name
+
+
+@pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
+@pytest.mark.parametrize(
+    ("options", "call", "tokens"),
+    [
+        ({}, {}, [12, 12]),
+        ({}, {"a2a_ffn_overlap_degree": 2}, [12, 12]),
+        ({"use_2dh": True}, {}, [12, 12]),
+        ({"parallel_type": "data"}, {"inequivalent_tokens": True}, [20, 4]),
+        ({}, {"inequivalent_tokens": True}, [24, 0]),
+    ],
+    ids=["plain", "overlap", "2dh", "unequal", "a rank without tokens"],
+)
+def test_experts_over_two_ranks(options: dict, call: dict, tokens: list[int], kind: str, tmp_path: Path) -> None:
+    ranks = spawn(exchange, tmp_path, kind, 6, 3, tokens, options, call)
+    assert [r["counts"] for r in ranks] == [(3, 3, 6, "padded")] * 2
+    check(ranks, kind, 6, sharded=False)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
+@pytest.mark.parametrize("parallel_type", ["adaptive:0", "adaptive:1", "adaptive:2"])
+@pytest.mark.parametrize("per_device", [-2, 0.5])
+def test_a_sharded_expert(per_device: float, parallel_type: str, kind: str, tmp_path: Path) -> None:
+    """One expert on two devices."""
+    if kind == "llama_ffn" and parallel_type == "adaptive:2":
+        with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="r = 2: Tutel's llama_ffn"):
+            spawn(exchange, tmp_path, kind, 1, per_device, [12, 12], {"parallel_type": parallel_type}, {})
+        return
+    ranks = spawn(exchange, tmp_path, kind, 1, per_device, [12, 12], {"parallel_type": parallel_type}, {})
+    assert [r["counts"] for r in ranks] == [(1, 1, 1, "padded")] * 2
+    check(ranks, kind, 1, sharded=True)
+
+
+def adapt(rank: int, init: str) -> Any:
+    from tutel import moe
+
+    from dynmoe_tutel import ExpertController
+
+    torch.manual_seed(0)
+    layer = moe.moe_layer(
+        gate_type={"type": "top_any", "max_expert_num": 6},
+        experts={"type": "ffn", "num_experts_per_device": 1, "hidden_size_per_expert": H},
+        model_dim=D,
+        seeds=(1, 10 + rank),
+    )
+    start = layer.gates[0].experts_mask.clone()
+    with torch.no_grad():
+        layer.gates[0].gates.fill_(0.2)
+    before = [p.detach().clone() for p in layer.experts.parameters()]
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.0, weight_decay=0.0)
+    controller = ExpertController(layer, optimizer, 1, init=init)
+    generator = torch.Generator().manual_seed(5 + rank)
+    for step in range(3):
+        x = torch.randn(20, D, generator=generator)
+        if rank == step % 2:  # this rank has no unrouted token in the window
+            x = layer.gates[0].sim_matrix.detach()[:, :1].t() * torch.rand(20, 1, generator=generator)
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        dist.all_reduce(layer.gates[0].sim_matrix.grad)
+        optimizer.step()
+        controller.step()
+    moments = [optimizer.state[p]["exp_avg"].abs().flatten(1).sum(1) for p in layer.experts.parameters()]
+    return {
+        "start": start,
+        "events": [str(event) for event in controller.events],
+        "slots": [event.slot for event in controller.events],
+        "mask": layer.gates[0].experts_mask,
+        "w": layer.gates[0].sim_matrix.detach(),
+        "before": before,
+        "after": [p.detach() for p in layer.experts.parameters()],
+        "moments": moments[0],
+        "counts": (layer.num_local_experts, layer.num_global_experts),
+    }
+
+
+@pytest.mark.parametrize("init", ["nearest", "mean", "fresh", "keep"])
+def test_growing_over_two_ranks(init: str, tmp_path: Path) -> None:
+    """The same events everywhere, and a slot that grows on one rank gets the expert of another."""
+    one, two = spawn(adapt, tmp_path, init)
+    assert one["start"].tolist() == two["start"].tolist() == [1, 0, 0, 1, 0, 0]
+    assert one["events"] == two["events"] != []
+    assert torch.equal(one["mask"], two["mask"])
+    assert torch.equal(one["w"], two["w"])
+    assert one["counts"][0] + two["counts"][0] == one["counts"][1] == int(one["mask"].sum())
+    before, after = ([torch.cat(pair) for pair in zip(one[k], two[k], strict=True)] for k in ("before", "after"))
+    first = one["slots"][0]
+    for old, new in zip(before, after, strict=True):
+        if init == "keep":
+            assert torch.equal(old, new)
+        elif init == "nearest":
+            assert torch.equal(new[first], old[0]) or torch.equal(new[first], old[3])
+        elif init == "mean":
+            assert torch.allclose(new[first], (old[0] + old[3]) / 2)
+        else:
+            assert not torch.equal(new[first], old[first])
+        untouched = [slot for slot in range(6) if slot not in one["slots"]]
+        assert torch.equal(new[untouched], old[untouched])
+
+
+def refuse(rank: int) -> Any:
+    from tutel import moe
+
+    said = []
+    for gate, per_device in (({"max_expert_num": 5}, 1), ({"max_expert_num": 4}, 3), ({}, 1 / 3)):
+        try:
+            moe.moe_layer(
+                gate_type={"type": "top_any", **gate},
+                experts={"type": "ffn", "num_experts_per_device": per_device, "hidden_size_per_expert": H},
+                model_dim=D,
+            )
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_cannot_be_divided(tmp_path: Path) -> None:
+    for said in spawn(refuse, tmp_path):
+        assert len(said) == 3
+        for message, part in zip(said, ("5 slots", "max_expert_num'] = 4", "an expert on 3 devices"), strict=True):
+            assert part in message
