@@ -6,6 +6,7 @@ optimizer's rows are the controller's.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .gates import Gate, TopKGate
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
+_log = logging.getLogger("dynmoe_tutel")
 INITS = ("nearest", "mean", "fresh", "keep")
 
 
@@ -80,7 +82,10 @@ class AdaptiveExperts:
         active_E = gate.active()
         decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
         record.reset()
-        return self.update_experts(decision, gate_index)
+        changes = self.update_experts(decision, gate_index)
+        after = int(gate.active().sum())
+        _log.info("adaptive update: from %d to %d experts%s", int(active_E.sum()), after, _summary(changes))
+        return changes
 
     def update_experts(
         self,
@@ -184,3 +189,7 @@ class AdaptiveExperts:
         if self.normalize_one_score_gate:
             keys_ED = F.normalize(keys_ED, dim=1)
         gate.wg.weight.lerp_(keys_ED.to(gate.wg.weight), 1 - self.update_momentum)
+
+
+def _summary(changes: list[ExpertChange]) -> str:
+    return "".join(f", slot {change.slot} {change.action}" for change in changes)
