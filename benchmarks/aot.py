@@ -52,10 +52,14 @@ class Architecture:
 
 ARCHITECTURES = {
     "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * KB, {"mma": r"\bmma\.sync"}),
+    "sm_89": Architecture(GPUTarget("cuda", 89, 32), 99 * KB, {"mma": r"\bmma\.sync"}),
     "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KB, {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync"}),
     "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KB, {"tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}),
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB, {"mfma": r"\bv_mfma_"}),
 }
+REPRESENTATIVE = ("sm_80", "sm_90", "sm_100", "gfx942")  # whose every kernel is compiled without --all
+# the gate that fills shared memory most: routing vectors in three parts for many experts
+LARGE_GATE = (Shape(4096, 768, 64, 256, 2), torch.bfloat16, VARIANTS["normalized"])
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:
         yield Shape(rows * 4, D, H, 4, 1.0, kind.endswith("gated")), getattr(torch, dtype)
 
 
-def record(arch: str, cases: Sequence[Case]) -> list[Launch]:
+def record(arch: str, cases: Sequence[Case], large_gate: bool = False) -> list[Launch]:
     """The distinct launches of the operations for an architecture."""
     hip = ARCHITECTURES[arch].target.backend == "hip"
     before = torch.get_float32_matmul_precision()
@@ -195,6 +199,9 @@ def record(arch: str, cases: Sequence[Case]) -> list[Launch]:
             for shape, dtype, variant, tf32 in cases:
                 torch.set_float32_matmul_precision("high" if tf32 else "highest")
                 run_all(shape, dtype, variant, FILES)
+            if large_gate:
+                torch.set_float32_matmul_precision("highest")
+                run_all(*LARGE_GATE, ("threshold_gate",))
         finally:
             torch.set_float32_matmul_precision(before)
     return launches
@@ -235,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the number of kernels that are judged wrong, at most 100."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shape, dtype, activation and variant")
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), help="default: all")
     parser.add_argument(
         "--shape", nargs="+", choices=list(GPU_SHAPES), help="default: vit-s and llm-2k, with --all all"
     )
@@ -246,10 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.shape or (list(GPU_SHAPES) if args.all else ["vit-s", "llm-2k"])
     shapes = [GPU_SHAPES[name] for name in names]
     tasks: list[tuple[str, Launch]] = []
-    for arch in args.arch:
+    for arch in args.arch or ARCHITECTURES:
         cases = list(every_case(shapes) if args.all else representative(shapes))
+        if not (args.all or args.arch or arch in REPRESENTATIVE):
+            cases = []  # the large gate alone
         cases += [(shape, dtype, VARIANTS["default"], False) for shape, dtype in tuned_shapes(arch)]
-        tasks += [(arch, launch) for launch in record(arch, cases)]
+        large = args.all or arch not in REPRESENTATIVE
+        tasks += [(arch, launch) for launch in record(arch, cases, large)]
     reports = list(compile_all(tasks, args.jobs))
     print(table(reports))
     wrong = [(report, judge(report)) for report in reports if judge(report)]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from .timing import beside, check_outputs, duration, interpreted
+
 RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
 
@@ -47,6 +49,8 @@ def missing() -> str | None:
         return f"no GPU: torch {torch.__version__} of {sys.executable} ({build}) sees none"
     if find_spec("triton") is None:
         return f"{sys.executable} has no Triton: pip install triton, or name another interpreter, make gpu PYTHON=..."
+    if interpreted():
+        return "TRITON_INTERPRET is set, under which no time is meant: unset it"
     if find_spec("dynmoe_tutel.kernels") is None:
         return "dynmoe_tutel.kernels is not importable: run `make gpu`, which lays out the package, or install it"
     return None
@@ -59,7 +63,7 @@ def parts(results: Path, seconds: float) -> list[Part]:
     tests = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *TESTS)
 
     def benchmark(module: str, share: float) -> tuple[str, ...]:
-        budget = f"{0.85 * share * seconds:.0f}"  # the rest is for starting up and for the last measurement
+        budget = f"{0.85 * share * seconds:g}"  # the rest is for starting up and for the last measurement
         out = str(results / f"{module}-gpu.json")
         return (python, "-m", f"benchmarks.{module}", "--device", "cuda", "--seconds", budget, "--out", out)
 
@@ -101,14 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seconds", type=float, default=460)
+    parser.add_argument("--seconds", type=duration(86400), default=460)
     args = parser.parse_args(argv)
     why = missing()
     if why is not None:
         print(f"make gpu: {why}", file=sys.stderr)
         return 2
     results = args.results.resolve()
-    results.mkdir(parents=True, exist_ok=True)
+    reports = [*beside(results / "kernels-gpu.json", ".md", ".png"), *beside(results / "layer-gpu.json", ".md")]
+    check_outputs(parser, "--results", [results / "tests-gpu.txt", *reports])
     started = time.monotonic()
     outcomes = {}
     for part in parts(results, args.seconds):

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .shapes import GPU_SHAPES, Shape
-from .timing import bounds, environment, seconds, spread, write
+from .timing import beside, bounds, check_outputs, duration, environment, seconds, spread, unable, whole, write
 
 TINY = Shape(40, 32, 48, 4, 1.5)
 L2_BYTES = 128 << 20  # more than any cache on a GPU holds
@@ -361,21 +362,23 @@ def roofline(results: Sequence[dict[str, Any]], rates: dict[str, float], path: P
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
     parser.add_argument("--shape", nargs="+", choices=list(GPU_SHAPES), default=list(GPU_SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no shape after this time")
+    parser.add_argument("--repeats", type=whole(1), default=20)
+    parser.add_argument("--seconds", type=duration(), default=float("inf"), help="start no shape after this time")
     parser.add_argument("--out", type=Path, help="JSON file; the table and the plot go beside it")
     args = parser.parse_args(argv)
+    why = unable(args.device)
+    if why is not None:
+        on_cpu = "" if args.device == "cpu" or default == "cuda" else ", allowed here: cpu with TRITON_INTERPRET=1"
+        parser.error(f"argument --device: came {args.device!r}: {why}{on_cpu}")
+    if args.out:
+        check_outputs(parser, "--out", beside(args.out, ".md", ".png"))
     started, device, dtype = time.monotonic(), torch.device(args.device), getattr(torch, args.dtype)
     shapes = [GPU_SHAPES[name] for name in args.shape]
     if device.type != "cuda":
-        import os
-
-        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-            print("no GPU: set TRITON_INTERPRET=1 to see this program work on a tiny shape; no time is meant")
-            return 2
         shapes, dtype, args.repeats = [TINY], torch.float32, 2
     rates = bounds(device, dtype)
     results: list[dict[str, Any]] = []
@@ -388,6 +391,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results += found
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if not results:
+        print(f"nothing is measured: --seconds {args.seconds:g} went by before the first shape", file=sys.stderr)
+        return 1
     summary = {"environment": environment(device), "bounds": rates, "results": results}
     name = summary["environment"].get("gpu", "CPU, interpreter: no times are meant")
     copy, product = rates["bytes_per_second"] / 1e12, rates["flops_per_second"] / 1e12
@@ -395,6 +401,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + head + table(results))
     if args.out:
         write(args.out, summary, head + table(results))
+        if find_spec("matplotlib") is None:
+            print("no plot is drawn: matplotlib is not installed", file=sys.stderr)
+            return 0
         roofline(results, rates, args.out.with_suffix(".png"), summary["environment"].get("gpu", "interpreter"))
     return 0
 

@@ -16,11 +16,13 @@ Ratios are medians of the repeats' ratios: contestants run in turn, so a drift o
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -35,6 +37,7 @@ from dynmoe_tutel import MoELayer
 
 from . import layer_gpu
 from .shapes import CPU_SHAPES, Shape
+from .timing import beside, check_outputs, duration, spread, unable, whole, write
 
 SHAPES = CPU_SHAPES
 
@@ -170,7 +173,7 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
         def ratio(one: str, other: str, times: dict[str, list[float]] = times) -> dict[str, float] | None:
             if not {one, other} <= times.keys():
                 return None
-            return _spread([a / b for a, b in zip(times[one], times[other], strict=True)])
+            return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
         results.append(
             {
@@ -189,11 +192,6 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     return results
 
 
-def _spread(ratios: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "quartile_1": low, "quartile_3": high}
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Results as a Markdown table of ratios."""
     head = "| shape | dtype | pass | mean k | ours / bare | quartiles | loop / bare | loop / ours |"
@@ -208,27 +206,41 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+        "--dtype",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 bfloat16, on cuda bfloat16",
     )
-    parser.add_argument("--shape", nargs="+", type=int, default=list(range(len(SHAPES))), help="indices of SHAPES")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--shape", nargs="+", type=whole(0, len(SHAPES) - 1), help="on cpu: indices of SHAPES, default: all"
+    )
+    parser.add_argument("--repeats", type=whole(1), default=15)
+    parser.add_argument("--threads", type=whole(1, os.cpu_count()), help="on cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results and the environment")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cuda: see benchmarks.layer_gpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="on cuda: start no shape after this time")
-    args = parser.parse_args()
-    if args.device == "cuda":
-        dtypes = ["bfloat16"] if args.dtype == parser.get_default("dtype") else args.dtype
-        layer_gpu.run(torch.device("cuda"), dtypes, args.seconds, args.repeats, args.out)
-        return
-    torch.set_num_threads(args.threads)
+    parser.add_argument("--seconds", type=duration(), help="on cuda: start no shape after this time")
+    args = parser.parse_args(argv)
+    for name, device in (("shape", "cpu"), ("threads", "cpu"), ("seconds", "cuda")):
+        if getattr(args, name) is not None and args.device != device:
+            parser.error(f"argument --{name}: came with --device {args.device}, allowed: with --device {device}")
+    cuda = args.device == "cuda"
+    why = unable("cuda", triton=False) if cuda else None
+    if why is not None:
+        parser.error(f"argument --device: came 'cuda': {why}, allowed here: cpu")
+    if args.out:
+        check_outputs(parser, "--out", beside(args.out, ".md") if cuda else [args.out])
+    if cuda:
+        limit = math.inf if args.seconds is None else args.seconds
+        return layer_gpu.run(torch.device("cuda"), args.dtype or ["bfloat16"], limit, args.repeats, args.out)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     results = []
-    for name in args.dtype:
-        for index in args.shape:
+    for name in args.dtype or ["float32", "bfloat16"]:
+        for index in range(len(SHAPES)) if args.shape is None else args.shape:
             found = measure(Case(SHAPES[index], getattr(torch, name)), args.repeats)
             print(table(found).split("\n", 2)[2], flush=True)
             results += found
@@ -241,8 +253,9 @@ def main() -> None:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
         }
-        args.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+        write(args.out, {"environment": environment, "results": results})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

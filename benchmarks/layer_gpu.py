@@ -14,6 +14,7 @@ Ratios are bare / contestant, from the same run; times are medians in millisecon
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -271,8 +272,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None) -> None:
-    """Measure the shapes in order while time lasts, then the affine fit; print and write the table."""
+def run(device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None) -> int:
+    """Measure the shapes in order while time lasts, then the affine fit; print and write the table; exit status."""
     started, results = time.monotonic(), []
     rates = bounds(device, getattr(torch, dtypes[0]))
     for name in dtypes:
@@ -283,6 +284,9 @@ def run(device: torch.device, dtypes: Sequence[str], limit: float, repeats: int,
             results.append(measure(shape, getattr(torch, name), device, repeats))
             print(table(results[-1:]).split("\n", 2)[2], flush=True)
             torch.cuda.empty_cache()
+    if not results:
+        print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
+        return 1
     fit = affine(getattr(torch, dtypes[0]), device, GPU_SHAPES["vit-s"], repeats)
     summary = {"environment": environment(device), "bounds": rates, "results": results, "affine": fit}
     text = table(results) + (
@@ -292,3 +296,4 @@ def run(device: torch.device, dtypes: Sequence[str], limit: float, repeats: int,
     print("\n" + text)
     if out:
         write(out, summary, text)
+    return 0

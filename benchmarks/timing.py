@@ -1,18 +1,25 @@
-"""Times on a device, the two rates that bound them, and what a result must say of the machine it was taken on."""
+"""Times on a device, the two rates that bound them, what a result says of its machine, and options checked before.
+
+Imports torch where it is used: `benchmarks.gpu` checks its options under interpreters that have none.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Call = Callable[[], Any]
 FILL_SECONDS = 2e-3  # of work between two events, beside which they and a launch weigh little
@@ -20,6 +27,8 @@ FILL_SECONDS = 2e-3  # of work between two events, beside which they and a launc
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Names and versions, and on a GPU its name, driver and clocks."""
+    import torch
+
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -64,12 +73,14 @@ def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, grap
     (`graph`), and a replay is timed with events; on a CPU each is timed by the clock.
     """
     if device.type != "cuda":
-        times = []
+        times: list[float] = []
         for i in range(repeats):
             start = time.perf_counter()
             calls[i % len(calls)]()
             times.append(time.perf_counter() - start)
         return times
+    import torch
+
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # compile and allocate before the capture
@@ -101,6 +112,8 @@ def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, grap
 
 def _elapsed(run: Call) -> float:
     """Seconds on the current device from the first to the last of what `run` launches."""
+    import torch
+
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -111,6 +124,8 @@ def _elapsed(run: Call) -> float:
 
 def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second of a large copy, read and written, and operations a second of a large matrix product."""
+    import torch
+
     large = device.type == "cuda"
     n, m = (2**29, 8192) if large else (2**22, 256)
     source, target = torch.randn(n // 4, device=device), torch.empty(n // 4, device=device)
@@ -123,8 +138,92 @@ def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def write(path: Path, results: dict[str, Any], table: str) -> None:
-    """The results as JSON, and beside them the table as Markdown."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For argparse: reads a whole number of this range."""
+
+    def read(text: str) -> int:
+        value: int | None
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"came {text!r}, allowed: a whole number {allowed}")
+        return value
+
+    return read
+
+
+def duration(most: float = math.inf) -> Callable[[str], float]:
+    """For argparse: reads a number of seconds that is positive and at most `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            limit = "" if most == math.inf else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"came {text!r}, allowed: seconds above 0{limit}")
+        return value
+
+    return read
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its interpreter in this process; as Triton reads its variable."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unable(device: str, triton: bool = True) -> str | None:
+    """Why nothing can be timed on "cuda", or tried in Triton's interpreter on "cpu"; None if it can."""
+    import torch
+
+    if triton and find_spec("triton") is None:
+        return "Triton is not installed, allowed: an interpreter that has it"
+    if device == "cpu":
+        if interpreted():
+            return None
+        return "without a GPU kernels run in Triton's interpreter alone, allowed: TRITON_INTERPRET=1 in the environment"
+    if not torch.cuda.is_available():
+        return f"no GPU: torch {torch.__version__} sees none"
+    return "TRITON_INTERPRET is set, under which no time is meant, allowed: without it" if interpreted() else None
+
+
+def check_outputs(parser: argparse.ArgumentParser, option: str, paths: Iterable[Path]) -> None:
+    """Make the folders of the files and prove that each can be written, else end in the parser's error.
+
+    What is in a file that exists is left; of one that does not, nothing is left.
+    """
+    seen: list[str] = []
+    for path in paths:
+        # what opens, behind links: a probe that is removed must not be one
+        target = Path(os.path.realpath(path))
+        try:
+            if str(target) in seen:
+                raise OSError("a file beside it has this name")
+            seen.append(str(target))
+            existed = target.exists()
+            if existed and not target.is_file():
+                raise OSError("it is there and is no regular file")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.open("ab").close()
+            if not existed:
+                target.unlink()
+        except (OSError, ValueError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
+            parser.error(f"argument {option}: came {str(path)!r}, not writable ({why}), allowed: a file that is")
+
+
+def beside(path: Path, *suffixes: str) -> list[Path]:
+    """The file, and those of its name with other suffixes."""
+    return [path, *(path.with_suffix(suffix) for suffix in suffixes if path.name)]
+
+
+def write(path: Path, results: dict[str, Any], table: str | None = None) -> None:
+    """The results as JSON, and beside them the table, if any, as Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table + "\n")
+    if table is not None:
+        path.with_suffix(".md").write_text(table + "\n")

@@ -24,7 +24,7 @@ from dynmoe_tutel.kernels.configs import GemmConfig
 
 from .kernels import TINY, Inputs
 from .shapes import GPU_SHAPES, Shape
-from .timing import environment, seconds
+from .timing import check_outputs, environment, seconds, unable, whole, write
 
 
 def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
@@ -144,30 +144,50 @@ def _sizes(key: str) -> tuple[str, str]:
     return K.removeprefix("K"), N.removeprefix("N")
 
 
+def read_table(path: Path) -> dict[str, dict[str, Any]]:
+    """Entries of the table in a file that is there; ValueError where it is none."""
+    try:
+        found = json.loads(path.read_text())["configs"]
+        for key, values in found.items():
+            numbers = [value for value in asdict(GemmConfig(**values)).values() if value is not None]
+            if any(type(number) is not int for number in numbers):
+                raise TypeError(f"{key} holds what is no whole number")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=list(GPU_SHAPES), default=list(GPU_SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=whole(1), default=10)
     parser.add_argument("--interpreter", action="store_true", help="two candidates on a tiny shape, to try the program")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    why = unable("cpu" if args.interpreter else "cuda")
+    if why is not None and args.interpreter:
+        parser.error(f"argument --interpreter: {why}")
+    if why is not None:
+        parser.error(f"{why}; tiles are tuned on the GPU they are for, allowed elsewhere: --interpreter")
     if args.interpreter:
         device, shapes, dtype, few = torch.device("cpu"), [TINY], torch.float32, 2
-    elif torch.cuda.is_available():
+    else:
         device, shapes, few = torch.device("cuda"), [GPU_SHAPES[name] for name in args.shape], None
         dtype = getattr(torch, args.dtype)
-    else:
-        print(f"no GPU: torch {torch.__version__} sees none, and tiles are tuned on the GPU they are for")
-        return 1
     chip = configs.architecture(device)
     out = args.out or Path(configs.__file__).parent / "tuned" / f"{chip}.json"
-    known = json.loads(out.read_text())["configs"] if out.exists() else {}
+    check_outputs(parser, "--out", [out])
+    try:
+        known = read_table(out) if out.exists() else {}
+    except ValueError as error:
+        parser.error(
+            f"argument --out: came {str(out)!r}, which is no table of tiles ({error}), "
+            "allowed: a new file, or one that benchmarks.tune wrote"
+        )
     found = tune(shapes, dtype, device, args.repeats, few)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    summary = {"environment": environment(device), "configs": known | found}
-    out.write_text(json.dumps(summary, indent=1) + "\n")
+    write(out, {"environment": environment(device), "configs": known | found})
     print(f"{len(found)} entries written to {out}")
     return 0
 

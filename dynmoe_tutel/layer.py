@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adaptive import AdaptiveExperts
 from .expert_capacity import drop_beyond_capacity, expert_capacity
-from .experts import Experts, experts_at_start, make_experts
+from .experts import CustomExperts, Experts, experts_at_start, make_experts
 from .experts.base import has_hooks
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
 from .late_count import LateCount
@@ -278,6 +278,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
             )
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
+        if isinstance(self.experts, CustomExperts):
+            self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
         gate = self._gate(gate_index)
         recompute = _in_backward()
         with torch.autocast(input.device.type, enabled=False):

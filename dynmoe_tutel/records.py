@@ -41,6 +41,8 @@ class RoutingRecord:
     unrouted_tokens: Tensor
     tokens: Tensor
     k_histogram: Tensor
+    _sample: Tensor
+    _sample_state: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
         self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, _limit(keep_tokens)

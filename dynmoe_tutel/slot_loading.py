@@ -6,7 +6,6 @@ Called by `MoELayer._load_from_state_dict` with a state dict that torch has copi
 from __future__ import annotations
 
 import logging
-import math
 import re
 from typing import Any
 
@@ -23,6 +22,8 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     surplus slots are dropped if none of them is active. Missing counts (dense or stock checkpoints) are filled in.
     """
     slots = layer.slots
+    if hasattr(layer.experts, "name_module"):
+        layer.experts.name_module(state_dict, f"{prefix}experts.")
     own = {f"{prefix}{name}": tensor for name, tensor in _tensors(layer).items()}
     saved = _saved_slots(own, state_dict, prefix, slots)
     if any(key.startswith(prefix) for key in state_dict):
@@ -36,7 +37,7 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         if saved != slots:
             value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
         # upstream's converters save biases as [E, 1, H], and Tutel's llama_ffn holds its weights as one row
-        if _without_ones(value) == _without_ones(target) or _is_flat(value, target):
+        if _without_ones(value) == _without_ones(target) or _is_flat(key, value, target):
             value = value.reshape(target.shape)
         state_dict[key] = value
 
@@ -45,8 +46,9 @@ def _without_ones(tensor: Tensor) -> list[int]:
     return [n for n in tensor.shape if n != 1]
 
 
-def _is_flat(value: Tensor, target: Tensor) -> bool:
-    return 1 in (value.dim(), target.dim()) and value.numel() == target.numel()
+def _is_flat(key: str, value: Tensor, target: Tensor) -> bool:
+    of_llama = key.rpartition(".")[2] in ("W_fc1", "W_fc2", "W_fc3")
+    return of_llama and 1 in (value.dim(), target.dim()) and value.numel() == target.numel()
 
 
 def _fit_modules(state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor], slots: int) -> None:
@@ -122,7 +124,7 @@ def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots:
         return value
     expected = [*target.shape]
     expected[axis] = saved
-    flat = value.dim() == 1 and value.numel() == math.prod(expected)
+    flat = _is_flat(key, value, torch.empty(expected, device="meta"))
     if not flat and _without_ones(value) != [n for n in expected if n != 1]:
         return value
     value = value.reshape(expected)

@@ -50,7 +50,7 @@ _UPSTREAM_OPTIONS = {
     "value_norm_weighted": False,
     "update_momentum": 0.0,
 }
-_Stock = tutel.impls.moe_layer.MOELayer
+_Stock: Any = tutel.impls.moe_layer.MOELayer
 
 
 def _is_ours(gate_type: Any, options: Mapping[str, Any]) -> bool:
@@ -100,6 +100,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
 
     layout: str
     l_aux: Any
+    _reserve_shape: tuple[int, ...]
 
     def __init__(self, gate_type: Any, model_dim: int, experts: Any = None, *arguments: Any, **options: Any) -> None:
         named = dict(zip(_ORDER, arguments, strict=False))
@@ -423,7 +424,8 @@ class _TutelSlots:
 
     def __init__(self, layer: TopAnyMOELayer) -> None:
         self._experts = cast(nn.Module, layer.experts)
-        self._group, self._rank = layer.group, communicate.get_world_rank(layer.group)
+        self._group: Any = layer.group
+        self._rank = communicate.get_world_rank(layer.group)
         self._local, self._shards, self._ranks = layer.local_slots, layer.sharded_count, layer.world_size
 
     def _owners(self, slot: int) -> list[int]:
@@ -433,7 +435,8 @@ class _TutelSlots:
 
     def _entries(self, slot: int) -> list[SlotParameter]:
         """Every parameter of the experts with the index that `slot` would have on its own rank."""
-        own, found = slot % self._local, []
+        own = slot % self._local
+        found: list[SlotParameter] = []
         for parameter in self._experts.parameters():
             rows = parameter.shape[0] // self._local if parameter.dim() else 0
             if self._shards > 1:
@@ -442,7 +445,7 @@ class _TutelSlots:
                 found.append((parameter, (slice(own, own + 1),)))
             elif parameter.dim() == 1 and parameter.shape[0] % self._local == 0:  # one row of all slots
                 found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
-        return found  # type: ignore[return-value]
+        return found
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """The parameters of this rank that hold the slot."""
@@ -546,17 +549,19 @@ def _gate_of(kind: str) -> Callable[..., Gate]:
     return build
 
 
-class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):  # type: ignore[misc]
+class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):
     """Tutel's dispatcher, whose `update` takes a ragged `Routing` too; see `dynmoe_tutel.moe.FastDispatcher`."""
 
-    def update(self, indices_: Any, *arguments: Any, combine_gradient: str = "mean", **options: Any) -> None:
-        """Tutel's lists, or a `Routing` [, is_postscore, combine_gradient]."""
+    capacity: int
+
+    def update(self, indices_: Any, *arguments: Any, **options: Any) -> None:
+        """Tutel's lists, or a `Routing`, with `is_postscore` and `combine_gradient`."""
         self._ragged: moe.FastDispatcher | None = None
         if not isinstance(indices_, Routing):
             super().update(indices_, *arguments, **options)
             return
         self._ragged = moe.FastDispatcher(self.num_global_experts, self.capacity, self.model_dim, self.original_dtype)
-        self._ragged.update(indices_, *arguments, combine_gradient=combine_gradient, **options)
+        self._ragged.update(indices_, *arguments, **options)
         self.capacity = self._ragged.capacity
 
     def encode(self, data: Tensor) -> Tensor:
@@ -613,7 +618,7 @@ def checkpoint_tool(name: str) -> None:
         _each_layer(state, _count_active)
         save(state, *arguments, **options)
 
-    torch.load, torch.save = load_slots, save_active
+    torch.load, torch.save = load_slots, save_active  # type: ignore[assignment]
     try:
         main()
     finally:

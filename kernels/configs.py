@@ -45,7 +45,7 @@ def architecture(device: torch.device) -> str:
     return _architecture(device) if device.type == "cuda" else "interpreter"
 
 
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+_PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
 @lru_cache

@@ -47,13 +47,20 @@ def _for_triton(args: tuple[Any, ...]) -> bool:
 
 
 def on_gpu(operation: Any, module: str, device: str = "cuda") -> None:
-    """Register `gpu.<module>.<name of the operation>` as the operation's kernel for CUDA and ROCm devices."""
+    """Register `gpu.<module>.<name of the operation>` as the operation's kernel for CUDA and ROCm devices.
+
+    Triton launches on the current device, which need not be that of the tensors: they make theirs the current one.
+    """
     name = operation._opoverload._schema.name.split("::")[1]
+    check = getattr(operation._init_fn, "check", None)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
         if _for_triton(values) and triton_is_installed():
-            return getattr(import_module(f".gpu.{module}", __package__), name)(*args, **kwargs)
+            if check is not None:
+                check(*args, **kwargs)
+            with torch.cuda.device_of(args[0]):
+                return getattr(import_module(f".gpu.{module}", __package__), name)(*args, **kwargs)
         return operation._init_fn(*args, **kwargs)
 
     operation.register_kernel(device)(run)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
 from .autocast import without_autocast
+from .checks import checked, expect, expect_experts, expect_index, expect_matrix
 from .engine import on_gpu, with_engines
 from .rows import segment_sum
 
@@ -107,7 +108,15 @@ def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tenso
     return like.new_empty((first + size,))[first:].view(-1, width)
 
 
+def _check_ffn(x_TD, gate_A, *args) -> None:  # type: ignore[no-untyped-def]
+    index, params, activation = args[:4], args[4:10], args[10]
+    E = expect_experts(x_TD, params, activation)
+    rows = expect_index(x_TD.shape[0], E, index)
+    expect("gate_A", gate_A, (rows,), "[rows]")
+
+
 @torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=())
+@checked(_check_ffn)
 @without_autocast
 @with_engines("grouped_ffn")
 def grouped_ffn(
@@ -338,7 +347,19 @@ def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
 grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)
 
 
+def _check_linear(
+    rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto"
+) -> None:
+    expect_matrix("rows_AD", rows_AD, "[rows, D]")
+    expect_matrix("w_EDO", w_EDO, "[E, D, O]", 3)
+    E, _, O = w_EDO.shape
+    expect("w_EDO", w_EDO, (E, rows_AD.shape[1], O), "[E, D, O]")
+    expect("b_EO", b_EO, (E, O), "[E, O]")
+    expect("expert_offsets", expert_offsets, (E + 1,), "[E + 1]", torch.int32)
+
+
 @torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=())
+@checked(_check_linear)
 @without_autocast
 @with_engines("grouped_ffn")
 def grouped_linear(

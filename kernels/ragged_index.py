@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import checked, expect, expect_matrix
 from .engine import on_gpu
 
 WORD = 64
@@ -47,6 +48,8 @@ def count_blocks(assigned_TE: Tensor) -> Tensor:
 
 def pack_bits(assigned_TE: Tensor) -> Tensor:
     """[T, E] bool to [T, ceil(E / 64)] int64, expert e in bit e % 64 of word e // 64."""
+    if assigned_TE.dim() != 2 or assigned_TE.dtype != torch.bool:
+        raise ValueError(f"assigned_TE must be bool [T, E], got {assigned_TE.dtype} {list(assigned_TE.shape)}")
     T, E = assigned_TE.shape
     W = words(E)
     padded = assigned_TE.new_zeros((T, W * WORD))
@@ -69,7 +72,31 @@ def _offsets(counts: Tensor) -> Tensor:
     return offsets
 
 
+def _check_bits(bits_TW: Tensor, num_experts: int) -> int:
+    T = bits_TW.shape[0] if bits_TW.dim() else 0
+    meaning = f"[T, words of {num_experts} experts]"
+    expect("bits_TW", bits_TW, (T, words(num_experts)), meaning, torch.int64)
+    return T
+
+
+def _check_index(bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None) -> None:
+    if num_experts < 1:
+        raise ValueError(f"num_experts = {num_experts}: give at least 1")
+    T = _check_bits(bits_TW, num_experts)
+    counts = -(-T // block_tokens(num_experts)) * num_experts
+    expect("block_counts", block_counts, (counts,), "[blocks of tokens * E]", torch.int32)
+
+
+def _check_bound(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> None:
+    expect_matrix("margin_TE", margin_TE, "[T, E]")
+    T = _check_bits(bits_TW, margin_TE.shape[1])
+    expect("margin_TE", margin_TE, (T, margin_TE.shape[1]), "[T, E]")
+    if capacity < 0:
+        raise ValueError(f"capacity = {capacity}: give a number of assignments, 0 or more")
+
+
 @torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=())
+@checked(_check_index)
 def ragged_index(
     bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,6 +139,7 @@ def _(
 
 
 @torch.library.custom_op("dynmoe_tutel::bound_assignments", mutates_args=())
+@checked(_check_bound)
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """At most `capacity` assignments: those of the smallest margins go, later ones first among equals.
 
@@ -125,8 +153,9 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
         return bits_TW.clone(), dropped
     margin_A = margin_TE.reshape(-1)[pair_A]
     limit = margin_A.kthvalue(excess).values
-    below = margin_A < limit
-    equal = (margin_A == limit).nonzero().squeeze(1)
+    nan_A = margin_A.isnan()  # above +inf, and equal to each other, as to kthvalue
+    below = torch.where(limit.isnan(), ~nan_A, margin_A < limit)
+    equal = torch.where(limit.isnan(), nan_A, margin_A == limit).nonzero().squeeze(1)
     assigned_TE.view(-1)[pair_A[below]] = False
     assigned_TE.view(-1)[pair_A[equal[equal.shape[0] - (excess - int(below.sum())) :]]] = False
     return pack_bits(assigned_TE), dropped

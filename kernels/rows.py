@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import checked, expect, expect_index, expect_matrix
 from .engine import on_gpu
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor]  # expert_offsets, token_offsets, token_of_row, row_of_assignment
@@ -37,7 +38,13 @@ def gather_rows(x_TD: Tensor, token_of_row: Tensor, A: int) -> Tensor:
     return rows_AD
 
 
+def _check_dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> None:
+    expect_matrix("x_TD", x_TD, "[T, D]")
+    expect_index(x_TD.shape[0], None, (None, token_offsets, token_of_row, row_of_assignment))
+
+
 @torch.library.custom_op("dynmoe_tutel::dispatch", mutates_args=())
+@checked(_check_dispatch)
 def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
     """Token rows to expert rows: [T, D] to [rows, D]."""
     return gather_rows(x_TD, token_of_row, int(token_offsets[-1]))
@@ -59,7 +66,16 @@ def _dispatch_backward(ctx, d_rows_AD):  # type: ignore[no-untyped-def]
 dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
 
 
+def _check_combine(
+    rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
+) -> None:
+    expect_matrix("rows_AD", rows_AD, "[rows, D]")
+    rows = expect_index(token_offsets.numel() - 1, None, (None, token_offsets, token_of_row, row_of_assignment))
+    expect("rows_AD", rows_AD, (rows, rows_AD.shape[1]), "[rows, D]")
+
+
 @torch.library.custom_op("dynmoe_tutel::combine", mutates_args=())
+@checked(_check_combine)
 def combine(
     rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
 ) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
+from .checks import checked, expect, expect_matrix
 from .engine import on_gpu
 from .ragged_index import block_tokens, count_blocks, pack_bits, words
 
@@ -34,7 +35,22 @@ def inverse_norm(v: Tensor, dim: int) -> Tensor:
     return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
 
+def _check(  # type: ignore[no-untyped-def]
+    x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T=None
+) -> None:
+    expect_matrix("x_TD", x_TD, "[T, D]")
+    expect_matrix("w_DE", w_DE, "[D, E]")
+    (T, D), E = x_TD.shape, w_DE.shape[1]
+    expect("w_DE", w_DE, (D, E), "[D, E]")
+    expect("threshold_E", threshold_E, (E,), "[E]")
+    expect("active_E", active_E, (E,), "[E]", torch.bool)
+    expect("token_mask_T", token_mask_T, (T,), "[T]", torch.bool)
+    if scale.numel() != 1:
+        raise ValueError(f"scale must be one number, got shape {list(scale.shape)}")
+
+
 @torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())
+@checked(_check)
 @without_autocast
 def threshold_gate(
     x_TD: Tensor,
@@ -102,10 +118,13 @@ def threshold_gate_backward(
     """
     dtype = score_TE.dtype
     x, w = x_TD.to(dtype), w_DE.to(dtype)
+    # what is not finite is as zero: of an inactive slot nothing may count; an active one has NaN in d_cos
+    w = w.masked_fill(~torch.linalg.vector_norm(w, dim=0).isfinite(), 0)
     inv_norm_E = inverse_norm(w, 0)
     unit_DE = w * inv_norm_E
     tau = scale.to(dtype)
     d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # over ||x||
+    d_cos_TE.masked_fill_(d_score_TE == 0, 0)
 
     d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # six times as fast on a CPU for few experts as x^T @ d_cos
     radial_E = (unit_DE * d_unit_DE).sum(dim=0)

@@ -18,13 +18,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import checked, expect, expect_experts, expect_index
 from .engine import on_gpu
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
 from .rows import combine, combine_backward, row_gates_backward
 from .threshold_gate import threshold_gate_backward
 
 
+def _check(x_TD, w_DE, thresholds_E, *args) -> None:  # type: ignore[no-untyped-def]
+    E = expect_experts(x_TD, args[9:15], args[15])
+    expect_index(x_TD.shape[0], E, args[5:9])
+    expect("w_DE", w_DE, (x_TD.shape[1], E), "[D, E]")
+    expect("thresholds_E", thresholds_E, (E,), "[E]")
+
+
 @torch.library.custom_op("dynmoe_tutel::top_any_ffn", mutates_args=())
+@checked(_check)
 def top_any_ffn(
     x_TD: Tensor,
     w_DE: Tensor,
@@ -134,9 +143,11 @@ def top_any_ffn_backward(
     # theta = sigmoid(tau G): d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G
     G_E, tau = thresholds_E.to(score_TE.dtype), scale.to(score_TE.dtype)
     theta_E = torch.sigmoid(tau * G_E)
-    through_theta_E = d_score_TE.sum(dim=0).neg_() * theta_E * (1 - theta_E)
+    d_theta_E = d_score_TE.sum(dim=0).neg_()
+    silent_E = d_theta_E == 0  # an inactive slot may hold NaN
+    through_theta_E = (d_theta_E * theta_E * (1 - theta_E)).masked_fill_(silent_E, 0)
     d_thresholds_E = (through_theta_E * tau).to(thresholds_E.dtype)
-    d_scale = d_scale + (through_theta_E * G_E).sum().to(scale.dtype)
+    d_scale = d_scale + (through_theta_E * G_E).masked_fill_(silent_E, 0).sum().to(scale.dtype)
     return d_x_TD.to(x_TD.dtype) + through_gate_TD, d_w_DE, d_thresholds_E, d_scale, *grads
 
 

@@ -21,18 +21,17 @@ from .threshold_gate import gate_dtype, inverse_norm
 @torch.library.custom_op("dynmoe_tutel::vector_losses", mutates_args=())
 @without_autocast
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Diversity [] and simplicity [] of routing vectors [D, E].
+    """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 where no slot is active.
 
     For the backward: the unit vectors [E, D], their inverse norms [E], and M [E, E], zero where a slot is not active.
     """
-    w = w_DE.to(gate_dtype(w_DE))
-    active = active_E.to(w.dtype)
+    w = w_DE.to(gate_dtype(w_DE)).masked_fill(~active_E, 0)  # selected, for a slot that holds no expert may hold NaN
     inv_norm_E = inverse_norm(w, 0)
-    unit_ED = (w * (inv_norm_E * active)).t().contiguous()
+    unit_ED = (w * inv_norm_E).t().contiguous()
     gram_EE = unit_ED @ unit_ED.t()
     gram_EE.fill_diagonal_(0)
     diversity = torch.linalg.vector_norm(gram_EE)
-    simplicity = (torch.linalg.vector_norm(w, dim=0) * active).sum() / active.sum()
+    simplicity = torch.linalg.vector_norm(w, dim=0).sum() / active_E.sum().clamp(min=1)
     return diversity, simplicity, unit_ED, inv_norm_E, gram_EE
 
 
@@ -59,7 +58,7 @@ def vector_losses_backward(
     """Gradient of the routing vectors, [D, E] in their dtype."""
     factor = torch.where(diversity > 0, 2 * d_diversity / diversity, torch.zeros_like(diversity))
     tangent_ED = gram_EE @ unit_ED - unit_ED * gram_EE.square().sum(dim=1, keepdim=True)
-    radial_E = d_simplicity / active_E.sum()
+    radial_E = d_simplicity / active_E.sum().clamp(min=1)
     d_w_ED = tangent_ED * (factor * inv_norm_E).unsqueeze(1) + unit_ED * radial_E
     return d_w_ED.t().to(w_DE.dtype).contiguous()
 

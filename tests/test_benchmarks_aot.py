@@ -88,6 +88,7 @@ def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None
     for arch in ARCHITECTURES:
         assert f"### {arch}, Triton" in done.stdout
     reports = json.loads((tmp_path / "reports.json").read_text())
+    assert "threshold_gate_kernel" in {r["kernel"] for r in reports if r["arch"] == "sm_89"}
     by_size = {"sum_parts_kernel"}  # launched where a product is split, which the number of multiprocessors decides
     seen = {arch: {r["kernel"] for r in reports if r["arch"] == arch} - by_size for arch in ARCHITECTURES}
     assert len({frozenset(kernels) for kernels in seen.values()}) == 1, "an architecture misses a kernel"
@@ -217,3 +218,23 @@ aot.record("sm_90", cases)
 print(json.dumps(sorted(set(entries) - asked)))
 """
     assert json.loads(python(code, tmp_path).splitlines()[-1]) == []
+
+
+def test_numbers_that_change_every_step_make_no_new_kernel(tmp_path: Path) -> None:
+    """Rows, capacity and splits: 1 and multiples of 16 were kernels of their own, compiled in the middle of a run."""
+    code = """
+from dynmoe_tutel.kernels.gpu import grouped_gemm, ragged_index, rows
+numbers = {"R", "capacity", "SPLIT", "S"}
+for module in (grouped_gemm, ragged_index, rows):
+    for kernel in (value for name, value in vars(module).items() if name.endswith("_kernel")):
+        for parameter in getattr(kernel, "params", ()):
+            if parameter.name in numbers and not parameter.do_not_specialize:
+                print(kernel.fn.__name__, parameter.name)
+bits = torch.empty(64, 1, dtype=torch.int64, device="meta")
+with launches.recording() as found:
+    for capacity in (1, 16, 17):
+        ragged_index.ragged_index(bits, 8, capacity)
+        ragged_index.bound_assignments(bits, torch.empty(64, 8, device="meta"), capacity)
+print(len([l for l in found if l.kernel in ("fill_kernel", "drop_kernel")]))
+"""
+    assert python(code, tmp_path).splitlines() == ["2"]

@@ -79,6 +79,51 @@ def test_a_part_that_overruns_is_ended_with_what_it_started(tmp_path: Path, capf
     assert "begun" in capfd.readouterr().out
 
 
+def never(*_: object) -> str:
+    raise AssertionError("run before the options were checked")
+
+
+class TestOptions:
+    @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e12", "soon"])
+    def test_seconds(self, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(gpu, "missing", never)
+        with pytest.raises(SystemExit, match=r"^2$"):
+            gpu.main(["--seconds", value])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument --seconds: came {value!r}, allowed: seconds above 0 and at most 86400" in line
+
+    def test_results_that_cannot_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Where a file is in the way of the folder, and where a folder is in the way of a file."""
+        monkeypatch.setattr(gpu, "missing", lambda: None)
+        monkeypatch.setattr(gpu, "run", never)
+        (tmp_path / "file").write_text("")
+        (tmp_path / "layer-gpu.md").mkdir()
+        for results, path in ((tmp_path / "file", "file/tests-gpu.txt"), (tmp_path, "layer-gpu.md")):
+            with pytest.raises(SystemExit, match=r"^2$"):
+                gpu.main(["--results", str(results)])
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert f"argument --results: came '{tmp_path / path}', not writable" in line
+
+    def test_results_in_folders_that_are_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "missing", lambda: None)
+        ran = []
+
+        def run(part: gpu.Part, limit: float, results: Path) -> str:
+            assert list(results.iterdir()) == []
+            ran.append(part.name)
+            return "passed"
+
+        monkeypatch.setattr(gpu, "run", run)
+        assert gpu.main(["--results", str(tmp_path / "a" / "b"), "--seconds", "0.5"]) == 0
+        assert ran == ["tests", "kernels", "layer"]
+
+    def test_a_short_time_leaves_each_part_some(self, tmp_path: Path) -> None:
+        for part in gpu.parts(tmp_path, 0.5)[1:]:
+            assert float(part.command[part.command.index("--seconds") + 1]) > 0
+
+
 WAIT = "import time; time.sleep(600)"
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from dynmoe_tutel.kernels import configs
 
-from benchmarks import layer_gpu, peers, timing
+from benchmarks import kernels, layer_gpu, peers, timing, tune
 from benchmarks.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +46,9 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_so() -> None:
     command = [sys.executable, "-m", "benchmarks.kernels"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert "no GPU" in done.stdout
+    assert "without a GPU" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -136,5 +141,189 @@ def test_the_tuner_writes_what_the_configurations_read(tmp_path: Path) -> None:
 def test_nothing_is_tuned_without_a_gpu() -> None:
     command = [sys.executable, "-m", "benchmarks.tune"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "no GPU" in done.stdout
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would be measured fails the test; Triton's interpreter seems to run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("measured before the options were checked")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module, names in ((kernels, ("bounds", "measure")), (tune, ("tune",))):
+        for name in names:
+            monkeypatch.setattr(module, name, fail)
+
+
+def refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line in which the options are refused."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(argv))
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *usage, line = captured.err.splitlines()
+    assert all(text.startswith(("usage: ", " ")) for text in usage)
+    assert " error: " in line
+    return line
+
+
+@pytest.mark.usefixtures("unmeasured")
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("option", "value", "allowed"),
+        [
+            ("--repeats", "0", "whole number of 1 or more"),
+            ("--repeats", "-5", "whole number of 1 or more"),
+            ("--repeats", "1.5", "whole number of 1 or more"),
+            ("--seconds", "-1", "seconds above 0"),
+            ("--seconds", "0", "seconds above 0"),
+            ("--seconds", "nan", "seconds above 0"),
+            ("--device", "banana", "choose from"),
+            ("--shape", "vit-xxl", "choose from"),
+            ("--dtype", "int8", "choose from"),
+        ],
+    )
+    def test_a_bad_value_is_named_with_what_is_allowed(
+        self, option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for main in [kernels.main] if option in ("--seconds", "--device") else [kernels.main, tune.main]:
+            line = refused(main, capsys, option, value)
+            assert f"argument {option}: " in line
+            assert repr(value) in line
+            assert allowed in line
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_cuda_without_a_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = refused(kernels.main, capsys, "--device", "cuda")
+        assert "came 'cuda': no GPU: torch" in line
+        assert "allowed here: cpu" in line
+
+    @pytest.mark.parametrize("value", ["0", "", "banana"])
+    def test_a_processor_without_the_interpreter(
+        self, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert "allowed: TRITON_INTERPRET=1" in refused(kernels.main, capsys, "--device", "cpu")
+        assert "allowed: TRITON_INTERPRET=1" in refused(tune.main, capsys, "--interpreter")
+
+    def test_a_gpu_under_the_interpreter(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert "TRITON_INTERPRET is set" in refused(kernels.main, capsys, "--device", "cuda")
+        assert "TRITON_INTERPRET is set" in refused(tune.main, capsys)
+
+    def test_no_triton(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(timing, "find_spec", lambda _: None)
+        assert "Triton is not installed" in refused(kernels.main, capsys, "--device", "cpu")
+        assert "Triton is not installed" in refused(tune.main, capsys, "--interpreter")
+
+    @pytest.mark.parametrize("name", ["", "taken/x.json", "folder", "x" * 300])
+    @pytest.mark.parametrize("argv", [("kernels", "--device", "cpu"), ("tune", "--interpreter")])
+    def test_an_output_that_cannot_be_written(
+        self, argv: tuple[str, ...], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "taken").write_text("a file, not a folder")
+        (tmp_path / "folder").mkdir()
+        out = str(tmp_path / name) if name else ""
+        line = refused({"kernels": kernels, "tune": tune}[argv[0]].main, capsys, *argv[1:], "--out", out)
+        assert "argument --out: came " in line
+        assert str(Path(out)) in line
+        assert "allowed: " in line
+
+    @pytest.mark.parametrize("suffix", [".md", ".png"])
+    def test_results_that_the_table_or_the_plot_would_overwrite(
+        self, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = str(tmp_path / f"x{suffix}")
+        assert "a file beside it has this name" in refused(kernels.main, capsys, "--device", "cpu", "--out", out)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "{", "[]", "3", '"configs"', "{}", '{"configs": [1]}', '{"configs": {"up": {"block_m": 1}}}'),
+            '{"configs": {"up": {"block_m": "a", "block_n": 1, "block_k": 1, "num_warps": 1, "num_stages": 1}}}',
+            "[" * 100000,
+        ],
+        ids=range(10),
+    )
+    def test_a_file_that_is_no_table_stays_as_it_is(
+        self, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "x.json"
+        out.write_text(text)
+        line = refused(tune.main, capsys, "--interpreter", "--out", str(out))
+        assert f"argument --out: came {str(out)!r}, which is no table of tiles" in line
+        assert out.read_text() == text
+
+
+def test_entries_of_other_shapes_stay_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under --out in a folder that is not there yet, then again."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "new" / "folder" / "x.json"
+    for key in ("up/1", "linear/2"):
+        entry = {key: asdict(configs.GemmConfig(16, 16, 16, 1, 1))}
+        monkeypatch.setattr(tune, "tune", lambda *_, entry=entry: entry)
+        assert tune.main(["--interpreter", "--out", str(out)]) == 0
+    assert set(tune.read_table(out)) == {"up/1", "linear/2"}
+
+
+def test_time_that_is_up_before_the_first_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No empty table, and no success."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in (kernels, layer_gpu):
+        monkeypatch.setattr(module, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
+    out = tmp_path / "x.json"
+    assert kernels.main(["--device", "cpu", "--seconds", "1e-9", "--out", str(out)]) == 1
+    assert "nothing is measured: --seconds 1e-09" in capsys.readouterr().err
+    assert layer_gpu.run(torch.device("cpu"), ["float32"], 1e-9, 1, out) == 1
+    assert "nothing is measured: --seconds 1e-09" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_there_is_no_plot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
+    result = {"shape": asdict(TINY), "dtype": "float32", "kernel": "k", "bytes": 1, "flops": 1, "difference": None}
+    result |= {"microseconds": timing.spread([1.0]), "bound_microseconds": 1.0, "bound_by": "bytes"}
+    monkeypatch.setattr(kernels, "measure", lambda *_: [result | {"share_of_bound": 1.0}])
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    out = tmp_path / "a" / "b" / "x.json"
+    assert kernels.main(["--device", "cpu", "--out", str(out)]) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert {path.name for path in out.parent.iterdir()} == {"x.json", "x.md"}
+
+
+class TestOutputs:
+    def test_folders_are_made_and_files_are_left_as_they_are(self, tmp_path: Path) -> None:
+        old = tmp_path / "old.json"
+        old.write_text("kept")
+        link, target = tmp_path / "link.json", tmp_path / "elsewhere" / "new.json"
+        link.symlink_to(target)
+        timing.check_outputs(argparse.ArgumentParser(), "--out", [old, tmp_path / "a" / "b" / "new.json", link])
+        assert old.read_text() == "kept"
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+        assert link.is_symlink()
+        assert list(target.parent.iterdir()) == []
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(SystemExit):
+            timing.check_outputs(argparse.ArgumentParser(), "--out", [tmp_path / "pipe"])
+        assert "no regular file" in capsys.readouterr().err
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_without_permission(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path.chmod(0o500)
+        with pytest.raises(SystemExit):
+            timing.check_outputs(argparse.ArgumentParser(), "--out", [tmp_path / "x.json"])
+        assert "Permission denied" in capsys.readouterr().err

@@ -21,8 +21,10 @@ class CustomExperts(Experts):
     * a list of E modules, one a slot, each called with its rows [n_e, D];
     * a class or function that makes one such module (called E times with the remaining options);
     * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D], made
-      from (model_dim, local_experts, sharded_count, my_config). Its parameters of leading size E are the slots.
+      from (model_dim, num_experts_per_device, sharded_count, its options). Its parameters of leading size E are the
+      slots; `ctx` are these experts, with what Tutel's layer has there on one device.
 
+    State dicts have the module's own names, as Tutel's: `experts.W`, or `experts.0.weight` of a list.
     Not for `torch.compile(fullgraph=True)`: row counts go to the host. Same results as the built-in kinds.
     """
 
@@ -36,6 +38,10 @@ class CustomExperts(Experts):
         **options: Any,
     ) -> None:
         super().__init__(model_dim, slots)
+        self.reserve_shape: tuple[int, ...] = (model_dim,)  # of a token, as the layer was given it
+        self.num_global_experts, self.num_local_experts = slots, slots
+        self.world_size, self.sharded_count, self.adaptive_degree, self.megablocks_size = 1, 1, 1, 0
+        self.group = None
         if module is None:
             raise ValueError("experts of type 'custom' need 'module': a list of modules, or a class that makes one")
         self.padded = takes_context(module)
@@ -94,12 +100,27 @@ class CustomExperts(Experts):
         """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
         places = PaddedRows(routing)
         E, C = places.num_experts, places.capacity
-        out = self.module(places.pad(rows_AD), self)
-        if not isinstance(out, Tensor) or out.dim() != 3 or out.shape[:2] != (E, C):
+        out = self.module(places.pad(rows_AD).view(E, C, *self.reserve_shape), self)
+        if not isinstance(out, Tensor) or out.dim() < 3 or out.shape[:2] != (E, C):
             raise ValueError(
-                f"the custom expert made {describe(out)} of {[E, C, self.model_dim]}: give [{E}, {C}, D_out]"
+                f"the custom expert made {describe(out)} of {[E, C, *self.reserve_shape]}: give [{E}, {C}, D_out]"
             )
-        return places.unpad(out)
+        return places.unpad(out.flatten(2))
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """The module's, without a name for it."""
+        return self.module.state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):  # type: ignore[no-untyped-def]
+        self.name_module(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    @staticmethod
+    def name_module(state_dict: dict[str, Any], prefix: str) -> None:
+        """Put "module." into the keys under `prefix` that lack it, in place: torch loads children by name."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if not key.startswith(f"{prefix}module."):
+                state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """Of a list of modules, all parameters of the slot's; of a batched one, the slot's entries."""

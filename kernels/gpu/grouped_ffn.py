@@ -24,8 +24,13 @@ BLOCK_COLUMNS = 128
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as torch's own flag says."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How fp32 operands are multiplied: as torch's own flag says, whichever of its names it was set by."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # the older getter raises after the newer flags were set
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:

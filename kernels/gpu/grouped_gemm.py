@@ -171,7 +171,7 @@ def up_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def linear_kernel(
     a_in, a2_in, offsets, w, w2, bias, gate, out,
     E, R, K, N, stride_we, stride_wk, stride_wn, stride_ve, stride_vk, stride_vn,
@@ -323,7 +323,7 @@ def activation_gradient_kernel(
         tl.store(d_gate_out + row64 * tiles_n + tile_n, d_gate, mask=m_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLIT"])
 def weight_gradient_kernel(
     a_in, b_in, token_of_row, offsets, out,
     M, N, stride_am, stride_bm, stride_os, stride_oe, stride_om, stride_on, SPLIT,
@@ -377,7 +377,7 @@ def weight_gradient_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
     """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -16,7 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged_index import block_tokens
+from ..ragged_index import bound_assignments as torch_bound_assignments
+from ..ragged_index import ragged_index as torch_ragged_index
 
+MOST_EXPERTS = 512  # of a tile of 16 tokens in registers; beyond, torch operations run on the device
 SCAN_BLOCKS, SCAN_EXPERTS = 128, 16  # tile of the scan
 MOST_CHUNKS = 8  # runs of blocks whose prefixes are taken at the same time; `fill` adds up the runs before its own
 TAIL = 1024  # entries behind A that a program writes at once
@@ -68,7 +71,7 @@ def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BL
     tl.store(totals + chunk * E + e, total_E, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def fill_kernel(
     bits, before, totals, expert_offsets, token_offsets, token_of_row, row_of_assignment,
     T, E, WORDS, CHUNK, CHUNKS, R,
@@ -96,17 +99,23 @@ def fill_kernel(
     k_T = tl.sum(assigned, axis=1)
     start_T = tl.sum(before_E, axis=0) + tl.cumsum(k_T, axis=0) - k_T
     if OFFSETS:
-        tl.store(token_offsets + t0 + t, start_T, mask=t < T - t0)
+        most = A
+        if PAD:  # a capacity: with less than A, no offset leads behind the row arrays
+            most = tl.minimum(A, R)
+        tl.store(token_offsets + t0 + t, tl.minimum(start_T, most), mask=t < T - t0)
         if block == 0:
-            tl.store(token_offsets + T, A)
-            tl.store(expert_offsets + e, start_E, mask=e < E)
-            tl.store(expert_offsets + E, A)
+            tl.store(token_offsets + T, most)
+            tl.store(expert_offsets + e, tl.minimum(start_E, most), mask=e < E)
+            tl.store(expert_offsets + E, most)
     if ROWS:
         row = (start_E + before_E)[None, :] + tl.cumsum(assigned, axis=0) - assigned
         place = start_T[:, None] + tl.cumsum(assigned, axis=1) - assigned
         chosen = assigned != 0
         tl.store(token_of_row + row, tl.broadcast_to((t0 + t)[:, None], (BLOCK_T, BLOCK_E)), mask=chosen & (row < R))
-        tl.store(row_of_assignment + place, row, mask=chosen & (place < R))
+        if PAD:  # what is cut off leads to the last row, so that nothing reads behind it
+            tl.store(row_of_assignment + place, tl.minimum(row, R - 1), mask=chosen & (place < R))
+        else:
+            tl.store(row_of_assignment + place, row, mask=chosen & (place < R))
     if PAD:
         tail = tl.arange(0, TAIL)
         stride = tl.num_programs(0).to(tl.int64) * TAIL
@@ -157,7 +166,7 @@ def _narrow(histograms, states, excess, PROGRAMS, PASS: tl.constexpr):
     return prefix, rank, digit, size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def select_kernel(
     bits, margin, totals, histograms, states, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -196,7 +205,7 @@ def select_kernel(
             tl.store(totals + p, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def drop_kernel(
     bits, margin, totals, histograms, states, kept, dropped, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASSES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -281,8 +290,11 @@ def ragged_index(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the operation `ragged_index`; without a capacity, waits for the number of assignments.
 
-    A capacity is not checked against the assignments: what is beyond it is not written.
+    A capacity is not checked against the assignments, which would be to wait: what is beyond it is cut off, and the
+    offsets end at it.
     """
+    if num_experts > MOST_EXPERTS:
+        return torch_ragged_index._init_fn(bits_TW, num_experts, capacity, block_counts)
     T, E = bits_TW.shape[0], num_experts
     i32: dict[str, Any] = {"dtype": torch.int32, "device": bits_TW.device}
     if T == 0:
@@ -343,6 +355,8 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
     """As the operation `bound_assignments`; waits for nothing."""
     T, E = margin_TE.shape
     device = bits_TW.device
+    if E > MOST_EXPERTS:
+        return torch_bound_assignments._init_fn(bits_TW, margin_TE, capacity)
     if T == 0:
         return bits_TW.clone(), torch.zeros((), dtype=torch.int64, device=device)
     block_e = max(64, triton.next_power_of_2(E))

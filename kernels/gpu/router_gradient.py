@@ -14,8 +14,13 @@ from ..threshold_gate import NORM_EPS
 
 
 @triton.jit
-def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, EPS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector. In: [D, E]. Out: [E, D], [E], fp32. Grid: E."""
+def unit_vectors_kernel(
+    w, unit, inv_norm, D, stride_d, stride_e, FINITE: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector, and for one that is not finite (FINITE).
+
+    In: [D, E]. Out: [E, D], [E], fp32. Grid: E.
+    """
     e = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
@@ -24,11 +29,16 @@ def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, EPS: tl.conste
         total += v * v
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
     inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)
+    if FINITE:
+        inverse = tl.where(norm < float("inf"), inverse, 0.0)
     tl.store(inv_norm + e, inverse)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(unit + e * D + d, v * inverse, mask=d < D)
+        u = v * inverse
+        if FINITE:
+            u = tl.where(inverse > 0, u, 0.0)
+        tl.store(unit + e * D + d, u, mask=d < D)
 
 
 @triton.jit
@@ -54,9 +64,10 @@ def direction_gradient_kernel(
     if THRESHOLDS:
         G = tl.load(thresholds + e).to(tl.float32)
         theta = tl.sigmoid(tau * G)
-        through_theta = -tl.load(d_scores + e) * theta * (1.0 - theta)
+        d_theta = -tl.load(d_scores + e)
+        through_theta = tl.where(d_theta == 0, 0.0, d_theta * theta * (1.0 - theta))
         tl.store(d_thresholds + e, (through_theta * tau).to(d_thresholds.dtype.element_ty))
-        from_scale += through_theta * G
+        from_scale += tl.where(d_theta == 0, 0.0, through_theta * G)
     tl.store(d_scale + e, from_scale)
     inverse = tl.load(inv_norm + e)
     for d0 in range(0, D, BLOCK_D):
@@ -88,7 +99,7 @@ def token_gradient_kernel(
     word = tl.load(bits + t * W + e // 64, mask=in_E, other=0)
     assigned = ((word >> (e % 64).to(tl.int64)) & 1).to(tl.int32)
     place = tl.cumsum(assigned, axis=0) - assigned
-    assigned = assigned > 0
+    assigned = (assigned > 0) & (place < k)  # fewer than the bits say where the rows were cut off
     row = tl.load(row_of_assignment + start + place, mask=assigned, other=0).to(tl.int64)
 
     ds = tl.zeros((BLOCK_E,), tl.float32)
@@ -115,6 +126,7 @@ def token_gradient_kernel(
     s = tl.load(score + t * E + e, mask=in_E, other=0.0)
     inverse = tl.load(inv_norm + t)
     dcos = ds * s * (1.0 - s) * (tl.load(scale).to(tl.float32) * inverse)
+    dcos = tl.where(ds == 0, 0.0, dcos)  # the score of an inactive slot may be NaN
     tl.store(d_cos + t * E + e, dcos, mask=in_E)
 
     d = tl.arange(0, BLOCK_D)
@@ -134,13 +146,15 @@ def token_gradient_kernel(
     tl.store(d_x + t * D + d, (total + g - token * radial).to(d_x.dtype.element_ty), mask=in_D)
 
 
-def unit_vectors(w_DE: Tensor) -> tuple[Tensor, Tensor]:
-    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; both 0 for a zero vector."""
+def unit_vectors(w_DE: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; 0 for a zero vector, with `finite` also for NaN and inf."""
     D, E = w_DE.shape
     unit_ED = w_DE.new_empty((E, D), dtype=torch.float32)
     inv_norm_E = w_DE.new_empty((E,), dtype=torch.float32)
     if E:
-        unit_vectors_kernel[(E,)](w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), EPS=NORM_EPS, BLOCK_D=1024)
+        unit_vectors_kernel[(E,)](
+            w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), FINITE=finite, EPS=NORM_EPS, BLOCK_D=1024
+        )
     return unit_ED, inv_norm_E
 
 

@@ -48,7 +48,7 @@ def segment_sum_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=t_mask[:, None] & d_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def token_rows_kernel(
     x, token_offsets, token_of_row, out, T, D, R, stride_x,
     OVER_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -88,7 +88,7 @@ def _expert_of(row, mask, expert_offsets, E, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def row_values_kernel(
     value, expert_offsets, token_of_row, out, E, R, stride_t, stride_e, STEPS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip

@@ -17,11 +17,14 @@ from torch import Tensor
 from .. import configs
 from ..ragged_index import block_tokens, words
 from ..threshold_gate import NORM_EPS
+from ..threshold_gate import threshold_gate as torch_threshold_gate
+from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
 HALF = (torch.bfloat16, torch.float16)
 EXACT_EXPERTS = 16  # up to here fp32 products without matrix cores take less time than reading the tokens
 KB = 1024
+SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program
 MOST_COLUMNS = 4096  # of a routing vector that one program holds in registers
 GRADIENT_PROGRAMS = 512  # that share the sum over the tokens: by shape alone, so that a sum has one order everywhere
 GRADIENT_TOKENS = 256  # and each adds up as many at least
@@ -171,7 +174,8 @@ def score_gradient_kernel(
     ds = tl.load(d_score + row * stride_t + e[None, :] * stride_e, mask=mask, other=0.0)
     s = tl.load(score + row * E + e[None, :], mask=mask, other=0.0)
     over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tl.load(scale).to(tl.float32)
-    tl.store(d_cos + row * E + e[None, :], (1.0 - s) * s * ds * over_norm[:, None], mask=mask)
+    grad = tl.where(ds == 0, 0.0, (1.0 - s) * s * ds * over_norm[:, None])  # the score of an inactive slot may be NaN
+    tl.store(d_cos + row * E + e[None, :], grad, mask=mask)
 
 
 @triton.jit
@@ -302,6 +306,9 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
     stages = 4 if 4 * stage <= 100 * KB else 3 if 3 * stage <= 150 * KB else 2
     if chip.startswith("gfx"):
         stages = 2
+    elif chip in SMALL_SHARED_MEMORY:
+        while stages > 2 and (stages - 1) * stage > 96 * KB:  # a stage less than that many lies in shared memory
+            stages -= 1
     return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
 
@@ -345,6 +352,8 @@ def threshold_gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the operation `threshold_gate`."""
     (T, D), E = x_TD.shape, w_DE.shape[1]
+    if E > MOST_EXPERTS:
+        return torch_threshold_gate._init_fn(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
     count_t = block_tokens(E)
     score_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
@@ -440,7 +449,7 @@ def threshold_gate_backward(
     (T, D), E = x_TD.shape, w_DE.shape[1]
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
-    unit_ED, inv_norm_E = unit_vectors(w_DE)
+    unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
     x_TD = _rows_contiguous(x_TD)
     if T:
         chip = configs.architecture(x_TD.device)

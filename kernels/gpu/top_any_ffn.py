@@ -113,7 +113,7 @@ def top_any_ffn_backward(
     if weights and b2_EO is not None:
         d_b2 = bias_gradient(d_y, None, index, b2_EO, from_tokens=True)
 
-    unit_ED, inv_norm_E = unit_vectors(w_DE)
+    unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
     d_x_TD, d_score_TE, d_cos_TE = token_gradient(
         token_rows(through, w1, w3, expert_offsets),
         x_TD,

@@ -46,7 +46,7 @@ def losses_kernel(
     m = tl.load(active + e, mask=e < E, other=0) != 0
     inverse = tl.load(inv_norm + e, mask=m, other=0.0)
     norm = tl.where(inverse > 0, 1.0 / tl.where(inverse > 0, inverse, 1.0), 0.0)
-    tl.store(simplicity, tl.sum(norm, axis=0) / tl.sum(m.to(tl.float32), axis=0))
+    tl.store(simplicity, tl.sum(norm, axis=0) / tl.maximum(tl.sum(m.to(tl.float32), axis=0), 1.0))
 
 
 @triton.jit
@@ -66,7 +66,8 @@ def vector_losses_backward_kernel(
     for f0 in range(0, E, BLOCK_E):
         f = f0 + tl.arange(0, BLOCK_E)
         m = tl.load(gram + e[:, None] * E + f[None, :], mask=in_E[:, None] & (f < E)[None, :], other=0.0)
-        u = tl.load(unit + f[:, None] * D + d[None, :], mask=(f < E)[:, None] & in_D[None, :], other=0.0)
+        m_f = tl.load(active + f, mask=f < E, other=0) != 0  # of the others, the unit vectors may be NaN
+        u = tl.load(unit + f[:, None] * D + d[None, :], mask=m_f[:, None] & in_D[None, :], other=0.0)
         acc = tl.dot(m, u, acc, input_precision="ieee")
         squares += tl.sum(m * m, axis=1)
     own = tl.load(unit + e[:, None] * D + d[None, :], mask=in_E[:, None] & in_D[None, :], other=0.0)
@@ -75,7 +76,7 @@ def vector_losses_backward_kernel(
     slots = tl.arange(0, MASK_E)
     count = tl.sum((tl.load(active + slots, mask=slots < E, other=0) != 0).to(tl.float32), axis=0)
     inverse = tl.load(inv_norm + e, mask=in_E, other=0.0) * factor
-    mean = tl.load(d_simplicity) / count
+    mean = tl.load(d_simplicity) / tl.maximum(count, 1.0)
     here = (tl.load(active + e, mask=in_E, other=0) != 0)[:, None]
     grad = (acc - own * squares[:, None]) * inverse[:, None] + own * mean
     grad = tl.where(here, grad, 0.0)
@@ -86,6 +87,7 @@ def vector_losses_backward_kernel(
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the operation `vector_losses`; unit vectors of slots that are not active are left in, and not read."""
     E, D = w_DE.shape[1], w_DE.shape[0]
+    active_E = active_E.contiguous()
     unit_ED, inv_norm_E = unit_vectors(w_DE)
     gram_EE = unit_ED.new_empty((E, E))
     tiles = triton.cdiv(E, BLOCK_E)
@@ -127,7 +129,7 @@ def vector_losses_backward(
             unit_ED,
             inv_norm_E,
             gram_EE,
-            active_E,
+            active_E.contiguous(),
             d_w_DE,
             E,
             D,

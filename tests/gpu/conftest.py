@@ -37,10 +37,11 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _own_state() -> Iterator[None]:
     """fp32 products are fp32 unless a test asks for tf32, and warnings come anew; both as before afterwards."""
-    precision, warned = torch.get_float32_matmul_precision(), set(options._warned)
+    matmul = torch.backends.cuda.matmul  # its flag is read, since torch's older getter raises where that was set
+    precision, warned = matmul.fp32_precision, set(options._warned)
     torch.set_float32_matmul_precision("highest")
     options._warned.clear()
     yield
-    torch.set_float32_matmul_precision(precision)
+    matmul.fp32_precision = precision
     options._warned.clear()
     options._warned.update(warned)

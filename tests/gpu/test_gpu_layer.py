@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynmoe_tutel import kernels
 
-TF32 = 5e-4
+TF32 = 4e-3  # tensor cores cut fp32 operands off to 10 bits, they do not round: emulated, that is off by 2.3e-3
 # dtype, "highest" or "high" (tf32), tolerance, tolerance of the few numbers of thresholds and temperature
 PRECISIONS = {
     "bf16": (torch.bfloat16, "highest", HALF, FEW),
@@ -144,13 +144,24 @@ def test_recompute_gives_the_same_bits(device: str) -> None:
 def test_capacity_changes_no_bit_where_nothing_is_dropped(
     capacity: float | str, dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
-    """Rows behind the last are NaN here; a result that read one would show it."""
+    """Rows behind the last are NaN here; a result that read one would show it.
+
+    But for the gradients of weights: into how many sums they are split depends on the length of the row arrays.
+    """
     results = []
     for mode in ("exact", capacity):
         case = make_case(400, 64, 96, 6, dtype=dtype, seed=5, capacity=mode)
         results.append(_step(case.layer.to(device), case.x.to(device), case.dy.to(device)))
     assert all(a.isfinite().all() for a in results[0])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    weights = {
+        3 + i for i, (name, _) in enumerate(case.layer.named_parameters()) if "fc" in name and "bias" not in name
+    }
+    assert len(weights) == 2
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if i in weights:
+            assert relative_rms(a.cpu(), b.cpu()) < (HALF if dtype == torch.bfloat16 else FP32)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("combine_gradient", ["mean", "normalized"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,9 +48,28 @@ def batch(device: str, T: int = 600, D: int = 128, seed: int = 0) -> tuple[Tenso
     return x.requires_grad_(), dy
 
 
-def step(layer: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
+OTHERS = ("fixed k", "custom activation", "token mask")
+
+
+def other_layer(name: str, device: str) -> tuple[Any, Tensor | None]:
+    """A layer that takes other kernels, and its token mask."""
+    mask = torch.arange(600, device=device) % 4 > 0 if name == "token mask" else None
+    if name == "fixed k":
+        layer = moe.moe_layer(
+            {"type": "top", "k": 2},
+            128,
+            {"type": "ffn", "num_experts_per_device": 8, "hidden_size_per_expert": 256, "activation_fn": F.gelu},
+            seeds=(1, 2),
+            capacity="full",
+        )
+        return layer.to(device, torch.bfloat16), mask
+    experts = {"activation_fn": torch.tanh} if name == "custom activation" else {}
+    return layer_with(device, 2.5, experts=experts), mask
+
+
+def step(layer: Any, x: Tensor, dy: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """Output, auxiliary loss and every gradient."""
-    y = layer(x)
+    y = layer(x) if mask is None else layer(x, token_mask=mask)
     grads = torch.autograd.grad((y, y.l_aux), [x, *layer.parameters()], (dy, torch.ones_like(y.l_aux)))
     return [y.detach(), y.l_aux.detach(), *grads]
 
@@ -64,6 +83,35 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of the call, after three on a side stream, and what it returns."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = call()
+    return graph, static
+
+
+@cuda_only
+def test_tensors_on_a_device_that_is_not_the_current_one(device: str) -> None:
+    """The engine makes it the current one: Triton launches there."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    results = []
+    for where in ("cuda:0", "cuda:1"):
+        layer = layer_with(where)
+        assert torch.cuda.current_device() == 0
+        results.append(step(layer, *batch(where)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+    assert torch.cuda.current_device() == 0
 
 
 class TestNoWaiting:
@@ -94,6 +142,15 @@ class TestNoWaiting:
         step(layer, x, dy)
         with no_waiting():
             step(layer, x, dy)
+
+    @cuda_only
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_other_layers(self, name: str, device: str) -> None:
+        layer, mask = other_layer(name, device)
+        x, dy = batch(device)
+        step(layer, x, dy, mask)
+        with no_waiting():
+            step(layer, x, dy, mask)
 
     @cuda_only
     def test_the_test_sees_waiting(self, device: str) -> None:
@@ -137,6 +194,32 @@ class TestGraphs:
             for a, b in zip(found, expected, strict=True):
                 assert a.isfinite().all()
                 assert torch.equal(a, b)
+
+    @cuda_only
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_other_layers(self, name: str, device: str) -> None:
+        layer, mask = other_layer(name, device)
+        x, dy = batch(device)
+        graph, static = captured(lambda: step(layer, x, dy, mask))
+        with torch.no_grad():
+            x.copy_(batch(device, seed=1)[0])
+        graph.replay()
+        found = [tensor.clone() for tensor in static]
+        for a, b in zip(found, step(layer, x, dy, mask), strict=True):
+            assert torch.equal(a, b)
+
+    @cuda_only
+    def test_a_record_window_opened_after_the_capture_counts(self, device: str) -> None:
+        """The graph holds the addresses of the window that was open when it was captured."""
+        layer = layer_with(device, 2.5)
+        x, dy = batch(device)
+        layer.begin_record_routing()
+        graph, _ = captured(lambda: step(layer, x, dy))
+        layer.begin_record_routing()
+        for _ in range(3):
+            graph.replay()
+        assert int(layer.record.tokens) == 3 * x.shape[0]
+        assert torch.equal(layer.record.counts.cpu(), 3 * layer.route(x).counts.cpu())
 
     @cuda_only
     def test_dropped_assignments_are_counted_by_replays(self, device: str) -> None:

@@ -361,3 +361,18 @@ class TestBackward:
         x_TD, w_DE, threshold_E, active_E = gate_inputs(T, 9, 5)
         score_TE, _, _, inv_norm_T, *_ = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)
         torch.library.opcheck(threshold_gate_backward, (torch.randn(T, 5), score_TE, x_TD, w_DE, inv_norm_T, ONE))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_inactive_slot_may_hold_anything(value: float) -> None:
+    """Its score has no gradient; as a factor of 0, the vector reached those of x and of the active ones."""
+    x, w, G, active_E = gate_inputs(9, 16, 5)
+    active_E[1] = False
+    results = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (x, w, ONE)]
+        score, bits, *_ = threshold_gate(leaves[0], leaves[1], G, active_E, leaves[2], False)
+        score[:, active_E].square().sum().backward()
+        results.append((bits, *(leaf.grad for leaf in leaves)))
+        w[:, ~active_E] = value
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -78,3 +78,25 @@ def test_operation_checks() -> None:
     strided = vectors(4, 16, 12)[0].t().contiguous().t()
     torch.library.opcheck(vector_losses, (strided.requires_grad_(), torch.ones(16, dtype=torch.bool)))
     torch.autograd.gradcheck(lambda w: vector_losses(w, active_E)[:2], (w,))
+
+
+def test_no_active_slot_has_no_loss() -> None:
+    """0, as on a GPU; it was NaN."""
+    leaf = torch.ones(8, 3).requires_grad_()
+    losses = vector_losses(leaf, torch.zeros(3, dtype=torch.bool))[:2]
+    sum(losses).backward()
+    assert [float(loss) for loss in losses] == [0, 0]
+    assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_inactive_slot_may_hold_anything(value: float) -> None:
+    w, active_E = vectors(16, 6, 3)
+    results = []
+    for _ in range(2):
+        leaf = w.clone().requires_grad_()
+        losses = vector_losses(leaf, active_E)[:2]
+        sum(losses).backward()
+        results.append((*(loss.detach() for loss in losses), leaf.grad))
+        w[:, ~active_E] = value
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

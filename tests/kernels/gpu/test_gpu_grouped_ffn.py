@@ -217,15 +217,20 @@ def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
 
 
 def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
         torch.set_float32_matmul_precision("highest")
         assert gpu._precision(torch.float32) == "ieee"
         torch.set_float32_matmul_precision("high")
         assert gpu._precision(torch.float32) == "tf32"
         assert gpu._precision(torch.bfloat16) == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"  # the newer flag, after which torch's older getter raises
+        assert gpu._precision(torch.float32) == "tf32"
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("group_m", [1, 3])

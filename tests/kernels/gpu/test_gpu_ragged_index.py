@@ -102,3 +102,41 @@ def test_strided_margins(device: str) -> None:
     assigned = assignment(65, 9, 0.4)
     margin = torch.randn(9, 65, generator=torch.Generator().manual_seed(4)).t()
     drop(assigned, margin, 100, device)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 20, 60])
+def test_a_capacity_that_is_too_small_leads_nowhere_behind_it(capacity: int, device: str, poisoned: None) -> None:
+    """Not refused, which would be to wait: cut off. Before, offsets and rows beyond it were stored and followed."""
+    assigned = assignment(70, 5, 0.6)
+    index = gpu.ragged_index(pack_bits(assigned).to(device), 5, capacity)
+    assert int(assigned.sum()) > 60
+    for offsets in index[:2]:
+        assert int(offsets[-1]) == capacity
+        assert int(offsets.max()) <= capacity
+        assert (offsets.diff() >= 0).all()
+    assert index[3].shape == (capacity,)
+    assert ((index[3] >= 0) & (index[3] < capacity)).all()
+
+
+@pytest.mark.parametrize("E", [513, 2049])
+def test_more_experts_than_a_tile_holds(E: int, device: str, poisoned: None) -> None:
+    """The tile of the gate had too few tokens to compile, the selection's none at all."""
+    assigned = assignment(9, E, 0.1)
+    A = int(assigned.sum())
+    for capacity in (-1, A + 3):
+        found = gpu.ragged_index(pack_bits(assigned).to(device), E, capacity)
+        for f, e in zip(found, ragged_index(pack_bits(assigned), E, capacity), strict=True):
+            assert torch.equal(f.cpu(), e)
+    drop(assigned, torch.randn(9, E, generator=torch.Generator().manual_seed(0)), A // 2, device)
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 40, 80])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_nan_is_the_largest_margin(share: float, capacity: int, device: str) -> None:
+    """Equal to every other NaN, above +inf: on the CPU nothing was dropped where the limit was one."""
+    assigned = assignment(90, 5, 0.4)
+    generator = torch.Generator().manual_seed(5)
+    margin = torch.randn(90, 5, generator=generator)
+    margin[::7] = torch.inf
+    margin[torch.rand(90, 5, generator=generator) < share] = torch.nan
+    drop(assigned, margin, capacity, device)

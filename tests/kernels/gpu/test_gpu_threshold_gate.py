@@ -17,6 +17,8 @@ SHAPES = [  # T, D, E
     (33, 64, 65),
     (20, 40, 200),
     (17, 33, 512),
+    (5, 24, 513),  # more experts than a tile holds
+    (3, 16, 2049),
     (1, 1, 1),
     (0, 16, 4),
     (7, 1, 63),
@@ -327,3 +329,31 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
     assert found.dtype == torch.float32
     assert relative_rms(found, d_cos.double().t() @ x.double()) < 1e-6
     assert torch.equal(found, gpu.unit_gradient(d_cos.to(device), x.to(device)))
+
+
+def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None:
+    """It is storage: neither the tokens' gradients nor those of the active vectors see it."""
+    batch = Batch(20, 24, 5)
+    assert not batch.active[1]
+    results = []
+    for value in (batch.w[:, 1].clone(), torch.tensor(float("nan")), torch.tensor(float("inf"))):
+        batch.w[:, 1] = value
+        x, w, _, active, scale = batch.arguments(device)
+        score, bits, unrouted, inv_norm, counts = gpu.threshold_gate(*batch.arguments(device), True)
+        d_score = torch.randn(20, 5, generator=torch.Generator().manual_seed(1)).to(device) * active
+        d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+        assert not d_w[:, 1].any()
+        results.append((score[:, active], bits, unrouted, counts, d_x, d_w, d_scale))
+    for one, other in zip(results[0] * 2, results[1] + results[2], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("chip", ["sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("block_e", [16, 64, 128, 256, 512])
+def test_the_tile_fits_where_shared_memory_is_small(block_e: int, parts: int, chip: str) -> None:
+    """99 KB: at 256 experts in three parts, three stages were 100 KB."""
+    for dtype in (torch.bfloat16, torch.float32):
+        tile = gpu._tile(block_e, dtype, parts if dtype == torch.bfloat16 else 1, chip)
+        rows = tile["BLOCK_T"] + block_e * (parts if dtype == torch.bfloat16 else 1)
+        assert (tile["num_stages"] - 1) * rows * tile["BLOCK_D"] * dtype.itemsize <= 96 * 1024

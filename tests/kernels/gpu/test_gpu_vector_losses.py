@@ -32,3 +32,26 @@ def test_values_and_gradient(shape: tuple[int, int, int], strided: bool, device:
     assert relative_rms(gradient, exact) < 1e-6
     assert gradient.is_contiguous()
     assert not gradient[:, ~active_E.to(device)].any()
+
+
+def test_strides_of_the_mask_and_what_inactive_slots_hold(device: str, poisoned: None) -> None:
+    w, active = torch.randn(24, 7, generator=torch.Generator().manual_seed(0)).to(device), torch.arange(14) % 4 == 0
+    thin = active.to(device)[::2]
+    assert not thin.is_contiguous()
+    d_losses = torch.tensor(2.0, device=device), torch.tensor(3.0, device=device)
+    results = []
+    for mask, value in ((thin.contiguous(), None), (thin, None), (thin, float("nan")), (thin, float("inf"))):
+        if value is not None:
+            w[:, ~thin] = value
+        found = gpu.vector_losses(w, mask)
+        results.append((*found[:2], gpu.vector_losses_backward(*d_losses, found[0], *found[2:], mask, w)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_active_slot(device: str, poisoned: None) -> None:
+    w, none = torch.ones(8, 3, device=device), torch.zeros(3, dtype=torch.bool, device=device)
+    found = gpu.vector_losses(w, none)
+    assert [float(f) for f in found[:2]] == [0, 0]
+    one = torch.ones((), device=device)
+    assert not gpu.vector_losses_backward(one, one, found[0], *found[2:], none, w).any()

@@ -219,3 +219,22 @@ def _train(device: str, on_torch: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.stack(losses), layer.gates[0].experts_mask.cpu()
     finally:
         _counts = counts
+
+
+def test_more_slots_than_the_gates_tile_holds(device: str, calls: Counter) -> None:
+    """E = 513: gate and index run as torch operations, the experts on Triton kernels."""
+    check(make_case(12, 16, 8, 513, G=(0.2, 0.4)), device)
+
+
+def test_an_inactive_slot_may_hold_nan(device: str, calls: Counter) -> None:
+    case = make_case(aux_losses={"diversity": 1.0, "simplicity": 1.0})
+    gate = case.layer.gates[0]
+    gate.deactivate(1)
+    results = []
+    for _ in range(2):
+        results.append(_with_losses(case, device))
+        with torch.no_grad():
+            gate.sim_matrix[:, 1] = float("nan")
+    for name, gradient in results[0].items():
+        assert gradient.isfinite().all(), name
+        assert torch.equal(gradient, results[1][name]), name

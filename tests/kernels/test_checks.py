@@ -1,0 +1,117 @@
+"""What the operations refuse at their entry, by name, and that the device of the tensors is the current one inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dynmoe_tutel.kernels import engine
+from torch import Tensor
+
+from dynmoe_tutel import kernels
+
+T, D, H, E, O = 6, 8, 5, 3, 4
+
+
+def inputs() -> dict[str, Any]:
+    bits = kernels.pack_bits(torch.ones(T, E, dtype=torch.bool))
+    names = ("expert_offsets", "token_offsets", "token_of_row", "row_of_assignment")
+    index = dict(zip(names, kernels.ragged_index(bits, E), strict=True))
+    return {
+        "x_TD": torch.randn(T, D), "w_DE": torch.randn(D, E), "threshold_E": torch.zeros(E),
+        "active_E": torch.ones(E, dtype=torch.bool), "scale": torch.ones(()), "fallback": False,
+        "token_mask_T": torch.ones(T, dtype=torch.bool), "bits_TW": bits, "num_experts": E, "capacity": 20,
+        "block_counts": None, "margin_TE": torch.randn(T, E), "rows_AD": torch.randn(T * E, D), "mean": True, **index,
+        "gate_A": torch.ones(T * E), "w1_EDH": torch.randn(E, D, H), "b1_EH": torch.randn(E, H),
+        "w3_EDH": torch.randn(E, D, H), "b3_EH": torch.randn(E, H), "w2_EHO": torch.randn(E, H, O),
+        "b2_EO": torch.randn(E, O), "activation": "gelu", "apply_gate": False, "save": True,
+        "w_EDO": torch.randn(E, D, O), "b_EO": torch.randn(E, O),
+    }  # fmt: skip
+
+
+INDEX = ("token_offsets", "token_of_row", "row_of_assignment")
+WEIGHTS = ("w1_EDH", "b1_EH", "w3_EDH", "b3_EH", "w2_EHO", "b2_EO", "activation")
+OPERATIONS = {
+    "threshold_gate": ("x_TD", "w_DE", "threshold_E", "active_E", "scale", "fallback", "token_mask_T"),
+    "ragged_index": ("bits_TW", "num_experts", "capacity", "block_counts"),
+    "bound_assignments": ("bits_TW", "margin_TE", "capacity"),
+    "dispatch": ("x_TD", *INDEX),
+    "combine": ("rows_AD", *INDEX, "mean"),
+    "grouped_ffn": ("x_TD", "gate_A", "expert_offsets", *INDEX, *WEIGHTS, "apply_gate", "save"),
+    "grouped_linear": ("rows_AD", "expert_offsets", "w_EDO", "b_EO"),
+}
+BAD = [
+    ("threshold_gate", "active_E", torch.ones(E)),
+    ("threshold_gate", "active_E", torch.ones(E + 1, dtype=torch.bool)),
+    ("threshold_gate", "threshold_E", torch.zeros(1)),
+    ("threshold_gate", "w_DE", torch.zeros(D + 1, E)),
+    ("threshold_gate", "scale", torch.ones(2)),
+    ("threshold_gate", "token_mask_T", torch.ones(T + 1, dtype=torch.bool)),
+    ("threshold_gate", "token_mask_T", torch.ones(T)),
+    ("threshold_gate", "x_TD", torch.ones(T, D, dtype=torch.int32)),
+    ("ragged_index", "num_experts", 65),
+    ("ragged_index", "num_experts", 0),
+    ("ragged_index", "block_counts", torch.zeros(2, dtype=torch.int32)),
+    ("bound_assignments", "margin_TE", torch.zeros(T + 1, E)),
+    ("bound_assignments", "capacity", -1),
+    ("dispatch", "x_TD", torch.ones(T, D, dtype=torch.int64)),
+    ("dispatch", "token_offsets", torch.zeros(T, dtype=torch.int32)),
+    ("combine", "rows_AD", torch.zeros(T * E + 1, D)),
+    ("combine", "row_of_assignment", torch.zeros(2, dtype=torch.int32)),
+    ("grouped_ffn", "w3_EDH", torch.zeros(E, D, H + 1)),
+    ("grouped_ffn", "b1_EH", torch.zeros(H)),
+    ("grouped_ffn", "b2_EO", torch.zeros(E, O + 1)),
+    ("grouped_ffn", "w2_EHO", torch.zeros(E, H + 1, O)),
+    ("grouped_ffn", "expert_offsets", torch.zeros(E, dtype=torch.int32)),
+    ("grouped_ffn", "activation", "tanh"),
+    ("grouped_linear", "b_EO", torch.zeros(E)),
+    ("grouped_linear", "expert_offsets", torch.zeros(E + 2, dtype=torch.int32)),
+]
+
+
+@pytest.mark.parametrize(("operation", "name", "value"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_does_not_fit_is_refused_by_name(operation: str, name: str, value: Any) -> None:
+    good = inputs()
+    call = getattr(kernels, operation)
+    call(*(good[n] for n in OPERATIONS[operation]))
+    with pytest.raises(ValueError, match="bits_TW" if isinstance(value, int) and value == 65 else name):
+        call(*((good | {name: value})[n] for n in OPERATIONS[operation]))
+
+
+def test_bits_are_packed_of_bools() -> None:
+    with pytest.raises(ValueError, match="assigned_TE must be bool"):
+        kernels.pack_bits(torch.ones(2, 3))
+
+
+def test_a_gpu_implementation_is_checked_and_runs_with_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current device: with tensors on cuda:1 and cuda:0 current, it read what is not there."""
+
+    @torch.library.custom_op("dynmoe_tutel_tests::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        raise AssertionError("the GPU's implementation runs")
+
+    twice._init_fn.check = lambda x: order.append("check")
+    order: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        order.append(f"enter {tuple(tensor.shape)}")
+        yield
+        order.append("leave")
+
+    def implementation(x: Tensor) -> Tensor:
+        order.append("run")
+        return 2 * x
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(engine, "import_module", lambda *_: SimpleNamespace(twice=implementation))
+    monkeypatch.setattr(engine, "triton_is_installed", lambda: True)
+    engine.on_gpu(twice, "twice", device="cpu")
+    assert twice(torch.ones(3)).tolist() == [2, 2, 2]
+    assert order == ["check", "enter (3,)", "run", "leave"]
