@@ -117,6 +117,19 @@ def doctor() -> None:
     _run(run)
 
 
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT ARGS", show_default=False)],
+) -> None:
+    """Run an unedited script that imports tutel, with this package's gate types, whether Tutel is installed or not.
+
+    ARGS go to the script. -m MODULE instead of SCRIPT runs a module, as python -m does.
+    """
+    from dynmoe_tutel.run_script import run
+
+    _run(lambda console: run(arguments))
+
+
 def _train_config(given: dict[str, Any], quick: bool) -> TrainConfig:
     from dataclasses import replace
 

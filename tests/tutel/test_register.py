@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +325,17 @@ def test_the_layer_through_the_functions(registered: None) -> None:
     rows = h @ experts.batched_fc2_w + experts.batched_fc2_bias.unsqueeze(1)
     assert relative_rms(moe.fast_decode(rows, routing), layer(x)) < FP32
     assert helpers.HAS_GPU or layer.layout == "packed"
+
+
+def test_the_readmes_block() -> None:
+    from dynmoe_tutel import tutel_backend
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    block = re.findall(r"```python tutel\n(.*?)```", readme, re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
+        assert names["layer"](torch.randn(3, 384)).shape == (3, 384)
+        assert isinstance(names["layer"], tutel.impls.moe_layer.MOELayer)
+    finally:
+        tutel_backend.unregister()
