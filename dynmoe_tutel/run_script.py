@@ -150,7 +150,7 @@ def _restored() -> Iterator[None]:
     finally:
         for thread in set(threading.enumerate()) - threads:
             if not thread.daemon:
-                pass
+                thread.join()
         sys.argv[:], sys.path[:] = argv, path
         if main is not None:
             sys.modules["__main__"] = main

@@ -101,13 +101,15 @@ def test_names_are_this_packages_own() -> None:
     import tutel.moe
     from tutel import system_init
 
-    assert tutel.impls.moe_layer.MOELayer is tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer is layer.MoELayer
+    assert tutel.impls.moe_layer.MOELayer is layer.MoELayer
+    assert tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer
+    assert issubclass(tutel.moe.moe_layer, layer.MoELayer)
     assert tutel.gates.top.Gate is gates.TopKGate
     assert tutel.gates.cosine_top.Gate is gates.CosineTopKGate
     assert tutel.gates.gated_multi_gate_t.Gate is gates.TopAnyGate
     assert tutel.impls.fast_dispatch.fast_encode is moe.fast_encode
     assert system_init is tutel.system
-    for name in moe.__all__:
+    for name in set(moe.__all__) - {"moe_layer"}:
         assert getattr(tutel.moe, name) is getattr(moe, name)
     for module, source in (("moe", moe), ("net", net), ("system", system)):
         scope: dict[str, Any] = {}
@@ -187,7 +189,7 @@ def test_a_folder_named_tutel_is_not_tutel(tmp_path: Path, monkeypatch: pytest.M
     try:
         assert not tutel_surface.tutel_is_importable()
         tutel_surface.install()
-        assert importlib.import_module("tutel.moe").moe_layer is layer.MoELayer
+        assert issubclass(importlib.import_module("tutel.moe").moe_layer, layer.MoELayer)
         tutel_surface.remove()
         assert sys.modules["tutel"] is folder
         assert "tutel.moe" not in sys.modules
@@ -345,6 +347,12 @@ def _rank(rank: int, folder: str) -> None:
         assert torch.equal(leaf.grad, x if forward else total)
     with pytest.raises(ValueError, match=r"input has shape \[3, 2\]: dimension 0 must be a multiple of the 2 ranks"):
         net.simple_reduce_scatter(torch.zeros(3, 2))
+    tutel_surface.install()
+    config = {"type": "ffn", "num_experts_per_device": 2, "hidden_size_per_expert": 4}
+    with pytest.raises(ValueError, match="moe_layer over 2 ranks needs Tutel itself"):
+        importlib.import_module("tutel.moe").moe_layer("top_any", 8, config)
+    alone = net.create_standalone_group()
+    importlib.import_module("tutel.moe").moe_layer("top_any", 8, config, group=alone)
     assert net.simple_all_reduce(x, inplace=True) is x
     assert torch.equal(x, total)
     dist.destroy_process_group()

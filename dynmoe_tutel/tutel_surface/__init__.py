@@ -30,10 +30,12 @@ _GATES = {
     "gated_multi_gate": "TopAnyGate",
     "gated_multi_gate_t": "TopAnyGate",
 }
+_LAYER = {"moe_layer": (f"{_OWN}.tutel_surface.layer", "MOELayer")}
 _NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that it is
     "tutel": {},
     "tutel.impls": {},
-    "tutel.impls.moe_layer": dict.fromkeys(("MOELayer", "moe_layer"), (f"{_OWN}.layer", "MoELayer")),
+    "tutel.moe": _LAYER,  # before that of dynmoe_tutel.moe
+    "tutel.impls.moe_layer": {**_LAYER, "MOELayer": (f"{_OWN}.layer", "MoELayer")},  # for isinstance, of ours too
     "tutel.impls.fast_dispatch": {
         name: (f"{_OWN}.moe", name) for name in ("extract_critical", "fast_decode", "fast_dispatcher", "fast_encode")
     },
@@ -68,11 +70,11 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
+            if found := _NAMES.get(self.__name__, {}).get(name):
+                return getattr(importlib.import_module(found[0]), found[1])
             whole = _WHOLE.get(self.__name__)
             if whole and name in (module := importlib.import_module(whole)).__all__:
                 return getattr(module, name)
-            if found := _NAMES.get(self.__name__, {}).get(name):
-                return getattr(importlib.import_module(found[0]), found[1])
         raise AttributeError(_not_provided(f"{self.__name__}.{name}"), name=name, obj=self)
 
     def __dir__(self) -> list[str]:
@@ -121,7 +123,7 @@ def install() -> None:
         raise RuntimeError(
             "Tutel is installed, and its stand-in must not hide it: call dynmoe_tutel.tutel_backend.register() instead"
         )
-    for name in (*_NAMES, *_WHOLE):
+    for name in {**_NAMES, **_WHOLE}:
         _modules[name] = _StandIn(name)
     for name, module in _modules.items():
         parent, _, child = name.rpartition(".")
