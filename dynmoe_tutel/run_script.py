@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     with _restored(), _logging_shown():
         sys.argv[:] = [target, *rest]
         _set_first_path("" if is_module else target)
-        with _tutel(needed=tool is not None):
+        with _tutel(needed=tool is not None), _threads_joined():
             if tool is not None:
                 from . import tutel_backend
 
@@ -141,9 +141,8 @@ def _tutel(needed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    """`sys.argv`, `sys.path` and `__main__` as they were, once the threads that the script left have ended."""
-    argv, path, main = list(sys.argv), list(sys.path), sys.modules.get("__main__")
+def _threads_joined() -> Iterator[None]:
+    """Wait for the threads that the script leaves, as python does before it ends."""
     threads = set(threading.enumerate())
     try:
         yield
@@ -151,6 +150,15 @@ def _restored() -> Iterator[None]:
         for thread in set(threading.enumerate()) - threads:
             if not thread.daemon:
                 thread.join()
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """`sys.argv`, `sys.path` and `__main__` as they were."""
+    argv, path, main = list(sys.argv), list(sys.path), sys.modules.get("__main__")
+    try:
+        yield
+    finally:
         sys.argv[:], sys.path[:] = argv, path
         if main is not None:
             sys.modules["__main__"] = main
