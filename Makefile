@@ -15,6 +15,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install $(PIP_ARGS) -e '.[experiments,tensorboard,test]'
+	# alone: the torchvision that it asks for must be built against this very torch, which an index may not have
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install $(PIP_ARGS) --no-deps timm
 	touch $@
 
 train: $(VENV)/.ready

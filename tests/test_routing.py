@@ -94,7 +94,7 @@ def test_a_bounded_capacity_has_static_rows_and_drops_only_the_excess(
     assigned_TE: Tensor, capacity: float | str
 ) -> None:
     T, E = assigned_TE.shape
-    A, rows = int(assigned_TE.sum()), T * E if capacity == "full" else math.ceil(float(capacity) * T)
+    A, rows = int(assigned_TE.sum()), T * E if capacity == "full" else math.ceil(min(float(capacity), E) * T)
     score_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(A))
     routing = Routing.from_assignments(assigned_TE, score_TE, capacity=capacity)
     kept_TE = routing.assigned
