@@ -104,9 +104,11 @@ class Choice:
 
     def loads(self) -> Tensor:
         """P(token activates e), [E]."""
-        others = 1 - torch.eye(self.num_experts, dtype=torch.float64)
-        e_EK = _polynomials(self.odds, others, len(self.k_pmf) - 1)
-        return self.odds * (e_EK[:, :-1] @ self._given_k()[1:])
+        odds_U, which_E = self.odds.unique(return_inverse=True)  # experts of equal odds have equal loads
+        first_U = (which_E == torch.arange(len(odds_U)).unsqueeze(1)).int().argmax(dim=1)
+        others_UE = torch.ones(len(odds_U), self.num_experts, dtype=torch.float64).scatter_(1, first_U[:, None], 0)
+        e_UK = _polynomials(self.odds, others_UE, len(self.k_pmf) - 1)
+        return (odds_U * (e_UK[:, :-1] @ self._given_k()[1:]))[which_E]
 
     def touched(self, ranks: int) -> Tensor:
         """P(token activates an expert of rank r), [R]; a rank holds a block of E / R slots."""

@@ -140,16 +140,19 @@ def plot(results: Results, network: Network) -> bytes:
     panels[0].set_ylabel("bytes of once per rank / bytes of the other")
     for (slots, skew), colour in zip(((64, 1.0), (64, 2.0), (8, 1.0), (8, 2.0)), COLOURS, strict=True):
         layouts = [(r, 64) for r in (2, 4, 8, 16, 32, 64)] if slots == 64 else [(r, 8 * r) for r in (2, 4, 8, 64, 512)]
+        choices = [Choice.of_loads(skewed_loads(experts, 6, skew)) for _, experts in layouts]
+        sent = [
+            expected(choice, 4096, ranks, Format(4096, 2)) for choice, (ranks, _) in zip(choices, layouts, strict=True)
+        ]
         for other, style, marker in ((PER_EXPERT, "-", "o"), (PADDED, "--", "s")):
             if skew == 2.0 and other == PER_EXPERT:
                 continue  # lies on the line of skew 1
-            ratios = []
-            for ranks, experts in layouts:
-                law = expected(Choice.of_loads(skewed_loads(experts, 6, skew)), 4096, ranks, Format(4096, 2))
-                ratios.append(law[OURS] / law[other])
-            what = "64 experts" if slots == 64 else "8 experts a rank"
-            panels[2].plot([r for r, _ in layouts], ratios, ls=style, marker=marker, ms=4, color=colour,
-                           label=f"{what}, load {skew:g}, over {other}")  # fmt: skip
+            panels[2].plot(
+                [ranks for ranks, _ in layouts],
+                [b[OURS] / b[other] for b in sent],
+                ls=style, marker=marker, ms=4, color=colour,
+                label=f"{'64 experts' if slots == 64 else '8 experts a rank'}, load {skew:g}, over {other}",
+            )  # fmt: skip
     panels[2].set(title="expected, mean k 6, D 4096 bf16", xlabel="ranks", xscale="log")
     panels[2].set_xticks([2, 4, 8, 16, 64, 512], ["2", "4", "8", "16", "64", "512"], minor=False)
     panels[2].minorticks_off()

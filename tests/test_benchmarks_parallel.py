@@ -213,7 +213,7 @@ def test_real_processes_send_what_the_model_says(
     laws = [parallel.Law(2, 2.0), parallel.Law(2, 1.0, True)]
     out = tmp_path / "a" / "x.json"
     argv = ["--processes", "2", "--count", "--repeats", "1", "--out", str(out)]
-    assert parallel.main(argv, Shape(24, 64, 8, 8, 2), laws) == 0
+    assert parallel.main(argv, Shape(24, 64, 8, 64, 2), laws) == 0
     found = json.loads(out.read_text())
     assert [r["fixed_k"] for r in found["results"]] == [False, True]
     for r in found["results"]:
