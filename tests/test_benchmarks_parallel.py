@@ -198,6 +198,7 @@ def test_seconds_of_a_collective() -> None:
     network = Network(2, 100.0, 1.0, 10.0, 2.0)
     assert network.seconds(bytes_RR) == pytest.approx(300 / 10 + 2 * 2.0)
     assert network.seconds(bytes_RR * torch.tensor([1, 100, 0, 0])) == pytest.approx(60000 / 100 + 1.0)
+    assert network.seconds(bytes_RR.t()) == network.seconds(bytes_RR)  # the other direction, as busy
     assert network.share_between(bytes_RR) == pytest.approx(350 / 950)
     d = Demand(torch.ones(4, 4), torch.ones(4, 4), 1, 4)  # a count of 8 bytes, then rows of 24 there and back
     between = [(2 * size) / 10 + 2 * 2.0 for size in (8, 24, 24)]
