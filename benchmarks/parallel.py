@@ -223,21 +223,26 @@ def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence
         results += on_processes(ranks, shape, laws, args.repeats)
     for ranks in args.count:
         results += on_processes(ranks, shape, laws, 0)
+    command = f"python -m benchmarks.parallel {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
+    machine = environment(torch.device("cpu")) | {"backend": "gloo", "threads": 1}
+    return report(args.out, results, shape, network, {"command": command, "environment": machine})
+
+
+def report(out: Path, results: list[dict[str, Any]], shape: Shape, network: Network, run: dict[str, Any]) -> int:
+    """Print and write what follows from the results; 1 where a limit on the bytes does not hold."""
     model = parallel_report.extrapolate(network)
     limits = parallel_report.limits(results, shape)
     text = parallel_report.table(results, model, limits, network)
     print(text)
-    command = f"python -m benchmarks.parallel {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
     found = {
-        "command": command,
-        "environment": environment(torch.device("cpu")) | {"backend": "gloo", "threads": 1},
+        **run,
         "network_assumed": asdict(network),
         "limits": limits,
         "results": results,
         "model": model,
     }
-    write(args.out, found, text)
-    args.out.with_suffix(".png").write_bytes(parallel_report.plot(results, network))
+    write(out, found, text)
+    out.with_suffix(".png").write_bytes(parallel_report.plot(results, network))
     return 0 if all(limit["holds"] for limit in limits) else 1
 
 

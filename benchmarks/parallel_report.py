@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from .choices import Choice, fixed, skewed_loads
@@ -18,14 +18,22 @@ LAYOUTS = ((8, 64), (64, 64), (64, 512), (512, 512), (512, 4096))  # ranks, expe
 BOTH = "forward+backward"
 
 
-def expected(choice: Choice, T: int, ranks: int, f: Format, backward: bool = True) -> dict[str, float]:
-    """Bytes of all ranks that each exchange is expected to send."""
+def expected(
+    choice: Choice, T: int, ranks: int, f: Format, backward: bool = True, load: float | None = None
+) -> dict[str, float]:
+    """Bytes of all ranks that each exchange is expected to send; with `load`, C is that many times the mean load."""
     d = expected_demand(choice, T, ranks)
+    if load is not None:
+        d = replace(d, capacity=load * T * float(choice.loads().mean()))
     return {exchange: float(traffic(exchange, d, f, backward).sum()) for exchange in EXCHANGES}
 
 
 def limits(results: Results, shape: Shape) -> list[dict[str, Any]]:
-    """The two limits at mean k 6 and 64 experts: in the model at 8 ranks, and as counted."""
+    """The two limits at mean k 6 and 64 experts: in the model at 8 ranks, and as counted.
+
+    Popular experts and chance both make a largest load: of padded rows, the model's line has the load that the limit is
+    stated for, whatever made it; the counted ones that of their batch.
+    """
     found: list[dict[str, Any]] = []
 
     def add(what: str, over: str, most: float, bytes_: dict[str, float]) -> None:
@@ -40,12 +48,18 @@ def limits(results: Results, shape: Shape) -> list[dict[str, Any]]:
                     f"model, 8 ranks, load {skew:g}, D {f.D} {kind}, {BOTH if backward else 'forward'}",
                     over,
                     most,
-                    expected(choice, T, 8, f, backward),
+                    expected(choice, T, 8, f, backward, skew if over == PADDED else None),
                 )
         for r in results:
             if (r["k"], r["skew"], r["fixed_k"]) == (6, skew, False) and r["processes"] in (4, 8):
                 for name, bytes_ in r["bytes"].items():
-                    add(f"counted, {r['processes']} ranks, load {skew:g}, D {shape.D} fp32, {name}", over, most, bytes_)
+                    load = r["max_over_mean_load"]
+                    add(
+                        f"counted, {r['processes']} ranks, load {load:.2f}, D {shape.D} fp32, {name}",
+                        over,
+                        most,
+                        bytes_,
+                    )
     return found
 
 
@@ -71,7 +85,7 @@ def extrapolate(network: Network, shape: Shape = GPU_SHAPES["llm-4k"], layouts: 
 
 def table(results: Results, model: Results, found: Results, network: Network) -> str:
     """All of it as Markdown."""
-    lines = ["Bytes of ours over the others', and time of ours over theirs (median and quartiles), forward+backward:\n"]
+    lines = ["Once per rank over the others, forward+backward: bytes, and times (median and quartiles):\n"]
     lines.append("| processes | k | max / mean load | bytes: per expert | padded | time: per expert | padded |")
     lines.append("|---|---|---|---|---|---|---|")
     for r in results:
@@ -118,7 +132,7 @@ def plot(results: Results, network: Network) -> bytes:
     """PNG: bytes of ours over the others' against k, counted and expected; and the model against the ranks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13.5, 4.8), layout="constrained", dpi=150)
     panels = figure.subplots(1, 3, sharey=True)
     shape = results[0]["shape"]
     f, ks = Format(shape["D"], 4), range(1, 7)
@@ -136,7 +150,7 @@ def plot(results: Results, network: Network) -> bytes:
                     [r["bytes"][BOTH][OURS] / r["bytes"][BOTH][other] for r in points],
                     ls="", marker=marker, ms=6, mfc="white", color=colour, label=f"{ranks} ranks, over {other}",
                 )  # fmt: skip
-        axes.set(title=f"{shape['E']} experts, max / mean load {skew:g}", xlabel="mean k")
+        axes.set(title=f"{shape['E']} experts, max / mean load {skew:g} but for chance", xlabel="mean k")
     panels[0].set_ylabel("bytes of once per rank / bytes of the other")
     for (slots, skew), colour in zip(((64, 1.0), (64, 2.0), (8, 1.0), (8, 2.0)), COLOURS, strict=True):
         layouts = [(r, 64) for r in (2, 4, 8, 16, 32, 64)] if slots == 64 else [(r, 8 * r) for r in (2, 4, 8, 64, 512)]
@@ -161,7 +175,7 @@ def plot(results: Results, network: Network) -> bytes:
         axes.axhline(1, color="0.5", lw=0.8)
         axes.grid(axis="y", color="0.9", lw=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, ncols=2 if axes is not panels[2] else 1, loc="lower left")
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle("marks: counted in the collectives; lines: the cost model's expectation", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
