@@ -150,7 +150,7 @@ def plot(results: Results, network: Network) -> bytes:
                     [r["bytes"][BOTH][OURS] / r["bytes"][BOTH][other] for r in points],
                     ls="", marker=marker, ms=6, mfc="white", color=colour, label=f"{ranks} ranks, over {other}",
                 )  # fmt: skip
-        axes.set(title=f"{shape['E']} experts, max / mean load {skew:g} but for chance", xlabel="mean k")
+        axes.set(title=f"{shape['E']} experts, max / mean load {skew:g}", xlabel="mean k")
     panels[0].set_ylabel("bytes of once per rank / bytes of the other")
     for (slots, skew), colour in zip(((64, 1.0), (64, 2.0), (8, 1.0), (8, 2.0)), COLOURS, strict=True):
         layouts = [(r, 64) for r in (2, 4, 8, 16, 32, 64)] if slots == 64 else [(r, 8 * r) for r in (2, 4, 8, 64, 512)]
@@ -175,8 +175,17 @@ def plot(results: Results, network: Network) -> bytes:
         axes.axhline(1, color="0.5", lw=0.8)
         axes.grid(axis="y", color="0.9", lw=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.suptitle("marks: counted in the collectives; lines: the cost model's expectation", fontsize=10)
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            ncols=2 if axes is not panels[2] else 1,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+        )
+    figure.suptitle(
+        "marks: counted in the collectives; lines: the model's expectation; loads are the law's, chance adds to them",
+        fontsize=10,
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
