@@ -37,7 +37,8 @@ class DynMoECallback(Callback):
       middle of a record window too, and so does a second `fit` of the same trainer.
 
     Only training forwards are recorded, not those of validation, test, prediction or the sanity check. `fit` raises
-    ValueError for a model without MoE layers, a second DynMoECallback, FSDP, DeepSpeed and ModelParallel strategies.
+    ValueError for a model without MoE layers and for FSDP, DeepSpeed and ModelParallel strategies; Lightning
+    itself refuses a second DynMoECallback.
     """
 
     def __init__(self, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
@@ -115,5 +116,3 @@ def _refuse_unserved(trainer: Trainer) -> None:
     strategy = type(trainer.strategy).__name__
     if strategy in _UNSERVED_STRATEGIES:
         raise ValueError(f"trainer cannot be served by DynMoECallback: {strategy} splits the parameters of an expert")
-    if sum(isinstance(callback, DynMoECallback) for callback in trainer.callbacks) > 1  # type: ignore[attr-defined]:
-        raise ValueError("trainer cannot be served by DynMoECallback: it has another DynMoECallback already")

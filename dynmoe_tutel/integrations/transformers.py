@@ -1,9 +1,9 @@
 """`DynMoECallback` for `transformers.Trainer`.
 
-The Trainer scales its loss by the micro-batches of a step, by `num_items_in_batch`, or as a function or a subclass of the
-user's does, each with or without a GradScaler; and a callback cannot change a loss. So the gradient of the auxiliary
-loss is put in at the layers (`auxiliary_gradient`), divided by the number of micro-batches of the step, and `loss` in
-the log is the task's, comparable with a dense model's and with `eval_loss`.
+The Trainer scales its loss by the micro-batches of a step, by `num_items_in_batch`, or as a function or a subclass of
+the user's does, each with or without a GradScaler; and a callback cannot change a loss. So the gradient of the
+auxiliary loss is put in at the layers (`auxiliary_gradient`), divided by the number of micro-batches of the step, and
+`loss` in the log is the task's, comparable with a dense model's and with `eval_loss`.
 """
 
 from __future__ import annotations
