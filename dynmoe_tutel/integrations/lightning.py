@@ -34,11 +34,12 @@ class DynMoECallback(Callback):
       `training_step` as well.
     * Where Lightning logs, `moe/<layer>/...` is logged too: what `MoETraining.scalars` gives.
     * The state is in Lightning's checkpoints, under the callback's name: `fit(ckpt_path=...)` goes on bitwise, in the
-      middle of a record window too, and so does a second `fit` of the same trainer.
+      middle of a record window too. A second `fit` of the same trainer goes on with the controller as it is
+      (Lightning makes new optimizers then).
 
     Only training forwards are recorded, not those of validation, test, prediction or the sanity check. `fit` raises
-    ValueError for a model without MoE layers and for FSDP, DeepSpeed and ModelParallel strategies; Lightning
-    itself refuses a second DynMoECallback.
+    ValueError for a model without MoE layers and for FSDP, DeepSpeed and ModelParallel strategies; Lightning itself
+    refuses a second DynMoECallback.
     """
 
     def __init__(self, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
