@@ -281,7 +281,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if isinstance(self.experts, CustomExperts):
             self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
         gate = self._gate(gate_index)
-        recompute = _in_backward()
+        recompute = in_backward()
         with torch.autocast(input.device.type, enabled=False):
             routing = gate(x_TD, self.capacity, top_k, mask_T)
             routing = self._within_capacity(routing, gate, gate_index, capacity_factor)
@@ -450,7 +450,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self._mark_experts()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this forward is a recompute of gradient checkpointing: it runs inside the backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_tutel.experiments.run_folder import METRICS, read_log
+from dynmoe_tutel.meters import layer_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,5 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key in ("loss", "aux", "accuracy", "in_accuracy", "out_accuracy", "step_ms"):
         if line.get(key) is not None:
             yield f"{kind}/{key}", line[key]
-    for name, layer in line["layers"].items():
-        for key in ("experts", "k", "unrouted"):
-            if layer[key] is not None:
-                yield f"{kind}/{name}/{key}", layer[key]
+    for name, value in layer_scalars(line["layers"]):
+        yield f"{kind}/{name}", value

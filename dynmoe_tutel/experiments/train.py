@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import meters, moe
 from dynmoe_tutel.controller import ExpertController, Schedule
-from dynmoe_tutel.experiments import digits, meters
+from dynmoe_tutel.experiments import digits
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 from dynmoe_tutel.experiments.vit import ViT, ViTConfig
 
