@@ -5,6 +5,7 @@ Detached, int64 and fp32 whatever the dtype of the tokens. Depends on routing on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,6 +153,10 @@ class RoutingRecord:
         stride = max(strides)
         parts = [s[: n : stride // own] for s, n, own in zip(samples, counts, strides, strict=True)]
         self._set_sample(*kernels.thinned(torch.cat(parts), stride, self.keep_tokens), self._seen)
+
+    def permute_slots(self, order: Sequence[int]) -> None:
+        """Slot i gets the counts of slot order[i]."""
+        self.counts.copy_(self.counts[torch.tensor(order, device=self.counts.device)])
 
     @property
     def mean_k(self) -> float:
