@@ -34,6 +34,7 @@ class AdaptiveExperts:
     record_routing: bool
     record_eval: bool
     slots: int
+    group: Any  # the ranks that divide the slots, where they do
     world_size: int
     sharded_count: int
     record_group: Any

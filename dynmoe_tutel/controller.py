@@ -8,7 +8,7 @@ bitwise the uninterrupted one. Depends on layer, policy and records.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -200,19 +200,28 @@ class ExpertController:
         Raises ValueError, and changes nothing, where the state is of other layers or slot counts, or
         incomplete.
         """
-        values, records = self._checked_state(state)
-        try:
-            events = [ExpertEvent(**event) for event in values["events"]]
-            generator = torch.Generator()
-            generator.set_state(state["tensors"]["generator"].cpu())
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        values, records, events, generator = self._checked_state(state)
         self._step, self.events, self._generator = int(values["step"]), events, generator
         # A window that the schedule given now does not know would end at no update of its own.
         self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
         for site in self._sites:
             site.load_state_values(values["gates"][site.key])
             site.record.load_state_dict(records[site.key])
+
+    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
+        self._checked_state(state)
+
+    def record_groups(self) -> dict[str, Any]:
+        """By gate, the process group over whose ranks its record is summed."""
+        return {site.key: self._record_group(site) for site in self._sites}
+
+    def merged_records(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """By gate, one record's state from those of several ranks, empty from none."""
+        return {site.key: site.record.merged(records[site.key]) for site in self._sites}
+
+    def _record_group(self, site: Site) -> Any:
+        return site.layer.record_group if self.group is None else self.group
 
     def _set_window(self, is_open: bool) -> None:
         for layer in self._layers:
@@ -225,7 +234,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
         for site in self._sites:
-            site.record.all_reduce(site.layer.record_group if self.group is None else self.group)
+            site.record.all_reduce(self._record_group(site))
         decisions = [self._decide(site) for site in self._sites]
         events = []
         for site, decision in zip(self._sites, decisions, strict=True):
@@ -275,8 +284,8 @@ class ExpertController:
 
     def _checked_state(
         self, state: Mapping[str, Mapping[str, Any]]
-    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
-        """The plain values, and by gate what its record loads; ValueError where the state does not fit."""
+    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]], list[ExpertEvent], torch.Generator]:
+        """Plain values, what the record of each gate loads, events, generator; ValueError where it does not fit."""
         if not isinstance(state, Mapping) or not {"tensors", "values"} <= set(state):
             raise ValueError("state must be a controller's state_dict() with the keys 'tensors' and 'values'")
         tensors, values = state["tensors"], state["values"]
@@ -311,7 +320,36 @@ class ExpertController:
                         f"state of {site.key} has {name} of shape {tuple(record[name].shape)}, "
                         f"the layer has {tuple(value.shape)}"
                     )
-        return values, records
+        try:
+            events = [ExpertEvent(**event) for event in values["events"]]
+            generator = torch.Generator()
+            generator.set_state(tensors["generator"].cpu())
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        return values, records, events, generator
+
+
+def records_of(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By gate, the records in a controller's `state_dict()`."""
+    records = {key: dict(gate["record"]) for key, gate in state["values"]["gates"].items()}
+    for name, tensor in state["tensors"].items():
+        key, _, field = name.rpartition(":")
+        if key in records:
+            records[key][field] = tensor
+    return records
+
+
+def with_records(
+    state: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """A controller's `state_dict()` with these records, by gate, in the place of its own; others stay."""
+    tensors, gates = dict(state["tensors"]), dict(state["values"]["gates"])
+    for key, record in records.items():
+        if key in gates:
+            plain = {name: value for name, value in record.items() if not isinstance(value, Tensor)}
+            gates[key] = {**gates[key], "record": plain}
+            tensors |= {f"{key}:{name}": value for name, value in record.items() if isinstance(value, Tensor)}
+    return {"tensors": tensors, "values": {**state["values"], "gates": gates}}
 
 
 def _configured_policy(policy: str | Policy, max_new_experts: int, min_experts: int, patience: int) -> Policy:
