@@ -53,8 +53,7 @@ class DividedLayer(MoELayer):
     """A layer over the ranks of `group` (None: all); drawn as one process draws it."""
 
     def __init__(self, *arguments: Any, group: Any = None, **options: Any) -> None:
-        self.__dict__["group"] = group
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, group=group, **options)
         self.record_group = None  # all ranks
 
     def _start(self, experts: Any) -> int:

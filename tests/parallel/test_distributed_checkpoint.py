@@ -21,40 +21,24 @@ D = 8
 
 
 def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL on one of two ranks during a save; torchrun starts both anew. Bitwise what an uninterrupted job does."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    killed = tmp_path / "killed"
-    killed.mkdir()
+    """SIGKILL on one of two ranks during a save; the second start is bitwise what an uninterrupted job is."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(FOLDER / "killed_job.py"), str(killed)],
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(FOLDER / "killed_job.py"), str(tmp_path)]
+    kill, resume = (
+        subprocess.run([*command, *script, what], env=environment, timeout=100, capture_output=True, text=True)
+        for what in ("kill", "resume")
     )
-    assert done.returncode == 0, done.stderr
-    assert "SIGKILL" in done.stderr
-    torch.multiprocessing.spawn(_uninterrupted, args=(str(whole),), nprocs=2)
+    assert kill.returncode != 0
+    assert "SIGKILL" in kill.stderr
+    assert resume.returncode == 0, resume.stderr
     for rank in range(2):
-        assert (killed / f"begun-0-{rank}").read_text() == "nothing"
-        assert (killed / f"begun-1-{rank}").read_text() == f"step-{KILLED_AFTER - 4}"
-        ends = [torch.load(folder / f"end-{rank}.pt", weights_only=True) for folder in (whole, killed)]
-        assert same(*ends), f"rank {rank} differs"
-    kept = sorted(path.name for path in killed.iterdir() if path.is_dir())
-    assert kept == sorted(f"step-{step}" for step in range(4, STEPS + 1, 4)), "a temporary folder stayed"
-
-
-def _uninterrupted(rank: int, folder: str) -> None:
-    from training import Job
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    job = Job(max_new_experts=2).train(STEPS)
-    torch.save(job.state(), f"{folder}/end-{rank}.pt")
-    torch.distributed.destroy_process_group()
+        assert (tmp_path / f"kill-{rank}").read_text() == "nothing"
+        assert (tmp_path / f"resume-{rank}").read_text() == f"step-{KILLED_AFTER - 4}"
+        assert same(*torch.load(tmp_path / f"end-{rank}.pt", weights_only=True)), f"rank {rank} differs"
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    # the killed save left its temporary folder, which the next save of that name replaced
+    assert kept == sorted(f"step-{step}" for step in range(4, STEPS + 1, 4))
 
 
 class Alone:
