@@ -129,7 +129,8 @@ def load(
         state = ShardedState(model, optimizer_list(optimizer))
         tensors = state.model_tensors()
         _check_model(folder, tensors, properties)
-        buffers, states = {}, []
+        buffers: dict[str, Tensor] = {}
+        states: list[dict[str, Any]] = []
         if optimizer is not None:
             buffers, states = state.optimizer_buffers(shared["optimizers"], properties)
         same = _same_ranks(shared, controller)

@@ -45,7 +45,8 @@ class ShardedState:
         others: list[dict[str, Any]] = []
         for number, optimizer in enumerate(self._optimizers):
             state = optimizer.state_dict()
-            groups, entries = [], {}
+            groups: list[dict[str, Any]] = []
+            entries: dict[str, dict[str, Any]] = {}
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
                 names = [self._name(p, number) for p in group["params"]]
                 groups.append({**saved, "params": names})
@@ -71,10 +72,11 @@ class ShardedState:
                 f"optimizer: the checkpoint has {len(saved)} optimizers, given are {len(self._optimizers)}"
             )
         buffers: dict[str, Tensor] = {}
-        states = []
+        states: list[dict[str, Any]] = []
         for number, (optimizer, other) in enumerate(zip(self._optimizers, saved, strict=True)):
             own = optimizer.state_dict()
-            groups, state = [], {}
+            groups: list[dict[str, Any]] = []
+            state: dict[int, dict[str, Any]] = {}
             if len(own["param_groups"]) != len(other["groups"]):
                 raise ValueError(
                     f"optimizer {number}: the checkpoint has {len(other['groups'])} parameter groups, this optimizer "
