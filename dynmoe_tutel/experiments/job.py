@@ -13,7 +13,8 @@ from rich.console import Console
 from dynmoe_tutel.experiments import results, scalars, table
 from dynmoe_tutel.experiments.progress import ProgressBar
 from dynmoe_tutel.experiments.run_folder import RunFolder, read_config
-from dynmoe_tutel.experiments.train import Interrupted, Reporter, TrainConfig, train
+from dynmoe_tutel.experiments.runner import Interrupted, Reporter
+from dynmoe_tutel.experiments.train import TrainConfig, train
 from dynmoe_tutel.version import __version__
 
 

@@ -5,7 +5,7 @@ Depends on the core alone, and works for every gate type, in training and in eva
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,6 +83,14 @@ class RoutingMeter:
             sums["unrouted"] += routing.unrouted.sum().cpu()
 
         return add
+
+
+def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) -> dict[str, dict[str, Tensor]]:
+    """The sum of `RoutingMeter.state_dict()`s of one model, times `scale`."""
+    return {
+        name: {key: scale * torch.stack([state[name][key] for state in states]).sum(0) for key in sums}
+        for name, sums in states[0].items()
+    }
 
 
 def parameter_counts(model: nn.Module, mean_k: Mapping[str, float]) -> tuple[float, int]:
