@@ -9,7 +9,8 @@ seed and the step. Depends on torch and numpy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -78,20 +79,46 @@ class LeaveOut(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def batches(self, first: int, last: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the steps from `first` up to `last`, made by that many worker processes; the same whatever
         their number."""
-        loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=range(first, last), num_workers=workers, generator=torch.Generator()
-        )
-        return iter(loader)
+        return iter(_served(self, range(first, last), workers))
 
-    def evaluated(self, domain: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluated(self, domain: str, workers: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of the images that `domain` is evaluated on: its validation images, or the target's "in" images."""
         index_N = self.target[domain] if domain in self.target else self.validation[domain]
-        labels = self.data.labels(domain)
-        for index_B in index_N.split(EVALUATION_BATCH):
-            yield self.data.images(domain, index_B), labels[index_B]
+        chunks = _Chunks(self.data, domain, index_N)
+        return _served(chunks, range(len(chunks.index)), workers)
 
     def _stream(self, *what: object) -> torch.Generator:
         return torch.Generator().manual_seed(seed_hash(self.seed, *what))
+
+
+class _Chunks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Images to be evaluated, a batch an item."""
+
+    def __init__(self, data: DomainData, domain: str, index_N: Tensor) -> None:
+        self.data, self.domain, self.index = data, domain, index_N.split(EVALUATION_BATCH)
+
+    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
+        index_B = self.index[chunk]
+        return self.data.images(self.domain, index_B), self.data.labels(self.domain)[index_B]
+
+
+def _served(
+    batches: torch.utils.data.Dataset[tuple[Tensor, Tensor]], order: range, workers: int
+) -> torch.utils.data.DataLoader[tuple[Tensor, Tensor]]:
+    """A loader of whole batches in that order, which draws nothing from the global random state."""
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_ctrl_c,
+    )
+
+
+def _ignore_ctrl_c(_worker: int) -> None:
+    """A terminal sends it to all processes; the one that trains decides what comes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def split(size: int, seed: int, position: int) -> tuple[Tensor, Tensor]:

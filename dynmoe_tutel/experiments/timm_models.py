@@ -100,7 +100,13 @@ def _adapted(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         return dict(weights)
     try:
         return dict(adapt(dict(weights), model))
-    except (KeyError, RuntimeError, ValueError, AttributeError, AssertionError):  # of another model: said above, by name
+    except (
+        KeyError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+    ):  # of another model: said above, by name
         return dict(weights)
 
 
