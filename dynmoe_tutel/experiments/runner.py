@@ -100,6 +100,13 @@ class RunKey:
         return {"row": self.row, "seed": self.seed} | ({"test": self.test} if self.test else {})
 
 
+class Batches(Protocol):
+    """A list of batches, a DataLoader, or the like."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @dataclass(frozen=True)
 class Part:
     """Data that are evaluated together. `kind`: "validation" (from the training domains, to select by), "in" (held out,
@@ -107,7 +114,7 @@ class Part:
 
     name: str
     kind: str
-    batches: Iterable[tuple[Any, Tensor]]
+    batches: Batches
 
 
 class Task(ABC):
@@ -116,15 +123,28 @@ class Task(ABC):
     A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors.
     """
 
+    name = ""  # of the experiment, in config.json
     settings: Settings
+    axes: tuple[str, ...] = ("rows", "seeds")  # settings that say which runs, not what a run computes
+    selection = "last"  # or "validation": the evaluation that the table takes, see comparison.py
     keep_weights = True  # False: the last checkpoint of a finished run keeps the gates alone, a few kilobytes
     checkpoints = True  # False: only at the end, and when stopped
     device = torch.device("cpu")
 
     @property
+    def slots(self) -> int:
+        """Expert slots of the adaptive rows, for the plots."""
+        return 0
+
+    @property
     def plan(self) -> list[RunKey]:
         """The runs in their order: rows are interleaved, so that a busy machine slows all of them alike."""
         return [RunKey(row, seed) for seed in self.settings.seeds for row in self.settings.rows]
+
+    def protocol(self) -> dict[str, Any]:
+        """What two jobs must share for their runs to be compared: the settings but the axes, and what identifies the
+        data and weights where a task adds it."""
+        return {name: value for name, value in self.settings.to_dict().items() if name not in self.axes}
 
     @abstractmethod
     def build(self, key: RunKey) -> nn.Module:
@@ -342,7 +362,7 @@ class Run:
             "kind": "eval",
             **self.key.fields,
             "step": self.step,
-            **{f"{kind}_accuracy": _mean_accuracy(parts, kind) for kind in KINDS if sums[kind]},
+            **_mean_accuracies(parts),
             "activated_parameters": activated,
             "total_parameters": total,
             "parts": parts,
@@ -459,6 +479,8 @@ def refuse_bad_choice(name: str, values: tuple[str, ...], allowed: tuple[str, ..
         raise ValueError(f"{name} must be different ones of {', '.join(allowed)}, got {', '.join(values) or 'none'}")
 
 
-def _mean_accuracy(parts: Mapping[str, Any], kind: str) -> float:
-    """Every part of the kind counts the same, whatever its size."""
-    return statistics.fmean(part["accuracy"] for part in parts.values() if part["kind"] == kind)
+def _mean_accuracies(parts: Mapping[str, Any]) -> dict[str, float]:
+    """By kind, every part counting the same; in domain is validation where nothing else is held out."""
+    by_kind = {kind: [part["accuracy"] for part in parts.values() if part["kind"] == kind] for kind in KINDS}
+    result = {f"{kind}_accuracy": statistics.fmean(values) for kind, values in by_kind.items() if values}
+    return {"in_accuracy": result["validation_accuracy"], **result} if "in_accuracy" not in result else result
