@@ -157,6 +157,76 @@ def language(
     _run(run)
 
 
+@experiment_app.command()
+def vision(
+    rows: Annotated[
+        str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
+    ] = None,
+    test_domains: Annotated[
+        str | None,
+        typer.Option(help="Domains left out, each in runs of its own, by comma. Default: all; of the digits 0,75."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images as DATA/<domain>/<class>/<image>. Default: rotated digits.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="With --data: a ViT of timm. Default: deit_small_patch16_224.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="With --data: pretrained weights of it, .safetensors or .pth.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of all rows.")] = None,
+    batch_per_domain: Annotated[int | None, typer.Option(help="Images of a step from each training domain.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="With --data: pixels of a side. Default: 224.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --data: processes that read images.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --data: cuda or cpu. Default: cuda where there is one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. Default: 1.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, one test domain, fewer steps: of the digits under 3 minutes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")
+    ] = None,
+) -> None:
+    """Train a ViT on all domains but one, dense and as fixed-k and DynMoE mixtures, and test it on the one left out."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.experiments import experiment
+        from dynmoe_tutel.experiments.vision import VisionTask, make_config
+
+        given: dict[str, Any] = {
+            "rows": _names(rows),
+            "seeds": _seeds(seeds),
+            "test_domains": _names(test_domains),
+            "data": data,
+            "arch": arch,
+            "weights": None if weights is None else str(weights.absolute()),
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "batch_per_domain": batch_per_domain,
+            "image_size": image_size,
+            "workers": workers,
+            "device": device,
+            "threads": threads,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if resume is not None:
+            _refuse_with_resume(given, quick, out)
+            return experiment.resume(resume, lambda _, settings: VisionTask.of(settings), console)
+        return experiment.start(VisionTask(make_config(given, quick)), out, console)
+
+    _run(run)
+
+
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a safetensors or torch state dict.")],

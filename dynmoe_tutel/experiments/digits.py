@@ -77,10 +77,12 @@ def load_digits(test_angle: int, seed: int) -> Digits:
 class RotatedDigits:
     """The domains as the protocol of `domains` wants them, named by their angles; a `DomainData`."""
 
-    classes = tuple(str(digit) for digit in range(CLASSES))
-
     def __init__(self) -> None:
         self._images = {str(angle): images for angle, images in load_domains().items()}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(str(digit) for digit in range(CLASSES))
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -30,6 +30,10 @@ class DomainData(Protocol):
     @property
     def domains(self) -> tuple[str, ...]:
         """The names, in the order that the splits depend on."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names, by label."""
 
     def labels(self, domain: str) -> Tensor:
         """Labels [N] int64 of all images of a domain."""
@@ -81,11 +85,11 @@ class LeaveOut(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         their number."""
         return iter(_served(self, range(first, last), workers))
 
-    def evaluated(self, domain: str, workers: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
+    def evaluated(self, domain: str, workers: int = 0) -> torch.utils.data.DataLoader[tuple[Tensor, Tensor]]:
         """Batches of the images that `domain` is evaluated on: its validation images, or the target's "in" images."""
         index_N = self.target[domain] if domain in self.target else self.validation[domain]
         chunks = _Chunks(self.data, domain, index_N)
-        return _served(chunks, range(len(chunks.index)), workers)
+        return _served(chunks, range(len(chunks)), workers)
 
     def _stream(self, *what: object) -> torch.Generator:
         return torch.Generator().manual_seed(seed_hash(self.seed, *what))
@@ -96,6 +100,9 @@ class _Chunks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, data: DomainData, domain: str, index_N: Tensor) -> None:
         self.data, self.domain, self.index = data, domain, index_N.split(EVALUATION_BATCH)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
         index_B = self.index[chunk]

@@ -44,16 +44,20 @@ class ImageFolders:
             raise ValueError(
                 f"data: {root} must hold a folder for each of at least two domains ({LAYOUT}), got {found}"
             )
-        self.classes = _common_classes(root, folders)
+        self._classes = _common_classes(root, folders)
         self.files = {name: _files(classes) for name, classes in folders.items()}
         self._labels = {
-            name: torch.tensor([self.classes.index(file.parent.name) for file in files])
+            name: torch.tensor([self._classes.index(file.parent.name) for file in files])
             for name, files in self.files.items()
         }
 
     @property
     def domains(self) -> tuple[str, ...]:
         return tuple(self.files)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
 
     @property
     def fingerprint(self) -> str:

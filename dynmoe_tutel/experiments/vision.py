@@ -8,13 +8,14 @@ reach nothing else: training, selection and controller do not depend on them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from dynmoe_tutel.experiments.digits import ANGLES, RotatedDigits
 from dynmoe_tutel.experiments.domains import DomainData, LeaveOut, refuse_bad_domains
 from dynmoe_tutel.experiments.image_folders import ImageFolders
+from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
 from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task
 from dynmoe_tutel.experiments.timm_models import build_timm, moe_blocks, read_weights
-from dynmoe_tutel.experiments.vit import ViT, ViTConfig
+from dynmoe_tutel.experiments.vit import ViT, ViTConfig, seeded
 
 DIGITS = "digits"
+FOLDER_FIELDS = ("arch", "weights", "image_size", "workers", "device")
+DIGESTS = ("files_digest", "weights_digest")
 # The ends of the row of angles: nothing beyond them is trained on, so the model must extrapolate.
 DIGITS_TEST_DOMAINS = ("0", "75")
 
@@ -35,11 +39,11 @@ DIGITS_TEST_DOMAINS = ("0", "75")
 class VisionConfig(Settings):
     """What decides a job's results; the defaults are those of the rotated digits. `of_folders` gives DomainBed's.
 
-    `data` is a folder laid out as DATA/<domain>/<class>/<image>, or "digits". The fields from `arch` on are about folders
-    alone. ValueError for values out of range.
+    `data` is a folder laid out as DATA/<domain>/<class>/<image>, or "digits". The fields from `arch` on are about
+    folders alone. ValueError for values out of range.
     """
 
-    rows: tuple[str, ...] = ("dense", "dynmoe")
+    rows: tuple[str, ...] = ROWS
     data: str = DIGITS
     test_domains: tuple[str, ...] = DIGITS_TEST_DOMAINS  # each is left out in a run of its own
     batch_per_domain: int = 16
@@ -57,6 +61,7 @@ class VisionConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_rows(self.rows)
         self.refuse_below_one("batch_per_domain", "experts", "slots", "image_size")
         if self.experts > self.slots:
             raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
@@ -68,40 +73,32 @@ class VisionConfig(Settings):
                 raise ValueError(f"{name} must be at least 0 and below {above:g}, got {value!r}")
         if self.data == DIGITS:
             refuse_bad_domains(self.test_domains, [str(angle) for angle in ANGLES])
-            given = [name for name in ("arch", "weights") if getattr(self, name)]
-            if given:
-                raise ValueError(f"{given[0]} is about a tree of images; the digits have their own small model")
 
     @classmethod
-    def of_folders(cls, data: Path, **given: Any) -> VisionConfig:
-        """Fine-tuning as DomainBed and GMoE do it, each domain of the tree left out in turn; `given` replaces fields.
-        ValueError where the tree is unfit."""
-        folders = ImageFolders(data, given.get("image_size", cls.image_size))
-        usual: dict[str, Any] = {
-            "test_domains": folders.domains,
-            "batch_per_domain": 32,
-            "steps": 5000,
-            "learning_rate": 3e-5,
-            "weight_decay": 1e-6,
-            "constant_rate": True,
-            "update_every": 300,
-            "log_every": 20,
-            "eval_every": 300,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "arch": "deit_small_patch16_224",
-            "workers": min(8, os.cpu_count() or 1),
-        }
-        config = cls(data=str(data.resolve()), **{**usual, **given})
-        refuse_bad_domains(config.test_domains, folders.domains)
-        return config
+    def of_folders(cls, data: Path, image_size: int = 224) -> VisionConfig:
+        """Fine-tuning as DomainBed and GMoE do it, each domain of the tree left out in turn. ValueError where the tree is
+        unfit."""
+        return cls(
+            data=str(data.resolve()),
+            test_domains=ImageFolders(data, image_size).domains,
+            batch_per_domain=32,
+            steps=5000,
+            learning_rate=3e-5,
+            weight_decay=1e-6,
+            constant_rate=True,
+            update_every=300,
+            log_every=20,
+            eval_every=300,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            arch="deit_small_patch16_224",
+            image_size=image_size,
+            workers=min(8, os.cpu_count() or 1),
+        )
 
     def quick(self) -> VisionConfig:
-        """The same job, short: one seed, one test domain, fewer steps, updates as often in proportion."""
-        if self.data == DIGITS:
-            short: dict[str, Any] = {"steps": 100}
-        else:
-            short = {"steps": 30, "batch_per_domain": 4}
-        every = max(1, short["steps"] // 4)
+        """The same job, short: one seed, the last test domain, fewer steps, updates as often in proportion."""
+        short: dict[str, Any] = {"steps": 100} if self.data == DIGITS else {"steps": 20, "batch_per_domain": 4}
+        every = short["steps"] // 4
         return replace(
             self,
             seeds=self.seeds[:1],
@@ -112,10 +109,28 @@ class VisionConfig(Settings):
         )
 
 
+def make_config(given: Mapping[str, Any], quick: bool) -> VisionConfig:
+    """The configuration of a command: what is given, the rest as usual for the data; `quick` gives way to it too.
+
+    ValueError for what does not fit; what the digits have no use for is refused.
+    """
+    fields = dict(given)
+    data = fields.pop("data", None)
+    if data is None:
+        useless = [name for name in FOLDER_FIELDS if name in fields]
+        if useless:
+            raise ValueError(f"{useless[0]} is about a tree of images: name one with data, or leave {useless[0]} out")
+        config = VisionConfig()
+    else:
+        config = VisionConfig.of_folders(Path(data), fields.get("image_size", VisionConfig.image_size))
+    return replace(config.quick() if quick else config, **fields)
+
+
 class VisionTask(Task):
     """The rows on one set of domains."""
 
     name = "vision"
+    axes = ("rows", "seeds", "test_domains")
     selection = "validation"
     keep_weights = False
 
@@ -126,10 +141,22 @@ class VisionTask(Task):
         if config.data == DIGITS:
             self.data = RotatedDigits()
         else:
-            self.data = ImageFolders(Path(config.data), config.image_size)
+            self.data = folders = ImageFolders(Path(config.data), config.image_size)
+            folders.check_headers()
         refuse_bad_domains(config.test_domains, self.data.domains)
+        for test in config.test_domains:  # what is wrong with a split is said before anything is trained
+            self._leave_out(0, test)
         self._weights = read_weights(Path(config.weights)) if config.weights else None
         self._split = lru_cache(maxsize=1)(self._leave_out)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> VisionTask:
+        """The task of a folder's protocol and axes."""
+        return cls(VisionConfig.from_dict({name: value for name, value in settings.items() if name not in DIGESTS}))
+
+    @property
+    def slots(self) -> int:
+        return self.config.slots
 
     @property
     def plan(self) -> list[RunKey]:
@@ -138,25 +165,23 @@ class VisionTask(Task):
         return [RunKey(row, seed, test) for seed in config.seeds for test in config.test_domains for row in config.rows]
 
     def protocol(self) -> dict[str, Any]:
-        """What runs must have in common to stand in one table."""
-        content = self.config.to_dict()
-        for axis in ("rows", "seeds", "test_domains"):
-            del content[axis]
+        """With digests of what the splits and the weights at start depend on."""
+        content = super().protocol()
         if isinstance(self.data, ImageFolders):
-            content["files"] = self.data.fingerprint
+            content["files_digest"] = self.data.fingerprint
+        if self._weights is not None:
+            content["weights_digest"] = hashlib.sha256(Path(self.config.weights).read_bytes()).hexdigest()
         return content
 
     def build(self, key: RunKey) -> nn.Module:
         """The dense model of the seed; of another row, with FFNs turned into experts that are copies of them."""
-        config = self.config
-        if config.data == DIGITS:
-            sizes = ViTConfig()
-            dense: nn.Module = ViT(sizes, key.seed)
-            blocks = sizes.moe_blocks
-        else:
-            classes = len(self.data.classes)
-            dense = build_timm(config.arch, classes, config.image_size, config.drop_path, self._weights, key.seed)
-            blocks = moe_blocks(len(dense.blocks))
+        dense, blocks = self._dense(key.seed)
+        if key.row == "dense":
+            return dense
+        from dynmoe_tutel.convert import convert
+
+        options = moe_options(key.row, self.config.experts, self.config.slots)
+        seeded(key.seed, 1, lambda: convert(dense, layers=list(blocks), recipe="gmoe", **options))
         return dense
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -179,6 +204,15 @@ class VisionTask(Task):
         for domain in self.data.domains:
             kind = "out" if domain in split.target else "validation"
             yield Part(domain, kind, split.evaluated(domain, self.config.workers))
+
+    def _dense(self, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+        """The dense model and the blocks that get experts in the other rows."""
+        config = self.config
+        if config.data == DIGITS:
+            return ViT(ViTConfig(), seed), ViTConfig().moe_blocks
+        classes = len(self.data.classes)
+        model = build_timm(config.arch, classes, config.image_size, config.drop_path, self._weights, seed)
+        return model, moe_blocks(len(cast(nn.Sequential, model.blocks)))
 
     def _leave_out(self, seed: int, test: str) -> LeaveOut:
         return LeaveOut(self.data, [test], seed, self.config.batch_per_domain)
