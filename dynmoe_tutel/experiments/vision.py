@@ -97,7 +97,7 @@ class VisionConfig(Settings):
 
     def quick(self) -> VisionConfig:
         """The same job, short: one seed, the last test domain, fewer steps, updates as often in proportion."""
-        short: dict[str, Any] = {"steps": 160} if self.data == DIGITS else {"steps": 20, "batch_per_domain": 4}
+        short: dict[str, Any] = {"steps": 120} if self.data == DIGITS else {"steps": 20, "batch_per_domain": 4}
         every = short["steps"] // 4
         return replace(
             self,
