@@ -5,14 +5,17 @@ device without a kernel of its own runs it too), a fake kernel (shapes for `torc
 Nothing here knows modules, gates or Tutel.
 """
 
-from .activations import ACTIVATIONS, activation_name
-from .grouped_ffn import grouped_ffn, grouped_linear
-from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
-from .rows import combine, dispatch, row_gates
-from .strided_sample import keep_strided, thinned
-from .threshold_gate import gate_dtype, threshold_gate
-from .top_any_ffn import top_any_ffn
-from .vector_losses import vector_losses
+# In a checkout this folder is also found under the name `kernels`, by transformers among others, which looks for a package
+# of that name. Registering the operations a second time would destroy the first ones.
+if __name__ == "dynmoe_tutel.kernels":
+    from .activations import ACTIVATIONS, activation_name
+    from .grouped_ffn import grouped_ffn, grouped_linear
+    from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
+    from .rows import combine, dispatch, row_gates
+    from .strided_sample import keep_strided, thinned
+    from .threshold_gate import gate_dtype, threshold_gate
+    from .top_any_ffn import top_any_ffn
+    from .vector_losses import vector_losses
 
 __all__ = [
     "ACTIVATIONS",

@@ -139,6 +139,20 @@ found = {{"seconds": time.perf_counter() - start, "asked": Watch.asked, "new": s
     assert not [name for name in found["new"] if name.split(".")[0] in HEAVY]
 
 
+def test_the_folder_of_kernels_under_its_own_name() -> None:
+    """transformers looks for a package `kernels` and, in a checkout, imports this folder: operations must stay whole."""
+    code = """
+import torch
+from dynmoe_tutel import moe
+layer = moe.moe_layer("top_any", 8, {"num_experts_per_device": 2, "hidden_size_per_expert": 4})
+import kernels
+assert not hasattr(kernels, "top_any_ffn")
+layer(torch.randn(3, 8)).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_changes_no_global_state(python: Callable[[str], dict]) -> None:
     found = python(
         """
