@@ -199,11 +199,12 @@ class VisionTask(Task):
         return self._split(key.seed, key.test).batches(first_step, self.config.steps, self.config.workers)
 
     def parts(self, key: RunKey, step: int) -> Iterator[Part]:
-        """A part a domain: held-out images of those trained on, "in" images of the one left out."""
+        """A part a domain: held-out images of those trained on, "in" images of the one left out, by a name of its own:
+        runs that leave out another domain have validation images of this one."""
         split = self._split(key.seed, key.test)
         for domain in self.data.domains:
-            kind = "out" if domain in split.target else "validation"
-            yield Part(domain, kind, split.evaluated(domain, self.config.workers))
+            name, kind = (f"{domain}, left out", "out") if domain in split.target else (domain, "validation")
+            yield Part(name, kind, split.evaluated(domain, self.config.workers))
 
     def _dense(self, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         """The dense model and the blocks that get experts in the other rows."""

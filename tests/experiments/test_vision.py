@@ -149,7 +149,7 @@ def test_parts_are_validation_images_and_the_target() -> None:
     assert [part.kind for part in parts.values()] == ["validation"] * 5 + ["out"]
     split = task._leave_out(0, "75")
     for name, part in parts.items():
-        index = split.target[name] if name == "75" else split.validation[name]
+        index = split.target["75"] if name == "75, left out" else split.validation[name]
         assert sum(len(label) for _, label in part.batches) == len(index)
 
 
@@ -184,6 +184,8 @@ def test_rows_seeds_and_test_domains_merge_in_any_order(whole: Path, tmp_path: P
     runs = sorted(path.name for path in (folder / "runs").iterdir())
     assert runs == ["dense-seed0-0", "dense-seed0-75", "dynmoe-seed0-75"]
     assert [line for line in lines(folder, "eval") if line["test"] == "75"] == lines(whole, "eval")
+    dense = summarise(experiment.read_runs(folder)[0], ("dense",), 8, "validation")[0]
+    assert {"0", "0, left out", "75", "75, left out"} <= set(dense.parts), "validation and target are not mixed"
     with pytest.raises(ValueError, match=r"another protocol.*batch_per_domain: 2 there, 3 now"):
         done(folder, replace(TINY, batch_per_domain=3))
 
@@ -231,8 +233,8 @@ def test_a_tree_of_images_with_a_model_of_timm_from_the_command_line(tmp_path: P
     assert ran.exit_code == 0, ran.output
     evaluations = lines(out, "eval")
     assert {line["test"] for line in evaluations} == {"sketch"}
-    assert list(evaluations[-1]["parts"]) == ["art", "photo", "sketch"]
-    assert set(evaluations[-1]["parts"]["sketch"]["k"]) == {"blocks.8.mlp", "blocks.10.mlp"}
+    assert list(evaluations[-1]["parts"]) == ["art", "photo", "sketch, left out"]
+    assert set(evaluations[-1]["parts"]["sketch, left out"]["k"]) == {"blocks.8.mlp", "blocks.10.mlp"}
     assert CliRunner().invoke(app, ["experiment", "vision", "--resume", str(out)]).exit_code == 0
     (tree / "art" / "dog" / "pic_001.jpg").unlink()
     refused = CliRunner().invoke(app, ["experiment", "vision", "--resume", str(out)])
