@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel.experiments.digits import ANGLES, RotatedDigits
-from dynmoe_tutel.experiments.domains import DomainData, LeaveOut, refuse_bad_domains
+from dynmoe_tutel.experiments.domains import DomainData, LeaveOut
 from dynmoe_tutel.experiments.image_folders import ImageFolders
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
-from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task
+from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.timm_models import build_timm, moe_blocks, read_weights
 from dynmoe_tutel.experiments.vit import ViT, ViTConfig, seeded
 
@@ -72,7 +72,7 @@ class VisionConfig(Settings):
             if not isinstance(value, float) or not 0 <= value < above:
                 raise ValueError(f"{name} must be at least 0 and below {above:g}, got {value!r}")
         if self.data == DIGITS:
-            refuse_bad_domains(self.test_domains, [str(angle) for angle in ANGLES])
+            refuse_bad_choice("test_domains", self.test_domains, tuple(str(angle) for angle in ANGLES))
 
     @classmethod
     def of_folders(cls, data: Path, image_size: int = 224) -> VisionConfig:
@@ -143,7 +143,7 @@ class VisionTask(Task):
         else:
             self.data = folders = ImageFolders(Path(config.data), config.image_size)
             folders.check_headers()
-        refuse_bad_domains(config.test_domains, self.data.domains)
+        refuse_bad_choice("test_domains", config.test_domains, self.data.domains)
         for test in config.test_domains:  # what is wrong with a split is said before anything is trained
             self._leave_out(0, test)
         self._weights = read_weights(Path(config.weights)) if config.weights else None

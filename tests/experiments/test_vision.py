@@ -143,6 +143,12 @@ def test_training_reads_training_images_alone(monkeypatch: pytest.MonkeyPatch) -
         assert not set(index) & set(split.validation[domain].tolist())
 
 
+def test_every_domain_of_a_tree_is_left_out_in_turn(tmp_path: Path) -> None:
+    config = make_config({"data": picture_tree.write_tree(tmp_path / "PACS"), "seeds": (0,), "image_size": 16}, False)
+    assert [key.test for key in VisionTask(config).plan if key.row == "dynmoe"] == ["art", "photo", "sketch"]
+    assert (config.steps, config.learning_rate, config.constant_rate) == (5000, 3e-5, True)
+
+
 def test_parts_are_validation_images_and_the_target() -> None:
     task = VisionTask(TINY)
     parts = {part.name: part for part in task.parts(RunKey("dense", 0, "75"), 0)}
