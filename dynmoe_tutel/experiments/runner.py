@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel import meters
 from dynmoe_tutel.controller import ExpertController, Schedule
-from dynmoe_tutel.experiments import meters
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 
 MAX_SEED = 2**31

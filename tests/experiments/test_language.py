@@ -22,9 +22,9 @@ from dynmoe_tutel.experiments import experiment, plots, results
 from dynmoe_tutel.experiments.corpus import Corpus, Example
 from dynmoe_tutel.experiments.experiment import RUNS
 from dynmoe_tutel.experiments.language import GROUP, LanguageConfig, LanguageTask
-from dynmoe_tutel.experiments.meters import moe_layers
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 from dynmoe_tutel.experiments.runner import Run, RunKey
+from dynmoe_tutel.meters import moe_layers
 
 pytest.importorskip("transformers")
 
