@@ -240,7 +240,7 @@ class Run:
     def __init__(self, task: Task, key: RunKey, folder: RunFolder, reporter: Reporter) -> None:
         self.task, self.key, self.folder, self.reporter = task, key, folder, reporter
         self.settings, self.row, self.name = task.settings, key.row, key.name
-        self.model = task.build(key).to(task.device)
+        self.model = task.build(key).to(task.device).train()  # libraries hand over models in eval mode
         self.optimizer = task.optimizer(self.model)
         self.meter = meters.RoutingMeter(self.model)
         self.controller: ExpertController | None = None
