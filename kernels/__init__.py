@@ -5,8 +5,8 @@ device without a kernel of its own runs it too), a fake kernel (shapes for `torc
 Nothing here knows modules, gates or Tutel.
 """
 
-# In a checkout this folder is also found under the name `kernels`, by transformers among others, which looks for a package
-# of that name. Registering the operations a second time would destroy the first ones.
+# In a checkout this folder is also found under the name `kernels`, by transformers among others, which looks for a
+# package of that name. Registering the operations a second time would destroy the first ones.
 if __name__ == "dynmoe_tutel.kernels":
     from .activations import ACTIVATIONS, activation_name
     from .grouped_ffn import grouped_ffn, grouped_linear

@@ -140,7 +140,7 @@ found = {{"seconds": time.perf_counter() - start, "asked": Watch.asked, "new": s
 
 
 def test_the_folder_of_kernels_under_its_own_name() -> None:
-    """transformers looks for a package `kernels` and, in a checkout, imports this folder: operations must stay whole."""
+    """transformers looks for a package `kernels` and, in a checkout, imports this folder: operations stay whole."""
     code = """
 import torch
 from dynmoe_tutel import moe

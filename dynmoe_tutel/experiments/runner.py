@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel import meters
 from dynmoe_tutel.controller import ExpertController, Schedule
-from dynmoe_tutel.experiments import meters
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 
 MAX_SEED = 2**31
@@ -240,7 +240,7 @@ class Run:
     def __init__(self, task: Task, key: RunKey, folder: RunFolder, reporter: Reporter) -> None:
         self.task, self.key, self.folder, self.reporter = task, key, folder, reporter
         self.settings, self.row, self.name = task.settings, key.row, key.name
-        self.model = task.build(key).to(task.device)
+        self.model = task.build(key).to(task.device).train()  # libraries hand over models in eval mode
         self.optimizer = task.optimizer(self.model)
         self.meter = meters.RoutingMeter(self.model)
         self.controller: ExpertController | None = None

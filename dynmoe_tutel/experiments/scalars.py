@@ -15,6 +15,7 @@ from typing import Any
 
 from dynmoe_tutel.experiments.run_folder import METRICS, read_log
 from dynmoe_tutel.experiments.runner import RunKey
+from dynmoe_tutel.meters import layer_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,5 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key in ("loss", "aux", "accuracy", "validation_accuracy", "in_accuracy", "out_accuracy", "step_ms"):
         if line.get(key) is not None:
             yield f"{kind}/{key}", line[key]
-    for name, layer in line["layers"].items():
-        for key in ("experts", "k", "unrouted"):
-            if layer[key] is not None:
-                yield f"{kind}/{name}/{key}", layer[key]
+    for name, value in layer_scalars(line["layers"]):
+        yield f"{kind}/{name}", value

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dynmoe_tutel import moe
-from dynmoe_tutel.experiments.meters import RoutingMeter, moe_layers, parameter_counts
+from dynmoe_tutel.meters import RoutingMeter, layer_scalars, moe_layers, parameter_counts
 
 
 def model_with(gate: dict[str, object], experts: int) -> nn.Module:
@@ -57,6 +58,55 @@ def test_meter_continues_from_its_state() -> None:
     model(torch.randn(30, 8, generator=torch.Generator().manual_seed(1)))
     assert int(state["1"]["counts"].sum()) == 20, "the state is a copy"
     assert sum(meter.read()["1"]["load"]) == pytest.approx(2)
+
+
+def test_meter_counts_neither_padding_nor_recomputes_nor_after_close() -> None:
+    model = model_with({"type": "top_any", "max_expert_num": 6}, 3)
+    layer, meter = moe_layers(model)["1"], RoutingMeter(model)
+    x, real = torch.randn(20, 8), torch.arange(20) < 15
+    layer(x, token_mask=real)
+    read = meter.read()["1"]
+    routing = layer.route(x[:15])
+    assert read["load"] == pytest.approx((routing.counts / 15).tolist())
+    assert read["k"] == pytest.approx(routing.k_per_token.float().mean().item())
+    assert sum(read["k_histogram"]) == pytest.approx(1)
+    before = meter.state_dict()
+    checkpoint(layer, x.requires_grad_(), use_reentrant=False).sum().backward()
+    assert int((meter.state_dict()["1"]["k_histogram"] - before["1"]["k_histogram"]).sum()) == 20
+    meter.close()
+    layer(x)
+    assert int((meter.state_dict()["1"]["k_histogram"] - before["1"]["k_histogram"]).sum()) == 20
+
+
+def test_meter_of_training_alone() -> None:
+    model = model_with({"type": "top_any", "max_expert_num": 6}, 3)
+    meter = RoutingMeter(model, training_only=True)
+    model.eval()(torch.randn(5, 8))
+    assert meter.read()["1"]["k"] is None
+    model.train()(torch.randn(7, 8))
+    assert int(meter.state_dict()["1"]["k_histogram"].sum()) == 7
+
+
+def test_scalars_of_a_reading() -> None:
+    layer = {
+        "experts": 2,
+        "active": [0, 2],
+        "k": 1.0,
+        "k_histogram": [0.25, 0.5, 0.25, 0.0],
+        "unrouted": 0.25,
+        "load": [0.75, 0.0, 0.25],
+    }
+    empty = {"experts": 3, "active": [0, 1, 2], "k": None, "k_histogram": None, "unrouted": None, "load": None}
+    assert dict(layer_scalars({"a": layer, "b": empty})) == {
+        "a/experts": 2,
+        "a/k": 1.0,
+        "a/unrouted": 0.25,
+        "a/load_max_over_mean": 1.5,
+        "a/k_histogram/0": 0.25,
+        "a/k_histogram/1": 0.5,
+        "a/k_histogram/2": 0.25,
+        "b/experts": 3,
+    }
 
 
 def test_parameters_counted_by_hand() -> None:

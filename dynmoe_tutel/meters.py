@@ -5,14 +5,15 @@ Depends on the core alone, and works for every gate type, in training and in eva
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_tutel.gates import Gate
-from dynmoe_tutel.layer import MoELayer
+from dynmoe_tutel.layer import MoELayer, in_backward
 from dynmoe_tutel.routing import Routing
 
 
@@ -26,24 +27,40 @@ def active_slots(layer: MoELayer) -> list[int]:
     return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
 
 
-class RoutingMeter:
-    """Sums over what gate 0 of every MoE layer routed since `reset`, gathered by forward hooks."""
+def _device(layer: MoELayer) -> torch.device:
+    return layer._num_global_experts.device
 
-    def __init__(self, model: nn.Module) -> None:
+
+class RoutingMeter:
+    """Sums over what gate 0 of every MoE layer routed since `reset`, gathered by forward hooks until `close`.
+
+    The sums stay on the layers' devices, and only `read` waits for them. Padding (a `token_mask`) is not counted, nor
+    is a recompute of gradient checkpointing; with `training_only`, nor is a forward in eval.
+    """
+
+    def __init__(self, model: nn.Module, training_only: bool = False) -> None:
         self.layers = moe_layers(model)
+        self.training_only = training_only
         self._sums: dict[str, dict[str, Tensor]] = {}
-        for name, layer in self.layers.items():
-            layer.gates[0].register_forward_hook(self._hook(name))
         self.reset()
+        self._hooks = [
+            layer.gates[0].register_forward_hook(self._hook(name, layer.max_num_global_experts))
+            for name, layer in self.layers.items()
+        ]
+
+    def close(self) -> None:
+        """Count no more; what was counted stays to be read."""
+        for hook in self._hooks:
+            hook.remove()
 
     def reset(self) -> None:
         """Forget everything."""
         for name, layer in self.layers.items():
-            slots = layer.max_num_global_experts
+            slots, device = layer.max_num_global_experts, _device(layer)
             self._sums[name] = {
-                "counts": torch.zeros(slots, dtype=torch.int64),
-                "k_histogram": torch.zeros(slots + 1, dtype=torch.int64),
-                "unrouted": torch.zeros((), dtype=torch.int64),
+                "counts": torch.zeros(slots, dtype=torch.int64, device=device),
+                "k_histogram": torch.zeros(slots + 1, dtype=torch.int64, device=device),
+                "unrouted": torch.zeros((), dtype=torch.int64, device=device),
             }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -52,7 +69,18 @@ class RoutingMeter:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from sums saved before."""
-        self._sums = {name: {key: value.clone() for key, value in sums.items()} for name, sums in state.items()}
+        for name, sums in state.items():
+            self._sums[name] = {key: value.to(_device(self.layers[name]), copy=True) for key, value in sums.items()}
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the ranks of `group`, all of which must call it; nothing where torch.distributed is not in use."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        values = [value for sums in self._sums.values() for value in sums.values()]
+        flat = torch.cat([value.reshape(-1) for value in values])
+        dist.all_reduce(flat, group=group)
+        for value, total in zip(values, flat.split([value.numel() for value in values]), strict=True):
+            value.copy_(total.reshape(value.shape))
 
     def read(self) -> dict[str, dict[str, Any]]:
         """By layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
@@ -72,15 +100,21 @@ class RoutingMeter:
         result["load"] = [n / tokens for n in sums["counts"].tolist()]
         return result
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, slots: int) -> Any:
         @torch.no_grad()
-        def add(_gate: nn.Module, _inputs: Any, routing: Routing) -> None:
+        def add(gate: nn.Module, _inputs: Any, routing: Routing) -> None:
+            if (self.training_only and not gate.training) or in_backward():
+                return
             sums = self._sums[name]
             # In eval an unrouted token has its best expert; it still belongs at 0 of the histogram.
             passed_T = routing.k_per_token.masked_fill(routing.unrouted, 0)
-            sums["counts"] += routing.counts.cpu()
-            sums["k_histogram"] += torch.bincount(passed_T, minlength=len(sums["k_histogram"])).cpu()
-            sums["unrouted"] += routing.unrouted.sum().cpu()
+            if routing.token_mask is not None:
+                passed_T = passed_T.masked_fill(~routing.token_mask, slots + 1)  # beyond the bins
+            bins = sums["k_histogram"].new_zeros(slots + 2)
+            bins.index_add_(0, passed_T, bins.new_ones(passed_T.shape))  # bincount would wait for the device
+            sums["k_histogram"].add_(bins[:-1])
+            sums["counts"].add_(routing.counts)
+            sums["unrouted"].add_(routing.unrouted.sum())
 
         return add
 
@@ -91,6 +125,26 @@ def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) 
         name: {key: scale * torch.stack([state[name][key] for state in states]).sum(0) for key in sums}
         for name, sums in states[0].items()
     }
+
+
+def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """(layer/name, value) of every number that `RoutingMeter.read` gave and that is worth a curve.
+
+    `experts`, `k`, `unrouted`; `load_max_over_mean`, over the active slots, 1 where all have the same load; and
+    `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or had.
+    """
+    for name, layer in layers.items():
+        for key in ("experts", "k", "unrouted"):
+            if layer[key] is not None:
+                yield f"{name}/{key}", layer[key]
+        if layer["k_histogram"] is None:
+            continue
+        load = [layer["load"][slot] for slot in layer["active"]]
+        if sum(load) > 0:
+            yield f"{name}/load_max_over_mean", max(load) * len(load) / sum(load)
+        most = max(layer["experts"], *(k for k, share in enumerate(layer["k_histogram"]) if share > 0))
+        for k, share in enumerate(layer["k_histogram"][: most + 1]):
+            yield f"{name}/k_histogram/{k}", share
 
 
 def parameter_counts(model: nn.Module, mean_k: Mapping[str, float]) -> tuple[float, int]:

@@ -1,0 +1,112 @@
+"""The auxiliary loss of a model's MoE layers, put into the backward that the host runs anyway.
+
+Each call of a layer in training gets the gradient of weight * l_aux at the layer's output. The loss that the host
+computes, scales and logs stays the task's alone, whichever way it is computed, and nothing is kept from one forward to
+the next: a layer that is called twice counts twice, one that is not called counts nothing. Depends on the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynmoe_tutel.layer import MoELayer, in_backward
+
+
+class _WithGradient(torch.autograd.Function):
+    """y as it is; in the backward, a gradient of 1 for `term`, whatever the gradient of y is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, term: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.ones((), dtype=torch.float32, device=dy.device)
+
+
+class AuxiliaryGradient:
+    """Adds the gradient of `weight` * l_aux at the output of every call of the layers in training, until `close`.
+
+    `set_factor` says what the host does to its loss, so that the auxiliary loss is treated alike. The sums of l_aux
+    for the log stay on the layers' devices.
+    """
+
+    def __init__(self, layers: Mapping[str, MoELayer], weight: float) -> None:
+        self.weight = weight
+        devices = {name: layer._num_global_experts.device for name, layer in layers.items()}
+        self._factors = {
+            device: torch.full((), weight, dtype=torch.float32, device=device) for device in devices.values()
+        }
+        # by layer: l_aux, calls
+        self._sums = {name: torch.zeros(2, dtype=torch.float32, device=device) for name, device in devices.items()}
+        self._hooks = [
+            layer.register_forward_hook(self._hook(name, self._factors[devices[name]]))
+            for name, layer in layers.items()
+        ]
+
+    def set_factor(self, factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
+        """For the next forwards: the host multiplies its loss by `factor`, and by the scale of `scaler`."""
+        for value in self._factors.values():
+            value.fill_(self.weight * factor)
+            if scaler is not None:
+                value.copy_(scaler.scale(value))
+
+    def close(self) -> None:
+        """Leave the layers as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def means(self) -> dict[str, float]:
+        """The mean unweighted l_aux of a call since `reset`, by layer, where there was one. Waits for the device."""
+        read = {name: value.tolist() for name, value in self._sums.items()}
+        return {name: total / calls for name, (total, calls) in read.items() if calls > 0}
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        for value in self._sums.values():
+            value.zero_()
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the ranks of `group`, all of which must call it; nothing where torch.distributed is not in use."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+            flat = torch.cat(list(self._sums.values()))
+            dist.all_reduce(flat, group=group)
+            for value, total in zip(self._sums.values(), flat.split(2), strict=True):
+                value.copy_(total)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, copied."""
+        return {name: value.clone() for name, value in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums saved before."""
+        for name, value in self._sums.items():
+            value.copy_(state[name])
+
+    def _hook(self, name: str, factor: Tensor) -> Any:
+        def add(layer: nn.Module, _inputs: Any, y: Any) -> Any:
+            if not layer.training:
+                return None
+            if not isinstance(y, Tensor):
+                raise ValueError(
+                    f"the result_func of {name or 'the layer'} makes {type(y).__name__}, not a tensor: "
+                    "the gradient of the auxiliary loss has no place there"
+                )
+            l_aux: Tensor | None = getattr(y, "l_aux", None)
+            if l_aux is None:  # SKIP_MOE
+                return None
+            if not in_backward():
+                with torch.no_grad():
+                    self._sums[name].add_(torch.stack([l_aux.float(), torch.ones_like(l_aux)]))
+            if self.weight == 0 or not l_aux.requires_grad:
+                return None
+            y = _WithGradient.apply(y, factor * l_aux)
+            y.l_aux = l_aux
+            return y
+
+        return add

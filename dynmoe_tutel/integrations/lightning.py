@@ -1,0 +1,119 @@
+"""`DynMoECallback` for `lightning.pytorch.Trainer`.
+
+A callback cannot replace the loss that `training_step` returns, so the gradient of the auxiliary loss is put in at the
+layers (`auxiliary_gradient`), with the factor that Lightning gives the loss. What is logged as the loss stays the
+task's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dynmoe_tutel.controller import ExpertController, ExpertEvent
+from dynmoe_tutel.integrations import require
+from dynmoe_tutel.integrations.moe_training import MoETraining, checked_options, refuse_without_layers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback = require("lightning.pytorch", "lightning").Callback
+
+# their parameters are not whole: no row is one expert's
+_UNSERVED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+class DynMoECallback(Callback):
+    """Trains the MoE layers of a LightningModule: `Trainer(callbacks=[DynMoECallback(schedule=300)])`.
+
+    * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
+      training batch after which the optimizer (or several) stepped; `controller` and `events` are there once `fit` has
+      begun. A model whose gates all have a fixed k trains without one.
+    * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss and treated as Lightning treats the
+      loss: divided by `accumulate_grad_batches`, and under manual optimization not at all. Do not add it in
+      `training_step` as well.
+    * Where Lightning logs, `moe/<layer>/...` is logged too: what `MoETraining.scalars` gives.
+    * The state is in Lightning's checkpoints, under the callback's name: `fit(ckpt_path=...)` goes on bitwise, in the
+      middle of a record window too. A second `fit` of the same trainer goes on with the controller as it is
+      (Lightning makes new optimizers then).
+
+    Only training forwards are recorded, not those of validation, test, prediction or the sanity check. `fit` raises
+    ValueError for a model without MoE layers and for FSDP, DeepSpeed and ModelParallel strategies; Lightning itself
+    refuses a second DynMoECallback.
+    """
+
+    def __init__(self, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
+        checked_options(aux_weight, options)
+        self._aux_weight = aux_weight
+        self._options = {"schedule": schedule, **options}
+        self._training: MoETraining | None = None
+        self._state_to_load: dict[str, Any] | None = None
+        self._steps = 0  # Lightning's, when last looked
+
+    @property
+    def controller(self) -> ExpertController | None:
+        """The controller of the last training; None before one, and where every gate has a fixed k."""
+        return None if self._training is None else self._training.controller
+
+    @property
+    def events(self) -> list[ExpertEvent]:
+        """What grew and what was pruned, oldest first."""
+        return [] if self.controller is None else self.controller.events
+
+    def close(self) -> None:
+        """Leave the model's layers alone, as after training."""
+        if self._training is not None:
+            self._training.close()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_unserved(trainer)
+        refuse_without_layers(pl_module)
+        state = self._state_to_load
+        if state is None and self._training is not None and trainer.global_step > 0:
+            state = self._training.state_dict()  # the same trainer goes on
+        self.close()
+        self._training = MoETraining(pl_module, trainer.optimizers, self._aux_weight, self._options)
+        if state is not None:
+            self._training.load_state_dict(state)
+            self._state_to_load = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._training is not None
+        batches = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self._training.set_factor(1 / batches, getattr(trainer.precision_plugin, "scaler", None))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._steps:
+            return  # more batches to accumulate
+        assert self._training is not None
+        self._steps = trainer.global_step
+        self._training.step()
+        if trainer._logger_connector.should_update_logs:  # as Lightning's own callbacks ask
+            pl_module.log_dict(self._training.scalars())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._state_to_load = None  # of a checkpoint that was only evaluated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._state_to_load = dict(state_dict)
+
+
+def _refuse_unserved(trainer: Trainer) -> None:
+    """ValueError where the trainer does something under which the callback would do harm."""
+    strategy = type(trainer.strategy).__name__
+    if strategy in _UNSERVED_STRATEGIES:
+        raise ValueError(f"trainer cannot be served by DynMoECallback: {strategy} splits the parameters of an expert")

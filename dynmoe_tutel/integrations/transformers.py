@@ -1,0 +1,179 @@
+"""`DynMoECallback` for `transformers.Trainer`.
+
+The Trainer scales its loss by the micro-batches of a step, by `num_items_in_batch`, or as a function or a subclass of
+the user's does, each with or without a GradScaler; and a callback cannot change a loss. So the gradient of the
+auxiliary loss is put in at the layers (`auxiliary_gradient`), divided by the number of micro-batches of the step, and
+`loss` in the log is the task's, comparable with a dense model's and with `eval_loss`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, write_checkpoint
+from dynmoe_tutel.controller import ExpertController, ExpertEvent
+from dynmoe_tutel.integrations import require
+from dynmoe_tutel.integrations.moe_training import MoETraining, checked_options, refuse_without_layers
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+else:
+    TrainerCallback = require("transformers", "hf").TrainerCallback
+    require("accelerate", "hf")
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "dynmoe"  # in every checkpoint-N
+STATE_KEY = "dynmoe_tutel"  # in trainer_state.json, under stateful_callbacks
+
+
+class DynMoECallback(TrainerCallback):
+    """Trains the MoE layers of a Trainer's model: `trainer.add_callback(DynMoECallback(trainer, schedule=300))`.
+
+    * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
+      step of the optimizer; `controller` and `events` are there once training has begun. A model whose gates all have
+      a fixed k trains without one.
+    * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss, as the mean over the micro-batches
+      of a step and over the ranks; do not add it in the model as well. `loss` in the log is without it.
+    * Where the Trainer logs, it also logs `moe/<layer>/...`: what `MoETraining.scalars` gives.
+    * Every checkpoint-N gets a folder `dynmoe`, from which `trainer.train(resume_from_checkpoint=...)` goes on, bitwise
+      and in the middle of a record window too. A checkpoint that was moved is found where `output_dir` or
+      `TrainingArguments(resume_from_checkpoint=...)` says.
+
+    Only the Trainer's training forwards are recorded. Raises ValueError for a model without MoE layers, unknown
+    options, a second DynMoECallback, and for what it cannot serve: FSDP and DeepSpeed (their parameters are not whole),
+    DataParallel, and `enable_jit_checkpoint` (it writes checkpoints without asking callbacks).
+    """
+
+    def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
+        checked_options(aux_weight, options)
+        refuse_without_layers(trainer.model)  # type: ignore[arg-type]
+        self._trainer = trainer
+        self._aux_weight = aux_weight
+        self._options = {"schedule": schedule, **options}
+        self._training: MoETraining | None = None
+        self._session = ""
+        self._refuse_unserved()
+
+    @property
+    def controller(self) -> ExpertController | None:
+        """The controller of the last training; None before one, and where every gate has a fixed k."""
+        return None if self._training is None else self._training.controller
+
+    @property
+    def events(self) -> list[ExpertEvent]:
+        """What grew and what was pruned, oldest first."""
+        return [] if self.controller is None else self.controller.events
+
+    def close(self) -> None:
+        """Leave the model's layers alone; only needed where training ended by an exception."""
+        if self._training is not None:
+            self._training.close()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+        self._refuse_unserved()
+        self._training = MoETraining(kwargs["model"], kwargs["optimizer"], self._aux_weight, self._options)
+        if state.global_step > 0:
+            self._resume(args, state, self._training)
+        self._session = uuid.uuid4().hex
+        # The Trainer tells nobody which folder it resumes from, but it restores this.
+        _stateful(state)[STATE_KEY] = {"session": self._session, "folder": str(_output_dir(args).absolute())}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._training is not None
+        micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
+        self._training.set_factor(1 / micro_batches, self._trainer.accelerator.scaler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._training is not None
+        self._training.step()
+        self._log(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._training is not None
+        training = self._training.state_dict()  # on every rank
+        if not args.should_save:
+            return
+        if state.is_hyper_param_search:
+            logger.warning("the controller is not saved in a hyper-parameter search: its checkpoints cannot be resumed")
+            return
+        folder = _checkpoint(_output_dir(args), state.global_step) / FOLDER
+        shutil.rmtree(folder, ignore_errors=True)  # as the Trainer overwrites the files of a step that it repeats
+        write_checkpoint(folder, {"session": self._session, "step": state.global_step, "training": training})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def _log(self, control: TrainerControl) -> None:
+        if control.should_log:
+            assert self._training is not None
+            self._trainer.log(self._training.scalars())
+            control.should_log = True  # the Trainer takes it back at every log, and its loss is still to come
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, training: MoETraining) -> None:
+        saved = _stateful(state).get(STATE_KEY)
+        if saved is None:
+            logger.warning(
+                "the checkpoint of step %d was written without DynMoECallback: the adaptive process starts anew",
+                state.global_step,
+            )
+            return
+        candidates = [_checkpoint(parent, state.global_step) for parent in (Path(saved["folder"]), _output_dir(args))]
+        if args.resume_from_checkpoint is not None:
+            candidates.insert(0, Path(args.resume_from_checkpoint))
+        for folder in candidates:
+            if is_checkpoint(folder / FOLDER):
+                found = read_checkpoint(folder / FOLDER)
+                if (found["session"], found["step"]) == (saved["session"], state.global_step):
+                    training.load_state_dict(found["training"])
+                    return
+        raise ValueError(
+            f"no state of DynMoECallback for step {state.global_step} in any of {', '.join(map(str, candidates))}: "
+            "name the checkpoint that is resumed in TrainingArguments(resume_from_checkpoint=...) too"
+        )
+
+    def _refuse_unserved(self) -> None:
+        """ValueError where the Trainer does something under which the callback would do harm."""
+        trainer = self._trainer
+        callbacks = trainer.callback_handler.callbacks
+        second = any(isinstance(other, DynMoECallback) and other is not self for other in callbacks)
+        reasons = {
+            "it has another DynMoECallback already": second,
+            "FSDP splits the parameters, and the rows of one expert with them": trainer.is_fsdp_enabled,
+            "DeepSpeed keeps parameters and moments of its own": trainer.is_deepspeed_enabled,
+            "DataParallel copies the layers in every forward: use torchrun, or show one GPU": trainer.args.n_gpu > 1,
+            "enable_jit_checkpoint writes checkpoints without asking callbacks": trainer.args.enable_jit_checkpoint,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"trainer cannot be served by DynMoECallback: {reason}")
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # the Trainer's default has been set
+    return Path(args.output_dir)
+
+
+def _checkpoint(parent: Path, step: int) -> Path:
+    return parent / f"checkpoint-{step}"
+
+
+def _stateful(state: TrainerState) -> dict[str, Any]:
+    """What the Trainer keeps in trainer_state.json for callbacks: annotated as the list that it is made from."""
+    return cast(dict[str, Any], state.stateful_callbacks)
