@@ -7,6 +7,7 @@ optimizer's rows are the controller's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .experts import Experts, FFNExperts
 from .experts.base import SlotParameter
 from .gates import Gate, TopKGate
+from .placement import slot_to_grow
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
@@ -32,6 +34,9 @@ class AdaptiveExperts:
     record_routing: bool
     record_eval: bool
     slots: int
+    group: Any  # the ranks that divide the slots, where they do
+    world_size: int
+    sharded_count: int
     record_group: Any
     expert_slots: Any
     one_score_gate: bool
@@ -81,8 +86,9 @@ class AdaptiveExperts:
         record.all_reduce(self.record_group)
         active_E = gate.active()
         decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
+        load = record.counts.tolist()
         record.reset()
-        changes = self.update_experts(decision, gate_index)
+        changes = self.update_experts(decision, gate_index, load=load)
         after = int(gate.active().sum())
         _log.info("adaptive update: from %d to %d experts%s", int(active_E.sum()), after, _summary(changes))
         return changes
@@ -93,8 +99,12 @@ class AdaptiveExperts:
         gate_index: int = 0,
         init: str = "nearest",
         generator: torch.Generator | None = None,
+        load: Sequence[int] | None = None,
     ) -> list[ExpertChange]:
         """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
+
+        Where ranks divide the slots, growth takes the lowest free slot of the rank that is least loaded by `load`
+        (assignments of each slot; None: none), an expert grown before it in this update counting as the mean of all.
 
         `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
         ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last
@@ -108,16 +118,22 @@ class AdaptiveExperts:
         for slot, _ in decision.prune:
             self._check_slot("the decision prunes slot", slot)
         grow = [(unit_direction(w_D, gate.sim_matrix[:, 0], "the layer"), why) for w_D, why in decision.grow]
+        load_E = [0] * self.slots if load is None else list(load)
+        if len(load_E) != self.slots:
+            raise ValueError(f"load has {len(load_E)} entries: give one for each of {self.slots} slots")
         changes = []
         for slot, reason in decision.prune:
             if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
                 gate.deactivate(slot)
+                load_E[slot] = 0
                 changes.append(ExpertChange(slot, "pruned", reason))
         sources_E = gate.active()  # not those grown a moment ago
+        mean_load = sum(load_E) // max(1, int(sources_E.sum()))
         for w_D, reason in grow:
-            free = self._free_slot()
+            free = self._free_slot(load_E)
             if free is None:
                 break
+            load_E[free] = mean_load
             self._fill_slot(gate, free, w_D, init, sources_E, generator)
             gate.activate(free, w_D)
             changes.append(ExpertChange(free, "grown", reason))
@@ -151,10 +167,10 @@ class AdaptiveExperts:
         """[E] bool: slots that some gate has active; gates share the experts."""
         return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
 
-    def _free_slot(self) -> int | None:
-        """The lowest slot that no gate uses."""
-        free = (~self._used_slots()).nonzero()
-        return int(free[0]) if free.numel() else None
+    def _free_slot(self, load_E: Sequence[int]) -> int | None:
+        """The slot to grow into, of those that no gate uses."""
+        free = (~self._used_slots()).nonzero().flatten().tolist()
+        return slot_to_grow(free, load_E, self.world_size if self.sharded_count == 1 else 1)
 
     def _fill_slot(
         self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None

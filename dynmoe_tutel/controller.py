@@ -8,8 +8,8 @@ bitwise the uninterrupted one. Depends on layer, policy and records.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,88 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adaptive import INITS
-from .layer import MoELayer
+from .optimizer_rows import OptimizerRows, Optimizers, optimizer_list
+from .options import number
 from .policy import Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
-from .records import RoutingRecord
+from .rebalance import RebalanceReport, rebalance_layer
+from .schedule import Schedule
+from .sites import Site, adaptive_sites
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_TOKENS = 2048
 STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When to update, in optimizer steps.
-
-    Updates come after steps `start + n * every` (n = 0, 1, ...), as soon as a whole window fits before them,
-    and never after step `stop`. The window of an update holds the forwards of the last `window` optimizer
-    steps before it (None: `every`, so that windows touch). `Schedule(every=900, window=300, start=600)` is
-    the built-in schedule of DynMoE-DeepSpeed: updates at 600, 1500, 2400, ..., each from 300 steps.
-
-    Raises ValueError for values that are not positive integers (`start` may be 0), `window` > `every`, and a
-    `stop` before the first update.
-    """
-
-    every: int = 300
-    window: int | None = None
-    start: int = 0
-    stop: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("window", 1), ("start", 0), ("stop", 1)):
-            value = getattr(self, name)
-            if value is None and name in ("window", "stop"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"schedule: {name} must be an integer of at least {least}, got {value!r}")
-        if self.window_steps > self.every:
-            raise ValueError(f"schedule: window must be at most every ({self.every}), got {self.window}")
-        if self.stop is not None and self.stop < self._update_after(0):
-            first = self._update_after(0)
-            raise ValueError(f"schedule: stop must be at least {first}, the first update, got {self.stop}")
-
-    @classmethod
-    def of(cls, value: Schedule | Mapping[str, Any] | int | None) -> Schedule:
-        """A schedule from itself, a mapping of its fields, the number `every`, or None (the defaults)."""
-        if isinstance(value, Schedule):
-            return value
-        if value is None:
-            return cls()
-        if isinstance(value, int):
-            return cls(every=value)
-        if not isinstance(value, Mapping):
-            raise ValueError(f"schedule must be a Schedule, a dict, an int (every) or None, got {value!r}")
-        allowed = [f.name for f in fields(cls)]
-        unknown = [key for key in value if key not in allowed]
-        if unknown:
-            raise ValueError(f"schedule: unknown key {unknown[0]!r}, allowed are {', '.join(allowed)}")
-        return cls(**value)
-
-    @property
-    def window_steps(self) -> int:
-        """Optimizer steps in a window."""
-        return self.every if self.window is None else self.window
-
-    def updates_at(self, step: int) -> bool:
-        """Whether an update follows the `step`-th optimizer step."""
-        return step > 0 and self._update_after(step - 1) == step and not self._stopped(step)
-
-    def records_at(self, step: int) -> bool:
-        """Whether forwards made after `step` optimizer steps belong to a window."""
-        update = self._update_after(step)
-        return update - self.window_steps <= step and not self._stopped(update)
-
-    def opens_at(self, step: int) -> bool:
-        """Whether a window opens after the `step`-th optimizer step (0: at construction)."""
-        return self.records_at(step) and self._update_after(step) - self.window_steps == step
-
-    def _update_after(self, step: int) -> int:
-        earliest = max(step + 1, self.window_steps)
-        return self.start + max(0, -(-(earliest - self.start) // self.every)) * self.every
-
-    def _stopped(self, update: int) -> bool:
-        return self.stop is not None and update > self.stop
 
 
 @dataclass(frozen=True)
@@ -124,52 +53,6 @@ class ExpertEvent:
             f"step {self.step}: {self.action} expert {self.slot} of {where}{gate}, "
             f"now {self.experts} active: {self.reason}"
         )
-
-
-def _active(gate: nn.Module) -> Tensor:
-    active: Tensor = gate.active()  # type: ignore[operator]
-    return active
-
-
-class _Site:
-    """One adaptive gate of one layer, and how long each of its slots has been silent."""
-
-    def __init__(self, name: str, layer: MoELayer, gate: int) -> None:
-        self.name = name
-        self.layer = layer
-        self.gate = gate
-        self.silent_windows = [0] * layer.max_num_global_experts
-
-    @property
-    def key(self) -> str:
-        """The name of this gate in messages and in the state."""
-        return f"{self.name}.gates.{self.gate}".lstrip(".")
-
-    @property
-    def record(self) -> RoutingRecord:
-        return self.layer.records[self.gate]
-
-    @property
-    def active(self) -> Tensor:
-        """bool [E]"""
-        return _active(self.layer.gates[self.gate])
-
-    @property
-    def used_elsewhere(self) -> Tensor:
-        """bool [E], CPU: the slots in use by other gates of the layer, which share the expert networks."""
-        used = torch.zeros(len(self.silent_windows), dtype=torch.bool)
-        for index, gate in enumerate(self.layer.gates):
-            if index != self.gate:
-                used |= _active(gate).cpu()
-        return used
-
-    def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
-        """What a change of the slot resets, with the index of its entries: not a network that others still use."""
-        entries = self.layer.slot_parameters(slot, self.gate)
-        if not self.used_elsewhere[slot]:
-            return entries
-        own = {id(parameter) for parameter in self.layer.gates[self.gate].parameters()}
-        return [(parameter, index) for parameter, index in entries if id(parameter) in own]
 
 
 class ExpertController:
@@ -199,7 +82,7 @@ class ExpertController:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        optimizer: Optimizers = None,
         schedule: Schedule | Mapping[str, Any] | int | None = None,
         policy: str | Policy = "dynmoe",
         *,
@@ -219,13 +102,12 @@ class ExpertController:
         self.init = init
         self.group = group
         self.events: list[ExpertEvent] = []
-        self._optimizers = _optimizer_list(optimizer)
-        self._sites = _adaptive_sites(model)
+        self._rows = OptimizerRows(optimizer_list(optimizer))
+        self._sites = adaptive_sites(model)
         self._layers = list({id(site.layer): site.layer for site in self._sites}.values())
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         self._window_open = False
-        self._warned: set[str] = set()
 
         floor = getattr(self.policy, "min_experts", 1)
         sampled = max(max_new_experts, getattr(self.policy, "max_new_experts", 1)) > 1
@@ -237,7 +119,7 @@ class ExpertController:
                 )
             if sampled:
                 site.record.keep_tokens = max(site.record.keep_tokens, SAMPLED_TOKENS)
-        if not self._optimizers and any(p.requires_grad for p in model.parameters()):
+        if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
         self._set_window(self.schedule.opens_at(0))
 
@@ -266,6 +148,27 @@ class ExpertController:
             self._set_window(True)
         return events
 
+    @torch.no_grad()
+    def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
+        """Exchange experts between ranks where the load of the last window has drifted.
+
+        In each layer whose most loaded rank had more than `threshold` (at least 1) times the mean of the ranks, as few
+        slots as a greedy search finds are swapped between ranks: expert weights, optimizer rows, gate columns, records
+        and counts of silence. The layer computes what it did, but for the order of sums. Nothing moves without a gain
+        or on one rank. All ranks must call it alike, after `step()`; a layer that also has gates of fixed k stays.
+
+        Returns what moved and the load before and expected after; its lines are logged at level INFO.
+        """
+        threshold = number("threshold", threshold, 1)
+        layers = [
+            rebalance_layer([site for site in self._sites if site.layer is layer], self._rows, threshold)
+            for layer in self._layers
+        ]
+        report = RebalanceReport(self._step, tuple(layers))
+        for line in str(report).splitlines():
+            logger.info("%s", line)
+        return report
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What a resumed run needs beside the states of model and optimizer, also in the middle of a window.
 
@@ -281,7 +184,7 @@ class ExpertController:
                     tensors[f"{site.key}:{name}"] = value
                 else:
                     record[name] = value
-            gates[site.key] = {"silent_windows": list(site.silent_windows), "record": record}
+            gates[site.key] = {**site.state_values(), "record": record}
         values = {
             "version": STATE_VERSION,
             "step": self._step,
@@ -297,19 +200,28 @@ class ExpertController:
         Raises ValueError, and changes nothing, where the state is of other layers or slot counts, or
         incomplete.
         """
-        values, records = self._checked_state(state)
-        try:
-            events = [ExpertEvent(**event) for event in values["events"]]
-            generator = torch.Generator()
-            generator.set_state(state["tensors"]["generator"].cpu())
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        values, records, events, generator = self._checked_state(state)
         self._step, self.events, self._generator = int(values["step"]), events, generator
         # A window that the schedule given now does not know would end at no update of its own.
         self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
         for site in self._sites:
-            site.silent_windows = [int(n) for n in values["gates"][site.key]["silent_windows"]]
+            site.load_state_values(values["gates"][site.key])
             site.record.load_state_dict(records[site.key])
+
+    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
+        self._checked_state(state)
+
+    def record_groups(self) -> dict[str, Any]:
+        """By gate, the process group over whose ranks its record is summed."""
+        return {site.key: self._record_group(site) for site in self._sites}
+
+    def merged_records(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """By gate, one record's state from those of several ranks, empty from none."""
+        return {site.key: site.record.merged(records[site.key]) for site in self._sites}
+
+    def _record_group(self, site: Site) -> Any:
+        return site.layer.record_group if self.group is None else self.group
 
     def _set_window(self, is_open: bool) -> None:
         for layer in self._layers:
@@ -322,7 +234,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
         for site in self._sites:
-            site.record.all_reduce(site.layer.record_group if self.group is None else self.group)
+            site.record.all_reduce(self._record_group(site))
         decisions = [self._decide(site) for site in self._sites]
         events = []
         for site, decision in zip(self._sites, decisions, strict=True):
@@ -332,7 +244,12 @@ class ExpertController:
             logger.info("%s", event)
         return events
 
-    def _decide(self, site: _Site) -> Decision:
+    def _load(self, layer: nn.Module) -> list[int]:
+        """Assignments of each slot in the last window, by all adaptive gates of the layer."""
+        loads = [site.load for site in self._sites if site.layer is layer]
+        return [sum(counts) for counts in zip(*loads, strict=True)]
+
+    def _decide(self, site: Site) -> Decision:
         record, active = site.record, site.active
         if int(record.tokens) == 0:
             logger.info("step %d: no token in the window of %s", self._step, site.key)
@@ -342,15 +259,16 @@ class ExpertController:
         site.silent_windows = [
             n + 1 if alive[slot] and not busy[slot] else 0 for slot, n in enumerate(site.silent_windows)
         ]
+        site.load = record.counts.tolist()
         decision = self.policy(record, active, free, list(site.silent_windows))
         return checked_decision(decision, alive, record.unrouted_sum, site.key)
 
-    def _apply(self, site: _Site, decision: Decision) -> list[ExpertEvent]:
+    def _apply(self, site: Site, decision: Decision) -> list[ExpertEvent]:
         if not decision.prune and not decision.grow:
             return []
         experts = int(site.active.sum())
         changes: list[ExpertChange] = site.layer.update_experts(
-            decision, gate_index=site.gate, init=self.init, generator=self._generator
+            decision, gate_index=site.gate, init=self.init, generator=self._generator, load=self._load(site.layer)
         )
         events = []
         for change in changes:
@@ -359,36 +277,15 @@ class ExpertController:
                 ExpertEvent(self._step, site.name, site.gate, change.slot, change.action, change.reason, experts)
             )
         for slot in sorted({change.slot for change in changes}):
-            site.silent_windows[slot] = 0
+            site.silent_windows[slot] = site.load[slot] = 0
             for param, index in site.reset_parameters(slot):
-                self._reset_optimizer_rows(param, index)
+                self._rows.reset(param, index)
         return events
-
-    def _reset_optimizer_rows(self, param: nn.Parameter, index: tuple[Any, ...]) -> None:
-        for optimizer in self._optimizers:
-            # `.get`: the state is a defaultdict, and an empty entry would count as an initialised parameter.
-            for name, value in (optimizer.state.get(param) or {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue
-                if value.shape != param.shape:
-                    self._warn_once(
-                        f"optimizer state {name!r} of shape {tuple(value.shape)} for a parameter of shape "
-                        f"{tuple(param.shape)}: the entries of one expert are unknown and not reset"
-                    )
-                elif "master" in str(name):
-                    value[index] = param.detach()[index].to(value.dtype)
-                else:
-                    value[index] = 0
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
 
     def _checked_state(
         self, state: Mapping[str, Mapping[str, Any]]
-    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
-        """The plain values, and by gate what its record loads; ValueError where the state does not fit."""
+    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]], list[ExpertEvent], torch.Generator]:
+        """Plain values, what the record of each gate loads, events, generator; ValueError where it does not fit."""
         if not isinstance(state, Mapping) or not {"tensors", "values"} <= set(state):
             raise ValueError("state must be a controller's state_dict() with the keys 'tensors' and 'values'")
         tensors, values = state["tensors"], state["values"]
@@ -423,7 +320,36 @@ class ExpertController:
                         f"state of {site.key} has {name} of shape {tuple(record[name].shape)}, "
                         f"the layer has {tuple(value.shape)}"
                     )
-        return values, records
+        try:
+            events = [ExpertEvent(**event) for event in values["events"]]
+            generator = torch.Generator()
+            generator.set_state(tensors["generator"].cpu())
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        return values, records, events, generator
+
+
+def records_of(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By gate, the records in a controller's `state_dict()`."""
+    records = {key: dict(gate["record"]) for key, gate in state["values"]["gates"].items()}
+    for name, tensor in state["tensors"].items():
+        key, _, field = name.rpartition(":")
+        if key in records:
+            records[key][field] = tensor
+    return records
+
+
+def with_records(
+    state: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """A controller's `state_dict()` with these records, by gate, in the place of its own; others stay."""
+    tensors, gates = dict(state["tensors"]), dict(state["values"]["gates"])
+    for key, record in records.items():
+        if key in gates:
+            plain = {name: value for name, value in record.items() if not isinstance(value, Tensor)}
+            gates[key] = {**gates[key], "record": plain}
+            tensors |= {f"{key}:{name}": value for name, value in record.items() if isinstance(value, Tensor)}
+    return {"tensors": tensors, "values": {**state["values"], "gates": gates}}
 
 
 def _configured_policy(policy: str | Policy, max_new_experts: int, min_experts: int, patience: int) -> Policy:
@@ -435,41 +361,3 @@ def _configured_policy(policy: str | Policy, max_new_experts: int, min_experts: 
         if value != 1:
             raise ValueError(f"{name}={value} configures policy 'dynmoe'; give it to {policy!r} itself")
     return chosen
-
-
-def _optimizer_list(
-    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
-) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    several: list[Any] = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    for each in several:
-        if not isinstance(getattr(each, "state", None), Mapping):
-            raise ValueError(f"optimizer must be a torch optimizer, a list of them or None, got {each!r}")
-    return several
-
-
-def _adaptive_sites(model: nn.Module) -> list[_Site]:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
-    sites = [
-        _Site(_unwrapped_name(name), layer, index)
-        for name, layer in model.named_modules()
-        if isinstance(layer, MoELayer)
-        for index, gate in enumerate(layer.gates)
-        if gate.adaptive
-    ]
-    if not sites:
-        raise ValueError(
-            "model must have a MoELayer with an adaptive gate (such as top_any), got a "
-            f"{type(model).__name__} without one"
-        )
-    return sites
-
-
-def _unwrapped_name(name: str) -> str:
-    """`name` without what DistributedDataParallel ("module." in front) and torch.compile add."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while parts and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)

@@ -15,15 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import parallel
 from .adaptive import AdaptiveExperts
 from .expert_capacity import drop_beyond_capacity, expert_capacity
-from .experts import CustomExperts, Experts, experts_at_start, make_experts
+from .experts import CustomExperts, Experts, experts_at_start, make_block, make_experts
 from .experts.base import has_hooks
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
 from .late_count import LateCount
 from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
 from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
+from .sharded_slots import ShardedSlots
 from .slot_loading import fit_slots
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,7 +80,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
             ffn, llama_ffn, custom. ``num_experts_per_device`` (or ``count_per_node``) experts are active at start.
         scan_expert_func: called with (name, parameter) for every expert parameter.
         result_func: applied to the output, which carries ``l_aux``.
-        group: process group of data-parallel ranks whose records are summed.
+        group: process group whose ranks divide the experts: slot e is on rank e // (E / ranks), and
+            ``num_experts_per_device`` are active on each at start. None: this process holds them all.
         seeds: (gates, experts) seeds of private generators; the global random state is never reseeded.
         normalize_gate: fixed k > 1: weights normalised over the chosen experts.
         is_gshard_loss: None: the loss of the gate's kind; True: GShard's; False: diversity and simplicity (top-any) or
@@ -92,9 +95,12 @@ class MoELayer(AdaptiveExperts, nn.Module):
             ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
         aux_losses: weights by name of the terms of ``l_aux``, instead of the default of is_gshard_loss.
         check_finite: refuse non-finite tokens by ValueError (waits for the device).
+        record_group: process group of the ranks whose records are summed; None: all ranks.
 
-    Not needed on one device and accepted for scripts: a2a_ffn_overlap_degree, batch_prioritized_routing, parallel_type,
-    use_2dh. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
+    With `group`, every rank of it must call the same forwards and backwards in the same order; exact capacity takes any
+    number of tokens on each, a bounded one the same number. A factor then allows ceil(factor * T / ranks) assignments
+    from one rank to another. ``a2a_ffn_overlap_degree`` chunks of tokens (exact only) travel while others are computed.
+    ``wire.traffic`` counts bytes. Not needed and accepted for scripts: parallel_type, use_2dh. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
 
     After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
     unweighted terms by name.
@@ -131,6 +137,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         combine_gradient: str | None = None,
         aux_losses: Mapping[str, float] | None = None,
         check_finite: bool = False,
+        record_group: Any = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -144,11 +151,13 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if not is_postscore:
             raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
         self.model_dim = positive_int("model_dim", model_dim)
-        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-            raise ValueError(f"group = {group!r}: give a process group of torch.distributed, or None")
+        for name, value in (("group", group), ("record_group", record_group)):
+            if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+                raise ValueError(f"{name} = {value!r}: give a process group of torch.distributed, or None")
         self.group, self.result_func, self.capacity = group, result_func, capacity
+        self.wire: parallel.Wire | None = None  # where ranks divide the experts
         self.check_finite = flag("check_finite", check_finite)
-        self.record_group = group  # the ranks whose records are summed
+        self.record_group = record_group  # the ranks whose records are summed
         self.skip_moe = environment_flag("SKIP_MOE")
         self.normalize_gate = flag("normalize_gate", normalize_gate)
         self.is_gshard_loss = None if is_gshard_loss is None else flag("is_gshard_loss", is_gshard_loss)
@@ -156,11 +165,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
         self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
         self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = (
-            a2a_ffn_overlap_degree,
-            use_2dh,
-            parallel_type,
-        )
+        self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = a2a_ffn_overlap_degree, use_2dh, parallel_type
         self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
 
         configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
@@ -194,18 +199,44 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _start(self, experts: Mapping[str, Any]) -> int:
         """Experts active at start, of all ranks."""
-        self.world_size, self.sharded_count = 1, 1
-        return experts_at_start(experts)
+        self.sharded_count = 1
+        self.world_size, self.rank = (1, 0) if self.group is None else (self.group.size(), self.group.rank())
+        return experts_at_start(experts) * self.world_size
 
     def _make_experts(self, config: Mapping[str, Any], generator: torch.Generator | None) -> Any:
-        experts = make_experts(config, self.model_dim, self.slots, generator=generator)
+        if self.world_size == 1:
+            self.local_slots = self.slots
+            experts = make_experts(config, self.model_dim, self.slots, generator=generator)
+        else:
+            experts = self._divided_experts(config, generator)
         experts.skip_expert = environment_flag("SKIP_EXPERT")
         return experts
+
+    def _divided_experts(self, config: Mapping[str, Any], generator: torch.Generator | None) -> Experts:
+        """This rank's block of slots, drawn as one process draws them, with as many active on every rank."""
+        if self.slots % self.world_size:
+            raise ValueError(
+                f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.world_size} ranks "
+                "of group: give a multiple"
+            )
+        self.local_slots = self.slots // self.world_size
+        self.wire = parallel.Wire(self.group)
+        if generator is None:
+            generator = torch.Generator().manual_seed(parallel.shared_seed(self.group))
+        per_rank = experts_at_start(config)
+        for gate in self.gates:
+            if gate.adaptive:
+                slot_E = torch.arange(self.slots, device=gate.experts_mask.device)  # type: ignore[arg-type]
+                gate.experts_mask.copy_(slot_E % self.local_slots < per_rank)  # type: ignore[operator]
+        parallel.copy_from_first(self.gates, self.group)
+        return make_block(config, self.model_dim, self.slots, self.rank * self.local_slots, self.local_slots, generator)
 
     @property
     def expert_slots(self) -> Any:
         """What reads and writes the slots of `experts`: `slot_parameters`, `copy_slot`, `reset_slot`."""
-        return self.experts
+        if self.wire is None:
+            return self.experts
+        return ShardedSlots(self.experts, self.group, self.rank, self.local_slots)
 
     def _mark_experts(self) -> None:
         """Tutel's mark, by which optimizers and gradient reductions tell experts."""
@@ -301,7 +332,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
         """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
         factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -math.inf)
         if factor == 0:
-            return routing
+            if self.wire is None or isinstance(self.capacity, str):
+                return routing
+            return parallel.bounded_pairs(routing, self.world_size, self.capacity)
         if self.capacity != "exact":
             raise ValueError(
                 f"capacity_factor = {factor} and capacity = {self.capacity!r} both bound the rows: give one of them"
@@ -319,6 +352,11 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
         """Dispatch, experts, combine: [T, output_dim]."""
+        if self.wire is not None:
+            degree = max(1, self.a2a_ffn_overlap_degree)
+            return parallel.through_ranks(
+                self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree
+            )
         if self.experts.fuses(routing) and not has_hooks(self.experts):
             return self.experts.mean(x_TD, routing, combine_gradient)
         return routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
@@ -407,12 +445,12 @@ class MoELayer(AdaptiveExperts, nn.Module):
     @property
     def num_local_experts(self) -> int:
         """Experts active on this rank."""
-        return self.num_global_experts
+        return int(self._used_slots().view(self.world_size, -1)[self.rank].sum())
 
     @property
     def max_num_local_experts(self) -> int:
         """Slots on this rank."""
-        return self.max_num_global_experts
+        return self.local_slots
 
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:

@@ -5,6 +5,7 @@ Detached, int64 and fp32 whatever the dtype of the tokens. Depends on routing on
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def _limit(most: object) -> int:
     if type(most) is not int or most < 0:
         raise ValueError(f"keep_tokens = {most!r}: give an integer of at least 0")
     return most
+
+
+def _merged_sample(samples: Sequence[Tensor], strides: Sequence[int], most: int) -> tuple[Tensor, int]:
+    """Samples at several strides (powers of two) behind one another at the largest, thinned to `most`."""
+    stride = max(strides)
+    rows_ND = torch.cat([rows[:: stride // own] for rows, own in zip(samples, strides, strict=True)])
+    return kernels.thinned(rows_ND, stride, most)
 
 
 class RoutingRecord:
@@ -149,15 +157,29 @@ class RoutingRecord:
         padded[: self.unrouted_sample.shape[0]] = self.unrouted_sample
         samples = [torch.zeros_like(padded) for _ in range(world)]
         dist.all_gather(samples, padded, group=group)
-        stride = max(strides)
-        parts = [s[: n : stride // own] for s, n, own in zip(samples, counts, strides, strict=True)]
-        self._set_sample(*kernels.thinned(torch.cat(parts), stride, self.keep_tokens), self._seen)
+        rows = [sample[:n] for sample, n in zip(samples, counts, strict=True)]
+        self._set_sample(*_merged_sample(rows, strides, self.keep_tokens), self._seen)
+
+    def permute_slots(self, order: Sequence[int]) -> None:
+        """Slot i gets the counts of slot order[i]."""
+        self.counts.copy_(self.counts[torch.tensor(order, device=self.counts.device)])
 
     @property
     def mean_k(self) -> float:
         """Mean number of experts a token activated by threshold; 0.0 for an empty window."""
         k = torch.arange(self.num_experts + 1, device=self.device)
         return float((self.k_histogram * k).sum()) / max(int(self.tokens), 1)
+
+    def merged(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The state of one record from those of several ranks, as `all_reduce` adds them; empty from none."""
+        tensors = {name: torch.zeros_like(getattr(self, name)) for name in (*_SUMS, *_FLOATS)}
+        for name, total in tensors.items():
+            for state in states:
+                total += state[name].to(total)
+        samples = [self._sample[:0], *(state["unrouted_sample"].to(self._sample) for state in states)]
+        sample, stride = _merged_sample(samples, [1, *(state["stride"] for state in states)], self.keep_tokens)
+        seen = stride * len(sample)  # the next row that is kept then stands behind these
+        return {**tensors, "unrouted_sample": sample, "stride": stride, "seen": seen}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the place in the sample."""

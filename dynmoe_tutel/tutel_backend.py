@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from .layer import MoELayer
 from .options import number, refuse_unknown
 from .padded_rows import PaddedRows
 from .routing import Routing
+from .sharded_slots import ShardedSlots
 
 try:
     import tutel.checkpoint.gather
@@ -128,7 +129,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
 
     def _start(self, experts: Mapping[str, Any]) -> int:
         self.group = self.__dict__["_wanted"][2] or (dist.group.WORLD if dist.is_initialized() else None)
-        self.world_size = communicate.get_world_size(self.group)
+        self.world_size, self.rank = communicate.get_world_size(self.group), communicate.get_world_rank(self.group)
         self.sharded_count = 1
         given = next((experts[key] for key in COUNT_KEYS if key in experts), 1)
         whole = not isinstance(given, float) or given >= 1
@@ -419,14 +420,13 @@ def _argument_names(cls: Any) -> set[str]:
     return names - {"model_dim", "num_experts_per_device", "sharded_count"}
 
 
-class _TutelSlots:
+class _TutelSlots(ShardedSlots):
     """Slots of Tutel's expert modules, over the ranks of the layer's group: every rank must make the same calls."""
 
     def __init__(self, layer: TopAnyMOELayer) -> None:
-        self._experts = cast(nn.Module, layer.experts)
-        self._group: Any = layer.group
-        self._rank = communicate.get_world_rank(layer.group)
-        self._local, self._shards, self._ranks = layer.local_slots, layer.sharded_count, layer.world_size
+        group = layer.group if layer.world_size > 1 else None
+        super().__init__(layer.experts, group, layer.rank, layer.local_slots)
+        self._shards = layer.sharded_count
 
     def _owners(self, slot: int) -> list[int]:
         """The ranks that hold the slot: one, or the shards of it in order."""
@@ -446,26 +446,6 @@ class _TutelSlots:
             elif parameter.dim() == 1 and parameter.shape[0] % self._local == 0:  # one row of all slots
                 found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
         return found
-
-    def slot_parameters(self, slot: int) -> list[SlotParameter]:
-        """The parameters of this rank that hold the slot."""
-        return self._entries(slot) if self._rank in self._owners(slot) else []
-
-    @torch.no_grad()
-    def copy_slot(self, target: int, sources: list[int]) -> None:
-        """Fill slot `target` with the mean of the slots `sources`."""
-        places = self._entries(target)
-        for shard, owner in enumerate(self._owners(target)):
-            for i, (parameter, index) in enumerate(places):
-                values = [self._sent(self._owners(s)[shard], *self._entries(s)[i]) for s in sources]
-                if self._rank == owner:
-                    parameter[index] = values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
-
-    def _sent(self, owner: int, parameter: nn.Parameter, index: tuple[Any, ...]) -> Tensor:
-        value = parameter.detach()[index].clone()
-        if self._ranks > 1:
-            dist.broadcast(value, src=dist.get_global_rank(self._group, owner), group=self._group)
-        return value
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:

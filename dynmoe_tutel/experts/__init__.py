@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from ..options import refuse_unknown
 from .base import Experts
 from .custom import CustomExperts
 from .ffn import FFNExperts
 from .llama_ffn import LlamaFFNExperts
 
-__all__ = ["CustomExperts", "Experts", "FFNExperts", "LlamaFFNExperts", "make_experts"]
+__all__ = ["CustomExperts", "Experts", "FFNExperts", "LlamaFFNExperts", "make_block", "make_experts"]
 
 COUNT_KEYS = ("num_experts_per_device", "count_per_node")
 _MLP_KEYS = {"hidden_size_per_expert", "activation_fn", "recompute", "engine"}
@@ -36,7 +38,7 @@ def experts_at_start(config: Mapping[str, Any]) -> int:
     if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise ValueError(
             f"experts[{(given or COUNT_KEYS)[0]!r}] = {count!r}: give an integer of at least 1 "
-            "(experts sharded over devices need stock Tutel)"
+            "(an expert split over devices needs stock Tutel)"
         )
     return int(count)
 
@@ -54,3 +56,24 @@ def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common
         refuse_unknown("experts of type 'llama_ffn'", options, _MLP_KEYS)
         return LlamaFFNExperts(model_dim, slots, **common, **options)
     raise ValueError(f"experts['type'] = {kind!r}: allowed are ffn, llama_ffn, custom")
+
+
+def make_block(
+    config: Mapping[str, Any], model_dim: int, slots: int, first: int, count: int, generator: torch.Generator
+) -> Experts:
+    """Slots `first` to `first + count` of `slots`, drawn from `generator` as `make_experts` draws all of them.
+
+    Custom experts: of a list of modules, one for each of all slots, this block; a class makes its own, from whatever
+    random state it draws from.
+    """
+    if config.get("type") == "custom":
+        module = config.get("module")
+        if isinstance(module, list | tuple | torch.nn.ModuleList):
+            if len(module) != slots:
+                raise ValueError(f"experts['module'] holds {len(module)} modules: give one for each of {slots} slots")
+            config = {**config, "module": list(module)[first : first + count]}
+        return make_experts(config, model_dim, count, generator=generator)
+    experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))
+    for slot in range(first + count):  # those before the block are drawn over
+        experts.reset_slot(max(slot - first, 0), generator)
+    return experts

@@ -1,0 +1,251 @@
+"""Dense FFNs of a host model, found by structure: down(act(up(x))), or down(act(gate(x)) * up(x)).
+
+A candidate is a module whose direct children hold two or three linear maps (nn.Linear, or Conv1D of transformers) of
+fitting shapes, or, as in BERT, a module with the first linear map beside one with the second. Whether it computes just
+that is tried on a few random tokens: what also normalises, scales or routes is no FFN. Depends on torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import kernels
+
+TRIED_TOKENS = 6
+_REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+@dataclass
+class DenseFFN:
+    """One FFN of a model; weights are read as [out, in], whatever the module stores."""
+
+    name: str  # of the module in whose place an MoE layer goes
+    module: nn.Module
+    up: nn.Module
+    down: nn.Module
+    gate: nn.Module | None  # of a gated FFN: its product goes through the activation
+    activation: Callable[[Tensor], Tensor]
+    dropout: float  # between the activation and `down`
+    last_dropout: float  # behind `down`, where `module` has one
+    down_owner: tuple[str, str] | None = None  # (name of its module, attribute) where `down` lies beside `module`
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The linear maps, in the order up, gate, down."""
+        return [m for m in (self.up, self.gate, self.down) if m is not None]
+
+    @property
+    def model_dim(self) -> int:
+        """D."""
+        return weight_of(self.up).shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return weight_of(self.up).shape[0]
+
+
+def is_linear(module: object) -> bool:
+    """nn.Linear, or the transposed linear map that transformers calls Conv1D."""
+    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """[out, in]; of a Conv1D a view."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(linear, nn.Linear) else weight.t()
+
+
+def find_ffns(model: nn.Module) -> list[DenseFFN]:
+    """The FFNs of `model` in the order of its modules. A Conv1D or Linear with hooks or of a subclass is left alone."""
+    found: list[DenseFFN] = []
+    taken: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        ffn = _inside(name, module) or _beside(model, name, module)
+        if ffn is not None:
+            found.append(ffn)
+            taken.update(id(m) for m in [*ffn.module.modules(), *ffn.linears])
+    return found
+
+
+def why_not(model: nn.Module, name: str) -> str:
+    """What is at `name`, for a message."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        near = [n for n, _ in model.named_modules() if n.endswith(name.rsplit(".", 1)[-1])][:3]
+        return f"there is no module {name!r}" + (f" (there is {', '.join(map(repr, near))})" if near else "")
+    linears = [f"{n or '.'} {list(weight_of(m).shape)}" for n, m in module.named_modules() if is_linear(m)]
+    shown = ", ".join(linears[:6]) + (", ..." if len(linears) > 6 else "")
+    return f"{name!r} is a {type(module).__name__} with the linear maps [out, in]: {shown or 'none'}"
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [child for _, child in module.named_children()]
+
+
+def _inside(name: str, module: nn.Module) -> DenseFFN | None:
+    """The FFN that is `module` itself."""
+    linears = [child for child in _children(module) if is_linear(child)]
+    for up, gate, down in _orders(linears):
+        for activation in _activations(module):
+            first, last = _dropouts(module, down)
+            ffn = DenseFFN(name, module, up, down, gate, activation, first, last)
+            if _computes(module, ffn, lambda x, ffn=ffn: _value(ffn, x)):  # type: ignore[misc]
+                return ffn
+    return None
+
+
+def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
+    """The FFN whose first half is `module` and whose second linear map lies in a neighbour, as in BERT."""
+    linears = [child for child in _children(module) if is_linear(child)]
+    if len(linears) != 1 or not name:
+        return None
+    H, D = weight_of(linears[0]).shape
+    parent_name = name.rpartition(".")[0]
+    for key, neighbour in model.get_submodule(parent_name).named_children():
+        places = [(n, child) for n, child in neighbour.named_children() if is_linear(child)]
+        if neighbour is module or len(places) != 1 or weight_of(places[0][1]).shape != (D, H):
+            continue
+        for activation in _activations(module):
+            attribute, down = places[0]
+            first = _dropouts(module, None)[0]
+            owner = f"{parent_name}.{key}" if parent_name else key
+            ffn = DenseFFN(name, module, linears[0], down, None, activation, first, 0.0, (owner, attribute))
+            if _computes(module, ffn, lambda x, ffn=ffn: ffn.activation(ffn.up(x))) and _starts_with(  # type: ignore[misc]
+                neighbour, attribute, H, D
+            ):
+                return ffn
+    return None
+
+
+def _orders(linears: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module | None, nn.Module]]:
+    """(up, gate, down) whose shapes fit."""
+    if len(linears) == 2:
+        up, down = linears
+        if weight_of(up).shape == weight_of(down).shape[::-1]:
+            yield up, None, down
+    if len(linears) == 3:
+        for i in range(3):
+            one, two, down = linears[i - 2], linears[i - 1], linears[i]
+            if weight_of(one).shape == weight_of(two).shape == weight_of(down).shape[::-1]:
+                yield two, one, down
+                yield one, two, down
+
+
+def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    """What may be the activation: children that are neither linear nor dropout, functions in attributes "act..."."""
+    passed = (nn.Dropout, nn.Identity, nn.LayerNorm)
+    found: list[Callable[[Tensor], Tensor]] = [
+        child for child in _children(module) if not is_linear(child) and not isinstance(child, passed)
+    ]
+    functions = [value for key, value in vars(module).items() if "act" in key.lower()]
+    found += [value for value in functions if callable(value) and not isinstance(value, type)]
+    return found
+
+
+def _dropouts(module: nn.Module, down: nn.Module | None) -> tuple[float, float]:
+    """p of the dropouts in front of `down` and behind it, by the order of the children."""
+    before, behind, seen = 0.0, 0.0, False
+    for child in _children(module):
+        seen |= child is down
+        if isinstance(child, nn.Dropout):
+            before, behind = (before, child.p) if seen else (child.p, behind)
+    return before, behind
+
+
+def _value(ffn: DenseFFN, x: Tensor) -> Tensor:
+    if ffn.gate is None:
+        return ffn.down(ffn.activation(ffn.up(x)))
+    return ffn.down(ffn.activation(ffn.gate(x)) * ffn.up(x))
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, every module's mode as it was afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _tokens(like: nn.Module, size: int) -> Tensor:
+    weight = weight_of(like)
+    drawn = torch.randn((2, TRIED_TOKENS // 2, size), generator=torch.Generator().manual_seed(0))
+    return drawn.to(weight.device, weight.dtype)
+
+
+def _computes(module: nn.Module, ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
+    """Whether `module` gives `expected` of a few random tokens."""
+    if weight_of(ffn.up).is_meta:
+        raise ValueError(f"{ffn.name!r} has its weights on the meta device: load the model before converting it")
+    x = _tokens(ffn.up, ffn.model_dim)
+    try:
+        with _evaluating(module):
+            return _same(module(x), expected(x))
+    except _REFUSALS:  # another signature, other shapes: not an FFN
+        return False
+
+
+def _starts_with(neighbour: nn.Module, attribute: str, H: int, D: int) -> bool:
+    """Whether `neighbour` is its linear map first, and what follows it (residual, normalisation) after."""
+    linear = getattr(neighbour, attribute)
+    h, residual = _tokens(linear, H), _tokens(linear, D)
+    try:
+        with _evaluating(neighbour):
+            whole = neighbour(h, residual)
+            setattr(neighbour, attribute, nn.Identity())
+            return _same(neighbour(linear(h), residual), whole)
+    except _REFUSALS:
+        return False
+    finally:
+        setattr(neighbour, attribute, linear)
+
+
+def _same(got: object, expected: Tensor) -> bool:
+    if not isinstance(got, Tensor) or got.shape != expected.shape or not got.is_floating_point():
+        return False
+    limit = 1e-2 if got.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    return bool((got - expected).float().norm() <= limit * expected.float().norm())
+
+
+def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of `kernels.ACTIVATIONS` that is this function of one number, to 1e-6 on [-9, 9]; None for others."""
+    known = kernels.activation_name(activation)
+    if known is not None or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
+        return known
+    h = torch.linspace(-9, 9, 2001)
+    try:
+        with torch.no_grad():
+            a = activation(h.clone())
+    except _REFUSALS:
+        return None
+    for name, known_activation in kernels.ACTIVATIONS.items():
+        if isinstance(a, Tensor) and a.shape == h.shape and torch.allclose(a, known_activation.value(h), 0, 1e-6):
+            return name
+    return None
+
+
+class DropoutAfter(nn.Module):
+    """An activation with dropout behind it, as a host's FFN has it between its linear maps."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], p: float) -> None:
+        super().__init__()
+        self.activation, self.p = activation, p
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[rows, H] to [rows, H]."""
+        return F.dropout(self.activation(h), self.p, self.training)

@@ -1,0 +1,133 @@
+"""The adaptive gates of a model: where they are, what their last window held, and which ranks share their experts.
+
+Depends on layer and records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .layer import MoELayer
+from .records import RoutingRecord
+
+
+def _active(gate: nn.Module) -> Tensor:
+    active: Tensor = gate.active()  # type: ignore[operator]
+    return active
+
+
+@dataclass(frozen=True)
+class ExpertRanks:
+    """How the slots of a layer are divided: slot e is on rank e // `local` of `group`, which has `size` ranks."""
+
+    group: Any
+    rank: int
+    size: int
+    local: int
+
+    @classmethod
+    def of(cls, layer: MoELayer) -> ExpertRanks:
+        """Of a layer whose experts are whole; those that are themselves split over ranks count as one block."""
+        size = layer.world_size if layer.sharded_count == 1 else 1
+        if size == 1:
+            return cls(None, 0, 1, layer.slots)
+        group = layer.group or dist.group.WORLD
+        return cls(group, dist.get_rank(group), size, layer.slots // size)
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the whole job."""
+        return dist.get_global_rank(self.group, rank)
+
+
+class Site:
+    """One adaptive gate of one layer, with what its windows so far say.
+
+    `silent_windows` [E]: in how many windows in a row, up to now, an active slot had no assignment. `load` [E]: the
+    assignments in the last window that had tokens, of all ranks.
+    """
+
+    def __init__(self, name: str, layer: MoELayer, gate: int) -> None:
+        self.name = name
+        self.layer = layer
+        self.gate = gate
+        self.silent_windows = [0] * layer.max_num_global_experts
+        self.load = [0] * layer.max_num_global_experts
+
+    @property
+    def key(self) -> str:
+        """The name of this gate in messages and in the state."""
+        return f"{self.name}.gates.{self.gate}".lstrip(".")
+
+    @property
+    def record(self) -> RoutingRecord:
+        return self.layer.records[self.gate]
+
+    @property
+    def active(self) -> Tensor:
+        """bool [E]"""
+        return _active(self.layer.gates[self.gate])
+
+    @property
+    def used_elsewhere(self) -> Tensor:
+        """bool [E], CPU: the slots in use by other gates of the layer, which share the expert networks."""
+        used = torch.zeros(len(self.silent_windows), dtype=torch.bool)
+        for index, gate in enumerate(self.layer.gates):
+            if index != self.gate:
+                used |= _active(gate).cpu()
+        return used
+
+    def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
+        """What a change of the slot resets, with the index of its entries: not a network that others still use."""
+        entries = self.layer.slot_parameters(slot, self.gate)
+        if not self.used_elsewhere[slot]:
+            return entries
+        own = {id(parameter) for parameter in self.layer.gates[self.gate].parameters()}
+        return [(parameter, index) for parameter, index in entries if id(parameter) in own]
+
+    def permute_slots(self, order: list[int]) -> None:
+        """Slot i gets what was known of slot order[i]."""
+        self.silent_windows = [self.silent_windows[slot] for slot in order]
+        self.load = [self.load[slot] for slot in order]
+        self.record.permute_slots(order)
+
+    def state_values(self) -> dict[str, Any]:
+        """What a state has of this gate beside its record."""
+        return {"silent_windows": list(self.silent_windows), "load": list(self.load)}
+
+    def load_state_values(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `state_values`; states of before loads were kept have none."""
+        self.silent_windows = [int(n) for n in saved["silent_windows"]]
+        self.load = [int(n) for n in saved.get("load", [0] * len(self.load))]
+
+
+def adaptive_sites(model: nn.Module) -> list[Site]:
+    """Every adaptive gate of every MoE layer of the model; ValueError where there is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+    sites = [
+        Site(unwrapped_name(name), layer, index)
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoELayer)
+        for index, gate in enumerate(layer.gates)
+        if gate.adaptive
+    ]
+    if not sites:
+        raise ValueError(
+            "model must have a MoELayer with an adaptive gate (such as top_any), got a "
+            f"{type(model).__name__} without one"
+        )
+    return sites
+
+
+def unwrapped_name(name: str) -> str:
+    """`name` without what DistributedDataParallel ("module." in front) and torch.compile add."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
