@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+experiment_app = typer.Typer(help="Fine-tune converted models on real data and compare the rows.", no_args_is_help=True)
+app.add_typer(experiment_app, name="experiment")
 
 
 def main() -> None:
@@ -75,10 +80,7 @@ def train(
         given = {"rows": rows, "seeds": seeds, "steps": steps, "test_domain": test_domain, "threads": threads}
         given = {name: value for name, value in given.items() if value is not None}
         if resume is not None:
-            if given or quick or out is not None:
-                names = [*given, *["quick"] * quick, *["out"] * (out is not None)]
-                options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-                raise ValueError(f"--resume continues the job as it was started: leave out {options}")
+            _refuse_with_resume(given, quick, out)
             from dynmoe_tutel.experiments import job
 
             return job.resume(resume, console)
@@ -86,6 +88,141 @@ def train(
         from dynmoe_tutel.experiments import job
 
         return job.start(config, out, console)
+
+    _run(run)
+
+
+@experiment_app.command()
+def language(
+    rows: Annotated[
+        str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sentiment (default), or a GLUE task: sst2, mnli, rte, mrpc, qqp.")
+    ] = None,
+    train_domains: Annotated[
+        str | None, typer.Option(help="Of sentiment, by comma: films, products, tweets, editorials.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Texts on this machine: archive or folder; of GLUE tasks saved data sets.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or name on the hub, instead of the default.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers whose FFNs become experts, by comma. Default: 2,4.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of all rows.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Texts of a step.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. Default: 2.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three rows, one seed, fewer steps: under 5 minutes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")
+    ] = None,
+) -> None:
+    """Fine-tune a BERT, dense and as fixed-k and DynMoE mixtures, and test it in domain and out of domain."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.experiments import experiment
+        from dynmoe_tutel.experiments.language import LanguageConfig, LanguageTask
+
+        given: dict[str, Any] = {
+            "rows": _names(rows),
+            "seeds": _seeds(seeds),
+            "steps": steps,
+            "task": task,
+            "train_domains": _names(train_domains),
+            "data": None if data is None else str(data.absolute()),
+            "model": model,
+            "layers": None if layers is None else _numbers("layers", layers),
+            "learning_rate": learning_rate,
+            "batch": batch,
+            "threads": threads,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if resume is not None:
+            where = given.pop("data", "")  # the texts may have moved; all else is as it was started
+            _refuse_with_resume(given, quick, out)
+            return experiment.resume(resume, lambda _, settings: LanguageTask.of(settings, where), console)
+        config = LanguageConfig().quick() if quick else LanguageConfig()
+        return experiment.start(LanguageTask(replace(config, **given)), out, console)
+
+    _run(run)
+
+
+@experiment_app.command()
+def vision(
+    rows: Annotated[
+        str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
+    ] = None,
+    test_domains: Annotated[
+        str | None,
+        typer.Option(help="Domains left out, each in runs of its own, by comma. Default: all; of the digits 0,75."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images as DATA/<domain>/<class>/<image>. Default: rotated digits.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="With --data: a ViT of timm. Default: deit_small_patch16_224.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="With --data: pretrained weights of it, .safetensors or .pth.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of all rows.")] = None,
+    batch_per_domain: Annotated[int | None, typer.Option(help="Images of a step from each training domain.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="With --data: pixels of a side. Default: 224.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --data: processes that read images.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --data: cuda or cpu. Default: cuda where there is one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. Default: 1.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, one test domain, fewer steps: of the digits under 3 minutes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")
+    ] = None,
+) -> None:
+    """Train a ViT on all domains but one, dense and as fixed-k and DynMoE mixtures, and test it on the one left out."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.experiments import experiment
+        from dynmoe_tutel.experiments.vision import VisionTask, make_config
+
+        given: dict[str, Any] = {
+            "rows": _names(rows),
+            "seeds": _seeds(seeds),
+            "test_domains": _names(test_domains),
+            "data": data,
+            "arch": arch,
+            "weights": None if weights is None else str(weights.absolute()),
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "batch_per_domain": batch_per_domain,
+            "image_size": image_size,
+            "workers": workers,
+            "device": device,
+            "threads": threads,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if resume is not None:
+            _refuse_with_resume(given, quick, out)
+            return experiment.resume(resume, lambda _, settings: VisionTask.of(settings), console)
+        return experiment.start(VisionTask(make_config(given, quick)), out, console)
 
     _run(run)
 
@@ -130,9 +267,37 @@ def run(
     _run(lambda console: run(arguments))
 
 
-def _train_config(given: dict[str, Any], quick: bool) -> TrainConfig:
-    from dataclasses import replace
+def _refuse_with_resume(given: dict[str, Any], quick: bool, out: Path | None) -> None:
+    if given or quick or out is not None:
+        names = [*given, *["quick"] * quick, *["out"] * (out is not None)]
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"--resume continues the job as it was started: leave out {options}")
 
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{option} must be numbers by comma, got {text!r}") from None
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    """ "3" is 0, 1, 2; "1,2" is 1, 2; "2," is 2 alone."""
+    if text is None:
+        return None
+    numbers = _numbers("seeds", text.rstrip(","))
+    if "," in text:
+        return numbers
+    if numbers[0] < 1:
+        raise ValueError(f"--seeds must be at least 1, got {numbers[0]}")
+    return tuple(range(numbers[0]))
+
+
+def _train_config(given: dict[str, Any], quick: bool) -> TrainConfig:
     from dynmoe_tutel.experiments.train import TrainConfig
 
     config = TrainConfig().quick() if quick else TrainConfig()

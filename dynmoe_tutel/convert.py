@@ -195,6 +195,8 @@ def _chosen(model: nn.Module, layers: str | int | Sequence[int | str]) -> list[D
         if not picked:
             raise ValueError(f"layers = {layers!r} takes none of the {n} FFN(s) of the model: give indices, or 'all'")
         return [found[i] for i in picked]
+    if not isinstance(layers, int | str | Sequence):
+        raise ValueError(f"layers = {layers!r}: give indices or names, or one of {', '.join(map(repr, LAYERS))}")
     wanted = [layers] if isinstance(layers, int | str) else list(layers)
     if not wanted:
         raise ValueError("layers = []: give at least one index or name")

@@ -5,7 +5,7 @@ Depends on the core alone, and works for every gate type, in training and in eva
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -117,6 +117,14 @@ class RoutingMeter:
             sums["unrouted"].add_(routing.unrouted.sum())
 
         return add
+
+
+def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) -> dict[str, dict[str, Tensor]]:
+    """The sum of `RoutingMeter.state_dict()`s of one model, times `scale`."""
+    return {
+        name: {key: scale * torch.stack([state[name][key] for state in states]).sum(0) for key in sums}
+        for name, sums in states[0].items()
+    }
 
 
 def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

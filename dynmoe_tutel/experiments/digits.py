@@ -8,11 +8,15 @@ evaluation only. Depends on torch; scikit-learn is imported when the images are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from dynmoe_tutel.experiments.sampling import walk
 
 ANGLES = (0, 15, 30, 45, 60, 75)
 CLASSES = 10
@@ -44,11 +48,22 @@ class Digits:
     test_angle: int
 
 
+def load_domains() -> dict[int, Images]:
+    """The images of every angle. ImportError without scikit-learn."""
+    image, label = _all_images()
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(DOMAIN_SEED))
+    domains = {}
+    for position, angle in enumerate(ANGLES):
+        index = order[position :: len(ANGLES)].sort().values
+        domains[angle] = Images(rotate(image[index], angle), label[index], index)
+    return domains
+
+
 def load_digits(test_angle: int, seed: int) -> Digits:
     """The split of `seed` with the domain of `test_angle` left out. ValueError for an angle that is no domain."""
     if test_angle not in ANGLES:
         raise ValueError(f"test domain must be one of the angles {list(ANGLES)}, got {test_angle!r}")
-    domains = _domains()
+    domains = load_domains()
     test = domains.pop(test_angle)
     train, validation = {}, {}
     for angle, images in domains.items():
@@ -59,6 +74,33 @@ def load_digits(test_angle: int, seed: int) -> Digits:
     return Digits(train, validation, test, test_angle)
 
 
+class RotatedDigits:
+    """The domains as the protocol of `domains` wants them, named by their angles; a `DomainData`."""
+
+    def __init__(self) -> None:
+        self._images = {str(angle): images for angle, images in load_domains().items()}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(str(digit) for digit in range(CLASSES))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self._images)
+
+    def labels(self, domain: str) -> Tensor:
+        """Labels [N] int64."""
+        return self._images[domain].label
+
+    def images(self, domain: str, index_B: Tensor) -> Tensor:
+        """Images [B, 1, 8, 8] fp32."""
+        return self._images[domain].image[index_B]
+
+    def training_images(self, domain: str, index_B: Tensor, streams: Sequence[int]) -> Tensor:
+        """The same images: as in RotatedMNIST, nothing is augmented."""
+        return self.images(domain, index_B)
+
+
 def batch(digits: Digits, seed: int, step: int, batch_per_domain: int) -> tuple[Tensor, Tensor]:
     """Training images [B, 1, 8, 8] and labels [B] of step 0, 1, ...: `batch_per_domain` of each training domain.
 
@@ -66,13 +108,7 @@ def batch(digits: Digits, seed: int, step: int, batch_per_domain: int) -> tuple[
     """
     images, labels = [], []
     for angle, domain in digits.train.items():
-        first, last = step * batch_per_domain, (step + 1) * batch_per_domain
-        chosen = []
-        for epoch in range(first // len(domain), (last - 1) // len(domain) + 1):
-            order = torch.randperm(len(domain), generator=_generator(seed, angle, epoch + 1))
-            start = epoch * len(domain)
-            chosen.append(order[max(first - start, 0) : last - start])
-        picked = torch.cat(chosen)
+        picked = walk(len(domain), step, batch_per_domain, partial(_generator, seed, angle))
         images.append(domain.image[picked])
         labels.append(domain.label[picked])
     return torch.cat(images), torch.cat(labels)
@@ -86,16 +122,6 @@ def rotate(image: Tensor, angle: float) -> Tensor:
     matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(image), 2, 3)
     grid = torch.nn.functional.affine_grid(matrix, list(image.shape), align_corners=False)
     return torch.nn.functional.grid_sample(image, grid, mode="bilinear", align_corners=False)
-
-
-def _domains() -> dict[int, Images]:
-    image, label = _all_images()
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(DOMAIN_SEED))
-    domains = {}
-    for position, angle in enumerate(ANGLES):
-        index = order[position :: len(ANGLES)].sort().values
-        domains[angle] = Images(rotate(image[index], angle), label[index], index)
-    return domains
 
 
 def _all_images() -> tuple[Tensor, Tensor]:

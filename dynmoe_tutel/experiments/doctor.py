@@ -147,7 +147,7 @@ def _compiler() -> Finding:
 
 def _tutel() -> Finding:
     if importlib.util.find_spec("tutel") is None:
-        return Finding("Tutel", "absent", "not installed", "not needed: running inside Tutel is not there yet")
+        return Finding("Tutel", "absent", "not installed", "not needed: `dynmoe-tutel run` has a stand-in")
     try:
         tried = subprocess.run(
             [sys.executable, "-c", "import tutel.moe"], capture_output=True, text=True, timeout=TUTEL_TIMEOUT

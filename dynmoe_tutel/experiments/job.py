@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from rich.console import Console
 from dynmoe_tutel.experiments import results, scalars, table
 from dynmoe_tutel.experiments.progress import ProgressBar
 from dynmoe_tutel.experiments.run_folder import RunFolder, read_config
-from dynmoe_tutel.experiments.train import Interrupted, Reporter, TrainConfig, train
+from dynmoe_tutel.experiments.runner import Interrupted, Reporter
+from dynmoe_tutel.experiments.train import TrainConfig, train
 from dynmoe_tutel.version import __version__
 
 
@@ -31,20 +32,25 @@ def resume(path: Path, console: Console) -> int:
     if not isinstance(about.get("job"), dict):
         raise ValueError(f"{path} holds no job of 'train'")
     config = TrainConfig.from_dict(about["job"])
+    warn_of_other_versions(about, console)
+    with RunFolder.resume(path) as folder:
+        return _finish(config, folder, console)
+
+
+def warn_of_other_versions(about: Mapping[str, Any], console: Console) -> None:
+    """Say where a job was started with other versions than these."""
     for name, version in (("dynmoe_tutel", __version__), ("torch", torch.__version__)):
         if about.get(name) != version:
             console.print(
                 f"[yellow]The job was started with {name} {about.get(name)}, this is {version}: "
                 "the result may differ from an uninterrupted job's.[/yellow]"
             )
-    with RunFolder.resume(path) as folder:
-        return _finish(config, folder, console)
 
 
 def _finish(config: TrainConfig, folder: RunFolder, console: Console) -> int:
     console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    reporters = _Several()
+    reporters = Several()
     try:
         with ProgressBar(console, len(config.plan), config.steps) as bar:
             reporters.add(bar)
@@ -74,11 +80,11 @@ def _finish(config: TrainConfig, folder: RunFolder, console: Console) -> int:
     return 0
 
 
-class _Several:
+class Several:
     """Tells several reporters."""
 
-    def __init__(self) -> None:
-        self._all: list[Reporter] = []
+    def __init__(self, reporters: Iterable[Reporter] = ()) -> None:
+        self._all = list(reporters)
 
     def add(self, reporter: Reporter) -> None:
         self._all.append(reporter)

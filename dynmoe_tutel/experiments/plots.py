@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dynmoe_tutel.experiments.comparison import Comparison
+
 Lines = Sequence[Mapping[str, Any]]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 150
 PANEL = (4.6, 3.5)
 
@@ -29,8 +32,8 @@ def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
     """Accuracy in and out of domain against the step: mean over the seeds, and the range between them."""
     figure, (inside, outside) = _figure(1, 2)
     for axes, key, title in (
-        (inside, "in_accuracy", "In domain (held-out images)"),
-        (outside, "out_accuracy", "Out of domain (unseen angle)"),
+        (inside, "in_accuracy", "In domain (held out)"),
+        (outside, "out_accuracy", "Out of domain (never trained on)"),
     ):
         for position, row in enumerate(rows):
             curves = _curves(metrics, row, key)
@@ -43,7 +46,7 @@ def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
         axes.set(title=title, xlabel="training step", ylim=(0, 100))
     inside.set_ylabel("accuracy, %")
     note = "line: mean of the seeds, band: their range"
-    figure.legend(*inside.get_legend_handles_labels(), loc="outside lower center", ncols=len(rows), title=note)
+    figure.legend(*inside.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(rows), 5), title=note)
     return _png(figure)
 
 
@@ -144,6 +147,51 @@ def load(metrics: Lines, row: str) -> bytes:
         axes.set_ylabel("expert slot")
     figure.colorbar(mesh, ax=list(panels), label="share of tokens, % (white: not active)", pad=0.02)
     return _png(figure)
+
+
+def trade_off(rows: Sequence[Comparison]) -> bytes:
+    """Accuracy in and out of domain against the parameters that a token activates: a mark a row, with its spread."""
+    figure, panels = _figure(1, 2, sharex=True, size=(5.2, 4.2))
+    families = list(dict.fromkeys(_family(row.row) for row in rows))
+    for axes, key, title in zip(
+        panels,
+        ("in_accuracy", "out_accuracy"),
+        ("In domain (held out)", "Out of domain (never trained on)"),
+        strict=True,
+    ):
+        for row in rows:
+            family = families.index(_family(row.row))
+            spread = getattr(row, key)
+            axes.errorbar(
+                row.activated_parameters / 1e6,
+                100 * spread.mean,
+                yerr=None if spread.deviation is None else 100 * spread.deviation,
+                color=COLOURS[family % len(COLOURS)],
+                marker=MARKERS[family % len(MARKERS)],
+                markersize=8,
+                capsize=3,
+                ls="",
+                label=_family(row.row),
+            )
+            axes.annotate(
+                row.row,
+                (row.activated_parameters / 1e6, 100 * spread.mean),
+                (7, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set(title=title, xlabel="parameters that a token activates, millions")
+        axes.margins(x=0.22, y=0.12)
+    panels[0].set_ylabel("accuracy, %")
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    note = "mark: mean of the seeds, bar: their standard deviation"
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), title=note)
+    return _png(figure)
+
+
+def _family(row: str) -> str:
+    """Rows of one colour: those with as many experts."""
+    return f"top-k{row[row.index('-of-') :].replace('-', ' ')}" if "-of-" in row else row
 
 
 def _figure(

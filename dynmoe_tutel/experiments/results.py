@@ -18,8 +18,15 @@ def write_table(folder: RunFolder, rows: Sequence[str], seeds: Sequence[int], st
 
 
 def write_plots(folder: RunFolder, rows: Sequence[str], slots: int) -> list[str]:
-    """Write the PNG files; their names. Those about experts are of the DynMoE row, or else of the last MoE row."""
-    metrics, events = read_log(folder.path, METRICS), read_log(folder.path, EVENTS)
+    """Write the PNG files; their names."""
+    made = draw(read_log(folder.path, METRICS), read_log(folder.path, EVENTS), rows, slots)
+    for name, content in made.items():
+        folder.write(name, content)
+    return list(made)
+
+
+def draw(metrics: plots.Lines, events: plots.Lines, rows: Sequence[str], slots: int) -> dict[str, bytes]:
+    """The PNG files by name. Those about experts are of the DynMoE row, or else of the last MoE row."""
     made = {"accuracy.png": plots.accuracy(metrics, rows)}
     with_experts = [row for row in rows if any(line["layers"] for line in metrics if line["row"] == row)]
     if with_experts:
@@ -27,6 +34,4 @@ def write_plots(folder: RunFolder, rows: Sequence[str], slots: int) -> list[str]
         made["experts.png"] = plots.experts(metrics, events, row, slots)
         made["k_histogram.png"] = plots.k_histogram(metrics, row)
         made["load.png"] = plots.load(metrics, row)
-    for name, content in made.items():
-        folder.write(name, content)
-    return list(made)
+    return made

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_tutel.experiments.run_folder import METRICS, read_log
+from dynmoe_tutel.experiments.runner import RunKey
 from dynmoe_tutel.meters import layer_scalars
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ScalarWriter:
         except OSError as error:
             self._give_up(error)
         for line in read_log(self.path, METRICS):
-            if f"{line['row']}-seed{line['seed']}" == run:
+            if RunKey(line["row"], line["seed"], line.get("test", "")).name == run:
                 self.logged(run, line)
 
     def stepped(self, run: str, step: int) -> None:
@@ -81,7 +82,7 @@ class ScalarWriter:
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(name, value) of every number in a line of the metrics that is worth a curve."""
     kind = line["kind"]
-    for key in ("loss", "aux", "accuracy", "in_accuracy", "out_accuracy", "step_ms"):
+    for key in ("loss", "aux", "accuracy", "validation_accuracy", "in_accuracy", "out_accuracy", "step_ms"):
         if line.get(key) is not None:
             yield f"{kind}/{key}", line[key]
     for name, value in layer_scalars(line["layers"]):

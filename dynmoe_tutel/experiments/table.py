@@ -51,15 +51,20 @@ class RowSummary:
     total_parameters: float
     step_ms: Spread
 
+    @classmethod
+    def header(cls) -> tuple[str, ...]:
+        """The titles of the columns."""
+        return HEADER
+
     def cells(self) -> list[str]:
-        """The row's texts, in the order of `HEADER`."""
+        """The row's texts, in the order of `header`."""
         return [
             self.row,
             self.in_accuracy.text(100),
             self.out_accuracy.text(100),
             NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
-            _per_layer(self.experts_start),
-            _per_layer(self.experts_end),
+            per_layer(self.experts_start),
+            per_layer(self.experts_end),
             f"{self.activated_parameters / 1e3:.0f}k",
             f"{self.total_parameters / 1e3:.0f}k",
             f"{self.step_ms.mean:.1f}",
@@ -146,10 +151,15 @@ def verdict(summaries: Sequence[RowSummary]) -> str:
 
 def markdown(summaries: Sequence[RowSummary], steps: int) -> str:
     """The table and the verdict as Markdown."""
-    titles = [title.replace("\n", " ") for title in HEADER]
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *[row.cells() for row in summaries]]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = markdown_lines(summaries[0].header(), [row.cells() for row in summaries])
     return f"{_title(summaries, steps)}.\n\n{body}\n\n{verdict(summaries)}\n"
+
+
+def markdown_lines(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column left and the others right."""
+    titles = [title.replace("\n", " ") for title in header]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def as_json(summaries: Sequence[RowSummary], steps: int) -> dict[str, Any]:
@@ -159,15 +169,21 @@ def as_json(summaries: Sequence[RowSummary], steps: int) -> dict[str, Any]:
 
 def rich_table(summaries: Sequence[RowSummary], steps: int) -> Table:
     """The table for a terminal."""
+    best = max(summaries, key=lambda row: row.out_accuracy.mean)
+    table = rich_lines(_title(summaries, steps), summaries[0].header())
+    for row in summaries:
+        table.add_row(*row.cells(), style="bold" if row is best else None)
+    return table
+
+
+def rich_lines(title: str, header: Sequence[str]) -> Table:
+    """A table for a terminal, without rows yet."""
     from rich import box
     from rich.table import Table
 
-    best = max(summaries, key=lambda row: row.out_accuracy.mean)
-    table = Table(title=_title(summaries, steps), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position == 0 else "right", vertical="bottom")
-    for row in summaries:
-        table.add_row(*row.cells(), style="bold" if row is best else None)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right", vertical="bottom")
     return table
 
 
@@ -176,5 +192,6 @@ def _title(summaries: Sequence[RowSummary], steps: int) -> str:
     return ONE_SEED_TITLE.format(steps=steps) if seeds == 1 else TITLE.format(seeds=f"{seeds} seeds", steps=steps)
 
 
-def _per_layer(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.0f}" if value == round(value) else f"{value:.1f}" for value in values) or NONE
+def per_layer(values: Sequence[float], digits: int = 1) -> str:
+    """For example "4 6.3": one number a layer, without decimals where it has none."""
+    return " ".join(f"{value:.0f}" if value == round(value) else f"{value:.{digits}f}" for value in values) or NONE

@@ -21,7 +21,8 @@ from dynmoe_tutel import checkpoint
 from dynmoe_tutel.checkpoint import read_checkpoint
 from dynmoe_tutel.experiments import job, results
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder, checkpoints_of, read_log, runs_of
-from dynmoe_tutel.experiments.train import Run, TrainConfig, build_model, train
+from dynmoe_tutel.experiments.runner import Run
+from dynmoe_tutel.experiments.train import TrainConfig, build_model, train
 from dynmoe_tutel.experiments.vit import ViTConfig
 
 RUNS = ["dense-seed0", "dynmoe-seed0", "top-2-seed0"]

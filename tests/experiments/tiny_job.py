@@ -18,7 +18,8 @@ from rich.console import Console
 
 from dynmoe_tutel.experiments import job, results
 from dynmoe_tutel.experiments.run_folder import read_log
-from dynmoe_tutel.experiments.train import Run, TrainConfig
+from dynmoe_tutel.experiments.runner import Run
+from dynmoe_tutel.experiments.train import TrainConfig
 from dynmoe_tutel.experiments.vit import ViTConfig
 
 CONFIG = TrainConfig(

@@ -1,0 +1,228 @@
+"""The commands `experiment ...` from a task to the last line: a folder of runs that merges, estimate, table and plots.
+
+    config.json  runs/<run>/{config.json, metrics.jsonl, events.jsonl, checkpoints/}  table.md  table.json  *.png
+
+Every run is a run folder of its own (run_folder.py), so runs can be done in any order and by several commands, as long
+as the protocol in config.json is the same; the table is made of all runs that are finished.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dynmoe_tutel.checkpoint import write_file
+from dynmoe_tutel.experiments import comparison, plots, results, scalars
+from dynmoe_tutel.experiments.job import Several, warn_of_other_versions
+from dynmoe_tutel.experiments.progress import ProgressBar
+from dynmoe_tutel.experiments.rows import row_order
+from dynmoe_tutel.experiments.run_folder import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    RunFolder,
+    checkpoints_of,
+    read_config,
+    read_log,
+)
+from dynmoe_tutel.experiments.runner import Interrupted, Run, RunKey, Task, run_all, stop_requests, thread_count
+from dynmoe_tutel.version import __version__
+
+RUNS = "runs"
+VERSIONS = {"dynmoe_tutel": __version__, "torch": torch.__version__}
+WARM_UP_STEPS, TIMED_STEPS, TIMED_BATCHES = 1, 2, 2
+
+
+def start(task: Task, out: Path | None, console: Console) -> int:
+    """Do the task's runs in the folder `out` (None: runs/<time>), new or of the same protocol; the exit code.
+
+    ValueError where the folder is unfit or holds runs of another protocol.
+    """
+    path = out or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    protocol = _plain(task.protocol())
+    if (path / CONFIG).exists():
+        about = read_config(path)
+        _refuse_other_protocol(path, about, task.name, protocol)
+        warn_of_other_versions(about, console)
+    elif path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"folder {path} is not empty and holds no experiment: name another")
+    else:
+        _write(path, CONFIG, json.dumps({"experiment": task.name, "protocol": protocol, **VERSIONS}, indent=2) + "\n")
+    for key in task.plan:
+        folder = path / RUNS / key.name
+        if not (folder / CONFIG).exists():
+            axes = {axis: list(_plain(getattr(task.settings, axis))) for axis in task.axes}
+            with RunFolder.create(folder, {"run": key.fields, "axes": axes, **VERSIONS}):
+                pass
+    return _finish(task, path, task.plan, console)
+
+
+def resume(path: Path, make_task: Callable[[str, Mapping[str, Any]], Task], console: Console) -> int:
+    """Do what was asked for in this folder and is not done yet; the exit code.
+
+    `make_task(name, settings)` builds the task from its settings with all axes. ValueError where the folder holds no
+    experiment, or its data are not those of its start.
+    """
+    about = read_config(path)
+    protocol = about.get("protocol")
+    if "experiment" not in about or not isinstance(protocol, dict):
+        raise ValueError(f"{path} holds no job of 'experiment'")
+    configs = [read_config(folder) for folder in sorted((path / RUNS).glob("*")) if (folder / CONFIG).exists()]
+    if not configs:
+        raise ValueError(f"{path} holds no run")
+    axes: dict[str, list[Any]] = {}
+    for config in configs:
+        for axis, values in config["axes"].items():
+            axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *values]))
+    task = make_task(about["experiment"], {**protocol, **axes})
+    _refuse_other_protocol(path, about, task.name, _plain(task.protocol()))
+    warn_of_other_versions(about, console)
+    return _finish(task, path, [key for key in task.plan if (path / RUNS / key.name / CONFIG).exists()], console)
+
+
+def estimate(task: Task, plan: list[RunKey]) -> float:
+    """Seconds that these runs take, measured: a few steps and batches of evaluation of every row, then thrown away."""
+    by_row: dict[str, tuple[float, float]] = {}
+    evaluations = 1 + -(-task.settings.steps // task.settings.eval_every)
+    with thread_count(task.settings.threads):
+        for key in plan:
+            if key.row not in by_row:
+                run = Run(task, key, _NoFolder(), Several())
+                for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+                    run.train_step()
+                step = statistics.fmean(run.step_ms[WARM_UP_STEPS:]) / 1e3
+                small, whole = (_evaluation_seconds(run, at) for at in (1, task.settings.steps))
+                by_row[key.row] = (step, whole + (evaluations - 1) * small)
+    return sum(by_row[key.row][0] * task.settings.steps + by_row[key.row][1] for key in plan)
+
+
+@torch.no_grad()
+def _evaluation_seconds(run: Run, step: int) -> float:
+    """Of the evaluation after so many steps, from the first batches of every part."""
+    run.model.eval()
+    seconds = 0.0
+    for part in run.task.parts(run.key, step):
+        start, done = time.perf_counter(), 0
+        for done, (inputs, _) in enumerate(part.batches, 1):
+            run.task.logits(run.model, inputs)
+            if done == TIMED_BATCHES:
+                break
+        seconds += (time.perf_counter() - start) / max(1, done) * len(part.batches)
+    run.model.train()
+    return seconds
+
+
+class _NoFolder(RunFolder):
+    """Takes the logs of runs that only measure."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def log(self, name: str, line: Mapping[str, Any]) -> None:
+        pass
+
+
+def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int:
+    console.print(f"Folder: {path}", highlight=False, soft_wrap=True)
+    pending = [key for key in plan if not _is_done(path, key, task.settings.steps)]
+    if pending:
+        minutes = estimate(task, pending) / 60
+        console.print(
+            f"{len(pending)} runs of {task.settings.steps} steps: about {minutes:.0f} min on {task.settings.threads} "
+            f"threads, measured on {TIMED_STEPS} steps of every row. Ctrl-C stops, --resume {path} goes on.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    started = time.perf_counter()
+    reporters = Several()
+    try:
+        with ProgressBar(console, len(plan), task.settings.steps) as bar, stop_requests() as stop_request:
+            for key in plan:
+                signum = stop_request()
+                if signum is not None:
+                    raise Interrupted(signum)
+                with RunFolder.resume(path / RUNS / key.name) as folder:
+                    reporters = Several([bar])
+                    if scalars.available():
+                        reporters.add(scalars.ScalarWriter(folder.path))
+                    try:
+                        run_all(task, [key], folder, reporters)
+                    finally:
+                        reporters.close()
+    except Interrupted as interrupted:
+        console.print(
+            f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
+            f"  dynmoe-tutel experiment {task.name} --resume {path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 128 + interrupted.signum
+    _report(task, path, console)
+    console.print(f"{time.perf_counter() - started:.0f} s. Tables and plots in {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(task: Task, path: Path, console: Console) -> None:
+    """Write tables and plots of all finished runs in the folder, and print the tables."""
+    metrics, events = read_runs(path)
+    rows = row_order({line["row"] for line in metrics})
+    steps = task.settings.steps
+    summaries = comparison.summarise(metrics, rows, steps, task.selection)
+    _write(path, "table.md", comparison.markdown(summaries, steps, task.selection))
+    content = comparison.as_json(summaries, steps, task.selection)
+    if task.selection != "last":
+        content["after_last_step"] = comparison.as_json(comparison.summarise(metrics, rows, steps), steps, "last")
+    _write(path, "table.json", json.dumps(content, indent=2) + "\n")
+    done = {(row.row, seed) for row in summaries for seed in row.seeds}
+    metrics = [line for line in metrics if (line["row"], line["seed"]) in done]
+    tests = sorted({line.get("test", "") for line in metrics})
+    first = [[line for line in log if line.get("test", "") == tests[0]] for log in (metrics, events)]
+    made = results.draw(first[0], first[1], [row.row for row in summaries], task.slots)
+    made["trade_off.png"] = plots.trade_off(summaries)
+    for name, picture in made.items():
+        _write(path, name, picture)
+    for table in comparison.rich_tables(summaries, steps, task.selection):
+        console.print(table)
+    console.print(comparison.verdict(summaries), highlight=False)
+
+
+def read_runs(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of metrics and events of all runs in an experiment's folder."""
+    folders = [folder for folder in sorted((path / RUNS).glob("*")) if (folder / METRICS).exists()]
+    metrics, events = ([line for folder in folders for line in read_log(folder, name)] for name in (METRICS, EVENTS))
+    return metrics, events
+
+
+def _is_done(path: Path, key: RunKey, steps: int) -> bool:
+    found = checkpoints_of(path / RUNS / key.name, key.name)
+    return bool(found) and found[-1].name.endswith(f"-{steps:06d}")
+
+
+def _refuse_other_protocol(path: Path, about: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) -> None:
+    if about.get("experiment") != name:
+        raise ValueError(f"{path} holds a job of {about.get('experiment') or 'train'!r}, not of {name!r}")
+    before: Mapping[str, Any] = about["protocol"]
+    differing = [key for key in {**before, **protocol} if before.get(key) != protocol.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: {before.get(key)!r} there, {protocol.get(key)!r} now" for key in sorted(differing))
+        raise ValueError(f"{path} holds runs of another protocol, which cannot share a table: {changes}")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _write(path: Path, name: str, content: bytes | str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(path / name, content)
+    except OSError as error:
+        raise ValueError(f"folder {path} cannot be written: {error.strerror or error}") from error

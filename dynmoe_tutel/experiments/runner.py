@@ -1,0 +1,486 @@
+"""Runs: a task's rows trained with equal budgets, with logs, evaluations, checkpoints and a clean stop.
+
+A `Task` says what is trained and on what; a `Run` trains one row of it with one seed. All randomness of a run comes
+from its key through private streams, dropout included, so that a run is a pure function of the settings and a resumed
+run is bitwise the uninterrupted one. The controller sees training forwards alone. `train` and `experiment` are tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe_tutel import meters
+from dynmoe_tutel.controller import ExpertController, Schedule
+from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
+
+MAX_SEED = 2**31
+KINDS = ("validation", "in", "out")
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every row of a job has in common. ValueError for values out of range; a task adds its own by inheritance."""
+
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    learning_rate: float = 2e-3
+    warmup: float = 0.1  # share of the steps
+    aux_weight: float = 0.01  # GMoE's and upstream DynMoE's
+    update_every: int = 25  # steps from one adaptive update of DynMoE to the next
+    log_every: int = 5
+    eval_every: int = 25
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
+        if not all(0 <= seed < MAX_SEED for seed in self.seeds):
+            raise ValueError(f"seeds must be from 0 to {MAX_SEED - 1}, got {list(self.seeds)}")
+        self.refuse_below_one("steps", "update_every", "log_every", "eval_every", "threads")
+        if not isinstance(self.learning_rate, float) or not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
+
+    def refuse_below_one(self, *names: str) -> None:
+        """ValueError that names the first of these settings that is not an integer of at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[S], content: Mapping[str, Any]) -> S:
+        """What `to_dict` gave. ValueError where a value is missing or unknown."""
+        expected, given = {f.name for f in fields(cls)}, set(content)
+        if expected != given:
+            raise ValueError(
+                f"the configuration is of another job or version: missing {sorted(expected - given)}, "
+                f"unknown {sorted(given - expected)}"
+            )
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+        except TypeError as error:
+            raise ValueError(f"the configuration is of another job or version: {error}") from error
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What tells a run from the others of its job: row, seed, and the part left out (`test`) where a task has one."""
+
+    row: str
+    seed: int
+    test: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the run, in folders and messages."""
+        return f"{self.row}-seed{self.seed}" + f"-{self.test}" * bool(self.test)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The key as it stands in every line of the logs."""
+        return {"row": self.row, "seed": self.seed} | ({"test": self.test} if self.test else {})
+
+
+class Batches(Protocol):
+    """A list of batches, a DataLoader, or the like."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Data that are evaluated together. `kind`: "validation" (from the training domains, to select by), "in" (held out,
+    from the training domains), "out" (from domains never trained on). `batches` can be iterated repeatedly."""
+
+    name: str
+    kind: str
+    batches: Batches
+
+
+class Task(ABC):
+    """What a job trains. Every method is a pure function of its arguments and the settings.
+
+    A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors.
+    """
+
+    name = ""  # of the experiment, in config.json
+    settings: Settings
+    axes: tuple[str, ...] = ("rows", "seeds")  # settings that say which runs, not what a run computes
+    selection = "last"  # or "validation": the evaluation that the table takes, see comparison.py
+    keep_weights = True  # False: the last checkpoint of a finished run keeps the gates alone, a few kilobytes
+    checkpoints = True  # False: only at the end, and when stopped
+    device = torch.device("cpu")
+
+    @property
+    def slots(self) -> int:
+        """Expert slots of the adaptive rows, for the plots."""
+        return 0
+
+    @property
+    def plan(self) -> list[RunKey]:
+        """The runs in their order: rows are interleaved, so that a busy machine slows all of them alike."""
+        return [RunKey(row, seed) for seed in self.settings.seeds for row in self.settings.rows]
+
+    def protocol(self) -> dict[str, Any]:
+        """What two jobs must share for their runs to be compared: the settings but the axes, and what identifies the
+        data and weights where a task adds it."""
+        return {name: value for name, value in self.settings.to_dict().items() if name not in self.axes}
+
+    @abstractmethod
+    def build(self, key: RunKey) -> nn.Module:
+        """The model at its start, on the CPU; what rows have in common starts with equal weights."""
+
+    @abstractmethod
+    def batches(self, key: RunKey, first_step: int) -> Iterator[tuple[Any, Tensor]]:
+        """The training batches of the steps from `first_step` on (0-based), the same for every row."""
+
+    @abstractmethod
+    def parts(self, key: RunKey, step: int) -> Iterable[Part]:
+        """What is evaluated after `step` steps; names and kinds are the same at every step."""
+
+    def logits(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Class scores [B, C] of a batch."""
+        return cast(Tensor, model(inputs))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer; the runner sets its learning rate in every step."""
+        return torch.optim.Adam(model.parameters(), lr=self.settings.learning_rate, fused=True)
+
+    def learning_rate_share(self, step: int) -> float:
+        """Of step 0, 1, ...: linear warm-up, then half a cosine to zero."""
+        settings = self.settings
+        warmup = max(1, round(settings.warmup * settings.steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+    def adaptive(self, row: str) -> bool:
+        """Whether a controller grows and prunes this row's experts."""
+        return row.startswith("dynmoe")
+
+
+class Interrupted(Exception):
+    """The job was asked to stop by `signum` and has saved its state."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Reporter(Protocol):
+    """Who is told how the job goes."""
+
+    def run_skipped(self, run: str, steps: int) -> None: ...
+    def run_started(self, run: str, step: int, steps: int) -> None: ...
+    def stepped(self, run: str, step: int) -> None: ...
+    def logged(self, run: str, line: Mapping[str, Any]) -> None: ...
+    def run_ended(self, run: str, line: Mapping[str, Any]) -> None: ...
+
+
+def run_all(task: Task, plan: list[RunKey], folder: RunFolder, reporter: Reporter) -> None:
+    """Do what of the plan is not in the folder yet; its runs share the folder's logs, in the order of the plan.
+
+    Raises Interrupted after SIGINT or SIGTERM, when the state is saved; ValueError where the folder cannot be written
+    or its checkpoints do not fit.
+    """
+    steps = task.settings.steps
+    pending = _rewind(plan, steps, folder)
+    for key in plan[: len(plan) - len(pending)]:
+        reporter.run_skipped(key.name, steps)
+    with thread_count(task.settings.threads), stop_requests() as stop_request:
+        for key, state in pending:
+            run = Run(task, key, folder, reporter)
+            if state is not None:
+                run.load_state(state)
+            run.finish(stop_request)
+
+
+def _rewind(plan: list[RunKey], steps: int, folder: RunFolder) -> list[tuple[RunKey, dict[str, Any] | None]]:
+    """The runs that are to be done, the first with the state it stopped at; the logs are cut back to that state."""
+    latest: dict[str, Any] | None = None
+    pending: list[tuple[RunKey, dict[str, Any] | None]] = []
+    for key in plan:
+        state = folder.load(key.name)
+        if state is not None:
+            if pending and pending[-1][1] is None:
+                raise ValueError(
+                    f"run folder {folder.path} has a checkpoint of {key.name} but none of "
+                    f"{pending[-1][0].name}, which runs earlier: remove the former to repeat both"
+                )
+            latest = state
+        if state is None or state["step"] < steps:
+            pending.append((key, state))
+    folder.rewind(latest)
+    return pending
+
+
+class Run:
+    """One run: model, optimizer, controller, and the sums since the last line of the log."""
+
+    def __init__(self, task: Task, key: RunKey, folder: RunFolder, reporter: Reporter) -> None:
+        self.task, self.key, self.folder, self.reporter = task, key, folder, reporter
+        self.settings, self.row, self.name = task.settings, key.row, key.name
+        self.model = task.build(key).to(task.device).train()  # libraries hand over models in eval mode
+        self.optimizer = task.optimizer(self.model)
+        self.meter = meters.RoutingMeter(self.model)
+        self.controller: ExpertController | None = None
+        if task.adaptive(key.row):
+            every = self.settings.update_every
+            # No update in the last stretch: an expert that grew is trained before it is judged.
+            schedule = Schedule(every=every, stop=max(every, self.settings.steps - every))
+            self.controller = ExpertController(self.model, self.optimizer, schedule, seed=key.seed)
+        self.step, self.resumed = 0, False
+        self.sums = {"loss": 0.0, "aux": 0.0, "correct": 0, "items": 0, "steps": 0}
+        self.layers_at_eval: dict[str, Any] = {}
+        self.step_ms: list[float] = []
+        self._batches: Iterator[tuple[Any, Tensor]] | None = None
+
+    def finish(self, stop_request: Callable[[], int | None]) -> None:
+        """Train to the last step, with evaluations and checkpoints; Interrupted once a signal came and all is saved."""
+        settings = self.settings
+        self.reporter.run_started(self.name, self.step, settings.steps)
+        line: dict[str, Any] = {}
+        if not self.resumed:
+            self.evaluate()
+        while self.step < settings.steps:
+            signum = stop_request()
+            if signum is not None:
+                self.save()
+                raise Interrupted(signum)
+            self.train_step()
+            last = self.step == settings.steps
+            if self.step % settings.log_every == 0 or last:
+                self.log()
+            self.adapt()
+            if self.step % settings.eval_every == 0 or last:
+                line = self.evaluate()
+                if self.task.checkpoints or last:
+                    self.save()
+            self.reporter.stepped(self.name, self.step)
+        self.reporter.run_ended(self.name, line)
+        signum = stop_request()
+        if signum is not None:
+            raise Interrupted(signum)
+
+    def train_step(self) -> None:
+        """One optimizer step."""
+        if self._batches is None:
+            self._batches = self.task.batches(self.key, self.step)
+        inputs, label = to_device(next(self._batches), self.task.device)
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.task.learning_rate_share(self.step)
+        with random_stream(self.key.seed, self.step, self.task.device):
+            logits = self.task.logits(self.model, inputs)
+            loss = nn.functional.cross_entropy(logits, label)
+            aux = self._aux_loss()
+            self.optimizer.zero_grad(set_to_none=True)
+            (loss + self.settings.aux_weight * aux).backward()
+        self.optimizer.step()
+        self.sums["loss"] += loss.item()
+        self.sums["aux"] += aux.item()
+        self.step_ms.append(1e3 * (time.perf_counter() - start))
+        self.step += 1
+        self.sums["correct"] += int((logits.argmax(1) == label).sum())
+        self.sums["items"] += len(label)
+        self.sums["steps"] += 1
+
+    def adapt(self) -> None:
+        """Let the controller count the step, and log what grew and what was pruned."""
+        if self.controller is None:
+            return
+        for event in self.controller.step():
+            self.folder.log(EVENTS, {**self.key.fields, **asdict(event)})
+
+    def log(self) -> None:
+        """Write the means since the last line, and start anew."""
+        sums = self.sums
+        loss = sums["loss"] / sums["steps"]
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{self.name} diverged: its loss is {loss} at step {self.step} with learning_rate "
+                f"{self.settings.learning_rate}: lower it"
+            )
+        line = {
+            "kind": "train",
+            **self.key.fields,
+            "step": self.step,
+            "loss": loss,
+            "aux": sums["aux"] / sums["steps"],
+            "accuracy": sums["correct"] / sums["items"],
+            "layers": self.meter.read(),
+            "step_ms": statistics.median(self.step_ms) if self.step_ms else None,
+        }
+        self.folder.log(METRICS, line)
+        self.reporter.logged(self.name, line)
+        self.meter.reset()
+        self.step_ms.clear()
+        self.sums = dict.fromkeys(sums, 0) | {"loss": 0.0, "aux": 0.0}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Write accuracy by part and by kind of part, and how the tokens of these data were routed."""
+        kept = self.meter.state_dict()
+        self.model.eval()
+        parts: dict[str, Any] = {}
+        sums: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        for part in self.task.parts(self.key, self.step):
+            self.meter.reset()
+            accuracy, items = self._accuracy(part)
+            k = {name: layer["k"] for name, layer in self.meter.read().items()}
+            parts[part.name] = {"kind": part.kind, "accuracy": accuracy, "items": items, "k": k}
+            sums[part.kind].append(self.meter.state_dict())
+        self.model.train()
+        layers = {}
+        for kind in KINDS:
+            self.meter.load_state_dict(meters.total(sums[kind]) if sums[kind] else meters.total([kept], scale=0))
+            layers[kind] = self.meter.read()
+        self.meter.load_state_dict(kept)
+        inside = layers["in"] if sums["in"] else layers["validation"]
+        self.layers_at_eval = inside
+        activated, total = meters.parameter_counts(self.model, {name: layer["k"] for name, layer in inside.items()})
+        line = {
+            "kind": "eval",
+            **self.key.fields,
+            "step": self.step,
+            **_mean_accuracies(parts),
+            "activated_parameters": activated,
+            "total_parameters": total,
+            "parts": parts,
+            "layers": inside,
+            "layers_out": layers["out"],
+        }
+        self.folder.log(METRICS, line)
+        self.reporter.logged(self.name, line)
+        return line
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        self.folder.save(self.name, self.step, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, and the last statistics of the layers."""
+        state: dict[str, Any] = {**self.key.fields, "step": self.step, "layers": self.layers_at_eval}
+        model = dict(self.model.state_dict())
+        if self.step == self.settings.steps and not self.task.keep_weights:
+            return {**state, "model": {name: tensor for name, tensor in model.items() if ".gates." in name}}
+        return {
+            **state,
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "meter": self.meter.state_dict(),
+            "sums": dict(self.sums),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        key = RunKey(state["row"], state["seed"], state.get("test", ""))
+        if key != self.key:
+            raise ValueError(f"the checkpoint is of {key.name}, not of {self.name}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        self.meter.load_state_dict(state["meter"])
+        self.step, self.sums, self.layers_at_eval = state["step"], dict(state["sums"]), state["layers"]
+        self.resumed = True
+
+    def _aux_loss(self) -> Tensor:
+        aux = torch.zeros((), device=self.task.device)
+        for layer in self.meter.layers.values():
+            assert layer.l_aux is not None
+            aux = aux + layer.l_aux
+        return aux
+
+    @torch.no_grad()
+    def _accuracy(self, part: Part) -> tuple[float, int]:
+        correct = items = 0
+        for batch in part.batches:
+            inputs, label = to_device(batch, self.task.device)
+            correct += int((self.task.logits(self.model, inputs).argmax(1) == label).sum())
+            items += len(label)
+        return correct / items, items
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The tensors in dicts, tuples and lists, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return type(value)(to_device(item, device) for item in value)
+
+
+@contextmanager
+def random_stream(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """torch's random state is that of the seed and the step; the caller's is put back. Dropout draws from it."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.default_generator.manual_seed(seed * 1_000_003 + step)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed * 1_000_003 + step)
+        yield
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """torch computes with so many threads; the caller's number is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Gives a function that returns the signal that asked to stop, or None. A second signal stops at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def remember(signum: int, _frame: Any) -> None:
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    before: dict[int, Any] = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def refuse_bad_choice(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """ValueError unless `values` are different ones of `allowed`, at least one."""
+    unknown = [value for value in values if value not in allowed]
+    if unknown or not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be different ones of {', '.join(allowed)}, got {', '.join(values) or 'none'}")
+
+
+def _mean_accuracies(parts: Mapping[str, Any]) -> dict[str, float]:
+    """By kind, every part counting the same; in domain is validation where nothing else is held out."""
+    by_kind = {kind: [part["accuracy"] for part in parts.values() if part["kind"] == kind] for kind in KINDS}
+    result = {f"{kind}_accuracy": statistics.fmean(values) for kind, values in by_kind.items() if values}
+    return {"in_accuracy": result["validation_accuracy"], **result} if "in_accuracy" not in result else result
