@@ -22,7 +22,7 @@ from .gates import gate_config, max_experts
 from .gates.top_k import TopKGate
 from .layer import MoELayer
 from .options import flag, number, positive_int, refuse_unknown
-from .padding import mask_padding_of
+from .padding import forget_padding_of, mask_padding_of
 
 RECIPES = ("gmoe", "emoe")
 SPLITS = ("kmeans", "random", "contiguous")
@@ -149,7 +149,7 @@ def revert(model: nn.Module, expert: int | str | None = None) -> nn.Module:
     dense = [_dense_weights(name, layer, expert) for name, layer in layers]
     for (_, layer), weights in zip(layers, dense, strict=True):
         _restore(model, layer, weights)
-    mask_padding_of(model, [])
+    forget_padding_of(model)
     return model
 
 
@@ -378,21 +378,24 @@ def _install(model: nn.Module, ffn: DenseFFN, layer: MoELayer) -> None:
         placed = nn.Sequential()
         placed.add_module("moe", layer)
         placed.add_module("dropout", nn.Dropout(ffn.last_dropout).train(ffn.module.training))
-    _set(model, ffn.name, placed)
-    if ffn.down_owner is not None:
-        owner, attribute = ffn.down_owner
-        setattr(model.get_submodule(owner), attribute, nn.Identity())
+    for parent in _replaced(model, ffn.module, placed):
+        if ffn.down_owner is not None:
+            neighbour, attribute = ffn.down_owner
+            setattr(parent.get_submodule(neighbour), attribute, nn.Identity())
     for linear in ffn.linears:
         for key, parameter in list(linear.named_parameters()):
             empty = torch.empty_like(parameter, device="meta")
             linear.register_parameter(key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    if not key:
+def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> list[nn.Module]:
+    """Put `new` in every place of `old`; returns the modules that hold it."""
+    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is old]
+    if not places:
         raise ValueError("the model itself is one FFN: put it into a module that holds it")
-    setattr(model.get_submodule(parent), key, module)
+    for parent, key in places:
+        setattr(parent, key, new)
+    return [parent for parent, _ in places]
 
 
 # To dense
@@ -478,7 +481,8 @@ def _restore(model: nn.Module, layer: MoELayer, weights: list[list[Tensor | None
         if bias is not None:
             linear.register_parameter("bias", nn.Parameter(bias.contiguous(), requires_grad=learns))
     ffn.module.train(layer.training)
-    _set(model, ffn.name, ffn.module)
-    if ffn.down_owner is not None:
-        owner, attribute = ffn.down_owner
-        setattr(model.get_submodule(owner), attribute, ffn.down.train(layer.training))
+    placed = layer if not ffn.last_dropout else next(m for m in model.modules() if m._modules.get("moe") is layer)
+    for parent in _replaced(model, placed, ffn.module):
+        if ffn.down_owner is not None:
+            neighbour, attribute = ffn.down_owner
+            setattr(parent.get_submodule(neighbour), attribute, ffn.down.train(layer.training))

@@ -33,7 +33,9 @@ class DenseFFN:
     activation: Callable[[Tensor], Tensor]
     dropout: float  # between the activation and `down`
     last_dropout: float  # behind `down`, where `module` has one
-    down_owner: tuple[str, str] | None = None  # (name of its module, attribute) where `down` lies beside `module`
+    down_owner: tuple[str, str] | None = (
+        None  # (name under the same parent, attribute) where `down` lies beside `module`
+    )
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -98,9 +100,9 @@ def _inside(name: str, module: nn.Module) -> DenseFFN | None:
     linears = [child for child in _children(module) if is_linear(child)]
     for up, gate, down in _orders(linears):
         for activation in _activations(module):
-            first, last = _dropouts(module, down)
-            ffn = DenseFFN(name, module, up, down, gate, activation, first, last)
+            ffn = DenseFFN(name, module, up, down, gate, activation, 0.0, 0.0)
             if _computes(module, ffn, lambda x, ffn=ffn: _value(ffn, x)):  # type: ignore[misc]
+                ffn.dropout, ffn.last_dropout = _dropouts(module, ffn)
                 return ffn
     return None
 
@@ -111,19 +113,17 @@ def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
     if len(linears) != 1 or not name:
         return None
     H, D = weight_of(linears[0]).shape
-    parent_name = name.rpartition(".")[0]
-    for key, neighbour in model.get_submodule(parent_name).named_children():
+    for key, neighbour in model.get_submodule(name.rpartition(".")[0]).named_children():
         places = [(n, child) for n, child in neighbour.named_children() if is_linear(child)]
         if neighbour is module or len(places) != 1 or weight_of(places[0][1]).shape != (D, H):
             continue
         for activation in _activations(module):
             attribute, down = places[0]
-            first = _dropouts(module, None)[0]
-            owner = f"{parent_name}.{key}" if parent_name else key
-            ffn = DenseFFN(name, module, linears[0], down, None, activation, first, 0.0, (owner, attribute))
+            ffn = DenseFFN(name, module, linears[0], down, None, activation, 0.0, 0.0, (key, attribute))
             if _computes(module, ffn, lambda x, ffn=ffn: ffn.activation(ffn.up(x))) and _starts_with(  # type: ignore[misc]
                 neighbour, attribute, H, D
             ):
+                ffn.dropout = _dropouts(module, ffn)[0]
                 return ffn
     return None
 
@@ -153,11 +153,19 @@ def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     return found
 
 
-def _dropouts(module: nn.Module, down: nn.Module | None) -> tuple[float, float]:
-    """p of the dropouts in front of `down` and behind it, by the order of the children."""
+def _dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
+    """p of the dropouts that run in front of `down` and behind it, whatever the order of the children."""
+    called: list[nn.Module] = []
+    hooks = [child.register_forward_pre_hook(lambda m, _: called.append(m)) for child in _children(module)]
+    try:
+        with _evaluating(module):
+            module(_tokens(ffn.up, ffn.model_dim))
+    finally:
+        for hook in hooks:
+            hook.remove()
     before, behind, seen = 0.0, 0.0, False
-    for child in _children(module):
-        seen |= child is down
+    for child in called:
+        seen |= child is ffn.down
         if isinstance(child, nn.Dropout):
             before, behind = (before, child.p) if seen else (child.p, behind)
     return before, behind

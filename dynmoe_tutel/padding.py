@@ -1,41 +1,63 @@
 """Attention masks of a host model reach its MoE layers: padding is no token there.
 
-A hook on the host keeps the mask of the forward under way, and a hook on each layer hands it on as `token_mask`. It
-stays until the host's next forward, so that recomputes of gradient checkpointing see it: run the backward before the
-next forward, as training loops do.
+The module that is nearest above a layer and takes `attention_mask` beside `input_ids` or `inputs_embeds` keeps the mask
+of the forward under way (the decoder of a T5 its own, not the encoder's); a hook on the layer hands it on as
+`token_mask`. It is kept for the backward, so that recomputes of gradient checkpointing see it: run the backward before
+the next forward, as training loops do.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import MoELayer
+from .layer import MoELayer, in_backward
+
+_MASK, _INPUTS = "attention_mask", ("input_ids", "inputs_embeds")
 
 
 class _Mask:
-    """The mask of the host's last forward, [B, L] bool, or None."""
+    """The mask of the last forward of a module, [B, L] bool, or None."""
 
     def __init__(self) -> None:
         self.tokens_BL: Tensor | None = None
+        self.running = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokens_BL": None}
+        return {"tokens_BL": None, "running": False}
 
 
 class _Keep:
-    """Forward pre-hook of the host."""
+    """Forward pre-hook of the module that is given the mask."""
 
     def __init__(self, mask: _Mask) -> None:
         self.mask = mask
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("attention_mask")
-        if given is None and len(args) > 1:
-            given = args[1]  # transformers' second argument
-        self.mask.tokens_BL = given != 0 if isinstance(given, Tensor) and given.dim() == 2 else None
+        self.mask.tokens_BL, self.mask.running = None, True
+        names = _parameters(module)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = given.get(_MASK)
+        inputs = (given.get(name) for name in (*_INPUTS, *names[:1]))
+        shape = next((x.shape[:2] for x in inputs if isinstance(x, Tensor)), None)
+        if shape is None or not isinstance(mask, Tensor) or mask.dim() != 2 or len(shape) != 2:
+            return
+        B, L = shape
+        if mask.shape[0] == B and mask.shape[1] >= L:
+            self.mask.tokens_BL = mask[:, mask.shape[1] - L :] != 0  # with a cache, the mask is of the past too
+
+
+class _Over:
+    """Forward hook of the module that is given the mask."""
+
+    def __init__(self, mask: _Mask) -> None:
+        self.mask = mask
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.mask.running = False
 
 
 class _HandOn:
@@ -47,26 +69,55 @@ class _HandOn:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask_BL = self.mask.tokens_BL
         x = args[0] if args else kwargs.get("input")
-        if mask_BL is None or kwargs.get("token_mask") is not None or not isinstance(x, Tensor) or x.dim() != 3:
+        if mask_BL is None or not (self.mask.running or in_backward()) or kwargs.get("token_mask") is not None:
             return None
-        B, L = x.shape[:2]
-        if mask_BL.shape[0] != B or mask_BL.shape[1] < L:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != mask_BL.shape:
             return None
-        mask_BL = mask_BL[:, mask_BL.shape[1] - L :].to(x.device)  # with a cache, the mask is of the past too
-        return args, {**kwargs, "token_mask": mask_BL}
+        return args, {**kwargs, "token_mask": mask_BL.to(x.device)}
 
 
 def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Hand the host's `attention_mask` [B, L] (0: padding) to `layers`; with none, take the host's hook away."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Keep) and not layers:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-    if not layers:
-        return
-    kept = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Keep)), None)
-    if kept is None:
-        kept = _Keep(_Mask())
-        model.register_forward_pre_hook(kept, with_kwargs=True)
+    """Hand the host's `attention_mask` [B, L] (0: padding) to `layers`, where a module above them takes one."""
+    names = {id(module): name for name, module in model.named_modules()}
     for layer in layers:
-        layer.register_forward_pre_hook(_HandOn(kept.mask), with_kwargs=True)
+        host = _host(model, names[id(layer)])
+        if host is None:
+            continue
+        mask = next((hook.mask for hook in host._forward_pre_hooks.values() if isinstance(hook, _Keep)), None)
+        if mask is None:
+            mask = _Mask()
+            host.register_forward_pre_hook(_Keep(mask), with_kwargs=True)
+            host.register_forward_hook(_Over(mask))
+        layer.register_forward_pre_hook(_HandOn(mask), with_kwargs=True)
+
+
+def forget_padding_of(model: nn.Module) -> None:
+    """Take the hooks of `mask_padding_of` away from all modules but the layers."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Keep):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, after in list(module._forward_hooks.items()):
+            if isinstance(after, _Over):
+                del module._forward_hooks[key]
+
+
+def _host(model: nn.Module, name: str) -> nn.Module | None:
+    """The nearest module above `name` whose forward takes a mask beside tokens; else the outermost that takes one."""
+    outermost = None
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        taken = _parameters(module)
+        if _MASK not in taken:
+            continue
+        if any(each in taken for each in _INPUTS):
+            return module
+        outermost = module
+    return outermost
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """The names of the arguments of the module's forward, in order."""
+    return list(inspect.signature(module.forward).parameters)
