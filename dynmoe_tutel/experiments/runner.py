@@ -76,7 +76,8 @@ class Settings:
                 f"unknown {sorted(given - expected)}"
             )
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+            return cls(**values)
         except TypeError as error:
             raise ValueError(f"the configuration is of another job or version: {error}") from error
 
