@@ -32,6 +32,7 @@ HEADER = (
 )
 
 WIDE = 160
+NOT_ON_NARROW = ("seeds", "experts\nstart", "ms a\nstep")
 
 Line = Mapping[str, Any]
 
@@ -182,7 +183,7 @@ def as_json(rows: Sequence[Comparison], steps: int, selection: str) -> dict[str,
 def rich_tables(rows: Sequence[Comparison], steps: int, selection: str, width: int) -> list[Table]:
     """The tables for a terminal of so many columns: on a narrow one without what only the files need."""
     best = max(rows, key=lambda row: row.out_accuracy.mean)
-    shown = [place for place, name in enumerate(HEADER) if width >= WIDE or name not in ("seeds", "ms a\nstep")]
+    shown = [place for place, name in enumerate(HEADER) if width >= WIDE or name not in NOT_ON_NARROW]
     main = rich_lines(title(steps, selection), [HEADER[place] for place in shown])
     by_part = rich_lines("By part; k of every MoE layer", part_header(rows))
     for row, parts in zip(rows, part_lines(rows), strict=True):
