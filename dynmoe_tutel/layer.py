@@ -100,7 +100,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
     With `group`, every rank of it must call the same forwards and backwards in the same order; exact capacity takes any
     number of tokens on each, a bounded one the same number. A factor then allows ceil(factor * T / ranks) assignments
     from one rank to another. ``a2a_ffn_overlap_degree`` chunks of tokens (exact only) travel while others are computed.
-    ``wire.traffic`` counts bytes. Not needed and accepted for scripts: parallel_type, use_2dh. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
+    ``wire.traffic`` counts bytes. Not needed and accepted for scripts: parallel_type, use_2dh. Environment variables
+    SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
 
     After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
     unweighted terms by name.
@@ -109,6 +110,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     dropped_assignments: Tensor
+    world_size: int
+    rank: int
     _num_global_experts: Tensor
     _max_num_global_experts: Tensor
 

@@ -270,7 +270,7 @@ def bounded_pairs(routing: Routing, ranks: int, capacity: Capacity) -> Routing:
     """
     bound = pair_capacity(capacity, routing, ranks)
     assert bound is not None
-    T, E = routing.scores.shape
+    E = routing.num_experts
     margin_TE = routing.scores if routing.thresholds is None else routing.scores - routing.thresholds
     margin_TE = margin_TE.detach().masked_fill(routing.unrouted.unsqueeze(1), math.inf)
     dropped = torch.zeros((), dtype=torch.int64, device=margin_TE.device)
@@ -327,15 +327,9 @@ def _chunks(
     R = wire.size
     block_TRL = routing.assigned.view(-1, R, local)
     rank_bits_TW = kernels.pack_bits(block_TRL.any(dim=2))
-    scores_TR = routing.scores.new_zeros(len(rank_bits_TW), R)
     fixed_rows = None if bound is None else min(bound, routing.num_tokens)
-    by_ranks = []
-    for first, last in bounds:
-        index = kernels.ragged_index(rank_bits_TW[first:last], R, -1 if fixed_rows is None else R * fixed_rows)
-        scores = scores_TR[first:last]
-        by_ranks.append(
-            Routing(rank_bits_TW[first:last], scores, *index, scores.new_zeros(len(scores), dtype=torch.bool))
-        )
+    room = None if fixed_rows is None else R * fixed_rows
+    by_ranks = [_indexed(rank_bits_TW[first:last], R, routing, room) for first, last in bounds]
     if bound is None:
         rows_NR = torch.stack([by_rank.counts for by_rank in by_ranks])
         own = torch.stack([rows_NR, count_NR.int()], dim=2).transpose(0, 1).contiguous()  # [R, chunks, 2] int32
@@ -355,7 +349,7 @@ def _chunks(
         pending.append((rows, rows.there(bits_NW)))
     found = []
     for i, (by_rank, (rows, bits)) in enumerate(zip(by_ranks, pending, strict=True)):
-        here = _here(bits.wait(), local, routing, None if bound is None else R * bound)
+        here = _indexed(bits.wait(), local, routing, None if bound is None else R * bound, weighted=True)
         own_gates = their_gates = None
         if bound is not None:
             assert fixed_rows is not None
@@ -365,12 +359,15 @@ def _chunks(
     return found
 
 
-def _here(bits_MW: Tensor, local: int, routing: Routing, capacity: int | None) -> Routing:
-    """What came, to the slots of this rank; weights, where the gate has some, come as the rows' gate values."""
-    index = kernels.ragged_index(bits_MW, local, -1 if capacity is None else capacity)
-    scores = routing.scores.new_zeros(len(bits_MW), local)
-    unrouted = torch.zeros(len(bits_MW), dtype=torch.bool, device=bits_MW.device)
-    return Routing(bits_MW, scores, *index, unrouted, weights=None if routing.weights is None else scores)
+def _indexed(bits_NW: Tensor, experts: int, routing: Routing, capacity: int | None, weighted: bool = False) -> Routing:
+    """Tokens by bitmask alone; `weighted`, where the combine weights of `routing` come as gate values of rows."""
+    offsets, token_offsets, token_of_row, row_of_assignment = kernels.ragged_index(
+        bits_NW, experts, -1 if capacity is None else capacity
+    )
+    scores = routing.scores.new_zeros(len(bits_NW), experts)
+    unrouted = torch.zeros(len(bits_NW), dtype=torch.bool, device=bits_NW.device)
+    weights = scores if weighted and routing.weights is not None else None
+    return Routing(bits_NW, scores, offsets, token_offsets, token_of_row, row_of_assignment, unrouted, weights=weights)
 
 
 # At construction
@@ -407,7 +404,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters of experts that are divided over ranks: no other rank of their group has them."""
     for prefix, module in model.named_modules():
         if getattr(module, "wire", None) is not None:
-            for name, parameter in module.experts.named_parameters():  # type: ignore[union-attr]
+            for name, parameter in module.experts.named_parameters():
                 yield f"{prefix}.experts.{name}".lstrip("."), parameter
 
 

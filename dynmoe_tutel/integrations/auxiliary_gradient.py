@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dynmoe_tutel.layer import MoELayer, in_backward
+from dynmoe_tutel.layer import MoELayer
 
 
 class _WithGradient(torch.autograd.Function):
@@ -100,9 +100,8 @@ class AuxiliaryGradient:
             l_aux: Tensor | None = getattr(y, "l_aux", None)
             if l_aux is None:  # SKIP_MOE
                 return None
-            if not in_backward():
-                with torch.no_grad():
-                    self._sums[name].add_(torch.stack([l_aux.float(), torch.ones_like(l_aux)]))
+            with torch.no_grad():
+                self._sums[name].add_(torch.stack([l_aux, torch.ones_like(l_aux)]))
             if self.weight == 0 or not l_aux.requires_grad:
                 return None
             y = _WithGradient.apply(y, factor * l_aux)
