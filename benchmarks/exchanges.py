@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynmoe_tutel import kernels
+from dynmoe_tutel import kernels, parallel
 from dynmoe_tutel.expert_capacity import largest
 from dynmoe_tutel.experts import Experts
 from dynmoe_tutel.gates import Gate
@@ -76,27 +76,9 @@ def _counts(sent_N: Tensor) -> Tensor:
 
 
 def once_per_rank(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """A token travels once to each rank that holds one of its experts, with its bitmask; a partial sum comes back."""
-    R, local = dist.get_world_size(), experts.slots
-    routing = gate(x_TD)
-    block_TRE = routing.assigned.view(-1, R, local)
-    by_rank = Routing.from_assignments(block_TRE.any(dim=2))  # ranks in the place of experts
-    token_N, rank_N = by_rank.token_of_row.long(), by_rank.expert_of_row
-    bits_NW = kernels.pack_bits(block_TRE[token_N, rank_N])
-    sent = by_rank.counts.tolist()
-    received = _counts(by_rank.counts.long()).tolist()
-    bits_MW = _all_to_all(bits_NW, sent, received)
-    x_MD = _Exchange.apply(by_rank.dispatch(x_TD), sent, received)
-    here = Routing.from_bits(bits_MW, x_MD.new_zeros((x_MD.shape[0], local)))
-    # gate values travel by (rank, token, expert), which is the order of assignments at the receiver
-    gate_A = routing.straight_through().view(-1, R, local).transpose(0, 1)[block_TRE.transpose(0, 1)]
-    gates_sent = block_TRE.sum(dim=(0, 2)).tolist()
-    gates_received = [int(k.sum()) for k in here.k_per_token.split(received)]
-    gate_B = _Ones.apply(gate_A, gates_sent, gates_received)
-    of_row_B = torch.zeros_like(gate_B).index_copy(0, here.row_of_assignment.long(), gate_B)
-    sum_MD = here.sum(experts(x_MD, here, of_row_B))
-    sum_ND = _Exchange.apply(sum_MD, received, sent)
-    return by_rank.sum(sum_ND) / routing.k_per_token.clamp(min=1).unsqueeze(1)
+    """The package's own: a token goes once to each rank with an expert of it, and a partial sum comes back."""
+    wire = parallel.Wire(dist.group.WORLD)
+    return parallel.through_ranks(experts, wire, x_TD, gate(x_TD), "mean", "exact")
 
 
 def _through(experts: Experts, rows_MD: Tensor, expert_M: Tensor) -> Tensor:

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any test module imports Triton, as Lightning and transformers do
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Uninitialised memory is NaN, as torch's deterministic mode fills it."""

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from helpers import HAS_GPU
-
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before the first kernel is defined; nothing else in a test process defines one
-    )
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
