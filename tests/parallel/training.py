@@ -7,33 +7,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from divided import DividedLayer
 from torch import Tensor, nn
 
-from dynmoe_tutel import ExpertController, distributed_checkpoint
+from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint
 
-D, H, SLOTS, EVERY, STEPS = 8, 6, 8, 8, 20
+D, H, SLOTS, ACTIVE, EVERY, STEPS = 8, 6, 8, 4, 8, 20
 
 
 class Net(nn.Module):
     def __init__(self, group: Any, slots: int = SLOTS) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.mlp = DividedLayer(
+        group = group or dist.group.WORLD
+        self.mlp = MoELayer(
             {"type": "top_any", "max_expert_num": slots},
             D,
             {
                 "type": "ffn",
-                "num_experts_per_device": 4,
+                "num_experts_per_device": ACTIVE // group.size(),
                 "hidden_size_per_expert": H,
                 "activation_fn": nn.functional.gelu,
             },
             group=group,
+            seeds=(0, 0),
         )
         self.head = nn.Linear(D, D)
         with torch.no_grad():
             self.mlp.gates[0].sim_matrix.copy_(torch.eye(D)[:, :slots])
             self.mlp.gates[0].gates.fill_(0.5)
+            # the first ones on any number of ranks, so that the load drifts and slots can be compared
+            self.mlp.gates[0].experts_mask.copy_(torch.arange(slots) < ACTIVE)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x + self.mlp(x))
