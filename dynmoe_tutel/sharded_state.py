@@ -172,7 +172,7 @@ def _divided_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             )
         if isinstance(layer.experts, CustomExperts) and not layer.experts.padded:
             raise ValueError(
-                f"model: the experts of {unwrapped_name(name)} are a list of modules divided over ranks, whose names in "
-                "a state dict are each rank's own: such layers cannot be stored here"
+                f"model: the experts of {unwrapped_name(name)} are a list of modules divided over ranks, whose names "
+                "in a state dict are each rank's own: such layers cannot be stored here"
             )
         yield name, layer

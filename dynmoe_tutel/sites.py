@@ -88,7 +88,7 @@ class Site:
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(
                     f"model: {self.name}.{name} is sharded (a DTensor), and experts of sharded layers cannot grow or "
-                    "be pruned: give fully_shard the layer's parameters, those of its gates too, as ignored_params, and "
+                    "be pruned: give fully_shard the parameters of the layer, of its gates too, as ignored_params, and "
                     "average the gradients of the gates"
                 )
 

@@ -17,6 +17,7 @@ from training import EVERY, SLOTS, STEPS, Job, Net, gathered, global_batch, same
 from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint, parallel
 
 WORLDS = (4, 2, 1)
+INITS = ("nearest", "mean", "fresh", "keep")
 SAVED = 12  # in the middle of the second window
 SAMPLED = {"max_new_experts": 2, "init": "mean"}
 
@@ -40,9 +41,10 @@ def _process(rank: int, folder: str) -> None:
 
 def _report(folder: Path, world: int) -> dict[str, Any]:
     report: dict[str, Any] = {"trained": Job().train(STEPS).result()}
-    for init in ("nearest", "mean", "fresh", "keep"):
+    for init in INITS:
         job = Job(init=init).train(EVERY)
-        report[init] = [gathered(p.detach()) for p in job.model.mlp.experts.parameters()]
+        slot = job.controller.events[0].slot
+        report[init] = slot, [gathered(p.detach()) for p in job.model.mlp.experts.parameters()]
     report["rebalanced"] = _rebalanced(folder, world)
     report["checkpoints"] = _checkpoints(folder, world)
     if world == 2:
@@ -191,20 +193,21 @@ def check_training(reports: dict[int, list[Any]]) -> None:
             assert rank["trained"]["slots"] == reports[world][0]["trained"]["slots"]
             assert relative_rms(rank["trained"]["output"], one["trained"]["output"]) < 1e-6
     grown = {world: reports[world][0]["trained"]["slots"][0] for world in WORLDS}
-    # slots 0 to 3 are active: the last rank has no load, and with one rank the lowest free slot is taken
-    assert grown == {1: (4, "grown"), 2: (4, "grown"), 4: (4, "grown")}
+    # with one rank the lowest free slot, else the lowest free one of the last rank, which has the least load
+    assert grown == {1: (3, "grown"), 2: (5, "grown"), 4: (6, "grown")}
 
 
 def check_inits(reports: dict[int, list[Any]]) -> None:
     """The new expert's weights come from another rank, and are what one process makes."""
     [one] = reports[1]
-    for init in ("nearest", "mean", "fresh", "keep"):
-        for world in (2, 4):
-            for rank in reports[world]:
-                for found, expected in zip(rank[init], one[init], strict=True):
-                    assert relative_rms(found, expected) < 1e-6, (init, world)
-    grown = {init: one[init][0][4] for init in ("nearest", "mean", "fresh", "keep")}
-    assert not any(torch.equal(grown["keep"], grown[init]) for init in ("nearest", "mean", "fresh"))
+    for init in INITS:
+        slot, expected = one[init]
+        for rank in (rank for world in (2, 4) for rank in reports[world]):
+            grown, found = rank[init]
+            of_one = grown if init == "keep" else slot
+            for rows, expected_rows in zip(found, expected, strict=True):
+                assert relative_rms(rows[grown], expected_rows[of_one]) < 1e-6, init
+    assert len({tuple(one[init][1][0][one[init][0]].flatten().tolist()) for init in INITS}) == len(INITS)
 
 
 def check_rebalance(reports: dict[int, list[Any]]) -> None:
