@@ -31,6 +31,9 @@ HEADER = (
     "x\ndense",
 )
 
+WIDE = 160
+NOT_ON_NARROW = ("seeds", "experts\nstart", "ms a\nstep")
+
 Line = Mapping[str, Any]
 
 
@@ -53,7 +56,7 @@ class Comparison(RowSummary):
             str(len(self.seeds)),
             self.in_accuracy.text(100),
             self.out_accuracy.text(100),
-            NONE if self.mean_k is None else self.mean_k.text(digits=2),
+            NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
             per_layer(self.experts_start),
             per_layer(self.experts_end),
             f"{self.activated_parameters / 1e6:.1f}M",
@@ -177,13 +180,15 @@ def as_json(rows: Sequence[Comparison], steps: int, selection: str) -> dict[str,
     }
 
 
-def rich_tables(rows: Sequence[Comparison], steps: int, selection: str) -> list[Table]:
-    """Both tables for a terminal."""
+def rich_tables(rows: Sequence[Comparison], steps: int, selection: str, width: int) -> list[Table]:
+    """The tables for a terminal of so many columns: on a narrow one without what only the files need."""
     best = max(rows, key=lambda row: row.out_accuracy.mean)
-    main = rich_lines(title(steps, selection), HEADER)
+    shown = [place for place, name in enumerate(HEADER) if width >= WIDE or name not in NOT_ON_NARROW]
+    main = rich_lines(title(steps, selection), [HEADER[place] for place in shown])
     by_part = rich_lines("By part; k of every MoE layer", part_header(rows))
     for row, parts in zip(rows, part_lines(rows), strict=True):
         style = "bold" if row is best else None
-        main.add_row(*row.cells(), style=style)
+        cells = row.cells()
+        main.add_row(*[cells[place] for place in shown], style=style)
         by_part.add_row(*parts, style=style)
-    return [main, by_part]
+    return [main, by_part] if width >= WIDE else [main]

@@ -188,7 +188,7 @@ def _report(task: Task, path: Path, console: Console) -> None:
     made["trade_off.png"] = plots.trade_off(summaries)
     for name, picture in made.items():
         _write(path, name, picture)
-    for table in comparison.rich_tables(summaries, steps, task.selection):
+    for table in comparison.rich_tables(summaries, steps, task.selection, console.width):
         console.print(table)
     console.print(comparison.verdict(summaries), highlight=False)
 

@@ -75,8 +75,11 @@ class Settings:
                 f"the configuration is of another job or version: missing {sorted(expected - given)}, "
                 f"unknown {sorted(given - expected)}"
             )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+            return cls(**values)
         except TypeError as error:
             raise ValueError(f"the configuration is of another job or version: {error}") from error
 

@@ -195,9 +195,26 @@ def test_table_has_means_spreads_and_ratios_to_dense_of_the_same_seed() -> None:
     assert dynmoe.mean_k.mean == pytest.approx(1.75)
     assert (dynmoe.experts_start, dynmoe.experts_end) == ([4, 3], [12, 3])
     text = comparison.markdown([dense, dynmoe], 8, "last")
-    assert "| dynmoe | 2 | 90.0 ± 0.0 | 70.0 ± 0.0 | 1.75 ± 0.35 | 4 3 | 12 3 | 2.0M | 4.0M | 450 | 3.00 |" in text
+    assert "| dynmoe | 2 | 90.0 ± 0.0 | 70.0 ± 0.0 | 1.75 | 4 3 | 12 3 | 2.0M | 4.0M | 450 | 3.00 |" in text
     assert "| dynmoe | 90.0 ± 0.0 | 70.0 ± 0.0 | 2.50 1 | 2.50 1 |" in text
     assert "| dense | 80.0 ± 0.0 | 70.0 ± 14.1 | - | - |" in text
+
+
+def test_table_fits_a_terminal_of_80_columns() -> None:
+    spread = Spread(0.8251, 0.0123)
+    k, experts = Spread(4.0, 0.0), [16.0, 16.0]
+    row = Comparison(
+        "top-4-of-16", (0, 1), spread, spread, k, experts, experts, 33.7e6, 42.8e6, spread, step_ratio=spread
+    )
+    for width, tables in ((80, 1), (200, 2)):
+        console = tiny_job.quiet()
+        console.width = width
+        made = comparison.rich_tables([row], 100, "last", width)
+        assert len(made) == tables
+        console.print(made[0])
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in text
+        assert all(cell in text for cell in ("top-4-of-16", "82.5 ± 1.2", "33.7M", "42.8M", "0.83"))
 
 
 def test_a_seed_counts_once_whatever_number_of_parts_is_left_out_and_selection_is_by_validation() -> None:

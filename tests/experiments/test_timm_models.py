@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm_stand_in import import_timm
 from torch import Tensor, nn
+from torchvision_stand_in import import_timm
 
 from dynmoe_tutel.experiments.timm_models import build_timm, moe_blocks, read_weights
 

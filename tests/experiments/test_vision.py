@@ -14,8 +14,8 @@ import picture_tree
 import pytest
 import torch
 from rich.console import Console
-from timm_stand_in import import_timm
 from torch import Tensor
+from torchvision_stand_in import import_timm
 from typer.testing import CliRunner
 
 from dynmoe_tutel.checkpoint import read_checkpoint
