@@ -112,6 +112,7 @@ class ExpertController:
         floor = getattr(self.policy, "min_experts", 1)
         sampled = max(max_new_experts, getattr(self.policy, "max_new_experts", 1)) > 1
         for site in self._sites:
+            site.check_whole()
             if floor > len(site.silent_windows):
                 raise ValueError(
                     f"min_experts must be at most the slots of every layer, got {floor} "
@@ -160,6 +161,8 @@ class ExpertController:
         Returns what moved and the load before and expected after; its lines are logged at level INFO.
         """
         threshold = number("threshold", threshold, 1)
+        for site in self._sites:
+            site.check_whole()
         layers = [
             rebalance_layer([site for site in self._sites if site.layer is layer], self._rows, threshold)
             for layer in self._layers
@@ -232,6 +235,8 @@ class ExpertController:
         self._window_open = is_open
 
     def _update(self) -> list[ExpertEvent]:
+        for site in self._sites:
+            site.check_whole()
         # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
         for site in self._sites:
             site.record.all_reduce(self._record_group(site))

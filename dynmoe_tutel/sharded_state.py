@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .experts import CustomExperts
 from .layer import MoELayer
 from .sites import ExpertRanks, unwrapped_name
 
@@ -168,5 +169,10 @@ def _divided_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             raise ValueError(
                 f"model: each expert of {unwrapped_name(name)} is itself divided over {layer.sharded_count} ranks: "
                 "such layers cannot be stored here"
+            )
+        if isinstance(layer.experts, CustomExperts) and not layer.experts.padded:
+            raise ValueError(
+                f"model: the experts of {unwrapped_name(name)} are a list of modules divided over ranks, whose names "
+                "in a state dict are each rank's own: such layers cannot be stored here"
             )
         yield name, layer

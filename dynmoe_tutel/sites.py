@@ -82,6 +82,16 @@ class Site:
                 used |= _active(gate).cpu()
         return used
 
+    def check_whole(self) -> None:
+        """ValueError where FSDP has sharded the layer's parameters: writes to one slot would not reach its shard."""
+        for name, parameter in self.layer.named_parameters():
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(
+                    f"model: {self.name}.{name} is sharded (a DTensor), and experts of sharded layers cannot grow or "
+                    "be pruned: give fully_shard the parameters of the layer, of its gates too, as ignored_params, and "
+                    "average the gradients of the gates"
+                )
+
     def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
         """What a change of the slot resets, with the index of its entries: not a network that others still use."""
         entries = self.layer.slot_parameters(slot, self.gate)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from training import EVERY, SLOTS, STEPS, Job, Net, gathered, global_batch, same
 
-from dynmoe_tutel import distributed_checkpoint
+from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint, parallel
 
 WORLDS = (4, 2, 1)
+INITS = ("nearest", "mean", "fresh", "keep")
 SAVED = 12  # in the middle of the second window
 SAMPLED = {"max_new_experts": 2, "init": "mean"}
 
@@ -39,11 +41,14 @@ def _process(rank: int, folder: str) -> None:
 
 def _report(folder: Path, world: int) -> dict[str, Any]:
     report: dict[str, Any] = {"trained": Job().train(STEPS).result()}
-    for init in ("nearest", "mean", "fresh", "keep"):
+    for init in INITS:
         job = Job(init=init).train(EVERY)
-        report[init] = [gathered(p.detach()) for p in job.model.mlp.experts.parameters()]
+        slot = job.controller.events[0].slot
+        report[init] = slot, [gathered(p.detach()) for p in job.model.mlp.experts.parameters()]
     report["rebalanced"] = _rebalanced(folder, world)
     report["checkpoints"] = _checkpoints(folder, world)
+    if world == 2:
+        report["refused"] = _refused_kinds()
     if world == 4:
         report["replicated"] = _replicated(folder)
     return report
@@ -55,6 +60,10 @@ def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
     before = moves.result()["output"]
     report = moves.controller.rebalance(1.05)
     found = {"before": before, "after": moves.result()["output"], "text": str(report), "report": report}
+    counts = [record_counts(job) for job in (stays, moves)]
+    for move in report.layers[0].moves:
+        assert counts[1][move.to_slot] == counts[0][move.slot]
+    found["counts"] = [sorted(each) for each in counts]
     again = moves.controller.rebalance(report.layers[0].expected)
     moves.save(folder / f"rebalanced-{world}")
     resumed = Job()
@@ -69,6 +78,13 @@ def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
         "moves": moves.result(),
         "resumed": same(moves.state(), resumed.state()),
     }
+
+
+def record_counts(job: Job) -> list[int]:
+    """Assignments of each slot in the window so far, of all ranks."""
+    counts = job.model.mlp.record.counts.clone()
+    dist.all_reduce(counts)
+    return counts.tolist()
 
 
 def _checkpoints(folder: Path, world: int) -> dict[str, Any]:
@@ -123,6 +139,23 @@ def _replicated(folder: Path) -> dict[str, Any]:
     }
 
 
+def _refused_kinds() -> list[str]:
+    """What FSDP has sharded, to a controller; a list of modules over ranks, to a checkpoint."""
+    sharded = Net(None)
+    fully_shard(sharded, ignored_params={p for _, p in parallel.expert_parameters(sharded)})
+    modules = [torch.nn.Linear(8, 8) for _ in range(4)]
+    custom = MoELayer(
+        {"type": "top_any", "max_expert_num": 4},
+        8,
+        {"type": "custom", "module": modules, "num_experts_per_device": 2},
+        group=dist.group.WORLD,
+    )
+    return [
+        _refusal(lambda: ExpertController(sharded)),
+        _refusal(lambda: distributed_checkpoint.save("nowhere", custom)),
+    ]
+
+
 def _refusal(action: Any) -> str:
     try:
         action()
@@ -139,6 +172,10 @@ def test_ranks_train_adapt_move_and_resume_as_one(tmp_path: Path) -> None:
     check_rebalance(reports)
     check_checkpoints(reports)
     check_replicated(reports)
+    for rank in reports[2]:
+        sharded, custom = rank["refused"]
+        assert "mlp.gates.0.sim_matrix is sharded (a DTensor)" in sharded
+        assert "are a list of modules divided over ranks" in custom
 
 
 def check_training(reports: dict[int, list[Any]]) -> None:
@@ -156,20 +193,21 @@ def check_training(reports: dict[int, list[Any]]) -> None:
             assert rank["trained"]["slots"] == reports[world][0]["trained"]["slots"]
             assert relative_rms(rank["trained"]["output"], one["trained"]["output"]) < 1e-6
     grown = {world: reports[world][0]["trained"]["slots"][0] for world in WORLDS}
-    # slots 0 to 3 are active: the last rank has no load, and with one rank the lowest free slot is taken
-    assert grown == {1: (4, "grown"), 2: (4, "grown"), 4: (4, "grown")}
+    # with one rank the lowest free slot, else the lowest free one of the last rank, which has the least load
+    assert grown == {1: (3, "grown"), 2: (5, "grown"), 4: (6, "grown")}
 
 
 def check_inits(reports: dict[int, list[Any]]) -> None:
     """The new expert's weights come from another rank, and are what one process makes."""
     [one] = reports[1]
-    for init in ("nearest", "mean", "fresh", "keep"):
-        for world in (2, 4):
-            for rank in reports[world]:
-                for found, expected in zip(rank[init], one[init], strict=True):
-                    assert relative_rms(found, expected) < 1e-6, (init, world)
-    grown = {init: one[init][0][4] for init in ("nearest", "mean", "fresh", "keep")}
-    assert not any(torch.equal(grown["keep"], grown[init]) for init in ("nearest", "mean", "fresh"))
+    for init in INITS:
+        slot, expected = one[init]
+        for rank in (rank for world in (2, 4) for rank in reports[world]):
+            grown, found = rank[init]
+            of_one = grown if init == "keep" else slot
+            for rows, expected_rows in zip(found, expected, strict=True):
+                assert relative_rms(rows[grown], expected_rows[of_one]) < 1e-6, init
+    assert len({tuple(one[init][1][0][one[init][0]].flatten().tolist()) for init in INITS}) == len(INITS)
 
 
 def check_rebalance(reports: dict[int, list[Any]]) -> None:
@@ -187,6 +225,7 @@ def check_rebalance(reports: dict[int, list[Any]]) -> None:
             assert relative_rms(found["moves"]["output"], found["stays"]["output"]) < 1e-6
             assert found["moves"]["events"] == found["stays"]["events"]
             assert torch.equal(found["moves"]["totals"][-1], found["stays"]["totals"][-1])
+            assert found["counts"][0] == found["counts"][1]
             assert found["loads"][0] == found["loads"][1]
             assert sum(found["loads"][0][0]) > 0
             assert found["resumed"], f"a resume at {world} ranks differs"
