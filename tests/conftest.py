@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 import pytest
 import torch
 
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test module imports Triton, as Lightning and transformers do
 
