@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,23 @@ MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (the
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 LLAMA = ("W_fc1", "W_fc2", "W_fc3")
 TERMS = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")  # of a top-any gate
+
+
+def spawn_ranks(function: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> None:
+    """`function(rank, *arguments)` in a process a rank; an exception there is one here."""
+    torch.multiprocessing.spawn(_run_and_leave, args=(function, arguments), nprocs=ranks)
+
+
+def _run_and_leave(rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    function(rank, *arguments)
+    leave()
+
+
+def leave() -> None:
+    """End the process at once: with Gloo, torch 2.13 aborts now and then while the interpreter takes itself down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def relative_rms(actual: Tensor | float, expected: Tensor | float, scale: float = 0.0) -> float:

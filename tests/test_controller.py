@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import spawn_ranks
 from torch import Tensor, nn
 
 from dynmoe_tutel import moe
@@ -741,7 +742,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
 
 def test_ranks_decide_as_one(tmp_path: Path) -> None:
     """Regression for upstream's defect D7: a rank without unrouted tokens stayed away from the reduction."""
-    torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+    spawn_ranks(_rank, (2, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     _equal(ranks[0], ranks[1])
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import spawn_ranks
 from torch import Tensor
 
 from dynmoe_tutel import gates, layer, moe, tutel_surface
@@ -359,4 +360,4 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_collectives_of_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=WORLD)
+    spawn_ranks(_rank, (str(tmp_path),), WORLD)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import spawn_ranks
 from tiny import TOKENS, CountedNet, Items, Net, assert_same_tensors, expected_gradients, gradients
 from torch import Tensor, nn
 
@@ -456,7 +457,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    spawn_ranks(_rank, (str(tmp_path),), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same_tensors(ranks[0]["state"], ranks[1]["state"])
     assert ranks[0]["k"] == ranks[1]["k"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers import leave
 from training import STEPS, Job
 
 from dynmoe_tutel import distributed_checkpoint
@@ -45,3 +46,4 @@ def main(folder: Path, what: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    leave()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import relative_rms
+from helpers import leave, relative_rms
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -81,3 +81,4 @@ def main(expert_ranks: int) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    leave()

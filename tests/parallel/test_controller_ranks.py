@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import spawn_ranks
 from torch.distributed.fsdp import fully_shard
 from training import EVERY, SLOTS, STEPS, Job, Net, gathered, global_batch, same
 
@@ -165,7 +166,7 @@ def _refusal(action: Any) -> str:
 
 
 def test_ranks_train_adapt_move_and_resume_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=max(WORLDS))
+    spawn_ranks(_process, (str(tmp_path),), max(WORLDS))
     reports = {w: [torch.load(tmp_path / f"{w}-{r}.pt", weights_only=False) for r in range(w)] for w in WORLDS}
     check_training(reports)
     check_inits(reports)

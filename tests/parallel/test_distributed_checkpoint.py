@@ -22,7 +22,11 @@ D = 8
 
 def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     """SIGKILL on one of two ranks during a save; the second start is bitwise what an uninterrupted job is."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent)]),
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(FOLDER / "killed_job.py"), str(tmp_path)]
     kill, resume = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-import torch
+from helpers import spawn_ranks
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1])
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree_with_one_and_with_the_oracle(processes: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(ranks.run, args=(processes, str(tmp_path), ranks.one_group), nprocs=processes)
+    spawn_ranks(ranks.run, (processes, str(tmp_path), ranks.one_group), processes)
 
 
 @pytest.mark.parametrize(("processes", "expert_ranks"), [(2, 2), (4, 2)])

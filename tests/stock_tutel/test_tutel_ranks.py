@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms
+from helpers import FP32, make_case, relative_rms, spawn_ranks
 from torch import Tensor
 
 pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
@@ -21,7 +21,7 @@ ACTIVATION = F.gelu
 
 def spawn(function: Any, folder: Path, *arguments: Any) -> list[Any]:
     """What `function(rank, *arguments)` returned on each rank."""
-    torch.multiprocessing.spawn(_rank, args=(str(folder), function, arguments), nprocs=RANKS)
+    spawn_ranks(_rank, (str(folder), function, arguments), RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
