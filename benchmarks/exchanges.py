@@ -41,19 +41,6 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(grads[0], *ctx.splits), None, None
 
 
-class _Ones(torch.autograd.Function):
-    """Gate values, all 1, on the ranks of their experts: nothing travels but the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_A: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        ctx.splits = (received, sent)
-        return gate_A.new_ones(sum(received))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _all_to_all(grads[0], *ctx.splits), None, None
-
-
 class _Gated(torch.autograd.Function):
     """Rows times their gate values of 1: nothing to compute but the gradient of the gate."""
 
