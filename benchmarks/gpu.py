@@ -2,14 +2,19 @@
 
     python -m benchmarks.gpu [--results DIR] [--seconds 460]
 
-Each part has a share of the time. Benchmarks skip what no time is left for and say so; a part that overruns is ended.
-Leaves tests-gpu.txt, kernels-gpu.{json,md,png} and layer-gpu.{json,md} in the results directory. The exit status is 0
-if every part succeeded, 2 if there is nothing to run on.
+Parts: the benchmarks' kernels are compiled on all processors, then come the tests, the kernels, the layer. Each has a
+share of the time that is left; what one does not use, the next ones have. Benchmarks skip what no time is left for and
+say so; a part that overruns is ended, and what it had found is on disk. Whatever fails, the next part runs; a benchmark
+that lost the device (as by an illegal access) goes on in a fresh process behind the step at fault.
+
+Leaves tests-gpu.txt, kernels-gpu.{json,md,png}, layer-gpu.{json,md} and targets-gpu.md in the results directory. The
+exit status is 0 if every part succeeded, 1 if one did not, 2 if there is nothing to run on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,20 +26,28 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from . import targets
 from .timing import beside, check_outputs, duration, interpreted
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
+GRACE = 15.0  # seconds that tests have for their summary, after an interrupt and before they are killed
+DEVICE_LOST = 3  # exit status, as in `progress`, which imports torch
+RESTARTS = 3
+LEAST_SECONDS = 15.0  # for which a benchmark is started again
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, its share of the time, and where its output goes beside the screen."""
+    """A command, and its share of the time."""
 
     name: str
     command: tuple[str, ...]
     share: float
-    log: str | None = None
+    log: str | None = None  # where the output goes beside the screen, the names of tests that pass there alone
+    budget: bool = False  # takes --seconds, after which it begins nothing
+    resumes: bool = False  # takes --resume
+    grace: float = 0.0  # seconds between an interrupt and the end
 
 
 def missing() -> str | None:
@@ -56,49 +69,100 @@ def missing() -> str | None:
     return None
 
 
-def parts(results: Path, seconds: float) -> list[Part]:
+def parts(results: Path) -> list[Part]:
     """The commands, in order."""
     python = sys.executable
-    workers = () if find_spec("xdist") is None else ("-n", str(min(12, os.cpu_count() or 1)))
-    tests = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *TESTS)
+    options = ["-v", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None:
+        options += ["-n", str(min(12, os.cpu_count() or 1))]
+    if find_spec("pytest_timeout") is not None:  # a kernel that hangs costs one test
+        options += ["--timeout", "90", "--timeout-method", "thread"]
 
-    def benchmark(module: str, share: float) -> tuple[str, ...]:
-        budget = f"{0.85 * share * seconds:g}"  # the rest is for starting up and for the last measurement
+    def benchmark(module: str) -> tuple[str, ...]:
         out = str(results / f"{module}-gpu.json")
-        return (python, "-m", f"benchmarks.{module}", "--device", "cuda", "--seconds", budget, "--out", out)
+        return (python, "-m", f"benchmarks.{module}", "--device", "cuda", "--out", out)
 
     return [
-        Part("tests", tests, 0.42, "tests-gpu.txt"),
-        Part("kernels", benchmark("kernels", 0.25), 0.25),
-        Part("layer", benchmark("layer", 0.33), 0.33),
+        Part("compilation", (python, "-m", "benchmarks.warm"), 0.12, budget=True),
+        Part("tests", (python, "-m", "pytest", *options, *TESTS), 0.38, "tests-gpu.txt", grace=GRACE),
+        Part("kernels", benchmark("kernels"), 0.22, budget=True, resumes=True),
+        Part("layer", benchmark("layer"), 0.28, budget=True, resumes=True),
     ]
 
 
-def run(part: Part, limit: float, results: Path) -> str:
-    """Run a part to its end or its limit: "passed", "failed (status)" or "ended after N s"."""
-    print(f"\n== {part.name}: {' '.join(part.command)}", flush=True)
+def _command(part: Part, limit: float, again: bool) -> list[str]:
+    """The command of a part that has `limit` seconds."""
+    budget = ["--seconds", f"{0.85 * limit:g}"] if part.budget else []  # the rest is for the last measurement
+    return [*part.command, *budget, *(["--resume"] if again else [])]
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to the process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[str, int]:
+    """Run a part to its end or its limit: "passed", "failed (status)" or "ended after N s"; and the exit status."""
+    command = _command(part, limit, again)
+    print(f"\n== {part.name}: {' '.join(command)}", flush=True)
     process = subprocess.Popen(
-        part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
     assert process.stdout is not None
     overran = threading.Event()
 
-    def end() -> None:
+    def interrupt() -> None:
         overran.set()
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers of the tests
+        process.send_signal(signal.SIGINT)  # to pytest, which ends its workers and says what failed
 
-    timer = threading.Timer(limit, end)
-    timer.start()
+    def kill() -> None:
+        overran.set()
+        _end(process, signal.SIGKILL)
+
+    timers = [threading.Timer(limit, kill)]
+    if part.grace:
+        timers.append(threading.Timer(max(limit - part.grace, limit / 2), interrupt))
+    for timer in timers:
+        timer.start()
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    status = process.wait()
-    timer.cancel()
-    outcome = f"ended after {limit:.0f} s" if overran.is_set() else f"failed ({status})" if status else "passed"
-    if part.log:
-        (results / part.log).write_text("".join(lines))
-    return outcome
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if part.log is None or "::" not in line or "FAILED" in line or "ERROR" in line:
+                print(line, end="", flush=True)
+        status = process.wait()
+    finally:
+        for timer in timers:
+            timer.cancel()
+        _end(process, signal.SIGKILL)  # what it left, and all of it where this process is interrupted
+        if part.log:
+            (results / part.log).write_text("".join(lines))
+    if overran.is_set():
+        return f"ended after {limit:.0f} s", status
+    return (f"failed ({status})" if status else "passed"), status
+
+
+def run_all(results: Path, seconds: float) -> dict[str, str]:
+    """Run every part; its outcome by name."""
+    end, left, outcomes = time.monotonic() + seconds, parts(results), {}
+    while left:
+        part = left[0]
+        limit = max(0.1, end - time.monotonic()) * part.share / sum(other.share for other in left)
+        last = time.monotonic() + limit
+        outcome, status = run(part, limit, results)
+        for _ in range(RESTARTS):
+            limit = last - time.monotonic()
+            crashed = outcome.startswith("failed") and (status == DEVICE_LOST or status < 0)
+            if not (part.resumes and crashed and limit > LEAST_SECONDS):
+                break
+            again, status = run(part, limit, results, again=True)
+            outcome = f"{outcome}, then {again}" if again != "passed" else f"{outcome}, the rest passed"
+            if not again.startswith("failed"):
+                break
+        outcomes[part.name] = outcome
+        left = left[1:]
+    return outcomes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,13 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu: {why}", file=sys.stderr)
         return 2
     results = args.results.resolve()
-    reports = [*beside(results / "kernels-gpu.json", ".md", ".png"), *beside(results / "layer-gpu.json", ".md")]
-    check_outputs(parser, "--results", [results / "tests-gpu.txt", *reports])
+    summaries = results / "kernels-gpu.json", results / "layer-gpu.json"
+    reports = [*beside(summaries[0], ".md", ".png"), *beside(summaries[1], ".md")]
+    check_outputs(parser, "--results", [results / "tests-gpu.txt", results / "targets-gpu.md", *reports])
+    for path in reports:  # a table of this run must not read another's
+        path.unlink(missing_ok=True)
     started = time.monotonic()
-    outcomes = {}
-    for part in parts(results, args.seconds):
-        outcomes[part.name] = run(part, part.share * args.seconds, results)
-    print(f"\n{time.monotonic() - started:.0f} s; results in {results}")
+    outcomes = run_all(results, args.seconds)
+    text = targets.report(*summaries)
+    (results / "targets-gpu.md").write_text(text + "\n")
+    print(f"\n{text}\n\n{time.monotonic() - started:.0f} s; results in {results}")
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
     return 0 if all(outcome == "passed" for outcome in outcomes.values()) else 1

@@ -223,9 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the results and the environment")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cuda: see benchmarks.layer_gpu")
     parser.add_argument("--seconds", type=duration(), help="on cuda: start no shape after this time")
+    parser.add_argument("--resume", action="store_true", help="on cuda: go on with --out where a run before broke off")
     args = parser.parse_args(argv)
-    for name, device in (("shape", "cpu"), ("threads", "cpu"), ("seconds", "cuda")):
-        if getattr(args, name) is not None and args.device != device:
+    for name, device in (("shape", "cpu"), ("threads", "cpu"), ("seconds", "cuda"), ("resume", "cuda")):
+        if getattr(args, name) not in (None, False) and args.device != device:
             parser.error(f"argument --{name}: came with --device {args.device}, allowed: with --device {device}")
     cuda = args.device == "cuda"
     why = unable("cuda", triton=False) if cuda else None
@@ -235,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_outputs(parser, "--out", beside(args.out, ".md") if cuda else [args.out])
     if cuda:
         limit = math.inf if args.seconds is None else args.seconds
-        return layer_gpu.run(torch.device("cuda"), args.dtype or ["bfloat16"], limit, args.repeats, args.out)
+        return layer_gpu.run(
+            torch.device("cuda"), args.dtype or ["bfloat16"], limit, args.repeats, args.out, args.resume
+        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results = []

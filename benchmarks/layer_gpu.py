@@ -2,22 +2,28 @@
 
 * ours:        `MoELayer` forward and backward: exact, bounded (1.25 of the mean k) and full capacity; the last two also
                as a CUDA graph. Engine "grouped_mm" is ours with torch's grouped product.
-* bare:        the products of the experts alone by cuBLAS on contiguous rows, all experts' rows at once.
+* bare:        the products of the experts alone by cuBLAS on contiguous rows, all rows at once; timed before
+               and after the others, so that its spread shows what the clocks did.
 * dense:       a dense MLP on A rows, as many FLOPs as the layer: what an eager Linear, activation, Linear costs.
 * loop:        the layer on the torch engine, a loop over the experts that asks the device for their sizes.
 * peers:       every one that is installed, and ours beside them, on a fixed-k routing of the same rows that is given
-               to them; eager, since some wait for the device. See `benchmarks.peers`.
+               to them; eager, since some wait for the device. Last, since some compile for minutes. See
+               `benchmarks.peers`.
 
 Ratios are bare / contestant, from the same run; times are medians in milliseconds and are of the GPU that is named.
+Results are on disk after every contestant. Exit status: 0, 1 if something failed, 3 if the device was lost.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +34,11 @@ from torch import Tensor, nn
 from dynmoe_tutel import MoELayer
 
 from . import peers
+from .progress import DEVICE_LOST, Progress, reason, usable
 from .shapes import GPU_SHAPES, Shape
-from .timing import bounds, environment, seconds, spread, write
+from .timing import bounds, environment, peak_bytes, seconds, spread
+
+TARGETS = ("vit-s", "vit-b", "bert-l", "llm-4k")  # the shapes that the design has targets for
 
 
 class Case:
@@ -37,26 +46,30 @@ class Case:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        generator = torch.Generator().manual_seed(0)
-        self.x_TD = torch.randn(shape.T, shape.D, generator=generator).to(device, dtype).requires_grad_()
-        self.d_y_TD = torch.randn(shape.T, shape.D, generator=generator).to(device, dtype)
-        self.layer = self.make("exact", "auto")
-        gate = self.layer.gates[0]
+        generator = torch.Generator(device).manual_seed(0)  # of the device: a CPU draws for many seconds
+
+        def draw() -> Tensor:
+            return torch.randn(shape.T, shape.D, generator=generator, device=device).to(dtype)
+
+        self.x_TD, self.d_y_TD = draw().requires_grad_(), draw()
+        experts = {"num_experts_per_device": shape.E, "hidden_size_per_expert": shape.H}
+        kind = {"type": "ffn", "activation_fn": F.gelu}
+        if shape.gated:
+            kind = {"type": "llama_ffn", "activation_fn": F.silu}
+        self._unused = MoELayer({"type": "top_any"}, shape.D, experts | kind, seeds=(0, 0)).to(device, dtype)
+        gate = self._unused.gates[0]
         with torch.no_grad():
             x = self.x_TD[:4096].float()
             cos_TE = F.normalize(x, dim=1) @ F.normalize(gate.sim_matrix.float(), dim=0)
             gate.gates.copy_(cos_TE.quantile(1 - shape.k / shape.E, dim=0))
+        self.layer = self.make("exact", "auto")
+        with torch.no_grad():
             self.rows = int(self.layer.route(self.x_TD).num_assignments)
 
     def make(self, capacity: Any, engine: str) -> MoELayer:
-        """A layer with the weights of the first."""
-        s = self.shape
-        experts = {"num_experts_per_device": s.E, "hidden_size_per_expert": s.H, "engine": engine}
-        kind = {"type": "llama_ffn", "activation_fn": F.silu} if s.gated else {"type": "ffn", "activation_fn": F.gelu}
-        layer = MoELayer({"type": "top_any"}, s.D, experts | kind, seeds=(0, 0), capacity=capacity)
-        layer.to(self.device, self.dtype)
-        if hasattr(self, "layer"):
-            layer.load_state_dict(self.layer.state_dict())
+        """A layer with the same weights: a copy, since many weights take seconds to draw."""
+        layer = copy.deepcopy(self._unused)
+        layer.capacity, layer.experts.engine = capacity, engine
         return layer
 
     def step(self, layer: nn.Module) -> Callable[[], Any]:
@@ -124,22 +137,20 @@ class Case:
         return sum(kept.values()) / (n * s.T * s.D + pre + 8 * self.rows)
 
 
-def contestants(case: Case) -> dict[str, tuple[Callable[[], Any], bool]]:
-    """By name: what is timed, and whether as a CUDA graph."""
-    bounded = case.make(1.25 * case.shape.k, "auto")
-    full = case.make("full", "auto")
-    found: dict[str, tuple[Callable[[], Any], bool]] = {
-        "bare": (case.bare(), True),
-        "ours, exact": (case.step(case.layer), False),
-        "ours, bounded": (case.step(bounded), False),
-        "ours, bounded, graph": (case.step(bounded), True),
-        "ours, full": (case.step(full), False),
-        "ours, full, graph": (case.step(full), True),
-        "grouped_mm": (case.step(case.make("exact", "grouped_mm")), False),
-        "loop": (case.step(case.make("exact", "torch")), False),
-        "dense": (case.dense(), True),
-    }
-    return found
+def contestants(case: Case) -> Iterator[tuple[str, Callable[[], Any], bool]]:
+    """Name, what is timed, and whether as a CUDA graph; each is built when it is its turn."""
+    yield "bare", case.bare(), True
+    bounded, full = case.make(1.25 * case.shape.k, "auto"), case.make("full", "auto")
+    yield "ours, exact", case.step(case.layer), False
+    yield "ours, bounded", case.step(bounded), False
+    yield "ours, bounded, graph", case.step(bounded), True
+    yield "ours, full", case.step(full), False
+    yield "ours, full, graph", case.step(full), True
+    del bounded, full
+    yield "grouped_mm", case.step(case.make("exact", "grouped_mm")), False
+    yield "loop", case.step(case.make("exact", "torch")), False
+    yield "dense", case.dense(), True
+    yield "bare", case.bare(), True
 
 
 def check(case: Case) -> float:
@@ -148,71 +159,83 @@ def check(case: Case) -> float:
         ours, loop = case.layer(case.x_TD).double(), case.make("exact", "torch")(case.x_TD).double()
     error = float((ours - loop).norm() / loop.norm())
     if not error < (1e-2 if case.dtype != torch.float32 else 1e-5):
-        raise RuntimeError(f"{case.shape}: ours and the loop differ by {error:.1e}")
+        raise RuntimeError(f"ours and the loop differ by {error:.1e}")
     return error
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, Any]:
-    """All contestants on one shape; one that cannot run is named with its reason."""
+def measure(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    failed: Callable[[str, Exception], None] = lambda name, error: None,
+) -> Iterator[dict[str, Any]]:
+    """The result of a shape, as far as it is known, after every contestant; one that cannot run has its reason.
+
+    `failed` is called with the name and what was raised.
+    """
     case = Case(shape, dtype, device)
     result: dict[str, Any] = {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
+    result |= {"skipped": {}, "milliseconds": {}, "peak_bytes": {}, "bare_over": {}, "teraflops": {}, "peers": {}}
     result["relative_rms_to_loop"] = check(case)
     result["saved_over_bound"] = case.saved_share()
-    times, skipped, memory = {}, {}, {}
-    for name, (run, graph) in contestants(case).items():
+    yield result
+    times: dict[str, list[float]] = {}
+    flops = replace(shape, k=case.rows / shape.T).flops(backward=True)
+    for name, run, graph in contestants(case):
         try:
-            before = _fresh_peak(device)
-            times[name] = seconds([run], device, repeats, graph)
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device) - before
-        except (RuntimeError, ValueError) as error:  # out of memory, or an engine that does not take this type
-            skipped[name] = str(error).splitlines()[0]
-    result["skipped"] = skipped
-    result["milliseconds"] = {name: spread([1e3 * t for t in values]) for name, values in times.items()}
-    result["peak_bytes"] = memory
-    bare = statistics.median(times["bare"])
-    result["bare_over"] = {name: bare / statistics.median(values) for name, values in times.items()}
-    del case
-    result["peers"] = measure_peers(shape, dtype, device, repeats)
-    return result
+            before = peak_bytes(device, fresh=True)
+            times[name] = times.get(name, []) + seconds([run], device, repeats, graph)
+            result["peak_bytes"].setdefault(name, peak_bytes(device) - before)
+        except Exception as error:  # out of memory, an engine that does not take this type, a kernel that fails
+            result["skipped"][name] = reason(error)
+            failed(name, error)
+            yield result
+            if not usable(device):
+                raise
+            continue
+        median = {other: statistics.median(values) for other, values in times.items()}
+        result["milliseconds"] = {other: spread([1e3 * t for t in values]) for other, values in times.items()}
+        result["teraflops"] = {other: flops / t / 1e12 for other, t in median.items()}
+        if "bare" in median:
+            result["bare_over"] = {other: median["bare"] / t for other, t in median.items()}
+        yield result
 
 
-def _fresh_peak(device: torch.device) -> int:
-    """Bytes allocated now, from which on the peak is counted."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def measure_peers(
+    shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, end: float = math.inf
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """By name: milliseconds, it over ours and peak bytes, or why it is not measured; after every peer.
 
-
-def measure_peers(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """By name: milliseconds, ours over it and peak bytes, or why it is not measured."""
+    None is begun after the time `end` of the monotonic clock. An exception where ours fails, or the device is lost.
+    """
     case = peers.PeerCase(shape, dtype, device)
     found: dict[str, dict[str, Any]] = {}
     for name in ("ours", *peers.ADAPTERS):
         why = None if name == "ours" else peers.unavailable(name, case)
+        if why is None and time.monotonic() > end:
+            why = "no time was left"
         if why is not None:
             found[name] = {"skipped": why}
             continue
         try:
             peer = peers.ours(case) if name == "ours" else peers.build(name, case)
             error = peers.checked(peer, case)
-            before = _fresh_peak(device)
+            before = peak_bytes(device, fresh=True)
             times = seconds([peers.step(peer, case)], device, repeats, False)
         except Exception as error:  # whatever another package throws is why it is not measured
             if name == "ours":
                 raise
-            found[name] = {"skipped": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            found[name] = {"skipped": reason(error)}
+            yield found
+            if not usable(device):
+                raise
             continue
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-        found[name] = {"milliseconds": spread([1e3 * t for t in times]), "peak_bytes": peak, "note": peer.note}
-        found[name] |= {"k": case.k, "relative_rms": error}
-    ours = found["ours"]["milliseconds"]["median"]
-    for entry in found.values():
-        if "milliseconds" in entry:
-            entry["it_over_ours"] = entry["milliseconds"]["median"] / ours
-    return found
+        found[name] = {"milliseconds": spread([1e3 * t for t in times]), "peak_bytes": peak_bytes(device) - before}
+        found[name] |= {"note": peer.note, "k": case.k, "relative_rms": error}
+        ours = found["ours"]["milliseconds"]["median"]
+        found[name]["it_over_ours"] = found[name]["milliseconds"]["median"] / ours
+        yield found
 
 
 def _captured_step(case: Case, repeats: int) -> float:
@@ -220,80 +243,166 @@ def _captured_step(case: Case, repeats: int) -> float:
     return statistics.median(seconds([case.step(case.make("full", "auto"))], case.device, repeats, True))
 
 
+def determination(rows: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """R2 and slope of the least-squares line through the times."""
+    slope, start = statistics.linear_regression(rows, times)
+    residual = sum((t - start - slope * r) ** 2 for r, t in zip(rows, times, strict=True))
+    return 1 - residual / sum((t - statistics.mean(times)) ** 2 for t in times), slope
+
+
 def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int) -> dict[str, Any]:
     """Time against the number of assignments, and the fit's R2; and with one token that takes every expert."""
     rows, times = [], []
     for k in (0.5, 1, 2, 3, 4):
-        case = Case(Shape(shape.T, shape.D, shape.H, shape.E, k, shape.gated), dtype, device)
+        case = Case(replace(shape, k=k), dtype, device)
         rows.append(case.rows)
         times.append(_captured_step(case, repeats))
-    mean_r, mean_t = statistics.mean(rows), statistics.mean(times)
-    slope = sum((r - mean_r) * (t - mean_t) for r, t in zip(rows, times, strict=True)) / sum(
-        (r - mean_r) ** 2 for r in rows
-    )
-    residual = sum((t - mean_t - slope * (r - mean_r)) ** 2 for r, t in zip(rows, times, strict=True))
-    r2 = 1 - residual / sum((t - mean_t) ** 2 for t in times)
+    r2, slope = determination(rows, times)
     case = Case(shape, dtype, device)
-    before = _captured_step(case, repeats)
+    before = [_captured_step(case, repeats)]
     with torch.no_grad():  # along the sum of the routing vectors, which are orthonormal, and above every threshold
+        token = case.x_TD[0].clone()
         case.x_TD[0] = case.layer.gates[0].sim_matrix.sum(dim=1)
+        assert int(case.layer.route(case.x_TD).k_per_token[0]) == shape.E
     after = _captured_step(case, repeats)
-    return {"rows": rows, "seconds": times, "r2": r2, "one_token_with_every_expert": after / before}
+    with torch.no_grad():
+        case.x_TD[0] = token
+    before.append(_captured_step(case, repeats))
+    return {
+        "rows": rows,
+        "seconds": times,
+        "r2": r2,
+        "nanoseconds_an_assignment": 1e9 * slope,
+        "one_token_with_every_expert": after / statistics.mean(before),
+        "the_same_again": before[1] / before[0],
+    }
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def rows(result: dict[str, Any]) -> list[str]:
+    """The lines of a shape in the table."""
+    head, lines = f"| {Shape(**result['shape'])}, {result['dtype']}", []
+    for name, ms in result["milliseconds"].items():
+        peak, over = result["peak_bytes"][name], result["bare_over"].get(name)
+        lines.append(
+            f"{head} | {name} | {ms['median']:.3f} | {ms['quartile_1']:.3f} to {ms['quartile_3']:.3f} "
+            f"| {'-' if over is None else f'**{over:.2f}**'} | {result['teraflops'][name]:.0f} | {peak / 2**20:.0f} |"
+        )
+    lines += [f"{head} | {name} | not measured: {why} | | | | |" for name, why in result["skipped"].items()]
+    lines.append(f"{head} | saved / (x + h + 8 A) | {result['saved_over_bound']:.3f} | | | | |")
+    return lines
+
+
+def peer_rows(result: dict[str, Any]) -> list[str]:
+    """The lines of a shape in the table of peers."""
+    lines = []
+    for name, entry in result["peers"].items():
+        head = f"| {Shape(**result['shape'])}, {result['dtype']} | {name}"
+        if "skipped" in entry:
+            lines.append(f"{head} | | skipped: {entry['skipped']} | | | |")
+            continue
+        ms = entry["milliseconds"]
+        lines.append(
+            f"{head}{', ' + entry['note'] if entry['note'] else ''} | {entry['k']} | {ms['median']:.3f} "
+            f"| {ms['quartile_1']:.3f} to {ms['quartile_3']:.3f} | **{entry['it_over_ours']:.2f}** "
+            f"| {entry['peak_bytes'] / 2**20:.0f} |"
+        )
+    return lines
+
+
+def table(summary: dict[str, Any]) -> str:
     """Results as Markdown."""
-    lines = ["| shape | contestant | ms | quartiles | bare / it | peak MiB |", "|---" * 6 + "|"]
-    for r in results:
-        for name, ms in r["milliseconds"].items():
-            peak = r["peak_bytes"].get(name)
-            lines.append(
-                f"| {Shape(**r['shape'])}, {r['dtype']} | {name} | {ms['median']:.3f} "
-                f"| {ms['quartile_1']:.3f} to {ms['quartile_3']:.3f} | **{r['bare_over'][name]:.2f}** "
-                f"| {'-' if peak is None else f'{peak / 2**20:.0f}'} |"
-            )
-        for name, why in r["skipped"].items():
-            lines.append(f"| {Shape(**r['shape'])}, {r['dtype']} | {name} | skipped: {why} | | | |")
-        lines.append(f"| {Shape(**r['shape'])} | saved / (x + h + 8 A) | {r['saved_over_bound']:.3f} | | | |")
+    name, rates = summary["environment"].get("gpu", "CPU: no times are meant"), summary["bounds"]
+    lines = [
+        f"Forward and backward. {name}, copy {rates['bytes_per_second'] / 1e12:.2f} TB/s, matrix product "
+        f"{rates['flops_per_second'] / 1e12:.0f} TFLOP/s. FLOPs are those of the experts' products.",
+        "",
+        "| shape | contestant | ms | quartiles | bare / it | TFLOP/s | peak MiB |",
+        "|---" * 7 + "|",
+    ]
+    for result in summary["results"]:
+        lines += rows(result)
+    fit = summary.get("affine")
+    if fit is not None:
+        lines += [
+            "",
+            f"Time against assignments (ViT-S): R2 {fit['r2']:.4f}, {fit['nanoseconds_an_assignment']:.2f} ns each; "
+            f"one token with every expert: {fit['one_token_with_every_expert']:.4f} of the time without (the same "
+            f"measured again: {fit['the_same_again']:.4f}).",
+        ]
     lines += ["", "Peers, all on the same fixed-k routing, eager, forward and backward:", ""]
     lines += ["| shape | peer | k | ms | quartiles | it / ours | peak MiB |", "|---" * 7 + "|"]
-    for r in results:
-        for name, entry in r["peers"].items():
-            head = f"| {Shape(**r['shape'])}, {r['dtype']} | {name}"
-            if "skipped" in entry:
-                lines.append(f"{head} | | skipped: {entry['skipped']} | | | |")
-                continue
-            ms, peak = entry["milliseconds"], entry["peak_bytes"]
-            lines.append(
-                f"{head}{', ' + entry['note'] if entry['note'] else ''} | {entry['k']} | {ms['median']:.3f} "
-                f"| {ms['quartile_1']:.3f} to {ms['quartile_3']:.3f} | **{entry['it_over_ours']:.2f}** "
-                f"| {'-' if peak is None else f'{peak / 2**20:.0f}'} |"
-            )
+    for result in summary["results"]:
+        lines += peer_rows(result)
+    lines += [f"\nFailed: {failure['where']}: {failure['why']}" for failure in summary["failures"]]
     return "\n".join(lines)
 
 
-def run(device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None) -> int:
-    """Measure the shapes in order while time lasts, then the affine fit; print and write the table; exit status."""
-    started, results = time.monotonic(), []
-    rates = bounds(device, getattr(torch, dtypes[0]))
-    for name in dtypes:
-        for shape in GPU_SHAPES.values():
-            if time.monotonic() - started > limit:
-                print(f"skipped, no time is left: {shape}, {name}")
-                continue
-            results.append(measure(shape, getattr(torch, name), device, repeats))
-            print(table(results[-1:]).split("\n", 2)[2], flush=True)
+def _measure_shape(
+    progress: Progress, step: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
+) -> None:
+    """All but the peers; what cannot run is a failure."""
+
+    def failed(name: str, error: Exception) -> None:
+        progress.fail(f"{step}: {name}", error)
+
+    for count, result in enumerate(measure(shape, dtype, device, repeats, failed)):
+        if count == 0:
+            progress.results.append(result)  # grows as it is measured
+        progress.save()
+    print("\n".join(rows(progress.results[-1])), flush=True)
+
+
+def _measure_peers(
+    progress: Progress, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, end: float
+) -> None:
+    """The peers of a shape that is measured."""
+    name = str(dtype).removeprefix("torch.")
+    for result in progress.results:
+        if (result["shape"], result["dtype"]) == (asdict(shape), name):
+            for found in measure_peers(shape, dtype, device, repeats, end):
+                result["peers"] = found
+                progress.save()
+            print("\n".join(peer_rows(result)), flush=True)
+
+
+def run(
+    device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None, resume: bool = False
+) -> int:
+    """Measure in order of weight while time lasts: shapes with targets, the affine fit, other shapes, peers."""
+    end = time.monotonic() + limit
+    first = getattr(torch, dtypes[0])
+    progress = Progress(out, {"environment": environment(device), "bounds": bounds(device, first)}, table, resume)
+
+    def fit() -> None:
+        progress.summary["affine"] = affine(first, device, GPU_SHAPES["vit-s"], repeats)
+
+    steps: list[tuple[str, Callable[[], None]]] = []
+    last: list[tuple[str, Callable[[], None]]] = []
+    for dtype in dtypes:
+        for name, shape in sorted(GPU_SHAPES.items(), key=lambda item: item[0] not in TARGETS):
+            if (dtype, name) == (dtypes[0], next(n for n in GPU_SHAPES if n not in TARGETS)):
+                steps.append(("affine", fit))
+            case = (shape, getattr(torch, dtype), device, repeats)
+            step = f"{name}, {dtype}"
+            steps.append((step, partial(_measure_shape, progress, step, *case)))
+            last.append((f"peers, {step}", partial(_measure_peers, progress, *case, end)))
+    for step, call in steps + last:
+        if time.monotonic() > end:
+            print(f"skipped, no time is left: {step}")
+            continue
+        if not progress.begin(step):
+            continue
+        try:
+            call()
+            progress.finish(step)
+        except Exception as error:  # the next step may do
+            progress.finish(step, error)
+            if not usable(device):
+                return DEVICE_LOST
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-    if not results:
+    if not progress.results and not progress.summary["failures"]:
         print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
         return 1
-    fit = affine(getattr(torch, dtypes[0]), device, GPU_SHAPES["vit-s"], repeats)
-    summary = {"environment": environment(device), "bounds": rates, "results": results, "affine": fit}
-    text = table(results) + (
-        f"\n\nTime against assignments (ViT-S): R2 {fit['r2']:.4f}; one token with every expert: "
-        f"{fit['one_token_with_every_expert']:.3f} of the time without."
-    )
-    print("\n" + text)
-    if out:
-        write(out, summary, text)
-    return 0
+    print("\n" + table(progress.summary))
+    return 1 if progress.summary["failures"] else 0

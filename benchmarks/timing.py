@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Call = Callable[[], Any]
 FILL_SECONDS = 2e-3  # of work between two events, beside which they and a launch weigh little
+COPY_BYTES, PRODUCT = 2**29, 8192  # of the copy and the square product that measure a GPU's rates
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -122,12 +123,25 @@ def _elapsed(run: Call) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
+def peak_bytes(device: torch.device, fresh: bool = False) -> int:
+    """The most bytes that were allocated since the last fresh count; a fresh one begins at those allocated now."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    if not fresh:
+        return torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
 def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second of a large copy, read and written, and operations a second of a large matrix product."""
     import torch
 
     large = device.type == "cuda"
-    n, m = (2**29, 8192) if large else (2**22, 256)
+    n, m = (COPY_BYTES, PRODUCT) if large else (2**22, 256)
     source, target = torch.randn(n // 4, device=device), torch.empty(n // 4, device=device)
     copies = seconds([lambda: target.copy_(source)], device, 10)
     a = torch.randn(m, m, device=device).to(dtype)

@@ -37,20 +37,20 @@ class PeerCase:
     """Tokens, a fixed-k routing of them, and experts without biases: act(x w1) w2, or act(x w1) (x w3) w2 if gated."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)  # of the device: a CPU draws for many seconds
         T, D, H, E = shape.T, shape.D, shape.H, shape.E
         self.shape, self.dtype, self.device = shape, dtype, device
         self.k = min(max(1, round(shape.k)), E)
 
         def draw(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
+            return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
 
         self.x_TD, self.d_y_TD = draw(T, D).requires_grad_(), draw(T, D)
         self.w1_EDH = draw(E, D, H, scale=D**-0.5)
         self.w3_EDH = draw(E, D, H, scale=D**-0.5) if shape.gated else None
         self.w2_EHD = draw(E, H, D, scale=H**-0.5)
-        chosen_TK = torch.rand(T, E, generator=generator).topk(self.k, dim=1).indices.sort(dim=1).values
-        self.index_TK = chosen_TK.to(device)
+        order_TE = torch.rand(T, E, generator=generator, device=device)
+        self.index_TK = order_TE.topk(self.k, dim=1).indices.sort(dim=1).values
         self.weight_TK = torch.full((T, self.k), 1 / self.k, device=device)
         self.activation = F.silu if shape.gated else F.gelu
 

@@ -1,0 +1,257 @@
+"""The Triton kernels on one layer's tensors: how each is run, what it moves and multiplies, and what it must equal.
+
+Bytes count every input and output of a kernel once, FLOPs those of its products. Depends on the package alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shapes import Shape
+
+TINY = Shape(40, 32, 48, 4, 1.5)
+
+
+@dataclass
+class Kernel:
+    """A kernel on one set of inputs: how to run it, what it moves and multiplies, and what it must equal."""
+
+    name: str
+    run: Callable[[], Any]
+    bytes: int
+    flops: int
+    expected: Callable[[], Any] | None = None
+
+
+class Inputs:
+    """Tensors of one layer, routed with the mean k of its shape."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        from dynmoe_tutel import kernels
+
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
+
+        T, D, H, E = shape.T, shape.D, shape.H, shape.E
+        self.shape, self.dtype = shape, dtype
+        self.x_TD, self.d_y_TD = draw(T, D), draw(T, D)
+        self.w_DE = draw(D, E)
+        self.scale = torch.ones((), device=device)
+        self.active_E = torch.ones(E, dtype=torch.bool, device=device)
+        unit_DE = torch.nn.functional.normalize(self.w_DE.float(), dim=0)
+        cos_TE = torch.nn.functional.normalize(self.x_TD[:4096].float(), dim=1) @ unit_DE
+        self.thresholds_E = cos_TE.quantile(1 - shape.k / E, dim=0)
+        self.score_TE, self.bits_TW, self.unrouted_T, self.inv_norm_T, self.counts = kernels.threshold_gate(
+            self.x_TD, self.w_DE, self.thresholds_E, self.active_E, self.scale, False
+        )
+        exact = kernels.ragged_index(self.bits_TW, E)
+        self.A = exact[2].shape[0]
+        self.index = exact
+        self.w1 = draw(E, D, H, scale=D**-0.5) if shape.gated else draw(E, H, D, scale=D**-0.5).transpose(1, 2)
+        self.w3 = draw(E, D, H, scale=D**-0.5) if shape.gated else None
+        self.b1, self.b2 = (None, None) if shape.gated else (draw(E, H), draw(E, D))
+        self.w2 = draw(E, H, D, scale=H**-0.5)
+        self.activation = "silu" if shape.gated else "gelu"
+        self.rows_AD = draw(self.A, D)
+
+
+class Loop:
+    """The experts' products in torch, expert by expert, with sums in fp32."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        offsets = inputs.index[0].tolist()
+        self.segments = list(enumerate(map(slice, offsets[:-1], offsets[1:])))
+        self.token_A = inputs.index[2].long()
+        self.inputs = inputs
+
+    def linear(self, rows_AK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None = None) -> Tensor:
+        """Rows [A, N] in fp32."""
+        out = rows_AK.new_empty((rows_AK.shape[0], w_EKN.shape[2]), dtype=torch.float32)
+        for e, rows in self.segments:
+            out[rows] = rows_AK[rows].float() @ w_EKN[e].float()
+            if bias_EN is not None:
+                out[rows] += bias_EN[e].float()
+        return out
+
+    def up(self) -> tuple[Tensor, Tensor, Tensor]:
+        """h, u and a, those before rounded to the dtype of the tokens."""
+        from dynmoe_tutel.kernels import ACTIVATIONS
+
+        i = self.inputs
+        x = i.x_TD[self.token_A]
+        h = self.linear(x, i.w1, i.b1).to(i.dtype)
+        u = h[:0] if i.w3 is None else self.linear(x, i.w3).to(i.dtype)
+        a = ACTIVATIONS[i.activation].value(h.float())
+        return h, u, a if i.w3 is None else a * u.float()
+
+    def activation_gradient(self, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of h and u, and a over k, as `activation_gradient` gives them."""
+        from dynmoe_tutel.kernels import ACTIVATIONS
+
+        i, act = self.inputs, ACTIVATIONS[self.inputs.activation]
+        k_A1 = i.index[1].diff()[self.token_A].unsqueeze(1).float()
+        d_a = self.linear(i.d_y_TD[self.token_A], i.w2.transpose(1, 2)) / k_A1
+        act_h = act.value(h.float())
+        if i.w3 is None:
+            return act.gradient(d_a, h.float()), u, act_h / k_A1
+        return act.gradient(d_a * u.float(), h.float()), d_a * act_h, act_h * u.float() / k_A1
+
+    def weight_gradient(self, a_AM: Tensor, b_AN: Tensor) -> Tensor:
+        """[E, M, N] in fp32."""
+        return torch.stack([a_AM[rows].t().float() @ b_AN[rows].float() for _, rows in self.segments])
+
+
+def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
+    """The kernels in forward, then backward order."""
+    from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, rows, threshold_gate
+    from dynmoe_tutel.kernels.rows import combine_backward
+
+    from dynmoe_tutel import kernels
+
+    i, s = inputs, inputs.shape
+    T, D, H, E, A = s.T, s.D, s.H, s.E, inputs.A
+    n, W, g = i.x_TD.element_size(), i.bits_TW.shape[1], 2 if s.gated else 1
+    tokens, index_bytes, weight = n * T * D, 8 * A + 4 * (T + E), n * E * D * H
+    index = grouped_ffn.Index(*i.index)
+    gate = (i.x_TD, i.w_DE, i.thresholds_E, i.active_E, i.scale, False)
+    yield Kernel(
+        "gate",
+        lambda: threshold_gate.threshold_gate(*gate)[:4],
+        tokens + n * D * E + 4 * T * E + 8 * T * W + 5 * T,
+        2 * T * D * E,
+        lambda: kernels.threshold_gate._init_fn(*gate)[:4],
+    )
+    yield Kernel(
+        "index (bounded)",
+        lambda: ragged_index.ragged_index(i.bits_TW, E, A, i.counts),
+        8 * T * W + index_bytes,
+        0,
+        lambda: kernels.ragged_index._init_fn(i.bits_TW, E, A),
+    )
+    yield Kernel(
+        "bound (nothing to drop)",
+        lambda: ragged_index.bound_assignments(i.bits_TW, i.score_TE, A),
+        16 * T * W + 4 * A,
+        0,
+        lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, A),
+    )
+    fewer = A - A // 10
+    yield Kernel(
+        "bound (a tenth dropped)",
+        lambda: ragged_index.bound_assignments(i.bits_TW, i.score_TE, fewer),
+        16 * T * W + 4 * A,
+        0,
+        lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, fewer),
+    )
+    yield Kernel(
+        "dispatch",
+        lambda: rows.dispatch(i.x_TD, *i.index[1:]),
+        tokens + n * A * D + 4 * A,
+        0,
+        lambda: kernels.dispatch._init_fn(i.x_TD, *i.index[1:]),
+    )
+    up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
+    h, u, a = grouped_ffn.up(*up)
+    u_or_none = u if s.gated else None
+    loop = Loop(inputs)
+    yield Kernel(
+        "up",
+        lambda: grouped_ffn.up(*up),
+        tokens + g * weight + n * (g + 1) * A * H,
+        2 * g * A * D * H,
+        loop.up,
+    )
+    down = {"bias_EN": i.b2}
+    yield Kernel(
+        "down",
+        lambda: grouped_ffn.linear(a, i.w2, i.index[0], **down),
+        n * A * (H + D) + weight,
+        2 * A * D * H,
+        lambda: kernels.grouped_linear._init_fn(a, i.index[0], i.w2, i.b2, "torch"),
+    )
+    yield Kernel(
+        "combine",
+        lambda: rows.combine(i.rows_AD, *i.index[1:], True),
+        n * A * D + tokens + 4 * A,
+        0,
+        lambda: kernels.combine._init_fn(i.rows_AD, *i.index[1:], True),
+    )
+    yield Kernel(
+        "combine backward",
+        lambda: rows.combine_backward(i.d_y_TD, *i.index[1:3], True),
+        tokens + n * A * D + 4 * A,
+        0,
+        lambda: combine_backward._init_fn(i.d_y_TD, *i.index[1:3], True),
+    )
+
+    def through() -> grouped_ffn.ActivationGradient:
+        return grouped_ffn.activation_gradient(
+            i.d_y_TD,
+            index,
+            i.w2,
+            h,
+            u_or_none,
+            None,
+            i.activation,
+            from_tokens=True,
+            weights=True,
+            biases=(i.b1 is not None, False),
+        )
+
+    kept = through()
+    yield Kernel(
+        "activation gradient",
+        lambda: (lambda r: (r.d_h_AH, r.d_u_AH, r.a_AH))(through()),
+        tokens + weight + n * (2 * g + 1) * A * H,
+        2 * A * D * H,
+        lambda: loop.activation_gradient(h, u),
+    )
+    yield Kernel(
+        "weight gradient, first",
+        lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
+        tokens + n * A * H + weight,
+        2 * A * D * H,
+        lambda: loop.weight_gradient(i.x_TD[loop.token_A], kept.d_h_AH),
+    )
+    yield Kernel(
+        "weight gradient, second",
+        lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
+        tokens + n * A * H + weight,
+        2 * A * D * H,
+        lambda: loop.weight_gradient(kept.a_AH, i.d_y_TD[loop.token_A]),
+    )
+    yield Kernel(
+        "rows of the tokens' gradient",
+        lambda: grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0]),
+        g * (n * A * H + weight) + n * A * D,
+        2 * g * A * D * H,
+        lambda: (
+            loop.linear(kept.d_h_AH, i.w1.transpose(1, 2))
+            + (0 if i.w3 is None else loop.linear(kept.d_u_AH, i.w3.transpose(1, 2)))
+        ),
+    )
+    d_rows = grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0])
+    unit_ED, _ = router_gradient.unit_vectors(i.w_DE)
+    parts = kept.d_gate_parts_AN
+    router = (parts, i.score_TE, i.inv_norm_T, i.unrouted_T, i.bits_TW, unit_ED, i.scale, i.index[1], i.index[3], False)
+    yield Kernel(
+        "token gradient",
+        lambda: router_gradient.token_gradient(d_rows, i.x_TD, i.d_y_TD, i.b2, *router),
+        n * A * D + (2 + (i.b2 is not None)) * tokens + parts.numel() * 4 + 12 * T * E,
+        0,
+    )
+    d_cos = torch.randn_like(i.score_TE)
+    yield Kernel(
+        "routing vectors' gradient",
+        lambda: threshold_gate.unit_gradient(d_cos, i.x_TD),
+        tokens + 4 * T * E + 4 * D * E,
+        2 * T * D * E,
+        lambda: d_cos.t() @ i.x_TD.float(),
+    )

@@ -1,0 +1,135 @@
+"""Compile what the benchmarks of kernels and layer will launch, on all processors, into Triton's cache on disk.
+
+    python -m benchmarks.warm [--arch sm_90] [--shape vit-s ...] [--jobs N] [--seconds N]
+
+A benchmark compiles one kernel after another, a second or two each, which would take the time that there is to measure.
+Here each process lets Triton compile its share of the launches that `benchmarks.launches` lists, for meta tensors and
+without launching, so that what is asked for later is in the cache. It needs no GPU. What does not compile is named and
+left to the benchmark, and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from dynmoe_tutel.kernels import configs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from .launches import Launch, launch_of, recording
+from .operations import VARIANTS, run_all
+from .progress import reason
+from .shapes import GPU_SHAPES, Shape
+from .timing import duration, whole
+
+
+class _Driver:
+    """As much of a driver of Triton as compiling takes: a device of the architecture."""
+
+    def __init__(self, architecture: str) -> None:
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def lengths(shape: Shape) -> Iterator[Shape]:
+    """The shape with the numbers of rows that it is measured with: exact (any number), bounded and full."""
+    for rows in (shape.rows + 1, ceil(1.25 * shape.k * shape.T), shape.E * shape.T):
+        yield replace(shape, k=rows / shape.T)
+
+
+def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
+    """Every operation on meta tensors, as the benchmarks call them in bf16."""
+    with configs.assume(architecture):
+        for shape in shapes:
+            for length in lengths(shape):
+                run_all(length, torch.bfloat16, VARIANTS["default"])
+
+
+@contextmanager
+def compiling(launches: Sequence[Launch], seconds: float) -> Iterator[tuple[list[Launch], list[str]]]:
+    """Inside, those launches are compiled when they come, until the time is over; which were, and why others failed."""
+    left, end, wrong = set(launches), time.monotonic() + seconds, []
+    done: list[Launch] = []
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = launch_of(self, args, dict(kwargs), False)
+        if launch not in left or time.monotonic() > end:
+            return
+        left.remove(launch)
+        try:
+            run(self, *args, grid=grid, warmup=True, **kwargs)
+            done.append(launch)
+        except Exception as error:  # whatever a compiler throws
+            wrong.append(f"{launch.kernel} ({launch.configuration}): {reason(error)}")
+
+    JITFunction.run = compile_instead
+    try:
+        yield done, wrong
+    finally:
+        JITFunction.run = run
+
+
+def compile_share(
+    architecture: str, shapes: Sequence[Shape], share: int, shares: int, seconds: float
+) -> tuple[int, int, list[str]]:
+    """Compile every `shares`-th launch from `share` on: how many were to be, how many were, and why others failed."""
+    driver.set_active(_Driver(architecture))
+    with recording() as launches:
+        call_all(architecture, shapes)
+    own = launches[share::shares]
+    with compiling(own, seconds) as (done, wrong):
+        call_all(architecture, shapes)
+    return len(own), len(done), wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=["sm_80", "sm_89", "sm_90", "sm_100"], help="default: the GPU's")
+    parser.add_argument("--shape", nargs="+", choices=list(GPU_SHAPES), default=list(GPU_SHAPES))
+    parser.add_argument("--jobs", type=whole(1), default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seconds", type=duration(), default=float("inf"), help="begin no compilation after this time")
+    args = parser.parse_args(argv)
+    if args.arch is None and not torch.cuda.is_available():
+        parser.error("argument --arch: needed where torch sees no GPU")
+    started = time.monotonic()
+    architecture = args.arch or configs.architecture(torch.device("cuda"))
+    if not architecture.startswith("sm_"):
+        print(f"nothing is compiled ahead for {architecture}")
+        return 0
+    shapes = [GPU_SHAPES[name] for name in args.shape]
+    shares = [(architecture, shapes, i, args.jobs, args.seconds) for i in range(args.jobs)]
+    # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(compile_share, *zip(*shares, strict=True)))
+    wrong = [why for _, _, reasons in found for why in reasons]
+    for why in wrong:
+        print(f"FAILED {why}")
+    planned, compiled = sum(n for n, _, _ in found), sum(n for _, n, _ in found)
+    print(f"{compiled} of {planned} kernels compiled in {time.monotonic() - started:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
