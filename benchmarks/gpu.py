@@ -120,9 +120,14 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
         overran.set()
         _end(process, signal.SIGKILL)
 
+    def clear() -> None:
+        process.wait()
+        _end(process, signal.SIGKILL)  # what it left behind, which may hold the pipe open
+
+    threading.Thread(target=clear, daemon=True).start()
     timers = [threading.Timer(limit, kill)]
     if part.grace:
-        timers.append(threading.Timer(max(limit - part.grace, limit / 2), interrupt))
+        timers.append(threading.Timer(max(limit - part.grace, limit / 4), interrupt))
     for timer in timers:
         timer.start()
     lines = []
@@ -135,7 +140,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
     finally:
         for timer in timers:
             timer.cancel()
-        _end(process, signal.SIGKILL)  # what it left, and all of it where this process is interrupted
+        _end(process, signal.SIGKILL)  # where this process is interrupted
         if part.log:
             (results / part.log).write_text("".join(lines))
     if overran.is_set():

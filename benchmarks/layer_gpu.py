@@ -203,17 +203,16 @@ def measure(
 
 
 def measure_peers(
-    shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, end: float = math.inf
+    names: Sequence[str], case: peers.PeerCase, repeats: int, end: float = math.inf
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """By name: milliseconds, it over ours and peak bytes, or why it is not measured; after every peer.
+    """Ours and the peers by name: milliseconds, it over ours and peak bytes, or why it is not measured; after each.
 
     None is begun after the time `end` of the monotonic clock. An exception where ours fails, or the device is lost.
     """
-    case = peers.PeerCase(shape, dtype, device)
     found: dict[str, dict[str, Any]] = {}
-    for name in ("ours", *peers.ADAPTERS):
+    for name in ("ours", *names):
         why = None if name == "ours" else peers.unavailable(name, case)
-        if why is None and time.monotonic() > end:
+        if name != "ours" and why is None and time.monotonic() > end:
             why = "no time was left"
         if why is not None:
             found[name] = {"skipped": why}
@@ -221,17 +220,18 @@ def measure_peers(
         try:
             peer = peers.ours(case) if name == "ours" else peers.build(name, case)
             error = peers.checked(peer, case)
-            before = peak_bytes(device, fresh=True)
-            times = seconds([peers.step(peer, case)], device, repeats, False)
+            before = peak_bytes(case.device, fresh=True)
+            times = seconds([peers.step(peer, case)], case.device, repeats, False)
         except Exception as error:  # whatever another package throws is why it is not measured
             if name == "ours":
                 raise
             found[name] = {"skipped": reason(error)}
             yield found
-            if not usable(device):
+            if not usable(case.device):
                 raise
             continue
-        found[name] = {"milliseconds": spread([1e3 * t for t in times]), "peak_bytes": peak_bytes(device) - before}
+        peak = peak_bytes(case.device) - before
+        found[name] = {"milliseconds": spread([1e3 * t for t in times]), "peak_bytes": peak}
         found[name] |= {"note": peer.note, "k": case.k, "relative_rms": error}
         ours = found["ours"]["milliseconds"]["median"]
         found[name]["it_over_ours"] = found[name]["milliseconds"]["median"] / ours
@@ -353,16 +353,28 @@ def _measure_shape(
 
 
 def _measure_peers(
-    progress: Progress, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, end: float
+    progress: Progress,
+    names: Sequence[str],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    end: float,
 ) -> None:
-    """The peers of a shape that is measured."""
-    name = str(dtype).removeprefix("torch.")
+    """Peers of a shape that is measured; ours once more where there are some to be beside."""
+    wanted = (asdict(shape), str(dtype).removeprefix("torch."))
     for result in progress.results:
-        if (result["shape"], result["dtype"]) == (asdict(shape), name):
-            for found in measure_peers(shape, dtype, device, repeats, end):
-                result["peers"] = found
-                progress.save()
-            print("\n".join(peer_rows(result)), flush=True)
+        if (result["shape"], result["dtype"]) != wanted:
+            continue
+        case, known = peers.PeerCase(shape, dtype, device), result["peers"]
+        whys = {name: peers.unavailable(name, case) for name in names}
+        if "ours" in known and all(whys.values()):
+            known |= {name: {"skipped": why} for name, why in whys.items()}
+            continue
+        for found in measure_peers(names, case, repeats, end):
+            known |= {name: entry for name, entry in found.items() if name not in known}
+            progress.save()
+        print("\n".join(peer_rows(result)), flush=True)
 
 
 def run(
@@ -377,7 +389,9 @@ def run(
         progress.summary["affine"] = affine(first, device, GPU_SHAPES["vit-s"], repeats)
 
     steps: list[tuple[str, Callable[[], None]]] = []
-    last: list[tuple[str, Callable[[], None]]] = []
+    quick: list[tuple[str, Callable[[], None]]] = []
+    slow: list[tuple[str, Callable[[], None]]] = []
+    others = [name for name in peers.ADAPTERS if name not in peers.TUNING]
     for dtype in dtypes:
         for name, shape in sorted(GPU_SHAPES.items(), key=lambda item: item[0] not in TARGETS):
             if (dtype, name) == (dtypes[0], next(n for n in GPU_SHAPES if n not in TARGETS)):
@@ -385,8 +399,9 @@ def run(
             case = (shape, getattr(torch, dtype), device, repeats)
             step = f"{name}, {dtype}"
             steps.append((step, partial(_measure_shape, progress, step, *case)))
-            last.append((f"peers, {step}", partial(_measure_peers, progress, *case, end)))
-    for step, call in steps + last:
+            quick.append((f"peers, {step}", partial(_measure_peers, progress, others, *case, end)))
+            slow.append((f"peers that tune, {step}", partial(_measure_peers, progress, peers.TUNING, *case, end)))
+    for step, call in steps + quick + slow:
         if time.monotonic() > end:
             print(f"skipped, no time is left: {step}")
             continue

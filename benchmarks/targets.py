@@ -38,6 +38,13 @@ class Target:
     least: bool = True  # the bounds are lower bounds
 
     @property
+    def bounds(self) -> str:
+        """Both, as they are in the table."""
+        both = [self.must] if self.stretch is None else [self.must, self.stretch]
+        texts = [f"{bound:g}{self.unit}" if self.unit or not bound else f"{bound:.2f}" for bound in both]
+        return " | ".join([*texts, ""][:2])
+
+    @property
     def met(self) -> str:
         """ "stretch", "must", "no", or "" where nothing is measured."""
         if self.value is None:
@@ -136,12 +143,11 @@ def table(found: Sequence[Target], card: str | None = None) -> str:
         "|---" * 5 + "|",
     ]
     for t in found:
-        stretch = "" if t.stretch is None else f"{t.stretch:g}{t.unit}"
         measured = NOT_MEASURED
         if t.value is not None:
             measured = f"{t.value:.3g}{t.unit}" if t.unit or t.value == 0 else f"{t.value:.3f}"
             measured += f" ({t.of})" if t.of else ""
-        lines.append(f"| {t.name} | {t.must:g}{t.unit} | {stretch} | {measured} | {t.met} |")
+        lines.append(f"| {t.name} | {t.bounds} | {measured} | {t.met} |")
     return "\n".join(lines)
 
 

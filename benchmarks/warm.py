@@ -66,10 +66,14 @@ def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
 
 
 @contextmanager
-def compiling(launches: Sequence[Launch], seconds: float) -> Iterator[tuple[list[Launch], list[str]]]:
-    """Inside, those launches are compiled when they come, until the time is over; which were, and why others failed."""
-    left, end, wrong = set(launches), time.monotonic() + seconds, []
+def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Launch], list[str]]]:
+    """Inside, those launches are compiled when they come, until `end` of the monotonic clock.
+
+    Gives which were, and why others failed; both grow.
+    """
+    left = set(launches)
     done: list[Launch] = []
+    wrong: list[str] = []
     run: Callable[..., Any] = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -91,14 +95,14 @@ def compiling(launches: Sequence[Launch], seconds: float) -> Iterator[tuple[list
 
 
 def compile_share(
-    architecture: str, shapes: Sequence[Shape], share: int, shares: int, seconds: float
+    architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float
 ) -> tuple[int, int, list[str]]:
     """Compile every `shares`-th launch from `share` on: how many were to be, how many were, and why others failed."""
     driver.set_active(_Driver(architecture))
     with recording() as launches:
         call_all(architecture, shapes)
     own = launches[share::shares]
-    with compiling(own, seconds) as (done, wrong):
+    with compiling(own, end) as (done, wrong):
         call_all(architecture, shapes)
     return len(own), len(done), wrong
 
@@ -119,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nothing is compiled ahead for {architecture}")
         return 0
     shapes = [GPU_SHAPES[name] for name in args.shape]
-    shares = [(architecture, shapes, i, args.jobs, args.seconds) for i in range(args.jobs)]
+    end = started + args.seconds  # of a clock that the processes share
+    shares = [(architecture, shapes, i, args.jobs, end) for i in range(args.jobs)]
     # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(compile_share, *zip(*shares, strict=True)))

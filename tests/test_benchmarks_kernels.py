@@ -7,16 +7,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dynmoe_tutel.kernels import configs
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import kernels, layer_gpu, peers, timing, tune
-from benchmarks.shapes import Shape
+from benchmarks import gpu, kernels, layer_gpu, peers, timing, tune
+from benchmarks.kernel_calls import Kernel
+from benchmarks.progress import DEVICE_LOST, Progress
+from benchmarks.shapes import GPU_SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Shape(40, 16, 24, 4, 1.5)
@@ -36,8 +40,145 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     assert {r["kernel"] for r in results} - {r["kernel"] for r in checked} == {"token gradient"}
     assert all(r["difference"] < 1e-5 for r in checked)
     assert all(r["bytes"] > 0 and r["bound_microseconds"] > 0 for r in results)
+    _check_models({r["kernel"]: r for r in results})
     assert out.with_suffix(".md").read_text().count("\n| T 40") == 15
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def _check_models(found: dict[str, dict[str, Any]]) -> None:
+    """Bytes and FLOPs at T 40, D 32, H 48, E 4 in fp32, counted by hand from what each kernel reads and writes."""
+    tokens, weight, router = 4 * 40 * 32, 4 * 4 * 32 * 48, 4 * 40 * 4  # 5120, 24576, 640
+    A = (found["dispatch"]["bytes"] - tokens) // (4 * 32 + 4)
+    assert 30 < A < 90  # mean k 1.5
+    rows_D, rows_H = 4 * A * 32, 4 * A * 48
+    product = 2 * A * 32 * 48
+    expected = {
+        # x, w; scores, a word of bits, a flag and a norm each
+        "gate": (tokens + 4 * 32 * 4 + router + 8 * 40 + 40 + 4 * 40, 2 * 40 * 32 * 4),
+        "index (bounded)": (8 * 40 + 4 * (2 * A + 40 + 4), 0),
+        "dispatch": (tokens + rows_D + 4 * A, 0),
+        "up": (tokens + weight + 2 * rows_H, product),  # writes the pre-activation and the activation
+        "down": (rows_H + weight + rows_D, product),
+        "combine": (rows_D + tokens + 4 * A, 0),
+        "combine backward": (tokens + rows_D + 4 * A, 0),
+        "activation gradient": (tokens + weight + 3 * rows_H, product),  # reads h, writes its gradient and a
+        "weight gradient, first": (tokens + rows_H + weight, product),
+        "weight gradient, second": (rows_H + tokens + weight, product),
+        "rows of the tokens' gradient": (rows_H + weight + rows_D, product),
+        "routing vectors' gradient": (tokens + router + 4 * 32 * 4, 2 * 40 * 32 * 4),
+    }
+    for name, numbers in expected.items():
+        assert (found[name]["bytes"], found[name]["flops"]) == numbers, name
+    # rows, x, dy (for the bias), dx; scores, their gradient and that of the cosines; parts of the gate's gradient
+    rest = found["token gradient"]["bytes"] - (rows_D + 3 * tokens + 3 * router)
+    assert rest % (4 * A) == 0
+    assert rest > 0
+
+
+class TestJudgement:
+    def test_a_bound_is_the_longer_of_two_times(self) -> None:
+        """At 1 KB/us and 2 MFLOP/us: 8 us of bytes, 5 of FLOPs; the kernel takes 10."""
+        rates = {"bytes_per_second": 1e9, "flops_per_second": 2e12}
+        kernel = Kernel("k", lambda: None, 8000, 10_000_000)
+        found = kernels.judged(kernel, [9e-6, 10e-6, 11e-6], rates)
+        assert found["microseconds"]["median"] == pytest.approx(10)
+        assert found["bound_microseconds"] == pytest.approx(8)
+        assert found["bound_by"] == "bytes"
+        assert found["share_of_bound"] == pytest.approx(0.8)
+        found = kernels.judged(Kernel("k", lambda: None, 8000, 40_000_000), [40e-6], rates)
+        assert (found["bound_by"], found["share_of_bound"]) == ("flops", pytest.approx(0.5))
+
+    def test_what_is_not_finite_differs_wherever_it_is(self) -> None:
+        """A NaN in the second of two outputs: the maximum of a number and NaN may be the number."""
+        good, bad = torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0])
+        assert kernels.difference((good, good), (good, good)) == 0
+        assert kernels.difference((good, bad), (good, good)) == float("inf")
+        assert kernels.difference((bad, good), (good, good)) == float("inf")
+        assert kernels.difference(good[:3], good) == float("inf")
+        assert kernels.difference(good[:0], good.new_empty(0, 5)) == 0  # an output that there is not
+        assert kernels.difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
+        assert kernels.difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+
+    @pytest.mark.parametrize("name", GPU_SHAPES)
+    def test_sets_of_tokens_do_not_fit_in_a_cache(self, name: str) -> None:
+        """Together at least 1.1 times the H200's 60 MB of L2, but where eight sets are less."""
+        shape = GPU_SHAPES[name]
+        sets, tokens = kernels.sets_of_inputs(shape, torch.bfloat16), 2 * shape.T * shape.D
+        assert 1 <= sets <= 8
+        assert sets * tokens > 1.1 * 60e6 or sets == 8
+        if shape.T * shape.D >= 8 << 20:  # where the gate has a target
+            assert sets * tokens > 120e6
+
+
+def _fake_results(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
+    """Two kernels, of which one differs."""
+    base = {"shape": asdict(shape), "dtype": "float32", "bytes": 1, "flops": 1, "difference": None}
+    timed = {"microseconds": timing.spread([1.0]), "bound_microseconds": 1.0, "bound_by": "bytes"}
+    yield base | {"kernel": "bad", "failed": RuntimeError("differs by 1")}
+    yield base | timed | {"kernel": "good", "share_of_bound": 1.0}
+
+
+class TestRuns:
+    """Of shapes whose kernels are made up."""
+
+    def progress(self, out: Path | None, resume: bool = False) -> Progress:
+        rates = {"bytes_per_second": 1e12, "flops_per_second": 1e12, "dtype": "float32"}
+        return Progress(out, {"environment": {"gpu": "X"}, "bounds": rates}, kernels.table, resume)
+
+    def run(self, progress: Progress, *names: str) -> int:
+        shapes = {name: replace(TINY, T=40 + i) for i, name in enumerate(names)}
+        return kernels.run(progress, shapes, torch.float32, torch.device("cpu"), 60, 1)
+
+    def test_a_kernel_that_differs_ends_nothing_and_fails_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kernels, "measure", _fake_results)
+        out = tmp_path / "x.json"
+        assert self.run(self.progress(out), "a", "b") == 1
+        found = json.loads(out.read_text())
+        assert [r["kernel"] for r in found["results"]] == ["bad", "good"] * 2
+        assert [f["where"] for f in found["failures"]] == ["a: bad", "b: bad"]
+        assert found["finished"] == ["a", "b"]
+        text = out.with_suffix(".md").read_text()
+        assert "| bad | failed: RuntimeError: differs by 1 |" in text
+        assert "| good | 1.0 | 1.0 to 1.0 | 1.0 | bytes | **1.00** |" in text
+
+    def test_every_kernel_is_on_disk_before_the_next(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out, seen = tmp_path / "x.json", []
+
+        def measure(*args: Any) -> Iterator[dict[str, Any]]:
+            for result in _fake_results(*args):
+                yield result
+                seen.append(len(json.loads(out.read_text())["results"]))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(kernels, "measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            self.run(self.progress(out), "a")
+        assert seen == [1, 2]
+
+    def test_a_lost_device_is_left_for_a_fresh_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which goes on with the next shape."""
+        out = tmp_path / "x.json"
+        monkeypatch.setattr(kernels, "measure", _fake_results)
+        monkeypatch.setattr(kernels, "usable", lambda _: False)
+        assert self.run(self.progress(out), "a", "b") == DEVICE_LOST == gpu.DEVICE_LOST
+        assert len(json.loads(out.read_text())["results"]) == 1
+        monkeypatch.setattr(kernels, "usable", lambda _: True)
+        assert self.run(self.progress(out, resume=True), "a", "b") == 1
+        found = json.loads(out.read_text())
+        assert [(r["shape"]["T"], r["kernel"]) for r in found["results"]] == [(40, "bad"), (41, "bad"), (41, "good")]
+
+    def test_inputs_that_cannot_be_made_are_named(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def measure(*_: object) -> Iterator[dict[str, Any]]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+            yield
+
+        monkeypatch.setattr(kernels, "measure", measure)
+        assert self.run(self.progress(None), "a") == 1
+        assert "FAILED a: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,7 +196,9 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_so() -> None:
 def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
     """All of them but Triton's own, on a CPU; each result is in the table."""
     shape = Shape(TINY.T, TINY.D, TINY.H, TINY.E, TINY.k, gated)
-    result = layer_gpu.measure(shape, torch.float32, torch.device("cpu"), 2)
+    cpu = torch.device("cpu")
+    *_, result = layer_gpu.measure(shape, torch.float32, cpu, 2)
+    *_, result["peers"] = layer_gpu.measure_peers(tuple(peers.ADAPTERS), peers.PeerCase(shape, torch.float32, cpu), 2)
     names = set(result["milliseconds"])
     assert {"bare", "dense", "loop", "grouped_mm", "ours, exact", "ours, bounded", "ours, full"} <= names
     assert result["relative_rms_to_loop"] < 1e-5
@@ -63,7 +206,8 @@ def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
     assert result["skipped"] == {}
     assert set(result["peers"]) == {"ours", *peers.ADAPTERS}
     assert result["peers"]["ours"]["it_over_ours"] == 1
-    text = layer_gpu.table([result])
+    rates = {"bytes_per_second": 1e12, "flops_per_second": 1e12}
+    text = layer_gpu.table({"environment": {}, "bounds": rates, "results": [result], "failures": []})
     assert all(f"| {name}" in text for name in peers.ADAPTERS)
     assert all(name in text for name in names)
 
@@ -99,18 +243,156 @@ class TestPeers:
 
         monkeypatch.setattr(peers, "unavailable", lambda *_: None)
         monkeypatch.setattr(peers, "build", build)
-        found = layer_gpu.measure_peers(TINY, torch.float32, torch.device("cpu"), 2)
+        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
+        *_, found = layer_gpu.measure_peers(("tutel",), case, 2)
         assert found["tutel"] == {"skipped": "ImportError: no compiled part"}
         assert "milliseconds" in found["ours"]
 
+    def test_one_that_is_wrong_is_named_and_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Off by 3 %: the reason is in its place in the table."""
+        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
+        timed = []
 
-def test_time_against_assignments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A made-up clock that is affine in the rows is fitted with R2 = 1."""
-    made_up = iter([1.0 + k for k in (0.5, 1, 2, 3, 4)] + [3.0, 3.03])
-    monkeypatch.setattr(layer_gpu, "seconds", lambda *_: [next(made_up)])
-    fit = layer_gpu.affine(torch.float32, torch.device("cpu"), Shape(4096, 16, 8, 8, 2), 1)
-    assert fit["r2"] > 0.99
-    assert fit["one_token_with_every_expert"] == pytest.approx(1.01)
+        def build(name: str, case: peers.PeerCase) -> peers.Peer:
+            right = peers.ours(case)
+            factor = 1.03 if name == "tutel" else 1.0
+            return peers.Peer(lambda x: right.forward(x) * factor, right.parameters, note=name)
+
+        monkeypatch.setattr(peers, "build", build)
+        step = peers.step
+        monkeypatch.setattr(peers, "step", lambda peer, case: timed.append(peer.note) or step(peer, case))
+        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
+        *_, found = layer_gpu.measure_peers(("tutel", "scattermoe"), case, 2)
+        assert found["tutel"] == {"skipped": "RuntimeError: its output differs from plain torch by 3.0e-02"}
+        assert timed == ["", "scattermoe"]
+        lines = layer_gpu.peer_rows({"shape": asdict(TINY), "dtype": "float32", "peers": found})
+        assert "skipped: RuntimeError: its output differs" in lines[1]
+
+    def test_none_begins_without_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
+        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
+        *_, found = layer_gpu.measure_peers(("tutel", "scattermoe"), case, 1, end=0.0)
+        assert found["tutel"] == found["scattermoe"] == {"skipped": "no time was left"}
+        assert "milliseconds" in found["ours"]
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        else:
+            assert "mm" not in name
+        return func(*args, **(kwargs or {}))
+
+
+class TestLayer:
+    def test_time_against_assignments(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A made-up clock of 1 s and 10 ms an assignment; one token more takes 1 % more than the mean around it."""
+        rows: list[int] = []
+        made = layer_gpu.Case
+
+        def case(*args: Any) -> layer_gpu.Case:
+            found = made(*args)
+            rows.append(found.rows)
+            return found
+
+        monkeypatch.setattr(layer_gpu, "Case", case)
+        later = iter([2.9, 3.03, 3.1])
+        monkeypatch.setattr(layer_gpu, "seconds", lambda *_: [1 + 0.01 * rows[-1] if len(rows) < 6 else next(later)])
+        fit = layer_gpu.affine(torch.float32, torch.device("cpu"), Shape(256, 16, 8, 8, 2), 1)
+        assert fit["r2"] == pytest.approx(1)
+        assert fit["nanoseconds_an_assignment"] == pytest.approx(1e7)
+        assert fit["one_token_with_every_expert"] == pytest.approx(1.01)
+        assert fit["the_same_again"] == pytest.approx(3.1 / 2.9)
+
+    def test_determination_by_hand(self) -> None:
+        """Times 1, 2, 4 at 0, 1, 2: slope 1.5, residuals 1/6, -1/3, 1/6, R2 = 1 - (1/6) / (14/3)."""
+        r2, slope = layer_gpu.determination([0, 1, 2], [1, 2, 4])
+        assert slope == pytest.approx(1.5)
+        assert r2 == pytest.approx(1 - (1 / 6) / (14 / 3))
+
+    def test_flops_by_hand(self) -> None:
+        """20 rows of 3 by 5: two products of 2 * 20 * 15, three for gated experts, thrice with the backward."""
+        assert Shape(10, 3, 5, 4, 2).flops(backward=False) == 1200
+        assert Shape(10, 3, 5, 4, 2).flops(backward=True) == 3600
+        assert Shape(10, 3, 5, 4, 2, gated=True).flops(backward=True) == 5400
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_bare_and_dense_multiply_as_much_as_the_layer(self, gated: bool) -> None:
+        """Counted by torch; the layer's loop has the gate's products beside."""
+        shape = Shape(64, 16, 24, 4, 2, gated)
+        case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
+        flops = replace(shape, k=case.rows / shape.T).flops(backward=True)
+        for run in (case.bare(), case.dense()):
+            with Products() as counter:
+                run()
+            assert counter.flops == flops
+
+    def test_saved_by_hand(self) -> None:
+        """x, h and the index, and what else the backward of the CPU's operations keeps, over the first two and 8 A."""
+        shape = Shape(512, 64, 256, 4, 2)
+        case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
+        bound = 4 * 512 * 64 + 4 * case.rows * 256 + 8 * case.rows
+        # scores, bits, flags, norms; offsets; and what the loss keeps of the routing vectors
+        more = 512 * (4 * 4 + 8 + 1 + 4) + 4 * (512 + 1 + 4 + 1)
+        assert 1 + more / bound <= case.saved_share() < 1 + (more + 8192) / bound
+
+    def test_the_result_grows_and_a_contestant_that_fails_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def bad() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def contestants(case: layer_gpu.Case) -> Iterator[tuple[str, Any, bool]]:
+            yield "bare", case.bare(), True
+            yield "ours, exact", bad, False
+            yield "loop", case.bare(), False
+            yield "bare", case.bare(), True
+
+        monkeypatch.setattr(layer_gpu, "contestants", contestants)
+        failed = []
+        steps = [
+            (set(result["milliseconds"]), set(result["skipped"]))
+            for result in layer_gpu.measure(
+                TINY, torch.float32, torch.device("cpu"), 3, lambda name, error: failed.append((name, str(error)))
+            )
+        ]
+        oom = {"ours, exact"}
+        both = {"bare", "loop"}
+        assert steps == [(set(), set()), ({"bare"}, set()), ({"bare"}, oom), (both, oom), (both, oom)]
+        assert failed == [("ours, exact", "CUDA out of memory")]
+
+    def test_a_run_in_order_of_weight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Shapes with targets, the fit, other shapes, peers; what cannot run fails the run and ends nothing."""
+        order: list[str] = []
+
+        def bad(*_: object) -> dict[str, Any]:
+            order.append("affine")
+            raise RuntimeError("no graph")
+
+        def measure(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
+            order.append(str(shape))
+            yield from ()
+
+        monkeypatch.setattr(layer_gpu, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
+        monkeypatch.setattr(layer_gpu, "affine", bad)
+        monkeypatch.setattr(layer_gpu, "_measure_shape", lambda _, step, shape, *__: order.append(step))
+        monkeypatch.setattr(layer_gpu, "_measure_peers", lambda _, names, *__: order.append(",".join(names)))
+        out = tmp_path / "x.json"
+        assert layer_gpu.run(torch.device("cpu"), ["float32"], 60, 1, out) == 1
+        shapes = [f"{name}, float32" for name in (*layer_gpu.TARGETS, *GPU_SHAPES) if name in GPU_SHAPES]
+        shapes = list(dict.fromkeys(shapes))
+        assert order[:4] == shapes[:4]
+        assert order[4] == "affine"
+        assert order[5:11] == shapes[4:]
+        assert order[11:21] == ["scattermoe,sonicmoe,megablocks,tutel"] * 10
+        assert order[21:] == ["moe-ops,liger-kernel"] * 10
+        (failure,) = json.loads(out.read_text())["failures"]
+        assert (failure["where"], failure["why"]) == ("affine", "RuntimeError: no graph")
 
 
 def test_spread_and_environment() -> None:
@@ -293,9 +575,7 @@ def test_without_matplotlib_there_is_no_plot(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
-    result = {"shape": asdict(TINY), "dtype": "float32", "kernel": "k", "bytes": 1, "flops": 1, "difference": None}
-    result |= {"microseconds": timing.spread([1.0]), "bound_microseconds": 1.0, "bound_by": "bytes"}
-    monkeypatch.setattr(kernels, "measure", lambda *_: [result | {"share_of_bound": 1.0}])
+    monkeypatch.setattr(kernels, "measure", lambda *_: list(_fake_results(TINY))[1:])
     monkeypatch.setattr(kernels, "find_spec", lambda _: None)
     out = tmp_path / "a" / "b" / "x.json"
     assert kernels.main(["--device", "cpu", "--out", str(out)]) == 0

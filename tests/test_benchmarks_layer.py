@@ -62,7 +62,9 @@ class TestOptions:
         assert repr(value) in line
         assert allowed in line
 
-    @pytest.mark.parametrize("argv", ["--device cuda --shape 1", "--device cuda --threads 1", "--seconds 5"])
+    @pytest.mark.parametrize(
+        "argv", ["--device cuda --shape 1", "--device cuda --threads 1", "--seconds 5", "--resume"]
+    )
     def test_an_option_of_the_other_device_is_not_passed_over(
         self, argv: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -99,7 +101,12 @@ def test_on_a_gpu_the_options_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(layer_gpu, "run", lambda *arguments: seen.append(arguments[1:]) or 1)
     assert layer.main(["--device", "cuda", "--seconds", "5"]) == 1
     layer.main(["--device", "cuda", "--dtype", "float32", "bfloat16", "--repeats", "2"])
-    assert seen == [(["bfloat16"], 5.0, 15, None), (["float32", "bfloat16"], float("inf"), 2, None)]
+    layer.main(["--device", "cuda", "--resume"])
+    assert seen == [
+        (["bfloat16"], 5.0, 15, None, False),
+        (["float32", "bfloat16"], float("inf"), 2, None, False),
+        (["bfloat16"], float("inf"), 15, None, True),
+    ]
 
 
 def test_one_repeat_is_its_own_spread_in_a_folder_that_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

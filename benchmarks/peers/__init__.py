@@ -25,12 +25,13 @@ from ..shapes import Shape
 # name in the table -> module here
 ADAPTERS = {
     "scattermoe": "scattermoe",
-    "liger-kernel": "liger",
-    "moe-ops": "moe_ops",
     "sonicmoe": "sonicmoe",
     "megablocks": "megablocks",
     "tutel": "tutel",
+    "moe-ops": "moe_ops",
+    "liger-kernel": "liger",
 }
+TUNING = ("moe-ops", "liger-kernel")  # compile and time dozens of tiles for every shape: a minute or more
 
 
 class PeerCase:
