@@ -1,0 +1,52 @@
+"""What is compiled ahead is what Triton asks for later, found in its cache on disk; without a GPU.
+
+The process of the tests may run Triton's interpreter, under which nothing compiles: each compilation has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+
+CODE = """
+import sys, time
+from benchmarks import warm
+from benchmarks.operations import run_all
+from benchmarks.shapes import Shape
+
+warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("vector_losses",))
+for share, shares, seconds in eval(sys.argv[1]):
+    print(*warm.compile_share("sm_90", [Shape(64, 16, 16, 4, 2)], share, shares, time.monotonic() + seconds))
+"""
+
+
+def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[list[tuple[int, int]], set[str]]:
+    """Of shares (which, of how many, seconds) how many launches were to be compiled and were, and what is cached."""
+    script, cache = tmp_path / "script.py", tmp_path / "cache"
+    script.write_text(CODE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), repr(shares)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert all(wrong == "[]" for *_, wrong in lines)
+    kernels = {str(path.relative_to(cache)) for path in cache.glob("**/*.cubin")}
+    return [(int(planned), int(compiled)) for planned, compiled, _ in lines], kernels
+
+
+def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Path) -> None:
+    """A share without time compiles nothing, two halves everything, and the whole then nothing more."""
+    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, 100), (1, 2, 100))
+    assert late == (first[0], 0)
+    assert first[0] == first[1] > 0
+    assert second[0] == second[1] > 0
+    assert len(kernels) == first[0] + second[0]
+    assert compile_shares(tmp_path, (0, 1, 100)) == ([(len(kernels), len(kernels))], kernels)
