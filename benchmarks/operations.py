@@ -60,7 +60,7 @@ class Operations:
         self.bits_TW = _meta(T, ceil(E / 64), dtype=torch.int64)
         self.flag_T = _meta(T, dtype=torch.bool)
         self.inv_norm_T = _meta(T, dtype=torch.float32)
-        self.threshold_E = _meta(E, dtype=torch.float32)
+        self.threshold_E, self.theta_E = _meta(E, dtype=self.router), _meta(E, dtype=torch.float32)
         self.active_E = _meta(E, dtype=torch.bool)
         self.block_counts = _meta(ceil(T / block_tokens(E)) * E, dtype=torch.int32)
         int32 = {"dtype": torch.int32}
@@ -99,7 +99,7 @@ class Operations:
 
     def rows(self, gpu: Any) -> None:
         v = self.variant
-        threshold = None if v.apply_gate else self.threshold_E
+        threshold = None if v.apply_gate else self.theta_E
         gpu.dispatch(self.x_TD, *self.index[1:])
         gpu.combine(self.rows_AD, *self.index[1:], not v.apply_gate)
         gpu.combine_backward(self.x_TD, *self.index[1:3], not v.apply_gate)

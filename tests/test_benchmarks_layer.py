@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import layer, layer_gpu
+from benchmarks import layer, layer_gpu, operations
 from benchmarks.shapes import Shape
 
 TINY = Shape(48, 16, 24, 4, 1.5)
@@ -120,3 +123,45 @@ def test_one_repeat_is_its_own_spread_in_a_folder_that_is_made(tmp_path: Path, m
         assert result["shape"]["T"] == 32
         ours = result["ours_over_bare"]
         assert ours["quartile_1"] == ours["median"] == ours["quartile_3"] > 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_operations_are_recorded_for_the_types_that_the_layer_calls_them_with(gated: bool) -> None:
+    """Else what is compiled ahead is not what is launched: dtypes, shapes and what is None, argument by argument."""
+    shape = Shape(64, 32, 48, 4, 2, gated)
+    case = layer_gpu.Case(shape, torch.bfloat16, torch.device("cpu"))
+    with Calls() as called:
+        case.step(case.make(2.5, "auto"))()
+    listed = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                listed.setdefault(name, []).append(described(args))
+                return (torch.empty(0),) * 3
+
+            return call
+
+    recorded = operations.Operations(replace(shape, k=2.5), torch.bfloat16, operations.VARIANTS["default"])
+    for name in ("threshold_gate", "ragged_index", "top_any_ffn"):
+        getattr(recorded, name)(Recorder())
+    for name in ("threshold_gate", "ragged_index", "bound_assignments", "top_any_ffn"):
+        assert called.found[name] in [args[: len(called.found[name])] for args in listed[name]], name
+
+
+def described(args: Sequence[Any]) -> list[Any]:
+    """Of a tensor its dtype and shape, of None None, of another value its type."""
+    return [(a.dtype, tuple(a.shape)) if isinstance(a, torch.Tensor) else None if a is None else type(a) for a in args]
+
+
+class Calls(TorchDispatchMode):
+    """The package's operations that are called, with the last arguments of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dynmoe_tutel":
+            self.found[func.overloadpacket.__name__] = described(args)
+        return func(*args, **(kwargs or {}))
