@@ -1,8 +1,13 @@
-"""Triton kernels on what is here: a GPU, or the CPU with Triton's interpreter (fp32 only: its bf16 dot is wrong)."""
+"""Triton kernels on what is here: a GPU, or the CPU with Triton's interpreter, mended for bf16."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from helpers import HAS_GPU
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -12,3 +17,41 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def device() -> str:
     """Where the kernels of these tests run."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+def _single(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    rounded = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16()
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_with_bfloat16() -> Iterator[None]:
+    """The interpreter holds bf16 as 16 bits: it multiplies these as integers, and drops bits where a GPU rounds."""
+    if HAS_GPU:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def single(handle: Any) -> Any:
+        return TensorHandle(_single(handle.data), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, single(a), single(b), *rest)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        src, kind = single(src), dst_type.scalar
+        if kind == tl.bfloat16:
+            return TensorHandle(_bfloat16(src.data), kind)
+        return cast(self, src, dst_type)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        yield

@@ -18,7 +18,7 @@ SHAPES = [  # T, E, D, density
     (9, 4, 16, 0.0),
     (0, 4, 16, 0.5),
 ]
-HALF = [torch.bfloat16, torch.float16]  # these kernels have no product, so that the interpreter knows them
+HALF = [torch.bfloat16, torch.float16]
 
 
 class Batch:

@@ -24,7 +24,7 @@ SHAPES = [  # T, D, E
     (7, 1, 63),
     (130, 16, 64),  # three blocks of the index, two tiles
 ]
-HALF = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float16]  # the interpreter multiplies no bf16
+HALF = [torch.bfloat16, torch.float16]
 MARGIN = 1e-5
 
 
