@@ -103,6 +103,24 @@ class Loop:
             return act.gradient(d_a, h.float()), u, act_h / k_A1
         return act.gradient(d_a * u.float(), h.float()), d_a * act_h, act_h * u.float() / k_A1
 
+    def token_gradient(self, d_rows_AD: Tensor, parts_AN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, of the scores and of the cosines over ||x||, in fp32, as `token_gradient` gives them."""
+        from dynmoe_tutel.kernels.rows import row_gates_backward, segment_sum
+        from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
+
+        i = self.inputs
+        d_gate_A = parts_AN.sum(dim=1)
+        if i.b2 is not None:
+            expert_A = torch.arange(i.shape.E, device=i.x_TD.device).repeat_interleave(i.index[0].diff())
+            d_gate_A = d_gate_A + torch.linalg.vecdot(i.d_y_TD[self.token_A].float(), i.b2[expert_A].float())
+        d_gate_A = d_gate_A / i.index[1].diff()[self.token_A]
+        d_score_TE = row_gates_backward._init_fn(d_gate_A, i.unrouted_T, *i.index, True, False)
+        over_norm_T1 = (i.scale * i.inv_norm_T).unsqueeze(1)
+        d_cos_TE = d_score_TE * i.score_TE * (1 - i.score_TE) * over_norm_T1
+        gate = (i.score_TE, i.x_TD.float(), i.w_DE.float(), i.inv_norm_T, i.scale)
+        through_TD, _, _ = threshold_gate_backward._init_fn(d_score_TE, *gate)
+        return segment_sum(d_rows_AD, i.index[1], i.index[3]) + through_TD, d_score_TE, d_cos_TE
+
     def weight_gradient(self, a_AM: Tensor, b_AN: Tensor) -> Tensor:
         """[E, M, N] in fp32."""
         return torch.stack([a_AM[rows].t().float() @ b_AN[rows].float() for _, rows in self.segments])
@@ -246,6 +264,7 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         lambda: router_gradient.token_gradient(d_rows, i.x_TD, i.d_y_TD, i.b2, *router),
         n * A * D + (2 + (i.b2 is not None)) * tokens + parts.numel() * 4 + 12 * T * E,
         0,
+        lambda: loop.token_gradient(d_rows, parts),
     )
     d_cos = torch.randn_like(i.score_TE)
     yield Kernel(

@@ -187,8 +187,12 @@ def run(
         if lost:
             return DEVICE_LOST
         if plots:
-            title = progress.summary["environment"].get("gpu", "interpreter")
-            roofline(progress.results, progress.summary["bounds"], progress.out.with_suffix(".png"), title)
+            try:
+                title = progress.summary["environment"].get("gpu", "interpreter")
+                roofline(progress.results, progress.summary["bounds"], progress.out.with_suffix(".png"), title)
+            except Exception as error:  # no plot is worth the other shapes
+                progress.fail("plot", error)
+                plots = False
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if not progress.results and not progress.summary["failures"]:

@@ -36,9 +36,7 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert len({r["kernel"] for r in results}) == len(results) == 15
-    checked = [r for r in results if r["difference"] is not None]
-    assert {r["kernel"] for r in results} - {r["kernel"] for r in checked} == {"token gradient"}
-    assert all(r["difference"] < 1e-5 for r in checked)
+    assert all(r["difference"] < 1e-5 for r in results)
     assert all(r["bytes"] > 0 and r["bound_microseconds"] > 0 for r in results)
     _check_models({r["kernel"]: r for r in results})
     assert out.with_suffix(".md").read_text().count("\n| T 40") == 15
@@ -119,7 +117,11 @@ def _fake_results(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
 
 
 class TestRuns:
-    """Of shapes whose kernels are made up."""
+    """Of shapes whose kernels are made up, without the plot, which takes a second."""
+
+    @pytest.fixture(autouse=True)
+    def _unplotted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "roofline", lambda *_: None)
 
     def progress(self, out: Path | None, resume: bool = False) -> Progress:
         rates = {"bytes_per_second": 1e12, "flops_per_second": 1e12, "dtype": "float32"}
@@ -168,6 +170,17 @@ class TestRuns:
         assert self.run(self.progress(out, resume=True), "a", "b") == 1
         found = json.loads(out.read_text())
         assert [(r["shape"]["T"], r["kernel"]) for r in found["results"]] == [(40, "bad"), (41, "bad"), (41, "good")]
+
+    def test_a_plot_that_fails_ends_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def roofline(*_: object) -> None:
+            raise OSError("no fonts")
+
+        monkeypatch.setattr(kernels, "measure", lambda shape, *_: list(_fake_results(shape))[1:])
+        monkeypatch.setattr(kernels, "roofline", roofline)
+        assert self.run(self.progress(tmp_path / "x.json"), "a", "b") == 1
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert len(found["results"]) == 2
+        assert [(f["where"], f["why"]) for f in found["failures"]] == [("plot", "OSError: no fonts")]
 
     def test_inputs_that_cannot_be_made_are_named(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
