@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CODE := dynmoe_tutel kernels benchmarks tests
 TRAIN_ARGS ?=
 AOT_ARGS ?= --all
+GPU_ARGS ?=
 RESULTS ?= benchmarks/results
 
 .PHONY: train test lint typecheck gpu aot clean FORCE
@@ -40,7 +41,7 @@ typecheck: $(VENV)/.ready build/typecheck/dynmoe_tutel
 
 # no network and no venv: PYTHON= names an interpreter with torch and Triton, whose peers are measured too
 gpu: build/gpu/dynmoe_tutel
-	cd build/gpu && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu --results $(abspath $(RESULTS))
+	cd build/gpu && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu --results $(abspath $(RESULTS)) $(GPU_ARGS)
 
 aot: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.aot $(AOT_ARGS)
