@@ -236,6 +236,7 @@ def measure_peers(
         ours = found["ours"]["milliseconds"]["median"]
         found[name]["it_over_ours"] = found[name]["milliseconds"]["median"] / ours
         yield found
+    yield found
 
 
 def _captured_step(case: Case, repeats: int) -> float:

@@ -281,6 +281,27 @@ class TestPeers:
         lines = layer_gpu.peer_rows({"shape": asdict(TINY), "dtype": "float32", "peers": found})
         assert "skipped: RuntimeError: its output differs" in lines[1]
 
+    def test_every_peer_is_in_the_results(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ours is measured once where no peer is, and again beside those that tune where one is."""
+        cpu, measured = torch.device("cpu"), []
+        ours = peers.ours
+        monkeypatch.setattr(peers, "ours", lambda case: measured.append("ours") or ours(case))
+        quick = tuple(name for name in peers.ADAPTERS if name not in peers.TUNING)
+        for reasons in ({}, {"moe-ops": None}):
+            monkeypatch.setattr(
+                peers, "unavailable", lambda name, _, reasons=reasons: reasons.get(name, "not installed")
+            )
+            monkeypatch.setattr(peers, "build", lambda _, case: ours(case))
+            progress = Progress(None, {}, layer_gpu.table)
+            progress.results.append({"shape": asdict(TINY), "dtype": "float32", "peers": {}})
+            for names in (quick, peers.TUNING):
+                layer_gpu._measure_peers(progress, names, TINY, torch.float32, cpu, 1, float("inf"))
+            found = progress.results[0]["peers"]
+            assert set(found) == {"ours", *peers.ADAPTERS}
+            skipped = {name for name, entry in found.items() if "skipped" in entry}
+            assert skipped == peers.ADAPTERS.keys() - reasons.keys()
+        assert measured == ["ours"] * 3
+
     def test_none_begins_without_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peers, "unavailable", lambda *_: None)
         case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
