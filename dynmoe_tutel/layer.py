@@ -6,6 +6,7 @@ is in `records`, `policy` and `adaptive`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from .records import RoutingRecord
 from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
 from .sharded_slots import ShardedSlots
 from .slot_loading import fit_slots
+from .wire import Wire, check_alike, copy_from_first, shared_seed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
@@ -67,6 +69,11 @@ def _combine_gradient(value: str | None, configs: list[dict[str, Any]]) -> list[
     if value is not None and value not in COMBINE_GRADIENTS:
         raise ValueError(f"combine_gradient = {value!r}: allowed are 'mean' and 'normalized'")
     return [value or ("normalized" if c.get("type") in _UPSTREAM_TYPES else "mean") for c in configs]
+
+
+def _degree(value: object) -> int:
+    """Chunks of tokens; Tutel's 0 is 1."""
+    return positive_int("a2a_ffn_overlap_degree", 1 if value == 0 else value)
 
 
 class MoELayer(AdaptiveExperts, nn.Module):
@@ -151,14 +158,14 @@ class MoELayer(AdaptiveExperts, nn.Module):
         for name, function in (("scan_expert_func", scan_expert_func), ("result_func", result_func)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} = {function!r}: give a function or None")
-        if not is_postscore:
+        if not flag("is_postscore", is_postscore):
             raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
         self.model_dim = positive_int("model_dim", model_dim)
         for name, value in (("group", group), ("record_group", record_group)):
             if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
                 raise ValueError(f"{name} = {value!r}: give a process group of torch.distributed, or None")
         self.group, self.result_func, self.capacity = group, result_func, capacity
-        self.wire: parallel.Wire | None = None  # where ranks divide the experts
+        self.wire: Wire | None = None  # where ranks divide the experts
         self.check_finite = flag("check_finite", check_finite)
         self.record_group = record_group  # the ranks whose records are summed
         self.skip_moe = environment_flag("SKIP_MOE")
@@ -168,7 +175,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
         self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
         self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = a2a_ffn_overlap_degree, use_2dh, parallel_type
+        self.a2a_ffn_overlap_degree = _degree(a2a_ffn_overlap_degree)
+        self.use_2dh, self.parallel_type = flag("use_2dh", use_2dh), parallel_type
         self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
 
         configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
@@ -223,16 +231,30 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 "of group: give a multiple"
             )
         self.local_slots = self.slots // self.world_size
-        self.wire = parallel.Wire(self.group)
+        self.wire = Wire(self.group)
+        own = {
+            "max_expert_num": self.slots,
+            "model_dim": self.model_dim,
+            "experts": {name: value for name, value in config.items() if isinstance(value, int | str)},
+            "gates": [type(gate).__name__ for gate in self.gates],
+            "capacity": self.capacity,
+            "a2a_ffn_overlap_degree": self.a2a_ffn_overlap_degree,
+        }
+        check_alike("moe_layer over the ranks of group", own, self.group)
         if generator is None:
-            generator = torch.Generator().manual_seed(parallel.shared_seed(self.group))
+            generator = torch.Generator().manual_seed(shared_seed(self.group))
         per_rank = experts_at_start(config)
         for gate in self.gates:
             if gate.adaptive:
                 slot_E = torch.arange(self.slots, device=gate.experts_mask.device)  # type: ignore[arg-type]
                 gate.experts_mask.copy_(slot_E % self.local_slots < per_rank)  # type: ignore[operator]
-        parallel.copy_from_first(self.gates, self.group)
-        return make_block(config, self.model_dim, self.slots, self.rank * self.local_slots, self.local_slots, generator)
+        copy_from_first(self.gates, self.group)
+        return make_block(config, self.model_dim, self.slots, self.first_slot, self.local_slots, generator)
+
+    @property
+    def first_slot(self) -> int:
+        """The first of this rank's slots, which are `local_slots` in a row."""
+        return 0 if self.wire is None else self.rank * self.local_slots
 
     @property
     def expert_slots(self) -> Any:
@@ -301,7 +323,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
         expert, output 0, in no record and no loss.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
-        The other arguments are Tutel's and change nothing on one device.
+        `a2a_ffn_overlap_degree` stays for later calls. The other arguments are Tutel's and change nothing here.
         """
         if self.skip_moe:
             y = input.view_as(input)  # the caller's tensor stays as it is
@@ -311,6 +333,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
             raise NotImplementedError(
                 "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
             )
+        if a2a_ffn_overlap_degree is not None:
+            self.a2a_ffn_overlap_degree = _degree(a2a_ffn_overlap_degree)
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         if isinstance(self.experts, CustomExperts):
             self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
@@ -333,7 +357,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
         """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
-        factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -math.inf)
+        factor = chosen_factor(capacity_factor, gate)
         if factor == 0:
             if self.wire is None or isinstance(self.capacity, str):
                 return routing
@@ -344,7 +368,13 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
         capacity = expert_capacity(
-            factor, routing.num_tokens, self.slots, k, load, alignment=max(1, self.a2a_ffn_overlap_degree)
+            factor,
+            routing.num_tokens,
+            self.slots,
+            k,
+            load,
+            alignment=self.a2a_ffn_overlap_degree,
+            group=None if self.wire is None else self.group,
         )
         return drop_beyond_capacity(
             routing,
@@ -356,7 +386,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
         """Dispatch, experts, combine: [T, output_dim]."""
         if self.wire is not None:
-            degree = max(1, self.a2a_ffn_overlap_degree)
+            degree = self.a2a_ffn_overlap_degree
             return parallel.through_ranks(
                 self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree
             )
@@ -474,13 +504,31 @@ class MoELayer(AdaptiveExperts, nn.Module):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        fit_slots(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        moved = super()._apply(*args, **options)
+        for record in self.records:  # no tensors of the module, which would be in its state
+            record.move(self._num_global_experts.device)
+        return moved
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wire is not None and hasattr(destination, "_metadata"):  # whose block it is, or it would fit any rank
+            destination._metadata[prefix[:-1]]["slots"] = (self.first_slot, self.first_slot + self.local_slots)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.dropped_assignments.device == self._num_global_experts.device:
             self.dropped_assignments.zero_()  # in no state dict: maybe uninitialised
         else:
             self.dropped_assignments = torch.zeros_like(self._num_global_experts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
+        memo.update({id(group): group for group in (self.group, self.record_group)})
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
@@ -489,6 +537,12 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_experts()
+
+
+def chosen_factor(of_call: object, gate: Gate) -> float:
+    """The capacity factor of a call, or of the gate where the call has None or 0, as in Tutel."""
+    factor = 0.0 if of_call is None else number("capacity_factor", of_call, -math.inf)
+    return factor or gate.capacity_factor
 
 
 def in_backward() -> bool:

@@ -23,8 +23,8 @@ from .experts import COUNT_KEYS, experts_at_start
 from .experts.base import SlotParameter, activation_function, check_activation
 from .experts.custom import make_batched, takes_context
 from .gates import Gate, gate_class, gate_config, make_gate, max_experts
-from .layer import MoELayer
-from .options import number, refuse_unknown
+from .layer import MoELayer, chosen_factor
+from .options import refuse_unknown
 from .padded_rows import PaddedRows
 from .routing import Routing
 from .sharded_slots import ShardedSlots
@@ -250,21 +250,26 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
         `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls, as in Tutel. `megablocks_size` changes nothing:
         packed rows have no padding to skip.
         """
-        if a2a_ffn_overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = a2a_ffn_overlap_degree
         if adaptive_r is not None:
             self.adaptive_degree = self._checked_degree("adaptive_r", adaptive_r)
         self._inequivalent_tokens = inequivalent_tokens
         if type(reserve_dims) is int and isinstance(input, Tensor):
             self._reserve_shape = tuple(input.shape[-reserve_dims:])
         return super().forward(
-            input, gate_index, capacity_factor, top_k, None, reserve_dims, inequivalent_tokens, token_mask=token_mask
+            input,
+            gate_index,
+            capacity_factor,
+            top_k,
+            a2a_ffn_overlap_degree,
+            reserve_dims,
+            inequivalent_tokens,
+            token_mask=token_mask,
         )
 
     def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
         if self.layout == "packed":
             return super()._within_capacity(routing, gate, gate_index, capacity_factor)
-        factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -float("inf"))
+        factor = chosen_factor(capacity_factor, gate)
         if factor and self.capacity != "exact":
             raise ValueError(f"capacity_factor = {factor} and capacity = {self.capacity!r}: give one of them")
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
@@ -274,7 +279,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
             self.slots,
             k,
             load,
-            alignment=self.sharded_count * max(1, self.a2a_ffn_overlap_degree),
+            alignment=self.sharded_count * self.a2a_ffn_overlap_degree,
             group=self.group,
             inequivalent_tokens=self._inequivalent_tokens,
         )

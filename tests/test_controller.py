@@ -522,6 +522,26 @@ class TestOptimizers:
         about_fc1 = [m for m in caplog.messages if f"{(SLOTS, H, D)}" in m and "row_var" in m]
         assert len(about_fc1) == 1
 
+    def test_averages_and_copies_take_the_new_value_and_unknown_state_is_warned_of(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Of SGD's average and of schedule-free optimizers' z, zero would be a weight."""
+        model = Net(experts=2)
+        optimizer = torch.optim.ASGD(model.parameters(), lr=1e-3)
+        controller = ExpertController(model, optimizer, 1)
+        train(model, optimizer, controller, near(0, 1))
+        for parameter in model.parameters():
+            optimizer.state[parameter] |= {"z": parameter.detach() + 1, "curvature": torch.ones_like(parameter)}
+        assert [e.slot for e in train(model, optimizer, controller, near(0, 1, 5))] == [2]
+        for parameter in model.mlp.experts.parameters():
+            state = optimizer.state[parameter]
+            assert torch.equal(state["ax"][2], parameter[2])
+            assert torch.equal(state["z"][2], parameter[2])
+            assert not torch.equal(state["z"][1], parameter[1])
+            assert not state["curvature"][2].any()
+        assert [m for m in caplog.messages if "optimizer state 'curvature' is not known here" in m] == caplog.messages
+        assert len(caplog.messages) == 1
+
     def test_no_optimizer_warns_once(self, caplog: pytest.LogCaptureFixture) -> None:
         model = Net(experts=3)
         controller = ExpertController(model, None, 1)
@@ -650,6 +670,9 @@ class TestResume:
         def changed(**values: Any) -> dict[str, Any]:
             return {"tensors": state["tensors"], "values": {**state["values"], **values}}
 
+        def of_gate(**values: Any) -> dict[str, Any]:
+            return changed(gates={"mlp.gates.0": {**state["values"]["gates"]["mlp.gates.0"], **values}})
+
         cases: list[tuple[Any, str]] = [
             (None, "'tensors' and 'values'"),
             ({"values": {}}, "'tensors' and 'values'"),
@@ -669,12 +692,19 @@ class TestResume:
             ),
             (
                 {**state, "tensors": {**state["tensors"], "mlp.gates.0:unrouted_sum": torch.zeros(D + 1)}},
-                r"mlp.gates.0 has unrouted_sum of shape \(9,\), the layer has \(8,\)",
+                r"mlp.gates.0: the record to load has unrouted_sum of shape \[9\], this layer \[8\]",
             ),
             (
                 ExpertController(Net(slots=5), None, 3).state_dict(),
-                "mlp.gates.0 has 5 slots, the layer has 6",
+                "mlp.gates.0 has 5 slots in silent_windows, the layer has 6",
             ),
+            ({"tensors": None, "values": None}, "'tensors' and 'values'"),
+            (changed(step="3"), "state has step '3', must be an integer of at least 0"),
+            (changed(step=-1), "state has step -1"),
+            ({**state, "tensors": {**state["tensors"], "generator": 3}}, "a generator that cannot be read"),
+            ({**state, "tensors": {**state["tensors"], "mlp.gates.0:counts": 3}}, "has no tensor 'counts'"),
+            (of_gate(load=[1]), "mlp.gates.0 has 1 slots in load, the layer has 6"),
+            (of_gate(silent_windows=["a"] * 6), "has silent_windows .* must be integers of at least 0"),
             (
                 {**state, "tensors": {"generator": state["tensors"]["generator"]}},
                 "state of mlp.gates.0 lacks counts of its record",
@@ -772,7 +802,9 @@ class TestArguments:
             ({"max_new_experts": -1}, "max_new_experts must be an integer of at least 1, got -1"),
             ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
             ({"policy": DynMoEPolicy(), "patience": 2}, "patience=2 configures policy 'dynmoe'"),
-            ({"seed": None}, "seed must be an integer, got None"),
+            ({"seed": None}, r"seed must be an integer below 2\*\*63, got None"),
+            ({"seed": 2**70}, r"seed must be an integer below 2\*\*63"),
+            ({"group": 3}, "group must be a process group of torch.distributed or None, got 3"),
             ({"optimizer": "adam"}, "optimizer must be a torch optimizer, a list of them or None"),
             ({"optimizer": [3]}, "optimizer must be a torch optimizer, a list of them or None, got 3"),
         ],

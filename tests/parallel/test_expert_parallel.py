@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import features
 import pytest
 import ranks
 from helpers import spawn_ranks
@@ -19,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1])
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree_with_one_and_with_the_oracle(processes: int, tmp_path: Path) -> None:
-    spawn_ranks(ranks.run, (processes, str(tmp_path), ranks.one_group), processes)
+    spawn_ranks(ranks.run, (processes, str(tmp_path), (*ranks.CHECKS, *features.CHECKS)), processes)
 
 
 @pytest.mark.parametrize(("processes", "expert_ranks"), [(2, 2), (4, 2)])
