@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,12 +38,14 @@ def test_recipes_with_ddp_fsdp_and_all_reduce(processes: int, expert_ranks: int)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("end", ["kill", "raise"])
-def test_a_lost_rank_ends_the_others_with_its_name(end: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lost", "end"), [(2, "kill"), (0, "raise")])
+def test_a_lost_rank_ends_the_others_with_its_name(lost: int, end: str, tmp_path: Path) -> None:
+    """The store is a file, or it is lost with the rank that keeps it."""
+    store = f"file://{tmp_path}/store" if lost else f"tcp://127.0.0.1:{free_port()}"
     started = time.monotonic()
     jobs = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "lost_rank.py"), str(rank), "3", str(tmp_path), end],
+            [sys.executable, str(HERE / "lost_rank.py"), str(rank), "3", store, str(lost), end],
             env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,8 +54,15 @@ def test_a_lost_rank_ends_the_others_with_its_name(end: str, tmp_path: Path) -> 
     ]
     errors = [job.communicate(timeout=90)[1] for job in jobs]
     assert time.monotonic() - started < 60
-    assert jobs[2].returncode == (-signal.SIGKILL if end == "kill" else 1)
-    assert ("a bad batch" in errors[2]) == (end == "raise")
-    for rank in (0, 1):
+    assert jobs[lost].returncode == (-signal.SIGKILL if end == "kill" else 1)
+    assert ("a bad batch" in errors[lost]) == (end == "raise")
+    for rank in {0, 1, 2} - {lost}:
         assert jobs[rank].returncode == 1
-        assert f"RuntimeError: rank {rank}: the exchange of expert rows failed, and rank(s) [2] did not" in errors[rank]
+        said = f"RuntimeError: rank {rank}: the exchange of expert rows failed, and rank(s) [{lost}] did not"
+        assert said in errors[rank]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
