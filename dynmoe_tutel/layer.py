@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,59 +20,23 @@ from .adaptive import AdaptiveExperts
 from .expert_capacity import drop_beyond_capacity, expert_capacity
 from .experts import CustomExperts, Experts, experts_at_start, make_block, make_experts
 from .experts.base import has_hooks
-from .gates import Gate, gate_class, gate_config, make_gate, max_experts
+from .gates import Gate, gate_config, make_gate
 from .late_count import LateCount
+from .layer_options import (
+    aux_weights,
+    chosen_factor,
+    combine_gradients,
+    generators_of,
+    overlap_degree,
+    slots_of,
+)
 from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
-from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
+from .routing import Capacity, Routing, check_capacity
 from .sharded_slots import ShardedSlots
 from .slot_loading import fit_slots
+from .tokens import real_tokens
 from .wire import Wire, check_alike, copy_from_first, shared_seed
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
-
-
-def _slots(configs: list[dict[str, Any]], start: int) -> int:
-    """E: the most slots that a gate asks for."""
-    slots = [max_experts(config, start) for config in configs]
-    for config, count in zip(configs, slots, strict=True):
-        if count < start:
-            raise ValueError(
-                f"gate_type['max_expert_num'] = {count} is less than the {start} experts at start "
-                f"(num_experts_per_device) of type {config.get('type')!r}: give at least {start}"
-            )
-    if len(set(slots)) > 1 and any(not gate_class(c).adaptive for c in configs):
-        raise ValueError(
-            f"gate_type: the gates want {slots} experts, and a fixed-k gate uses all: give every gate the same number"
-        )
-    return max(slots)
-
-
-def _generators(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[torch.Generator | None]:
-    """One private generator a gate and one for the experts, None where no seed is given."""
-    if seeds is not None and not (
-        isinstance(seeds, tuple | list) and all(s is None or (type(s) is int and abs(s) < 2**63) for s in seeds)
-    ):
-        raise ValueError(f"seeds = {seeds!r}: give (gates, experts), each an integer below 2**63 or None")
-    given = tuple(seeds or ())
-    if len(given) > 2 and given[2] is not None:
-        warn_once("seeds[2] is ignored: the global random state is the caller's")
-    gate_seed, expert_seed = (*given, None, None)[:2]
-    values = [None if gate_seed is None else gate_seed + i for i in range(num_gates)] + [expert_seed]
-    return [None if value is None else torch.Generator().manual_seed(value) for value in values]
-
-
-def _combine_gradient(value: str | None, configs: list[dict[str, Any]]) -> list[str]:
-    """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
-    if value is not None and value not in COMBINE_GRADIENTS:
-        raise ValueError(f"combine_gradient = {value!r}: allowed are 'mean' and 'normalized'")
-    return [value or ("normalized" if c.get("type") in _UPSTREAM_TYPES else "mean") for c in configs]
-
-
-def _degree(value: object) -> int:
-    """Chunks of tokens; Tutel's 0 is 1."""
-    return positive_int("a2a_ffn_overlap_degree", 1 if value == 0 else value)
 
 
 class MoELayer(AdaptiveExperts, nn.Module):
@@ -175,7 +138,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
         self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
         self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.a2a_ffn_overlap_degree = _degree(a2a_ffn_overlap_degree)
+        self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
         self.use_2dh, self.parallel_type = flag("use_2dh", use_2dh), parallel_type
         self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
 
@@ -183,14 +146,14 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if not configs:
             raise ValueError("gate_type = []: give at least one gate")
         start = self._start(experts)
-        slots = self.slots = _slots(configs, start)
-        generators = _generators(seeds, len(configs))
+        slots = self.slots = slots_of(configs, start)
+        generators = generators_of(seeds, len(configs))
         self._aux_weights: list[dict[str, float]] = []
         gates = []
         for config, generator in zip(configs, generators, strict=False):
             gates.append(self._make_gate(config, start, slots, generator, aux_losses))
         self.gates = nn.ModuleList(gates)
-        self.combine_gradients = _combine_gradient(combine_gradient, configs)
+        self.combine_gradients = combine_gradients(combine_gradient, configs)
         self.experts: Experts = self._make_experts(experts, generators[-1])
 
         self.register_buffer("_num_global_experts", torch.tensor(start))
@@ -276,14 +239,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         generator: torch.Generator | None,
         aux_losses: Mapping[str, float] | None,
     ) -> Gate:
-        if aux_losses is None:
-            weights = gate_class(config).aux_weights(self.is_gshard_loss)
-        elif isinstance(aux_losses, Mapping):
-            weights = {name: number(f"aux_losses[{name!r}]", w, -math.inf) for name, w in aux_losses.items()}
-        else:
-            raise ValueError(
-                f"aux_losses = {aux_losses!r}: give a dict of weights by name, such as {{'diversity': 1.0}}"
-            )
+        weights = aux_weights(aux_losses, config, self.is_gshard_loss)
         self._aux_weights.append(weights)
         return make_gate(
             config,
@@ -300,7 +256,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
-        x_TD, mask_T = self._real_tokens(x, 1, token_mask)
+        x_TD, mask_T = real_tokens(self, x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
             return gate(x_TD, self.capacity, None, mask_T)
 
@@ -334,8 +290,8 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
             )
         if a2a_ffn_overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = _degree(a2a_ffn_overlap_degree)
-        x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
+            self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
+        x_TD, mask_T = real_tokens(self, input, reserve_dims, token_mask)
         if isinstance(self.experts, CustomExperts):
             self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
         gate = self._gate(gate_index)
@@ -398,49 +354,6 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
             raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
         return self.gates[gate_index]  # type: ignore[return-value]
-
-    def _tokens(self, x: Tensor, reserve_dims: int) -> Tensor:
-        """x as [T, D], checked."""
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
-        if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
-            raise ValueError(f"reserve_dims = {reserve_dims!r}: give an integer from 1 to {x.dim() - 1} for this input")
-        if x.shape[-reserve_dims:].numel() != self.model_dim:
-            raise ValueError(
-                f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
-                f"be model_dim = {self.model_dim}"
-            )
-        device = self._num_global_experts.device
-        if x.device != device:
-            raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
-        return x.reshape(-1, self.model_dim)
-
-    def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
-        x_TD = self._tokens(x, reserve_dims)
-        mask_T = self._token_mask(token_mask, x.shape[: x.dim() - reserve_dims], x.device)
-        if mask_T is not None:
-            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
-        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
-            raise ValueError(
-                f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
-                f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
-            )
-        return x_TD, mask_T
-
-    @staticmethod
-    def _token_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """The mask as [T], checked."""
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or (mask.dtype, mask.shape, mask.device) != (torch.bool, shape, device):
-            raise ValueError(
-                f"token_mask must be bool {list(shape)} on {device}, True for real tokens, got {describe(mask)}"
-            )
-        return mask.reshape(-1)
 
     def _output_shape(self, x: Tensor, reserve_dims: int, output_dim: int) -> tuple[int, ...]:
         if output_dim == self.model_dim:
@@ -537,12 +450,6 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_experts()
-
-
-def chosen_factor(of_call: object, gate: Gate) -> float:
-    """The capacity factor of a call, or of the gate where the call has None or 0, as in Tutel."""
-    factor = 0.0 if of_call is None else number("capacity_factor", of_call, -math.inf)
-    return factor or gate.capacity_factor
 
 
 def in_backward() -> bool:
