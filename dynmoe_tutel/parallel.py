@@ -308,8 +308,10 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> None:
-    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone, and what it was told to before. Then
-    `average_gradients(..., dense=False)` after the backward."""
+    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone, and what else it was told to.
+
+    Then `average_gradients(..., dense=False)` after the backward.
+    """
     names = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in expert_parameters(model))]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 

@@ -19,6 +19,6 @@ class MOELayer(MoELayer):
         if ranks > 1:
             raise ValueError(
                 f"moe_layer over {ranks} ranks needs Tutel itself, which divides the experts over them and is not "
-                "installed (https://github.com/microsoft/Tutel). dynmoe_tutel.moe.moe_layer divides them where group= is "
-                "given; without, every rank has all experts, and their gradients are to be reduced too"
+                "installed (https://github.com/microsoft/Tutel). dynmoe_tutel.moe.moe_layer divides them where it is "
+                "given group=; without, every rank has all experts, and their gradients are to be reduced too"
             )
