@@ -20,6 +20,7 @@ from dynmoe_tutel.experts import Experts
 from dynmoe_tutel.gates import Gate
 from dynmoe_tutel.padded_rows import PaddedRows
 from dynmoe_tutel.routing import Routing
+from dynmoe_tutel.wire import Wire
 
 
 def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -64,7 +65,7 @@ def _counts(sent_N: Tensor) -> Tensor:
 
 def once_per_rank(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
     """The package's own: a token goes once to each rank with an expert of it, and a partial sum comes back."""
-    wire = parallel.Wire(dist.group.WORLD)
+    wire = Wire(dist.group.WORLD)
     return parallel.through_ranks(experts, wire, x_TD, gate(x_TD), "mean", "exact")
 
 
@@ -92,7 +93,7 @@ def padded(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
     """Tutel's: [E, C, D] there and back, C the largest load of all ranks; the experts compute the padding too."""
     R, local = dist.get_world_size(), experts.slots
     routing = gate(x_TD)
-    capacity = max(1, largest(int(routing.counts.max())))
+    capacity = max(1, largest(int(routing.counts.max()), dist.group.WORLD))
     place = PaddedRows(routing, capacity)
     splits = [local * capacity] * R
     padded_MD = _Exchange.apply(place.pad(routing.dispatch(x_TD)).flatten(0, 1), splits, splits)

@@ -20,6 +20,7 @@ from .gates import Gate, TopKGate
 from .placement import slot_to_grow
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
+from .wire import Wire, gathered
 
 _log = logging.getLogger("dynmoe_tutel")
 INITS = ("nearest", "mean", "fresh", "keep")
@@ -37,6 +38,7 @@ class AdaptiveExperts:
     group: Any  # the ranks that divide the slots, where they do
     world_size: int
     sharded_count: int
+    wire: Wire | None
     record_group: Any
     expert_slots: Any
     one_score_gate: bool
@@ -186,7 +188,7 @@ class AdaptiveExperts:
 
     @torch.no_grad()
     def update_one_score_gate(self) -> None:
-        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options.
+        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options; on all ranks.
 
         `value_norm_weighted`: the mean is weighted by the norms of fc2_w's rows; `normalize_one_score_gate`: unit rows;
         `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv 2310.10908).
@@ -204,6 +206,8 @@ class AdaptiveExperts:
             keys_ED = fc1_w.mean(dim=1)
         if self.normalize_one_score_gate:
             keys_ED = F.normalize(keys_ED, dim=1)
+        if self.wire is not None:
+            keys_ED = gathered(keys_ED, self.group)
         gate.wg.weight.lerp_(keys_ED.to(gate.wg.weight), 1 - self.update_momentum)
 
 

@@ -187,6 +187,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
+        while name in tensors:  # two paths may read alike: "a/b", and "b" in "a"
+            name += "'"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"$tensor": name}
     inner: Callable[[Any, Any], Any] = lambda key, item: _encode(item, f"{name}/{key}", tensors)  # noqa: E731

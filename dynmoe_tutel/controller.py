@@ -95,8 +95,10 @@ class ExpertController:
     ) -> None:
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
+        if type(seed) is not int or abs(seed) >= 2**63:
+            raise ValueError(f"seed must be an integer below 2**63, got {seed!r}")
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(f"group must be a process group of torch.distributed or None, got {group!r}")
         self.schedule = Schedule.of(schedule)
         self.policy = _configured_policy(policy, max_new_experts, min_experts, patience)
         self.init = init
@@ -291,45 +293,28 @@ class ExpertController:
         self, state: Mapping[str, Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]], list[ExpertEvent], torch.Generator]:
         """Plain values, what the record of each gate loads, events, generator; ValueError where it does not fit."""
-        if not isinstance(state, Mapping) or not {"tensors", "values"} <= set(state):
-            raise ValueError("state must be a controller's state_dict() with the keys 'tensors' and 'values'")
+        parts = [state.get(name) if isinstance(state, Mapping) else None for name in ("tensors", "values")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError("state must be a controller's state_dict() with the dicts 'tensors' and 'values'")
         tensors, values = state["tensors"], state["values"]
         missing = {"version", "step", "window_open", "events", "gates"} - set(values)
         if missing or "generator" not in tensors:
             raise ValueError(f"state lacks {', '.join(sorted(missing)) or 'the tensor generator'}")
         if values["version"] != STATE_VERSION:
             raise ValueError(f"state has version {values['version']!r}, this package reads {STATE_VERSION}")
+        if type(values["step"]) is not int or values["step"] < 0:
+            raise ValueError(f"state has step {values['step']!r}, must be an integer of at least 0")
         gates = values["gates"]
         unexpected = sorted(set(gates) - {site.key for site in self._sites})
         absent = sorted({site.key for site in self._sites} - set(gates))
         if unexpected or absent:
             raise ValueError(f"state is of other layers: only it has {unexpected}, only the model has {absent}")
-        records: dict[str, dict[str, Any]] = {}
-        for site in self._sites:
-            saved, own = gates[site.key], site.record.state_dict()
-            if not {"silent_windows", "record"} <= set(saved):
-                raise ValueError(f"state of {site.key} lacks silent_windows or record")
-            if len(saved["silent_windows"]) != len(site.silent_windows):
-                raise ValueError(
-                    f"state of {site.key} has {len(saved['silent_windows'])} slots, "
-                    f"the layer has {len(site.silent_windows)}"
-                )
-            records[site.key] = record = dict(saved["record"])
-            for name, value in own.items():
-                if isinstance(value, Tensor) and f"{site.key}:{name}" in tensors:
-                    record[name] = tensors[f"{site.key}:{name}"]
-                if name not in record:
-                    raise ValueError(f"state of {site.key} lacks {name} of its record")
-                if isinstance(value, Tensor) and record[name].shape[-1:] != value.shape[-1:]:
-                    raise ValueError(
-                        f"state of {site.key} has {name} of shape {tuple(record[name].shape)}, "
-                        f"the layer has {tuple(value.shape)}"
-                    )
+        records = {site.key: site.checked_state(gates[site.key], tensors) for site in self._sites}
         try:
             events = [ExpertEvent(**event) for event in values["events"]]
             generator = torch.Generator()
             generator.set_state(tensors["generator"].cpu())
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
         return values, records, events, generator
 

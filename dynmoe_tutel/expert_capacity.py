@@ -22,9 +22,9 @@ from .routing import COMBINE_GRADIENTS, Routing
 CriticalData = tuple[int, list[Tensor], list[Tensor], list[Tensor], int, Tensor]
 
 
-def largest(count: int, group: Any = None) -> int:
-    """The largest `count` of the ranks of `group`; without torch.distributed, `count`."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+def largest(count: int, group: Any) -> int:
+    """The largest `count` of the ranks of `group`; None: `count`, and no rank is asked."""
+    if group is None or dist.get_world_size(group) == 1:
         return count
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     value = torch.tensor(count, device=device)

@@ -6,8 +6,8 @@ is in `records`, `policy` and `adaptive`.
 
 from __future__ import annotations
 
+import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,53 +20,23 @@ from .adaptive import AdaptiveExperts
 from .expert_capacity import drop_beyond_capacity, expert_capacity
 from .experts import CustomExperts, Experts, experts_at_start, make_block, make_experts
 from .experts.base import has_hooks
-from .gates import Gate, gate_class, gate_config, make_gate, max_experts
+from .gates import Gate, gate_config, make_gate
 from .late_count import LateCount
+from .layer_options import (
+    aux_weights,
+    chosen_factor,
+    combine_gradients,
+    generators_of,
+    overlap_degree,
+    slots_of,
+)
 from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
 from .records import RoutingRecord
-from .routing import COMBINE_GRADIENTS, Capacity, Routing, check_capacity, describe
+from .routing import Capacity, Routing, check_capacity
 from .sharded_slots import ShardedSlots
 from .slot_loading import fit_slots
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
-
-
-def _slots(configs: list[dict[str, Any]], start: int) -> int:
-    """E: the most slots that a gate asks for."""
-    slots = [max_experts(config, start) for config in configs]
-    for config, count in zip(configs, slots, strict=True):
-        if count < start:
-            raise ValueError(
-                f"gate_type['max_expert_num'] = {count} is less than the {start} experts at start "
-                f"(num_experts_per_device) of type {config.get('type')!r}: give at least {start}"
-            )
-    if len(set(slots)) > 1 and any(not gate_class(c).adaptive for c in configs):
-        raise ValueError(
-            f"gate_type: the gates want {slots} experts, and a fixed-k gate uses all: give every gate the same number"
-        )
-    return max(slots)
-
-
-def _generators(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[torch.Generator | None]:
-    """One private generator a gate and one for the experts, None where no seed is given."""
-    if seeds is not None and not (
-        isinstance(seeds, tuple | list) and all(s is None or (type(s) is int and abs(s) < 2**63) for s in seeds)
-    ):
-        raise ValueError(f"seeds = {seeds!r}: give (gates, experts), each an integer below 2**63 or None")
-    given = tuple(seeds or ())
-    if len(given) > 2 and given[2] is not None:
-        warn_once("seeds[2] is ignored: the global random state is the caller's")
-    gate_seed, expert_seed = (*given, None, None)[:2]
-    values = [None if gate_seed is None else gate_seed + i for i in range(num_gates)] + [expert_seed]
-    return [None if value is None else torch.Generator().manual_seed(value) for value in values]
-
-
-def _combine_gradient(value: str | None, configs: list[dict[str, Any]]) -> list[str]:
-    """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
-    if value is not None and value not in COMBINE_GRADIENTS:
-        raise ValueError(f"combine_gradient = {value!r}: allowed are 'mean' and 'normalized'")
-    return [value or ("normalized" if c.get("type") in _UPSTREAM_TYPES else "mean") for c in configs]
+from .tokens import real_tokens
+from .wire import Wire, check_alike, copy_from_first, shared_seed
 
 
 class MoELayer(AdaptiveExperts, nn.Module):
@@ -151,14 +121,14 @@ class MoELayer(AdaptiveExperts, nn.Module):
         for name, function in (("scan_expert_func", scan_expert_func), ("result_func", result_func)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} = {function!r}: give a function or None")
-        if not is_postscore:
+        if not flag("is_postscore", is_postscore):
             raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
         self.model_dim = positive_int("model_dim", model_dim)
         for name, value in (("group", group), ("record_group", record_group)):
             if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
                 raise ValueError(f"{name} = {value!r}: give a process group of torch.distributed, or None")
         self.group, self.result_func, self.capacity = group, result_func, capacity
-        self.wire: parallel.Wire | None = None  # where ranks divide the experts
+        self.wire: Wire | None = None  # where ranks divide the experts
         self.check_finite = flag("check_finite", check_finite)
         self.record_group = record_group  # the ranks whose records are summed
         self.skip_moe = environment_flag("SKIP_MOE")
@@ -168,21 +138,22 @@ class MoELayer(AdaptiveExperts, nn.Module):
         self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
         self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
         self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.a2a_ffn_overlap_degree, self.use_2dh, self.parallel_type = a2a_ffn_overlap_degree, use_2dh, parallel_type
+        self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
+        self.use_2dh, self.parallel_type = flag("use_2dh", use_2dh), parallel_type
         self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
 
         configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
         if not configs:
             raise ValueError("gate_type = []: give at least one gate")
         start = self._start(experts)
-        slots = self.slots = _slots(configs, start)
-        generators = _generators(seeds, len(configs))
+        slots = self.slots = slots_of(configs, start)
+        generators = generators_of(seeds, len(configs))
         self._aux_weights: list[dict[str, float]] = []
         gates = []
         for config, generator in zip(configs, generators, strict=False):
             gates.append(self._make_gate(config, start, slots, generator, aux_losses))
         self.gates = nn.ModuleList(gates)
-        self.combine_gradients = _combine_gradient(combine_gradient, configs)
+        self.combine_gradients = combine_gradients(combine_gradient, configs)
         self.experts: Experts = self._make_experts(experts, generators[-1])
 
         self.register_buffer("_num_global_experts", torch.tensor(start))
@@ -223,16 +194,30 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 "of group: give a multiple"
             )
         self.local_slots = self.slots // self.world_size
-        self.wire = parallel.Wire(self.group)
+        self.wire = Wire(self.group)
+        own = {
+            "max_expert_num": self.slots,
+            "model_dim": self.model_dim,
+            "experts": {name: value for name, value in config.items() if isinstance(value, int | str)},
+            "gates": [type(gate).__name__ for gate in self.gates],
+            "capacity": self.capacity,
+            "a2a_ffn_overlap_degree": self.a2a_ffn_overlap_degree,
+        }
+        check_alike("moe_layer over the ranks of group", own, self.group)
         if generator is None:
-            generator = torch.Generator().manual_seed(parallel.shared_seed(self.group))
+            generator = torch.Generator().manual_seed(shared_seed(self.group))
         per_rank = experts_at_start(config)
         for gate in self.gates:
             if gate.adaptive:
                 slot_E = torch.arange(self.slots, device=gate.experts_mask.device)  # type: ignore[arg-type]
                 gate.experts_mask.copy_(slot_E % self.local_slots < per_rank)  # type: ignore[operator]
-        parallel.copy_from_first(self.gates, self.group)
-        return make_block(config, self.model_dim, self.slots, self.rank * self.local_slots, self.local_slots, generator)
+        copy_from_first(self.gates, self.group)
+        return make_block(config, self.model_dim, self.slots, self.first_slot, self.local_slots, generator)
+
+    @property
+    def first_slot(self) -> int:
+        """The first of this rank's slots, which are `local_slots` in a row."""
+        return 0 if self.wire is None else self.rank * self.local_slots
 
     @property
     def expert_slots(self) -> Any:
@@ -254,14 +239,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         generator: torch.Generator | None,
         aux_losses: Mapping[str, float] | None,
     ) -> Gate:
-        if aux_losses is None:
-            weights = gate_class(config).aux_weights(self.is_gshard_loss)
-        elif isinstance(aux_losses, Mapping):
-            weights = {name: number(f"aux_losses[{name!r}]", w, -math.inf) for name, w in aux_losses.items()}
-        else:
-            raise ValueError(
-                f"aux_losses = {aux_losses!r}: give a dict of weights by name, such as {{'diversity': 1.0}}"
-            )
+        weights = aux_weights(aux_losses, config, self.is_gshard_loss)
         self._aux_weights.append(weights)
         return make_gate(
             config,
@@ -278,7 +256,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
-        x_TD, mask_T = self._real_tokens(x, 1, token_mask)
+        x_TD, mask_T = real_tokens(self, x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
             return gate(x_TD, self.capacity, None, mask_T)
 
@@ -301,7 +279,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
         expert, output 0, in no record and no loss.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
-        The other arguments are Tutel's and change nothing on one device.
+        `a2a_ffn_overlap_degree` stays for later calls. The other arguments are Tutel's and change nothing here.
         """
         if self.skip_moe:
             y = input.view_as(input)  # the caller's tensor stays as it is
@@ -311,7 +289,9 @@ class MoELayer(AdaptiveExperts, nn.Module):
             raise NotImplementedError(
                 "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
             )
-        x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
+        if a2a_ffn_overlap_degree is not None:
+            self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
+        x_TD, mask_T = real_tokens(self, input, reserve_dims, token_mask)
         if isinstance(self.experts, CustomExperts):
             self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
         gate = self._gate(gate_index)
@@ -333,7 +313,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
 
     def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
         """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
-        factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -math.inf)
+        factor = chosen_factor(capacity_factor, gate)
         if factor == 0:
             if self.wire is None or isinstance(self.capacity, str):
                 return routing
@@ -344,7 +324,13 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
         capacity = expert_capacity(
-            factor, routing.num_tokens, self.slots, k, load, alignment=max(1, self.a2a_ffn_overlap_degree)
+            factor,
+            routing.num_tokens,
+            self.slots,
+            k,
+            load,
+            alignment=self.a2a_ffn_overlap_degree,
+            group=None if self.wire is None else self.group,
         )
         return drop_beyond_capacity(
             routing,
@@ -356,7 +342,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
         """Dispatch, experts, combine: [T, output_dim]."""
         if self.wire is not None:
-            degree = max(1, self.a2a_ffn_overlap_degree)
+            degree = self.a2a_ffn_overlap_degree
             return parallel.through_ranks(
                 self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree
             )
@@ -368,49 +354,6 @@ class MoELayer(AdaptiveExperts, nn.Module):
         if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
             raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
         return self.gates[gate_index]  # type: ignore[return-value]
-
-    def _tokens(self, x: Tensor, reserve_dims: int) -> Tensor:
-        """x as [T, D], checked."""
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
-        if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
-            raise ValueError(f"reserve_dims = {reserve_dims!r}: give an integer from 1 to {x.dim() - 1} for this input")
-        if x.shape[-reserve_dims:].numel() != self.model_dim:
-            raise ValueError(
-                f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
-                f"be model_dim = {self.model_dim}"
-            )
-        device = self._num_global_experts.device
-        if x.device != device:
-            raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
-        return x.reshape(-1, self.model_dim)
-
-    def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
-        x_TD = self._tokens(x, reserve_dims)
-        mask_T = self._token_mask(token_mask, x.shape[: x.dim() - reserve_dims], x.device)
-        if mask_T is not None:
-            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
-        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
-            raise ValueError(
-                f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
-                f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
-            )
-        return x_TD, mask_T
-
-    @staticmethod
-    def _token_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """The mask as [T], checked."""
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or (mask.dtype, mask.shape, mask.device) != (torch.bool, shape, device):
-            raise ValueError(
-                f"token_mask must be bool {list(shape)} on {device}, True for real tokens, got {describe(mask)}"
-            )
-        return mask.reshape(-1)
 
     def _output_shape(self, x: Tensor, reserve_dims: int, output_dim: int) -> tuple[int, ...]:
         if output_dim == self.model_dim:
@@ -474,13 +417,31 @@ class MoELayer(AdaptiveExperts, nn.Module):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        fit_slots(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        moved = super()._apply(*args, **options)
+        for record in self.records:  # no tensors of the module, which would be in its state
+            record.move(self._num_global_experts.device)
+        return moved
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.wire is not None and hasattr(destination, "_metadata"):  # whose block it is, or it would fit any rank
+            destination._metadata[prefix[:-1]]["slots"] = (self.first_slot, self.first_slot + self.local_slots)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.dropped_assignments.device == self._num_global_experts.device:
             self.dropped_assignments.zero_()  # in no state dict: maybe uninitialised
         else:
             self.dropped_assignments = torch.zeros_like(self._num_global_experts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
+        memo.update({id(group): group for group in (self.group, self.record_group)})
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def top_k_routing(
         K,
         int(load_E.max()),
         alignment=alignment,
-        group=group,
+        group=_all_ranks() if group is None else group,
         inequivalent_tokens=inequivalent_tokens,
     )
     l_aux = None if loss_fn is None else loss_fn(scores, picks_TK)
@@ -137,6 +138,11 @@ def top_k_routing(
 
 
 extract_critical = top_k_routing  # Tutel's other name
+
+
+def _all_ranks() -> Any:
+    """What Tutel's functions mean by no group: all ranks of the job, where it has several."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def _best(scores: Tensor, top_k: int | Tensor | None) -> Tensor:

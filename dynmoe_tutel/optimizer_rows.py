@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("dynmoe_tutel.controller")
 
+# State that is a value of the parameter's kind and not a sum of its gradients: averages of it, points beside it.
+_COPIES = ("ax", "z", "slow_buffer", "slow_param", "slow_weights", "shadow")
+_MOMENTS = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_slow", "exp_inf"),
+    *("sum", "square_avg", "grad_avg", "acc_delta", "prev", "variance"),
+)
+
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
 
 
@@ -45,9 +52,20 @@ class OptimizerRows:
 
     @torch.no_grad()
     def reset(self, parameter: nn.Parameter, index: tuple[Any, ...]) -> None:
-        """Zero at `index`; an fp32 master copy (a name with "master" in it) takes the parameter's value there."""
+        """Zero at `index`; a copy or average of the parameter ("master" in its name, and some others) takes its value.
+
+        Of a name that is not known, what it holds is unknown: zero, with a warning.
+        """
         for (_, name), value in self._state(parameter, "reset"):
-            value[index] = parameter.detach()[index].to(value.dtype) if "master" in name else 0
+            if "master" in name or name in _COPIES:
+                value[index] = parameter.detach()[index].to(value.dtype)
+                continue
+            if name not in _MOMENTS:
+                self._warn_once(
+                    f"optimizer state {name!r} is not known here: its entries of a changed expert are set to zero, as "
+                    "those of a moment"
+                )
+            value[index] = 0
 
     def _state(self, parameter: nn.Parameter, verb: str) -> Iterator[tuple[tuple[int, str], Tensor]]:
         for number, optimizer in enumerate(self.optimizers):

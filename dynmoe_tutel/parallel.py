@@ -11,8 +11,7 @@ backwards in the same order; a rank with no token, or without an active expert, 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,82 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .routing import Capacity, Routing
-
-_ANSWER_SECONDS = 10.0  # how long a rank that lost a collective waits for the others to say that they live
-
-
-@dataclass
-class Traffic:
-    """What this rank handed to the other ranks of its group for them to compute with, since it was made."""
-
-    forward_bytes: int = 0
-    backward_bytes: int = 0
-    rows: int = 0  # token rows of forwards, partial sums not among them
-    messages: int = 0  # collectives times other ranks, whether or not something was in them
-
-
-class _Pending:
-    """A collective that may still run."""
-
-    def __init__(self, wire: Wire, work: Any, sent: Tensor, out: Tensor) -> None:
-        self._wire, self._work, self._sent, self._out = wire, work, sent, out
-
-    def wait(self) -> Tensor:
-        """What came."""
-        self._wire.guarded(self._work.wait)
-        return self._out
-
-
-class Wire:
-    """The collectives of one layer over its group, counted, with the name of a missing rank where one fails."""
-
-    def __init__(self, group: Any) -> None:
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self.traffic = Traffic()
-
-    def start(self, x: Tensor, sent: list[int], received: list[int], *, backward: bool = False) -> _Pending:
-        """x [sum(sent), ...] to the ranks, in order; [sum(received), ...] from them."""
-        x = x.contiguous()
-        out = x.new_empty((sum(received), *x.shape[1:]))
-        work = self.guarded(lambda: dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True))
-        size = (sum(sent) - sent[self.rank]) * x.element_size() * x.shape[1:].numel()
-        if backward:
-            self.traffic.backward_bytes += size
-        else:
-            self.traffic.forward_bytes += size
-        self.traffic.messages += self.size - 1
-        return _Pending(self, work, x, out)
-
-    def guarded(self, call: Callable[[], Any]) -> Any:
-        """The result of `call`; RuntimeError that names the ranks that are gone where it fails."""
-        try:
-            return call()
-        except RuntimeError as error:
-            missing = _silent_ranks(self.group)
-            who = f"rank(s) {missing} did not answer" if missing else "all ranks still answer"
-            raise RuntimeError(
-                f"rank {dist.get_rank()}: the exchange of expert rows failed, and {who} within {_ANSWER_SECONDS:g} s: "
-                f"the log of the rank that is gone says why ({error})"
-            ) from error
-
-
-def _silent_ranks(group: Any) -> list[int]:
-    """The global ranks of `group` that do not write to the job's store within some seconds; its host, if that fails."""
-    ranks = dist.get_process_group_ranks(group)
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        keys = {
-            rank: f"dynmoe_tutel/lives/{dist.distributed_c10d._get_process_group_name(group)}/{rank}" for rank in ranks
-        }
-        store.set(keys[dist.get_rank()], "1")
-        end = time.monotonic() + _ANSWER_SECONDS
-        silent = ranks
-        while silent and time.monotonic() < end:
-            silent = [rank for rank in silent if not store.check([keys[rank]])]
-            time.sleep(0.05)
-    except RuntimeError:  # the store is gone, with the process that keeps it: rank 0, unless a launcher does
-        return [0]
-    return silent
+from .wire import Pending, Wire
 
 
 class _Blocks:
@@ -142,14 +66,14 @@ class _Link:
     own: _Blocks | None = None
     theirs: _Blocks | None = None
 
-    def there(self, x: Tensor, backward: bool = False) -> _Pending:
+    def there(self, x: Tensor, backward: bool = False) -> Pending:
         x = x if self.own is None else self.own.spread(x)
         return self.wire.start(x, self.sent, self.received, backward=backward)
 
     def arrived(self, x: Tensor) -> Tensor:
         return x if self.theirs is None else self.theirs.pack(x)
 
-    def back(self, x: Tensor, backward: bool = False) -> _Pending:
+    def back(self, x: Tensor, backward: bool = False) -> Pending:
         return self.wire.start(x, self.received, self.sent, backward=backward)
 
     def returned(self, x: Tensor) -> Tensor:
@@ -174,17 +98,17 @@ class _There(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[list[_Pending]], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[list[Pending]], *tensors: Tensor) -> Any:
         ctx.chunks, results = chunks, []
         for i, chunk in enumerate(chunks):
             rows, gates = tensors[2 * i : 2 * i + 2]
             pending = [chunk.rows.there(rows)]
-            results.append(pending[0]._out)
+            results.append(pending[0].out)
             if chunk.here.weights is None:
                 results.append(gates.new_ones(sum(chunk.gates.received)))
             else:
                 pending.append(chunk.gates.there(gates))
-                results.append(pending[1]._out)
+                results.append(pending[1].out)
             started.append(pending)
         return tuple(results)
 
@@ -201,7 +125,7 @@ class _Back(torch.autograd.Function):
     """Partial sums of all chunks at their senders; `started` are their collectives, which set off before."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[_Pending], *sums: Tensor) -> Any:
+    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[Pending], *sums: Tensor) -> Any:
         ctx.chunks = chunks
         return tuple(chunk.rows.returned(p.wait()) for chunk, p in zip(chunks, started, strict=True))
 
@@ -221,6 +145,8 @@ def through_ranks(
     are computed; a bounded capacity has one chunk. Collective over the ranks of `wire`.
     """
     x_TD = x_TD.to(experts.compute_dtype(x_TD))
+    if capacity != "exact":
+        wire.check_tokens(x_TD.shape[0], x_TD.device)
     bounds = _bounds(x_TD.shape[0], degree if capacity == "exact" else 1)
     gate_A, count_NR = _gates_by_rank(routing, routing.row_gates(combine_gradient), wire.size, bounds)
     chunks = _chunks(experts.slots, wire, routing, bounds, count_NR, pair_capacity(capacity, routing, wire.size))
@@ -229,7 +155,7 @@ def through_ranks(
     gates = gate_A.split([sum(chunk.gates.sent) for chunk in chunks])
     for chunk, gate, (first, last) in zip(chunks, gates, bounds, strict=True):
         tensors += [chunk.by_rank.dispatch(x_TD[first:last]), gate]
-    setting_off: list[list[_Pending]] = []
+    setting_off: list[list[Pending]] = []
     arrived = _There.apply(anchor, chunks, setting_off, *tensors)
     sums, returning = [], []
     for i, chunk in enumerate(chunks):
@@ -370,33 +296,6 @@ def _indexed(bits_NW: Tensor, experts: int, routing: Routing, capacity: int | No
     return Routing(bits_NW, scores, offsets, token_offsets, token_of_row, row_of_assignment, unrouted, weights=weights)
 
 
-# At construction
-
-
-def shared_seed(group: Any) -> int:
-    """A seed drawn from the global random state of rank 0 of `group`, on all its ranks."""
-    seed = torch.randint(2**62, (1,), device="cpu").to(_wire_device(group))
-    dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
-    return int(seed)
-
-
-@torch.no_grad()
-def copy_from_first(module: nn.Module, group: Any) -> None:
-    """Parameters and buffers of `module` as rank 0 of `group` has them."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.is_meta:
-            value = tensor.detach().to(_wire_device(group), copy=True)
-            dist.broadcast(value, src=dist.get_global_rank(group, 0), group=group)
-            tensor.copy_(value)
-
-
-def _wire_device(group: Any) -> torch.device:
-    """Where tensors must be to travel: NCCL carries none of the CPU's."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
-
-
 # Gradients
 
 
@@ -409,9 +308,11 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> None:
-    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone. Then `average_gradients(...,
-    dense=False)` after the backward."""
-    names = [name for name, _ in expert_parameters(model)]
+    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone, and what else it was told to.
+
+    Then `average_gradients(..., dense=False)` after the backward.
+    """
+    names = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in expert_parameters(model))]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 

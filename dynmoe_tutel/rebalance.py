@@ -18,6 +18,7 @@ from .layer import MoELayer
 from .optimizer_rows import OptimizerRows
 from .placement import imbalance, plan_swaps, slot_order
 from .sites import ExpertRanks, Site
+from .wire import check_alike
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _exchange_experts(layer: MoELayer, ranks: ExpertRanks, rows: OptimizerRows, 
         return [t[index] for parameter, index in entries for t in (parameter.detach(), *rows.of(parameter))]
 
     first = tensors(ranks.rank * ranks.local)
-    _check_alike([(str(t.dtype), tuple(t.shape)) for t in first], ranks)
+    alike = {"an expert with its optimizer state": [(str(t.dtype), tuple(t.shape)) for t in first]}
+    check_alike("rebalance", alike, ranks.group, "give every rank the same optimizer, and take its first step on all")
     moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
     leaving = {source: _bytes(tensors(source)) for _, source in moved if source // ranks.local == ranks.rank}
     arriving: dict[int, Tensor] = {}
@@ -140,16 +142,3 @@ def _exchange_experts(layer: MoELayer, ranks: ExpertRanks, rows: OptimizerRows, 
 def _bytes(tensors: Sequence[Tensor]) -> Tensor:
     """All of them behind one another, uint8."""
     return torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors])
-
-
-def _check_alike(own: list[tuple[str, tuple[int, ...]]], ranks: ExpertRanks) -> None:
-    """Ranks that disagree would wait for bytes that never come."""
-    all_ranks: list[Any] = [None] * ranks.size
-    dist.all_gather_object(all_ranks, own, group=ranks.group)
-    for rank, other in enumerate(all_ranks):
-        if other != all_ranks[0]:
-            raise ValueError(
-                f"rebalance: an expert and its optimizer state are {len(all_ranks[0])} tensors on rank 0 and "
-                f"{len(other)} on rank {rank}, or differ in shape or dtype: give every rank the same optimizer, and "
-                "take its first step on all"
-            )

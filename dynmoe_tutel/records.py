@@ -77,6 +77,17 @@ class RoutingRecord:
         self.unrouted_sum, self.unrouted_norm = zeros(torch.float32, self.model_dim), zeros(torch.float32)
         self._set_sample(zeros(torch.float32, 0, self.model_dim), 1, 0)
 
+    def move(self, device: torch.device) -> None:
+        """Go with the layer to `device`: sums and sample stay, but those that a meta device held are empty."""
+        if device == self.device:
+            return
+        if "meta" in (device.type, self.device.type):
+            self.reset(device)
+            return
+        self.device = device
+        for name in (*_SUMS, *_FLOATS, "_sample", "_sample_state"):
+            setattr(self, name, getattr(self, name).to(device))
+
     @property
     def keep_tokens(self) -> int:
         """How many unrouted tokens are kept at most; set it before the window opens."""
@@ -186,8 +197,8 @@ class RoutingRecord:
         tensors = {name: getattr(self, name).clone() for name in (*_SUMS, *_FLOATS, "unrouted_sample")}
         return {**tensors, "stride": self._stride, "seen": self._seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The window of `state_dict()`; ValueError, and nothing changed, where it does not fit."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
         for name in (*_SUMS, *_FLOATS, "unrouted_sample"):
             value, own = state.get(name), getattr(self, name)
             if not isinstance(value, Tensor):
@@ -200,6 +211,10 @@ class RoutingRecord:
         for name in ("stride", "seen"):
             if not isinstance(state.get(name), int):
                 raise ValueError(f"the record to load has no integer {name!r}, but {describe(state.get(name))}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The window of `state_dict()`; ValueError, and nothing changed, where it does not fit."""
+        self.check_state(state)
         for name in (*_SUMS, *_FLOATS):
             getattr(self, name).copy_(state[name])
         self._set_sample(state["unrouted_sample"].to(self.unrouted_sample), state["stride"], state["seen"])

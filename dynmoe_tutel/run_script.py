@@ -122,7 +122,7 @@ def _tutel(needed: bool) -> Iterator[None]:
     if tutel_surface.tutel_is_importable():
         from . import tutel_backend
 
-        before = bool(tutel_backend._saved)
+        before = tutel_backend.registered()
         tutel_backend.register()
         try:
             yield

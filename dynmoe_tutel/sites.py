@@ -110,6 +110,30 @@ class Site:
         """What a state has of this gate beside its record."""
         return {"silent_windows": list(self.silent_windows), "load": list(self.load)}
 
+    def checked_state(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the record loads of `saved` and, by "<key>:<name>", of `tensors`; ValueError where it does not fit."""
+        if not isinstance(saved, Mapping) or not {"silent_windows", "record"} <= set(saved):
+            raise ValueError(f"state of {self.key} lacks silent_windows or record")
+        slots = len(self.silent_windows)
+        for name in ("silent_windows", "load"):
+            counts = saved.get(name, self.load)
+            if len(counts) != slots:
+                raise ValueError(f"state of {self.key} has {len(counts)} slots in {name}, the layer has {slots}")
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError(f"state of {self.key} has {name} {counts}, must be integers of at least 0")
+        record = dict(saved["record"])
+        for name, own in self.record.state_dict().items():
+            value = tensors.get(f"{self.key}:{name}") if isinstance(own, Tensor) else None
+            if value is not None:
+                record[name] = value
+            if name not in record:
+                raise ValueError(f"state of {self.key} lacks {name} of its record")
+        try:
+            self.record.check_state(record)
+        except ValueError as error:
+            raise ValueError(f"state of {self.key}: {error}") from error
+        return record
+
     def load_state_values(self, saved: Mapping[str, Any]) -> None:
         """The inverse of `state_values`; states of before loads were kept have none."""
         self.silent_windows = [int(n) for n in saved["silent_windows"]]

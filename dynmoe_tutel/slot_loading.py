@@ -1,4 +1,4 @@
-"""Fitting a layer's saved state to its slots: other active counts, other slot counts, other shapes of equal size.
+"""Fitting a layer's saved state to its slots: other counts of them, this rank's block, other shapes of equal size.
 
 Called by `MoELayer._load_from_state_dict` with a state dict that torch has copied, so it may be edited.
 """
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 _log = logging.getLogger("dynmoe_tutel")
 
 
-def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[int, int] | None = None) -> None:
     """Make the entries under `prefix` fit `layer`, in place; ValueError where active experts would be lost.
 
     More slots here than there: the saved ones come first, the rest keep their values and are inactive. Fewer: the
     surplus slots are dropped if none of them is active. Missing counts (dense or stock checkpoints) are filled in.
+    A layer whose slots ranks divide takes its own out of a whole state. `block` is (first, end) of the slots where the
+    state is one rank's: ValueError unless they are this rank's.
     """
+    _check_block(layer, prefix, block)
     slots = layer.slots
     if hasattr(layer.experts, "name_module"):
         layer.experts.name_module(state_dict, f"{prefix}experts.")
@@ -29,17 +32,24 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     if any(key.startswith(prefix) for key in state_dict):
         _fill_counts(layer, state_dict, prefix)
     if not getattr(layer.experts, "padded", True):
-        _fit_modules(state_dict, prefix, own, slots)
+        _fit_modules(layer, state_dict, prefix, own)
     for key, target in own.items():
         value = state_dict.get(key)
         if not isinstance(value, Tensor):
             continue
-        if saved != slots:
+        if layer.wire is not None and key.startswith(f"{prefix}experts."):
+            value = _own_block(layer, value, target, saved, key)
+        elif saved != slots:
             value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
-        # upstream's converters save biases as [E, 1, H], and Tutel's llama_ffn holds its weights as one row
-        if _without_ones(value) == _without_ones(target) or _is_flat(key, value, target):
+        if _fits(key, value, target):
             value = value.reshape(target.shape)
         state_dict[key] = value
+
+
+def _fits(key: str, value: Tensor, target: Tensor) -> bool:
+    """Whether the two are one but for axes of one entry: upstream's converters save biases as [E, 1, H], and Tutel's
+    llama_ffn holds its weights as one row."""
+    return _without_ones(value) == _without_ones(target) or _is_flat(key, value, target)
 
 
 def _without_ones(tensor: Tensor) -> list[int]:
@@ -51,15 +61,40 @@ def _is_flat(key: str, value: Tensor, target: Tensor) -> bool:
     return of_llama and 1 in (value.dim(), target.dim()) and value.numel() == target.numel()
 
 
-def _fit_modules(state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor], slots: int) -> None:
-    """Custom experts of one module a slot: drop those of surplus slots, keep this layer's for slots the file lacks."""
+def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None:
+    """ValueError where a state is of slots that this rank does not hold."""
+    own = None if layer.wire is None else (layer.first_slot, layer.first_slot + layer.local_slots)
+    if block is not None and tuple(block) != own:
+        held = "all slots" if own is None else f"slots {own[0]} to {own[1] - 1}"
+        raise ValueError(
+            f"the checkpoint has at {prefix or 'top level'} the experts of one rank, slots {block[0]} to "
+            f"{block[1] - 1}, and this rank holds {held}: load what the same rank of as many saved, or use "
+            "dynmoe_tutel.distributed_checkpoint"
+        )
+
+
+def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
+    """This rank's slots of a tensor of all `saved` ones; those that it lacks keep their values."""
+    whole = torch.empty([saved, *target.shape[1:]], device="meta")
+    if target.shape[:1] != (layer.local_slots,) or not _fits(key, value, whole):
+        return value
+    block = value.reshape(whole.shape)[layer.first_slot : layer.first_slot + layer.local_slots]
+    return torch.cat([block, target.detach()[len(block) :].to(block)])
+
+
+def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor]) -> None:
+    """Custom experts of one module a slot: keep those of this rank's slots, and the layer's where the file has none."""
     stem = f"{prefix}experts.module."
     number = re.compile(re.escape(stem) + r"(\d+)\.")
-    saved = {int(match[1]) for key in state_dict if (match := number.match(key))}
-    for key in [key for key in state_dict if (match := number.match(key)) and int(match[1]) >= slots]:
-        del state_dict[key]
+    found = {key: int(match[1]) for key in state_dict if (match := number.match(key))}
+    count = max(found.values(), default=-1) + 1
+    first = layer.first_slot if count > layer.local_slots else 0  # a block is numbered from 0
+    values = {key: state_dict.pop(key) for key in found}
+    for key, slot in found.items():
+        if first <= slot < first + layer.local_slots:
+            state_dict[f"{stem}{slot - first}.{key[number.match(key).end() :]}"] = values[key]  # type: ignore[union-attr]
     for key, tensor in own.items():
-        if saved and (match := number.match(key)) and int(match[1]) > max(saved):
+        if count and (match := number.match(key)) and int(match[1]) + first >= count:
             state_dict.setdefault(key, tensor.detach())
 
 
@@ -124,8 +159,7 @@ def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots:
         return value
     expected = [*target.shape]
     expected[axis] = saved
-    flat = _is_flat(key, value, torch.empty(expected, device="meta"))
-    if not flat and _without_ones(value) != [n for n in expected if n != 1]:
+    if not _fits(key, value, torch.empty(expected, device="meta")):
         return value
     value = value.reshape(expected)
     if saved > slots:

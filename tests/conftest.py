@@ -23,3 +23,9 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def seeded() -> None:
+    """torch's global random state is that of seed 0."""
+    torch.manual_seed(0)

@@ -72,6 +72,17 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "experts list": (lambda: moe.moe_layer("top_any", D, [1]), ["experts", "dict", "list"]),
     "experts empty": (lambda: moe.moe_layer("top_any", D, {}), ["hidden_size_per_expert"]),
     "is_postscore": (lambda: build(is_postscore=False), ["is_postscore"]),
+    **{
+        f"capacity_factor {v!r}": (call(capacity_factor=v), ["capacity_factor", repr(v)])
+        for v in (False, True, "", "1", NAN, INF)
+    },
+    **{
+        f"overlap {v!r}": (lambda v=v: build(a2a_ffn_overlap_degree=v), ["a2a_ffn_overlap_degree", repr(v)])  # type: ignore[misc]
+        for v in (-1, 2.5, "2", True, None, NAN)
+    },
+    "overlap of a call": (call(a2a_ffn_overlap_degree="2"), ["a2a_ffn_overlap_degree", "'2'"]),
+    "is_postscore text": (lambda: build(is_postscore="yes"), ["is_postscore", "'yes'"]),
+    "use_2dh": (lambda: build(use_2dh=2.5), ["use_2dh", "2.5"]),
     "seeds int": (lambda: build(seeds=5), ["seeds", "5"]),
     "seeds text": (lambda: build(seeds="ab"), ["seeds", "ab"]),
     "seeds float": (lambda: build(seeds=(1.5,)), ["seeds", "1.5"]),

@@ -33,6 +33,10 @@ NESTED: dict[str, Any] = {
     "dtypes": {str(d): torch.ones(2, dtype=d) for d in (torch.bfloat16, torch.float64, torch.bool, torch.int64)},
     "view": torch.arange(12.0).view(3, 4).t(),
     "umlaut/slash": "ä\n",
+    # paths that read alike are different tensors
+    "a": {"b": torch.ones(2)},
+    "a/b": torch.zeros(2),
+    "keys": {1: torch.full((1,), 3.0), "1": torch.full((1,), 4.0)},
 }
 
 

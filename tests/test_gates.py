@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -514,6 +515,29 @@ class TestSeeds:
         assert not torch.equal(base.gates[0].sim_matrix, gate.gates[0].sim_matrix)
         assert torch.equal(base.gates[0].sim_matrix, experts.gates[0].sim_matrix)
         assert not torch.equal(base.experts.batched_fc1_w, experts.experts.batched_fc1_w)
+
+    def test_classes_of_ones_own_are_drawn_from_the_seeds(self) -> None:
+        """Regression: they were drawn from the global state, alike on ranks that were seeded alike."""
+
+        def router(model_dim: int, num_global_experts: int) -> nn.Module:
+            return nn.Linear(model_dim, num_global_experts)
+
+        def build(seeds: Any) -> Any:
+            experts = {"type": "custom", "module": partial(nn.Linear, D, D), "num_experts_per_device": 3}
+            return moe.moe_layer({"type": "custom", "module": router}, D, experts, seeds=seeds)
+
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        first = build((3, 4))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+        second, gate, experts = build((3, 4)), build((5, 4)), build((3, 6))
+        for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        assert not torch.equal(first.gates[0].module.weight, gate.gates[0].module.weight)
+        assert torch.equal(first.experts.module[1].weight, gate.experts.module[1].weight)
+        assert not torch.equal(first.experts.module[1].weight, experts.experts.module[1].weight)
+        assert not torch.equal(first.experts.module[1].weight, first.experts.module[0].weight)
 
     def test_gates_of_a_list_differ(self) -> None:
         layer = layer_with(["top_any", "top_any"], seeds=(3, 4))

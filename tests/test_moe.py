@@ -485,6 +485,23 @@ class TestCopies:
         empty(x)
         assert int(empty.record.tokens) == 40
 
+    def test_an_open_window_goes_with_the_layer(self) -> None:
+        """Regression: a controller made before the weights were, on meta, recorded nothing and failed at its update."""
+        layer, x = layer_with(), tokens()
+        with torch.device("meta"):
+            empty = layer_with()
+        empty.begin_record_routing()
+        empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+        layer.begin_record_routing()
+        layer(x), empty(x)
+        assert torch.equal(empty.record.counts, layer.record.counts)
+        assert int(layer.record.tokens) == 40
+        layer.double()
+        assert int(layer.record.tokens) == 40
+        assert layer.record.unrouted_sum.dtype == torch.float32
+        layer.to("meta")
+        assert layer.record.counts.is_meta
+
     @pytest.mark.parametrize("assign", [True, False])
     def test_a_bounded_layer_built_on_the_meta_device(self, assign: bool) -> None:
         """What a state dict does not hold must be sound too: the count of drops, the records."""

@@ -63,8 +63,8 @@ def make_block(
 ) -> Experts:
     """Slots `first` to `first + count` of `slots`, drawn from `generator` as `make_experts` draws all of them.
 
-    Custom experts: of a list of modules, one for each of all slots, this block; a class makes its own, from whatever
-    random state it draws from.
+    Custom experts: of a list of modules, one for each of all slots, this block; a class that makes one module a slot
+    makes them as of all slots; Tutel's kind draws its block from a seed of its own.
     """
     if config.get("type") == "custom":
         module = config.get("module")
@@ -72,6 +72,8 @@ def make_block(
             if len(module) != slots:
                 raise ValueError(f"experts['module'] holds {len(module)} modules: give one for each of {slots} slots")
             config = {**config, "module": list(module)[first : first + count]}
+        for _ in range(first):  # what the slots before the block are drawn from
+            torch.randint(2**62, (1,), generator=generator, device="cpu")
         return make_experts(config, model_dim, count, generator=generator)
     experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))
     for slot in range(first + count):  # those before the block are drawn over

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +96,17 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> 
         p.uniform_(-bound, bound)
     else:
         p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+@contextmanager
+def drawn_from(generator: torch.Generator | None) -> Iterator[None]:
+    """The global random state seeded from `generator`, and given back as it was; None: as it is."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device="cpu")))
+        yield
 
 
 class GroupedMLP(Experts):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..options import warn_once
 from ..padded_rows import PaddedRows
 from ..routing import Routing, describe
-from .base import Experts, SlotParameter
+from .base import Experts, SlotParameter, drawn_from
 
 
 class CustomExperts(Experts):
@@ -23,6 +23,8 @@ class CustomExperts(Experts):
     * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D], made
       from (model_dim, num_experts_per_device, sharded_count, its options). Its parameters of leading size E are the
       slots; `ctx` are these experts, with what Tutel's layer has there on one device.
+
+    With a seed for experts, a class draws from it, slot by slot where it makes one module, on a forked random state.
 
     State dicts have the module's own names, as Tutel's: `experts.W`, or `experts.0.weight` of a list.
     Not for `torch.compile(fullgraph=True)`: row counts go to the host. Same results as the built-in kinds.
@@ -49,7 +51,11 @@ class CustomExperts(Experts):
         if built_already and options:
             raise ValueError(f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built")
         if self.padded:
-            self.module = module if isinstance(module, nn.Module) else make_batched(module, model_dim, slots, options)
+            if isinstance(module, nn.Module):
+                self.module = module
+            else:
+                with drawn_from(generator):
+                    self.module = make_batched(module, model_dim, slots, options)
             if not super().slot_parameters(0):
                 warn_once(
                     f"experts['module']: {type(self.module).__name__} has no parameter [{slots}, ...]: "
@@ -61,7 +67,7 @@ class CustomExperts(Experts):
                 "experts['module'] is one module: give a list of one a slot, a class that makes one, or a module whose "
                 "forward takes (x, ctx) with x [E, C, D]"
             )
-        built = list(module) if isinstance(module, Iterable) else _make_each(module, slots, options)
+        built = list(module) if isinstance(module, Iterable) else _make_each(module, slots, options, generator)
         if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
             kinds = ", ".join(sorted({type(m).__name__ for m in built}))
             raise ValueError(
@@ -136,8 +142,7 @@ class CustomExperts(Experts):
             raise ValueError(
                 "init = 'fresh' cannot draw this custom expert anew (no reset_parameters): use 'nearest' or 'mean'"
             )
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        with drawn_from(generator):
             for module in modules:
                 module.reset_parameters()  # type: ignore[operator]
 
@@ -152,7 +157,7 @@ def takes_context(module: Any) -> bool:
     return bool(arguments) and arguments[0].name == "ctx" and arguments[0].default is inspect.Parameter.empty
 
 
-def _make_each(cls: Any, slots: int, options: dict[str, Any]) -> list[Any]:
+def _make_each(cls: Any, slots: int, options: dict[str, Any], generator: torch.Generator | None) -> list[Any]:
     """One module a slot, made by `cls` from `options`."""
     if not callable(cls):
         raise ValueError(f"experts['module'] = {cls!r}: give a list of modules, or a class that makes one")
@@ -160,7 +165,11 @@ def _make_each(cls: Any, slots: int, options: dict[str, Any]) -> list[Any]:
         inspect.signature(cls).bind(**options)
     except TypeError as error:
         raise ValueError(f"experts of type 'custom': {sorted(options)} do not fit 'module': {error}") from None
-    return [cls(**options) for _ in range(slots)]
+    made = []
+    for _ in range(slots):
+        with drawn_from(generator):
+            made.append(cls(**options))
+    return made
 
 
 def make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any], sharded_count: int = 1) -> nn.Module:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels, losses
+from ..experts.base import drawn_from
 from ..options import positive_int
 from ..routing import Capacity, Routing
 from .top_k import FixedKGate
@@ -44,7 +45,8 @@ class CustomGate(FixedKGate):
             "normalize_one_score_gate",
         )
         common = {name: options.pop(name) for name in names if name in options}
-        for accepted in ("max_expert_num", "fp32_gate", "adaptive_experts", "generator"):
+        generator = options.pop("generator", None)
+        for accepted in ("max_expert_num", "fp32_gate", "adaptive_experts"):
             options.pop(accepted, None)
         if not isinstance(module, nn.Module) and not callable(module):
             raise ValueError(
@@ -53,7 +55,9 @@ class CustomGate(FixedKGate):
         if k is not None:
             k = positive_int("gate_type['k']", k)
         if not isinstance(module, nn.Module):
-            module = _built(module, common["model_dim"], common["slots"], options if k is None else {"k": k, **options})
+            given = options if k is None else {"k": k, **options}
+            with drawn_from(generator):
+                module = _built(module, common["model_dim"], common["slots"], given)
         elif options:
             raise ValueError(
                 f"gate_type of type 'custom': {sorted(options)} go to a class, but 'module' is built already"

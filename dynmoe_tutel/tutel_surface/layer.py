@@ -1,4 +1,4 @@
-"""The stand-in's layer: `dynmoe_tutel.MoELayer`, which does not divide its experts over ranks as Tutel's does."""
+"""The stand-in's layer: `dynmoe_tutel.MoELayer` on one rank. Tutel's divides its experts over all ranks unasked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class MOELayer(MoELayer):
         if ranks > 1:
             raise ValueError(
                 f"moe_layer over {ranks} ranks needs Tutel itself, which divides the experts over them and is not "
-                "installed (https://github.com/microsoft/Tutel). To have all experts on every rank, build the layer by "
-                "dynmoe_tutel.moe and reduce the gradients of its experts too"
+                "installed (https://github.com/microsoft/Tutel). dynmoe_tutel.moe.moe_layer divides them where it is "
+                "given group=; without, every rank has all experts, and their gradients are to be reduced too"
             )

@@ -1,4 +1,4 @@
-"""A job whose last rank raises or is killed in its second forward; each rank's last words go to the log."""
+"""A job of which one rank raises or is killed in its second forward; each rank's last words go to the log."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import torch.distributed as dist
 from dynmoe_tutel import MoELayer
 
 
-def main(rank: int, ranks: int, folder: str, end: str) -> None:
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30))
+def main(rank: int, ranks: int, store: str, lost: int, end: str) -> None:
+    dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30))
     gate = {"type": "top_any", "max_expert_num": 2 * ranks}
     layer = MoELayer(gate, 8, {"num_experts_per_device": 2, "hidden_size_per_expert": 8}, group=dist.group.WORLD)
     layer(torch.randn(4, 8)).sum().backward()
-    if rank == ranks - 1:
+    if rank == lost:
         if end == "kill":
             layer.experts.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         else:
@@ -28,4 +27,4 @@ def main(rank: int, ranks: int, folder: str, end: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,13 +18,17 @@ from dynmoe_tutel.parallel import _Blocks
 D, H, E = 16, 20, 8
 
 
-def run(rank: int, ranks: int, folder: str, check: Callable[[], None]) -> None:
-    """`check` on one rank, over a file store."""
+def run(rank: int, ranks: int, folder: str, checks: Sequence[Callable[[], None]]) -> None:
+    """`checks` on one rank, over a file store."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
-    check()
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            raise AssertionError(f"{check.__name__} on rank {rank}: {error!r}") from error
     dist.barrier()
     dist.destroy_process_group()
 
@@ -252,19 +256,14 @@ def blocks() -> None:
     assert layout.pack(layout.spread(padded)).tolist() == padded.tolist()
 
 
-def one_group() -> None:
-    for check in (
-        blocks,
-        top_any,
-        against_oracle,
-        fixed_k,
-        no_token_routed,
-        bounded,
-        precisions_and_checkpointing,
-        traffic,
-        slots,
-    ):
-        try:
-            check()
-        except Exception as error:
-            raise AssertionError(f"{check.__name__} on rank {dist.get_rank()}: {error!r}") from error
+CHECKS = (
+    blocks,
+    top_any,
+    against_oracle,
+    fixed_k,
+    no_token_routed,
+    bounded,
+    precisions_and_checkpointing,
+    traffic,
+    slots,
+)

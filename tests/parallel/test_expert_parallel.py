@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import features
 import pytest
 import ranks
+import torch
 from helpers import spawn_ranks
+
+from dynmoe_tutel import parallel
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
@@ -19,7 +24,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1])
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree_with_one_and_with_the_oracle(processes: int, tmp_path: Path) -> None:
-    spawn_ranks(ranks.run, (processes, str(tmp_path), ranks.one_group), processes)
+    spawn_ranks(ranks.run, (processes, str(tmp_path), (*ranks.CHECKS, *features.CHECKS)), processes)
 
 
 @pytest.mark.parametrize(("processes", "expert_ranks"), [(2, 2), (4, 2)])
@@ -36,12 +41,21 @@ def test_recipes_with_ddp_fsdp_and_all_reduce(processes: int, expert_ranks: int)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("end", ["kill", "raise"])
-def test_a_lost_rank_ends_the_others_with_its_name(end: str, tmp_path: Path) -> None:
+def test_ddp_goes_on_ignoring_what_it_was_told_to() -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bias"])
+    parallel.ignore_experts_in_ddp(model)
+    assert list(model._ddp_params_and_buffers_to_ignore) == ["bias"]
+
+
+@pytest.mark.parametrize(("lost", "end"), [(2, "kill"), (0, "raise")])
+def test_a_lost_rank_ends_the_others_with_its_name(lost: int, end: str, tmp_path: Path) -> None:
+    """The store is a file, or it is lost with the rank that keeps it."""
+    store = f"file://{tmp_path}/store" if lost else f"tcp://127.0.0.1:{free_port()}"
     started = time.monotonic()
     jobs = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "lost_rank.py"), str(rank), "3", str(tmp_path), end],
+            [sys.executable, str(HERE / "lost_rank.py"), str(rank), "3", store, str(lost), end],
             env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
@@ -50,8 +64,15 @@ def test_a_lost_rank_ends_the_others_with_its_name(end: str, tmp_path: Path) -> 
     ]
     errors = [job.communicate(timeout=90)[1] for job in jobs]
     assert time.monotonic() - started < 60
-    assert jobs[2].returncode == (-signal.SIGKILL if end == "kill" else 1)
-    assert ("a bad batch" in errors[2]) == (end == "raise")
-    for rank in (0, 1):
+    assert jobs[lost].returncode == (-signal.SIGKILL if end == "kill" else 1)
+    assert ("a bad batch" in errors[lost]) == (end == "raise")
+    for rank in {0, 1, 2} - {lost}:
         assert jobs[rank].returncode == 1
-        assert f"RuntimeError: rank {rank}: the exchange of expert rows failed, and rank(s) [2] did not" in errors[rank]
+        said = f"RuntimeError: rank {rank}: the exchange of expert rows failed, and rank(s) [{lost}] did not"
+        assert said in errors[rank]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

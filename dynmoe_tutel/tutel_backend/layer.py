@@ -1,47 +1,31 @@
-"""Top-any gates inside stock Tutel: after `register()`, `tutel.moe.moe_layer(gate_type={"type": "top_any"})` works.
+"""Tutel's layer with a top-any gate: a subclass of Tutel's `MOELayer`, which takes its place.
 
-The one module that imports `tutel`. The registered class is a subclass of Tutel's `MOELayer` in its place; for every
-gate type of Tutel's own it is that class, untouched. A layer with a top-any gate has one of two layouts, which give the
-same numbers: *packed* rows through this package's grouped experts where one rank holds all experts, and *padded* rows,
-[E, C, D], through Tutel's exchange and Tutel's expert modules wherever a feature of Tutel's needs them.
+For every gate type of Tutel's own it is that class, untouched. A layer with a top-any gate has one of two layouts,
+which give the same numbers: *packed* rows through this package's grouped experts where one rank holds all experts, and
+*padded* rows, [E, C, D], through Tutel's exchange and Tutel's expert modules wherever a feature of Tutel's needs them.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import tutel.impls.moe_layer
 from torch import Tensor, nn
+from tutel.experts.llama_ffn import LlamaFFNNetwork
+from tutel.impls import communicate, overlap
 
-from . import expert_capacity, moe
-from .experts import COUNT_KEYS, experts_at_start
-from .experts.base import SlotParameter, activation_function, check_activation
-from .experts.custom import make_batched, takes_context
-from .gates import Gate, gate_class, gate_config, make_gate, max_experts
-from .layer import MoELayer
-from .options import number, refuse_unknown
-from .padded_rows import PaddedRows
-from .routing import Routing
-from .sharded_slots import ShardedSlots
-
-try:
-    import tutel.checkpoint.gather
-    import tutel.checkpoint.scatter
-    import tutel.gates
-    import tutel.impls.moe_layer
-    import tutel.moe
-    from tutel.experts.llama_ffn import LlamaFFNNetwork
-    from tutel.impls import communicate, overlap
-except ImportError as error:
-    raise ImportError(
-        f"dynmoe_tutel.tutel_backend needs Tutel, which cannot be imported ({error}). Tutel's README says how to "
-        "install it: https://github.com/microsoft/Tutel. Without it, use `from dynmoe_tutel import moe as tutel_moe`"
-    ) from error
+from .. import expert_capacity
+from ..experts import COUNT_KEYS, experts_at_start
+from ..experts.custom import takes_context
+from ..gates import Gate, gate_config
+from ..layer import MoELayer
+from ..layer_options import chosen_factor
+from ..padded_rows import PaddedRows
+from ..routing import Routing
+from .experts import TutelSlots, tutel_experts
 
 LAYOUTS = ("auto", "packed", "padded")
 TOP_ANY = ("top_any", "gated_multi_gate", "gated_multi_gate_t")
@@ -51,6 +35,19 @@ _UPSTREAM_OPTIONS = {
     "value_norm_weighted": False,
     "update_momentum": 0.0,
 }
+_ORDER = (
+    "scan_expert_func",
+    "result_func",
+    "group",
+    "seeds",
+    "a2a_ffn_overlap_degree",
+    "is_postscore",
+    "batch_prioritized_routing",
+    "normalize_gate",
+    "is_gshard_loss",
+    "parallel_type",
+    "use_2dh",
+)
 _Stock: Any = tutel.impls.moe_layer.MOELayer
 
 
@@ -171,7 +168,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
                 "experts['module'] is not of Tutel's kind (a class whose forward takes x [E, C, D] and ctx), which the "
                 f"padded layout needs ({', '.join(reasons) or 'layout'})"
             )
-        return _tutel_experts(config, self.model_dim, self.local_slots, self.sharded_count, generator)
+        return tutel_experts(config, self.model_dim, self.local_slots, self.sharded_count, generator)
 
     def _degree_of(self, parallel_type: str) -> int:
         """Tutel's r: into how many slices a sharded expert's work is split; 0 gathers the weights everywhere."""
@@ -222,7 +219,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
     @property
     def expert_slots(self) -> Any:
         """Access to the slots, on whichever rank they are."""
-        return self.experts if self.layout == "packed" else _TutelSlots(self)
+        return self.experts if self.layout == "packed" else TutelSlots(self)
 
     @staticmethod
     def global_expert_count(num_local_experts: float, group: Any = None) -> int:
@@ -250,21 +247,26 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
         `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls, as in Tutel. `megablocks_size` changes nothing:
         packed rows have no padding to skip.
         """
-        if a2a_ffn_overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = a2a_ffn_overlap_degree
         if adaptive_r is not None:
             self.adaptive_degree = self._checked_degree("adaptive_r", adaptive_r)
         self._inequivalent_tokens = inequivalent_tokens
         if type(reserve_dims) is int and isinstance(input, Tensor):
             self._reserve_shape = tuple(input.shape[-reserve_dims:])
         return super().forward(
-            input, gate_index, capacity_factor, top_k, None, reserve_dims, inequivalent_tokens, token_mask=token_mask
+            input,
+            gate_index,
+            capacity_factor,
+            top_k,
+            a2a_ffn_overlap_degree,
+            reserve_dims,
+            inequivalent_tokens,
+            token_mask=token_mask,
         )
 
     def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
         if self.layout == "packed":
             return super()._within_capacity(routing, gate, gate_index, capacity_factor)
-        factor = number("capacity_factor", capacity_factor or gate.capacity_factor, -float("inf"))
+        factor = chosen_factor(capacity_factor, gate)
         if factor and self.capacity != "exact":
             raise ValueError(f"capacity_factor = {factor} and capacity = {self.capacity!r}: give one of them")
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
@@ -274,7 +276,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
             self.slots,
             k,
             load,
-            alignment=self.sharded_count * max(1, self.a2a_ffn_overlap_degree),
+            alignment=self.sharded_count * self.a2a_ffn_overlap_degree,
             group=self.group,
             inequivalent_tokens=self._inequivalent_tokens,
         )
@@ -347,21 +349,6 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
         return (*x.shape[: x.dim() - reserve_dims], *self.protected_shape[-reserve_dims:])
 
 
-_ORDER = (
-    "scan_expert_func",
-    "result_func",
-    "group",
-    "seeds",
-    "a2a_ffn_overlap_degree",
-    "is_postscore",
-    "batch_prioritized_routing",
-    "normalize_gate",
-    "is_gshard_loss",
-    "parallel_type",
-    "use_2dh",
-)
-
-
 class _ExpertContext:
     """What Tutel's expert modules read of the layer; experts are counted by slots there."""
 
@@ -372,252 +359,3 @@ class _ExpertContext:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
-
-
-def _tutel_experts(
-    config: Mapping[str, Any], model_dim: int, slots: int, sharded_count: int, generator: torch.Generator | None
-) -> nn.Module:
-    """Tutel's expert module (or the user's) for `slots` experts of this rank, drawn as it draws."""
-    options = {key: value for key, value in config.items() if key not in COUNT_KEYS}
-    kind = options.pop("type", "ffn")
-    for key, default in (("recompute", "none"), ("engine", "auto")):
-        if options.pop(key, default) != default:
-            raise ValueError(f"experts[{key!r}] is for the packed layout: Tutel's expert modules do not know it")
-    if kind == "custom":
-        cls = options.pop("module")
-        if isinstance(cls, nn.Module):
-            raise ValueError("experts['module'] is built: give Tutel its class, which it builds for its slots")
-    else:
-        try:
-            cls = importlib.import_module(f"tutel.experts.{kind}").ExpertModule
-        except ImportError:
-            raise ValueError(f"experts['type'] = {kind!r}: allowed are ffn, llama_ffn, custom") from None
-        if "hidden_size_per_expert" not in options:
-            raise ValueError("experts['hidden_size_per_expert'] is missing: give an integer of at least 1")
-        if options["hidden_size_per_expert"] % sharded_count:
-            raise ValueError(
-                f"experts['hidden_size_per_expert'] = {options['hidden_size_per_expert']} is not divisible by the "
-                f"{sharded_count} ranks of an expert"
-            )
-        for name in ("activation_fn", "activation_fn_with_self"):
-            check_activation(name, None if isinstance(options.get(name), str) else options.get(name))
-        if isinstance(options.get("activation_fn"), str):
-            options["activation_fn"] = activation_function("activation_fn", options["activation_fn"], torch.relu)
-        if options.get("activation_fn", 0) is None:
-            del options["activation_fn"]  # the module's own
-        if kind == "ffn" and not {"activation_fn", "activation_fn_with_self"} & set(options):
-            options["activation_fn"] = torch.relu  # Tutel 0.3's own default is a name that it does not import
-        refuse_unknown(f"experts of type {kind!r}", options, _argument_names(cls))
-    if generator is None:
-        return make_batched(cls, model_dim, slots, options, sharded_count)
-    with torch.random.fork_rng():
-        torch.manual_seed(generator.initial_seed())
-        return make_batched(cls, model_dim, slots, options, sharded_count)
-
-
-def _argument_names(cls: Any) -> set[str]:
-    names = set(cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount])
-    return names - {"model_dim", "num_experts_per_device", "sharded_count"}
-
-
-class _TutelSlots(ShardedSlots):
-    """Slots of Tutel's expert modules, over the ranks of the layer's group: every rank must make the same calls."""
-
-    def __init__(self, layer: TopAnyMOELayer) -> None:
-        group = layer.group if layer.world_size > 1 else None
-        super().__init__(layer.experts, group, layer.rank, layer.local_slots)
-        self._shards = layer.sharded_count
-
-    def _owners(self, slot: int) -> list[int]:
-        """The ranks that hold the slot: one, or the shards of it in order."""
-        first = slot // self._local if self._shards == 1 else slot * self._shards
-        return list(range(first, first + self._shards))
-
-    def _entries(self, slot: int) -> list[SlotParameter]:
-        """Every parameter of the experts with the index that `slot` would have on its own rank."""
-        own = slot % self._local
-        found: list[SlotParameter] = []
-        for parameter in self._experts.parameters():
-            rows = parameter.shape[0] // self._local if parameter.dim() else 0
-            if self._shards > 1:
-                found.append((parameter, (slice(None),)))
-            elif parameter.dim() > 1 and parameter.shape[0] == self._local:
-                found.append((parameter, (slice(own, own + 1),)))
-            elif parameter.dim() == 1 and parameter.shape[0] % self._local == 0:  # one row of all slots
-                found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
-        return found
-
-    @torch.no_grad()
-    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw the slot anew by the module's `reset_parameters()`; ValueError where there is none."""
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        reset = getattr(self._experts, "reset_parameters", None)
-        if not callable(reset):
-            raise ValueError("init = 'fresh' cannot draw these experts (no reset_parameters): use 'nearest' or 'mean'")
-        if self._rank not in self._owners(slot):
-            return
-        before = [p.clone() for p in self._experts.parameters()]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + self._rank)
-            reset()
-        drawn = [(p, index, p[index].clone()) for p, index in self._entries(slot)]
-        for parameter, old in zip(self._experts.parameters(), before, strict=True):
-            parameter.copy_(old)
-        for parameter, index, value in drawn:
-            parameter[index] = value
-
-
-# Registration
-
-_saved: dict[str, Any] = {}
-
-
-def register() -> None:
-    """Put the layer and the gates into Tutel; again: nothing. Names bound before (`from tutel.moe import ...`) stay."""
-    if _saved:
-        return
-    layers, functions = tutel.impls.moe_layer, tutel.moe
-    replaced = [
-        (layers, "MOELayer", MOELayer),
-        (layers, "moe_layer", MOELayer),
-        (functions, "moe_layer", MOELayer),
-        (functions, "top_any_routing", moe.top_any_routing),
-        (functions, "top_k_routing", _top_k_routing),
-        (functions, "fast_encode", _fast_encode),
-        (functions, "fast_decode", _fast_decode),
-        (functions, "fast_dispatcher", FastDispatcher),
-        (tutel.checkpoint.gather, "main", lambda: checkpoint_tool("gather")),
-        (tutel.checkpoint.scatter, "main", lambda: checkpoint_tool("scatter")),
-    ]
-    _saved["attributes"] = [(owner, name, getattr(owner, name, None)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
-    for kind in TOP_ANY:
-        module = ModuleType(f"tutel.gates.{kind}", f"The gate type {kind!r}, registered by dynmoe_tutel.")
-        module.Gate = _gate_of(kind)  # type: ignore[attr-defined]
-        sys.modules[module.__name__] = module
-        setattr(tutel.gates, kind, module)
-
-
-def unregister() -> None:
-    """Give Tutel back as it was; layers already built go on working."""
-    for owner, name, value in _saved.pop("attributes", []):
-        if value is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, value)
-    for kind in TOP_ANY:
-        sys.modules.pop(f"tutel.gates.{kind}", None)
-        if hasattr(tutel.gates, kind):
-            delattr(tutel.gates, kind)
-
-
-def _gate_of(kind: str) -> Callable[..., Gate]:
-    """Tutel's constructor of the gate: (model_dim, num_global_experts, **options)."""
-
-    def build(model_dim: int, num_global_experts: int, **options: Any) -> Gate:
-        """The gate alone; its forward takes tokens [T, D] and returns a `Routing`."""
-        config = {"type": kind, **options}
-        slots = max_experts(config, num_global_experts)
-        names = tuple(gate_class(config).aux_weights(None))
-        common = {"normalize_one_score_gate": config.pop("normalize_one_score_gate", False)}
-        return make_gate(
-            config, model_dim=model_dim, num_experts=num_global_experts, slots=slots, aux_names=names, **common
-        )
-
-    build.__name__ = build.__qualname__ = "Gate"
-    return build
-
-
-class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):
-    """Tutel's dispatcher, whose `update` takes a ragged `Routing` too; see `dynmoe_tutel.moe.FastDispatcher`."""
-
-    capacity: int
-
-    def update(self, indices_: Any, *arguments: Any, **options: Any) -> None:
-        """Tutel's lists, or a `Routing`, with `is_postscore` and `combine_gradient`."""
-        self._ragged: moe.FastDispatcher | None = None
-        if not isinstance(indices_, Routing):
-            super().update(indices_, *arguments, **options)
-            return
-        self._ragged = moe.FastDispatcher(self.num_global_experts, self.capacity, self.model_dim, self.original_dtype)
-        self._ragged.update(indices_, *arguments, **options)
-        self.capacity = self._ragged.capacity
-
-    def encode(self, data: Tensor) -> Tensor:
-        """[T, D] to [E * C, D]."""
-        return super().encode(data) if self._ragged is None else self._ragged.encode(data)
-
-    def decode(self, data: Tensor) -> Tensor:
-        """[E * C, D] to [T, D]."""
-        return super().decode(data) if self._ragged is None else self._ragged.decode(data)
-
-
-def _fast_encode(data: Tensor, critial_data: Any, is_postscore: bool = True) -> Tensor:
-    """Tutel's; of a `Routing`, [E, C, D] with C its largest load."""
-    if isinstance(critial_data, Routing):
-        return moe.fast_encode(data, critial_data, is_postscore)
-    return tutel.impls.fast_dispatch.fast_encode(data, critial_data, is_postscore)
-
-
-def _fast_decode(data: Tensor, critial_data: Any, is_postscore: bool = True, combine_gradient: str = "mean") -> Tensor:
-    """Tutel's; of a `Routing`, [E, C, D] to the mean of each token's rows."""
-    if isinstance(critial_data, Routing):
-        return moe.fast_decode(data, critial_data, is_postscore, combine_gradient)
-    return tutel.impls.fast_dispatch.fast_decode(data, critial_data, is_postscore)
-
-
-def _top_k_routing(scores: Any, top_k: Any = None, *arguments: Any, **options: Any) -> Any:
-    """Tutel's `extract_critical`; with a k of each token, or of a `Routing`, ragged: index -1 without a pick."""
-    if isinstance(scores, Routing) or isinstance(top_k, Tensor):
-        return moe.top_k_routing(scores, top_k, *arguments, **options)
-    return tutel.impls.fast_dispatch.extract_critical(scores, top_k, *arguments, **options)
-
-
-# Tutel's tools for checkpoints
-
-
-def checkpoint_tool(name: str) -> None:
-    """Run `tutel.checkpoint.gather` or `.scatter` (by sys.argv) on checkpoints whose layers have inactive slots.
-
-    Tutel's tools take the count of experts for the size of their tensors; while they run, files read show the count of
-    slots instead, and files written have the active count again.
-    """
-    module = importlib.import_module(f"tutel.checkpoint.{name}")
-    main = next(
-        (value for owner, key, value in _saved.get("attributes", []) if owner is module and key == "main"), module.main
-    )
-    load, save = torch.load, torch.save
-
-    def load_slots(*arguments: Any, **options: Any) -> Any:
-        state = load(*arguments, **options)
-        _each_layer(state, lambda d, p: d.update({f"{p}_num_global_experts": d[f"{p}_max_num_global_experts"].clone()}))
-        return state
-
-    def save_active(state: Any, *arguments: Any, **options: Any) -> None:
-        _each_layer(state, _count_active)
-        save(state, *arguments, **options)
-
-    torch.load, torch.save = load_slots, save_active  # type: ignore[assignment]
-    try:
-        main()
-    finally:
-        torch.load, torch.save = load, save
-
-
-def _each_layer(state: Any, change: Callable[[dict[str, Any], str], Any]) -> None:
-    """Call `change` with every state dict in nested `state`, and the prefix of each adaptive layer in it."""
-    if not isinstance(state, dict):
-        return
-    name = "_max_num_global_experts"
-    for key in [key for key in state if isinstance(key, str) and key.endswith(name)]:
-        change(state, key.removesuffix(name))
-    for value in state.values():
-        _each_layer(value, change)
-
-
-def _count_active(state: dict[str, Any], prefix: str) -> None:
-    masks = [state[key] for key in state if key.startswith(f"{prefix}gates.") and key.endswith(".experts_mask")]
-    if masks:
-        active_E = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0)
-        state[f"{prefix}_num_global_experts"] = active_E.sum()
