@@ -24,7 +24,7 @@ from dynmoe_tutel.experiments.digits import ANGLES, RotatedDigits
 from dynmoe_tutel.experiments.domains import DomainData, LeaveOut
 from dynmoe_tutel.experiments.image_folders import ImageFolders
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
-from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task, refuse_bad_choice
+from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.timm_models import build_timm, moe_blocks, read_weights
 from dynmoe_tutel.experiments.vit import ViT, ViTConfig, seeded
 

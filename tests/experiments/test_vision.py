@@ -24,7 +24,8 @@ from dynmoe_tutel.experiments import experiment, plots, results, vision
 from dynmoe_tutel.experiments.comparison import summarise
 from dynmoe_tutel.experiments.digits import RotatedDigits
 from dynmoe_tutel.experiments.run_folder import checkpoints_of
-from dynmoe_tutel.experiments.runner import Run, RunKey
+from dynmoe_tutel.experiments.runner import Run
+from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.experiments.vision import VisionConfig, VisionTask, make_config
 
 TINY = VisionConfig(
