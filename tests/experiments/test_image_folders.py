@@ -108,6 +108,14 @@ def test_one_class_is_refused(tree: Path) -> None:
         ImageFolders(tree, 16)
 
 
+def test_a_domain_without_classes_is_not_left_out_without_a_word(tree: Path) -> None:
+    (tree / "cartoon").mkdir()
+    assert ImageFolders(tree, 16).domains == ("art", "photo", "sketch")  # empty, as archives leave them
+    shutil.copy(tree / "art" / "dog" / "pic_001.jpg", tree / "cartoon")
+    with pytest.raises(ValueError, match="PACS has images without classes in cartoon: DATA/<domain>"):
+        ImageFolders(tree, 16)
+
+
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder; expected is DATA/<domain>/<class>/<image>"):
         ImageFolders(tmp_path / "nowhere", 16)

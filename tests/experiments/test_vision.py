@@ -219,11 +219,18 @@ def test_rows_start_as_the_dense_model_computes() -> None:
         ({"workers": -1}, "workers is about a tree of images"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1, got 1.0"),
         ({"data": Path("nowhere")}, "nowhere is not a folder"),
+        ({"device": "cuda"}, "device is about a tree of images"),
     ],
 )
 def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(given, False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
+def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one that .*{device}"):
+        VisionConfig(device=device)
 
 
 def test_a_tree_of_images_with_a_model_of_timm_from_the_command_line(tmp_path: Path) -> None:
