@@ -226,6 +226,8 @@ def _computes(ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
             if not _same(ffn.module(x.clone()), expected(x)):
                 return False
         ffn.dropout, ffn.last_dropout = _dropouts(ffn)
+        if x.device.type not in ("cpu", "cuda"):
+            return True  # not every device gives its random state back
         with _mode(ffn.module, training=True):  # dropouts elsewhere or of another kind give other numbers
             return _same(_drawn(lambda: ffn.module(x.clone()), x.device), _drawn(lambda: expected(x), x.device))
     except _REFUSALS:  # another signature, other shapes: not an FFN

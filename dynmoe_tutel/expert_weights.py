@@ -35,7 +35,6 @@ class Origin:
     """
 
     ffn: DenseFFN
-    recipe: str
     neurons_EH: Tensor | None  # emoe: the dense neuron of each hidden unit
     scale: float  # of the second weights
     bias_scale: float
@@ -97,7 +96,7 @@ def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
     _freeze(layer, ffn)
     _key_gate(layer, options)
     active = tuple(layer._used_slots().nonzero().flatten().tolist())
-    layer._origin = Origin(ffn, options.recipe, neurons_EH, scale, bias_scale, undo, active)  # type: ignore[assignment]
+    layer._origin = Origin(ffn, neurons_EH, scale, bias_scale, undo, active)  # type: ignore[assignment]
     return layer
 
 
