@@ -105,9 +105,9 @@ def estimate(task: Task, plan: list[RunKey]) -> float:
         for key in plan:
             if key.row not in by_row:
                 run = Run(task, key, _NoFolder(), Several())
-                for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+                for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, task.settings.steps)):  # a task has no more batches
                     run.train_step()
-                step = statistics.fmean(run.step_ms[WARM_UP_STEPS:]) / 1e3
+                step = statistics.fmean(run.step_ms[WARM_UP_STEPS:] or run.step_ms) / 1e3
                 small, whole = (_evaluation_seconds(run, at) for at in (1, task.settings.steps))
                 by_row[key.row] = (step, whole + (evaluations - 1) * small)
     return sum(by_row[key.row][0] * task.settings.steps + by_row[key.row][1] for key in plan)

@@ -28,6 +28,7 @@ from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.experiments.vision import VisionConfig, VisionTask, make_config
 
+ESTIMATE = experiment.estimate  # which the tests replace
 TINY = VisionConfig(
     rows=("dense", "dynmoe"),
     seeds=(0,),
@@ -206,6 +207,13 @@ def test_rows_start_as_the_dense_model_computes() -> None:
         for row in ("top-2-of-4", "dynmoe"):
             model = task.build(RunKey(row, 0, "75")).eval()  # in eval every token is routed
             assert torch.allclose(model(image), dense, atol=1e-5), row
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_jobs_of_fewer_steps_than_are_timed_have_an_estimate(steps: int) -> None:
+    """A task has batches for its steps alone: the third ended in StopIteration."""
+    task = VisionTask(replace(TINY, steps=steps))
+    assert ESTIMATE(task, task.plan[:1]) > 0
 
 
 @pytest.mark.parametrize(
