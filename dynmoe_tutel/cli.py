@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from dynmoe_tutel.version import __version__
 
@@ -19,8 +19,7 @@ try:
 except ImportError:
     sys.exit("dynmoe-tutel needs typer, which is not installed: pip install 'dynmoe_tutel[experiments]'")
 
-if TYPE_CHECKING:
-    from dynmoe_tutel.experiments.train import TrainConfig
+MOST_SEEDS = 1000
 
 app = typer.Typer(
     name="dynmoe-tutel",
@@ -77,30 +76,44 @@ def train(
     """Train dense, top-1, top-2 and DynMoE on rotated digits and print how they compare on an unseen rotation."""
 
     def run(console: Any) -> int:
-        given = {"rows": rows, "seeds": seeds, "steps": steps, "test_domain": test_domain, "threads": threads}
-        given = {name: value for name, value in given.items() if value is not None}
+        from dynmoe_tutel.experiments import job
+        from dynmoe_tutel.experiments.train import TrainConfig
+
+        given = _given(
+            rows=_names(rows),
+            seeds=None if seeds is None else _first_seeds(seeds),
+            steps=steps,
+            test_domain=test_domain,
+            threads=threads,
+        )
         if resume is not None:
             _refuse_with_resume(given, quick, out)
-            from dynmoe_tutel.experiments import job
-
             return job.resume(resume, console)
-        config = _train_config(given, quick)
-        from dynmoe_tutel.experiments import job
-
-        return job.start(config, out, console)
+        config = TrainConfig().quick() if quick else TrainConfig()
+        return job.start(replace(config, **given), out, console)
 
     _run(run)
 
 
+Rows = Annotated[
+    str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
+]
+Seeds = Annotated[
+    str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each run.")]
+LearningRate = Annotated[float | None, typer.Option(help="Of all rows.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
+]
+Resume = Annotated[Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")]
+
+
 @experiment_app.command()
 def language(
-    rows: Annotated[
-        str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    rows: Rows = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
     task: Annotated[
         str | None, typer.Option(help="sentiment (default), or a GLUE task: sst2, mnli, rte, mrpc, qqp.")
     ] = None,
@@ -116,16 +129,12 @@ def language(
     layers: Annotated[
         str | None, typer.Option(help="Layers whose FFNs become experts, by comma. Default: 2,4.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of all rows.")] = None,
+    learning_rate: LearningRate = None,
     batch: Annotated[int | None, typer.Option(help="Texts of a step.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch. Default: 2.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three rows, one seed, fewer steps: under 5 minutes.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = None,
 ) -> None:
     """Fine-tune a BERT, dense and as fixed-k and DynMoE mixtures, and test it in domain and out of domain."""
 
@@ -133,20 +142,19 @@ def language(
         from dynmoe_tutel.experiments import experiment
         from dynmoe_tutel.experiments.language import LanguageConfig, LanguageTask
 
-        given: dict[str, Any] = {
-            "rows": _names(rows),
-            "seeds": _seeds(seeds),
-            "steps": steps,
-            "task": task,
-            "train_domains": _names(train_domains),
-            "data": None if data is None else str(data.absolute()),
-            "model": model,
-            "layers": None if layers is None else _numbers("layers", layers),
-            "learning_rate": learning_rate,
-            "batch": batch,
-            "threads": threads,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _given(
+            rows=_names(rows),
+            seeds=_seeds(seeds),
+            steps=steps,
+            task=task,
+            train_domains=_names(train_domains),
+            data=None if data is None else str(data.absolute()),
+            model=model,
+            layers=None if layers is None else _numbers("layers", layers),
+            learning_rate=learning_rate,
+            batch=batch,
+            threads=threads,
+        )
         if resume is not None:
             where = given.pop("data", "")  # the texts may have moved; all else is as it was started
             _refuse_with_resume(given, quick, out)
@@ -159,12 +167,8 @@ def language(
 
 @experiment_app.command()
 def vision(
-    rows: Annotated[
-        str | None, typer.Option(help="Rows, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe. Default: eight.")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.")
-    ] = None,
+    rows: Rows = None,
+    seeds: Seeds = None,
     test_domains: Annotated[
         str | None,
         typer.Option(help="Domains left out, each in runs of its own, by comma. Default: all; of the digits 0,75."),
@@ -178,8 +182,8 @@ def vision(
     weights: Annotated[
         Path | None, typer.Option(help="With --data: pretrained weights of it, .safetensors or .pth.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of all rows.")] = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
     batch_per_domain: Annotated[int | None, typer.Option(help="Images of a step from each training domain.")] = None,
     image_size: Annotated[int | None, typer.Option(help="With --data: pixels of a side. Default: 224.")] = None,
     workers: Annotated[int | None, typer.Option(help="With --data: processes that read images.")] = None,
@@ -190,12 +194,8 @@ def vision(
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed, one test domain, fewer steps: of the digits under 3 minutes.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder, new or of the same protocol, whose table grows. Default: runs/<time>.")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Do what is left in this folder, exactly from where it stopped.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = None,
 ) -> None:
     """Train a ViT on all domains but one, dense and as fixed-k and DynMoE mixtures, and test it on the one left out."""
 
@@ -203,22 +203,21 @@ def vision(
         from dynmoe_tutel.experiments import experiment
         from dynmoe_tutel.experiments.vision import VisionTask, make_config
 
-        given: dict[str, Any] = {
-            "rows": _names(rows),
-            "seeds": _seeds(seeds),
-            "test_domains": _names(test_domains),
-            "data": data,
-            "arch": arch,
-            "weights": None if weights is None else str(weights.absolute()),
-            "steps": steps,
-            "learning_rate": learning_rate,
-            "batch_per_domain": batch_per_domain,
-            "image_size": image_size,
-            "workers": workers,
-            "device": device,
-            "threads": threads,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _given(
+            rows=_names(rows),
+            seeds=_seeds(seeds),
+            test_domains=_names(test_domains),
+            data=data,
+            arch=arch,
+            weights=None if weights is None else str(weights.absolute()),
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_per_domain=batch_per_domain,
+            image_size=image_size,
+            workers=workers,
+            device=device,
+            threads=threads,
+        )
         if resume is not None:
             _refuse_with_resume(given, quick, out)
             return experiment.resume(resume, lambda _, settings: VisionTask.of(settings), console)
@@ -229,7 +228,13 @@ def vision(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or a safetensors or torch state dict.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run, an experiment or a model of transformers, a checkpoint, or a safetensors or torch "
+            "state dict."
+        ),
+    ],
 ) -> None:
     """Print slots, active experts, thresholds, load and k of every MoE layer."""
 
@@ -267,6 +272,11 @@ def run(
     _run(lambda console: run(arguments))
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _refuse_with_resume(given: dict[str, Any], quick: bool, out: Path | None) -> None:
     if given or quick or out is not None:
         names = [*given, *["quick"] * quick, *["out"] * (out is not None)]
@@ -292,22 +302,13 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
     numbers = _numbers("seeds", text.rstrip(","))
     if "," in text:
         return numbers
-    if numbers[0] < 1:
-        raise ValueError(f"--seeds must be at least 1, got {numbers[0]}")
-    return tuple(range(numbers[0]))
+    return _first_seeds(numbers[0])
 
 
-def _train_config(given: dict[str, Any], quick: bool) -> TrainConfig:
-    from dynmoe_tutel.experiments.train import TrainConfig
-
-    config = TrainConfig().quick() if quick else TrainConfig()
-    if "rows" in given:
-        given["rows"] = tuple(row.strip() for row in given["rows"].split(","))
-    if "seeds" in given:
-        if given["seeds"] < 1:
-            raise ValueError(f"--seeds must be at least 1, got {given['seeds']}")
-        given["seeds"] = tuple(range(given["seeds"]))
-    return replace(config, **given)
+def _first_seeds(number: int) -> tuple[int, ...]:
+    if not 1 <= number <= MOST_SEEDS:
+        raise ValueError(f"--seeds must be at least 1 and at most {MOST_SEEDS}, a number of seeds, got {number}")
+    return tuple(range(number))
 
 
 def _run(command: Callable[[Any], int]) -> None:
@@ -319,8 +320,8 @@ def _run(command: Callable[[Any], int]) -> None:
         sys.exit("dynmoe-tutel needs rich, which is not installed: pip install 'dynmoe_tutel[experiments]'")
     try:
         code = command(Console())
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         message = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]Error: {escape(message)}[/red]", highlight=False, soft_wrap=True)
-        code = 2 if isinstance(error, ValueError) else 1
+        code = 1 if isinstance(error, ImportError) else 2
     raise typer.Exit(code)

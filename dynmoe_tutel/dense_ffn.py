@@ -2,7 +2,8 @@
 
 A candidate is a module whose direct children hold two or three linear maps (nn.Linear, or Conv1D of transformers) of
 fitting shapes, or, as in BERT, a module with the first linear map beside one with the second. Whether it computes just
-that is tried on a few random tokens: what also normalises, scales or routes is no FFN. Depends on torch alone.
+that is tried on a few random tokens, in evaluation and in training: what also normalises, scales, routes or drops out
+elsewhere is no FFN. Depends on torch alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,14 @@ def is_linear(module: object) -> bool:
     return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether a replacement of the module would lose something: hooks (old weight_norm, pruning, offloading), a forward
+    of the instance's own, or a weight that is no plain parameter (sharded, quantised)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    weight = getattr(module, "weight", None) if is_linear(module) else None
+    return any(hooks) or "forward" in vars(module) or (weight is not None and type(weight) is not nn.Parameter)
+
+
 def weight_of(linear: nn.Module) -> Tensor:
     """[out, in]; of a Conv1D a view."""
     weight = linear.weight
@@ -66,7 +76,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 def find_ffns(model: nn.Module) -> list[DenseFFN]:
-    """The FFNs of `model` in the order of its modules. A Conv1D or Linear with hooks or of a subclass is left alone."""
+    """The FFNs of `model` in the order of its modules. What is altered, or has maps of a subclass, is left alone."""
     found: list[DenseFFN] = []
     taken: set[int] = set()
     for name, module in model.named_modules():
@@ -86,9 +96,15 @@ def why_not(model: nn.Module, name: str) -> str:
     except AttributeError:
         near = [n for n, _ in model.named_modules() if n.endswith(name.rsplit(".", 1)[-1])][:3]
         return f"there is no module {name!r}" + (f" (there is {', '.join(map(repr, near))})" if near else "")
-    linears = [f"{n or '.'} {list(weight_of(m).shape)}" for n, m in module.named_modules() if is_linear(m)]
+    altered = {True: " (with hooks, or a weight that is no plain parameter)", False: ""}
+    linears = [
+        f"{n or '.'} {list(weight_of(m).shape)}{altered[is_altered(m)]}"
+        for n, m in module.named_modules()
+        if is_linear(m)
+    ]
     shown = ", ".join(linears[:6]) + (", ..." if len(linears) > 6 else "")
-    return f"{name!r} is a {type(module).__name__} with the linear maps [out, in]: {shown or 'none'}"
+    hooked = " with hooks," * (is_altered(module) and not is_linear(module))
+    return f"{name!r} is a {type(module).__name__}{hooked} with the linear maps [out, in]: {shown or 'none'}"
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
@@ -98,11 +114,12 @@ def _children(module: nn.Module) -> list[nn.Module]:
 def _inside(name: str, module: nn.Module) -> DenseFFN | None:
     """The FFN that is `module` itself."""
     linears = [child for child in _children(module) if is_linear(child)]
+    if any(map(is_altered, [module, *linears])):
+        return None
     for up, gate, down in _orders(linears):
         for activation in _activations(module):
             ffn = DenseFFN(name, module, up, down, gate, activation, 0.0, 0.0)
-            if _computes(module, ffn, lambda x, ffn=ffn: _value(ffn, x)):  # type: ignore[misc]
-                ffn.dropout, ffn.last_dropout = _dropouts(module, ffn)
+            if _computes(ffn, partial(_value, ffn)):
                 return ffn
     return None
 
@@ -110,20 +127,19 @@ def _inside(name: str, module: nn.Module) -> DenseFFN | None:
 def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
     """The FFN whose first half is `module` and whose second linear map lies in a neighbour, as in BERT."""
     linears = [child for child in _children(module) if is_linear(child)]
-    if len(linears) != 1 or not name:
+    if len(linears) != 1 or not name or any(map(is_altered, [module, *linears])):
         return None
     H, D = weight_of(linears[0]).shape
     for key, neighbour in model.get_submodule(name.rpartition(".")[0]).named_children():
         places = [(n, child) for n, child in neighbour.named_children() if is_linear(child)]
         if neighbour is module or len(places) != 1 or weight_of(places[0][1]).shape != (D, H):
             continue
+        attribute, down = places[0]
+        if is_altered(down):
+            continue
         for activation in _activations(module):
-            attribute, down = places[0]
             ffn = DenseFFN(name, module, linears[0], down, None, activation, 0.0, 0.0, (key, attribute))
-            if _computes(module, ffn, lambda x, ffn=ffn: ffn.activation(ffn.up(x))) and _starts_with(  # type: ignore[misc]
-                neighbour, attribute, H, D
-            ):
-                ffn.dropout = _dropouts(module, ffn)[0]
+            if _computes(ffn, partial(_hidden, ffn)) and _starts_with(neighbour, attribute, H, D):
                 return ffn
     return None
 
@@ -153,13 +169,13 @@ def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     return found
 
 
-def _dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
+def _dropouts(ffn: DenseFFN) -> tuple[float, float]:
     """p of the dropouts that run in front of `down` and behind it, whatever the order of the children."""
     called: list[nn.Module] = []
-    hooks = [child.register_forward_pre_hook(lambda m, _: called.append(m)) for child in _children(module)]
+    hooks = [child.register_forward_pre_hook(lambda m, _: called.append(m)) for child in _children(ffn.module)]
     try:
-        with _evaluating(module):
-            module(_tokens(ffn.up, ffn.model_dim))
+        with _mode(ffn.module, training=False):
+            ffn.module(_tokens(ffn.up, ffn.model_dim))
     finally:
         for hook in hooks:
             hook.remove()
@@ -171,23 +187,27 @@ def _dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
     return before, behind
 
 
+def _hidden(ffn: DenseFFN, x: Tensor) -> Tensor:
+    """What goes into `down`."""
+    h = ffn.activation(ffn.up(x)) if ffn.gate is None else ffn.activation(ffn.gate(x)) * ffn.up(x)
+    return F.dropout(h, ffn.dropout, ffn.module.training)
+
+
 def _value(ffn: DenseFFN, x: Tensor) -> Tensor:
-    if ffn.gate is None:
-        return ffn.down(ffn.activation(ffn.up(x)))
-    return ffn.down(ffn.activation(ffn.gate(x)) * ffn.up(x))
+    return F.dropout(ffn.down(_hidden(ffn, x)), ffn.last_dropout, ffn.module.training)
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, every module's mode as it was afterwards."""
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """In that mode and without gradients, every module's mode as it was afterwards."""
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    module.train(training)
     try:
         with torch.no_grad():
             yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for m, before in modes:
+            m.training = before
 
 
 def _tokens(like: nn.Module, size: int) -> Tensor:
@@ -196,16 +216,31 @@ def _tokens(like: nn.Module, size: int) -> Tensor:
     return drawn.to(weight.device, weight.dtype)
 
 
-def _computes(module: nn.Module, ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
-    """Whether `module` gives `expected` of a few random tokens."""
+def _computes(ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the FFN's module gives `expected` of a few random tokens, in training too; finds the dropouts."""
     if weight_of(ffn.up).is_meta:
         raise ValueError(f"{ffn.name!r} has its weights on the meta device: load the model before converting it")
     x = _tokens(ffn.up, ffn.model_dim)
     try:
-        with _evaluating(module):
-            return _same(module(x), expected(x))
+        with _mode(ffn.module, training=False):
+            if not _same(ffn.module(x.clone()), expected(x)):
+                return False
+        ffn.dropout, ffn.last_dropout = _dropouts(ffn)
+        if x.device.type not in ("cpu", "cuda"):
+            return True  # not every device gives its random state back
+        with _mode(ffn.module, training=True):  # dropouts elsewhere or of another kind give other numbers
+            return _same(_drawn(lambda: ffn.module(x.clone()), x.device), _drawn(lambda: expected(x), x.device))
     except _REFUSALS:  # another signature, other shapes: not an FFN
         return False
+
+
+def _drawn(compute: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """The result with always the same random numbers; the caller's random state is put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
+        return compute()
 
 
 def _starts_with(neighbour: nn.Module, attribute: str, H: int, D: int) -> bool:
@@ -213,7 +248,7 @@ def _starts_with(neighbour: nn.Module, attribute: str, H: int, D: int) -> bool:
     linear = getattr(neighbour, attribute)
     h, residual = _tokens(linear, H), _tokens(linear, D)
     try:
-        with _evaluating(neighbour):
+        with _mode(neighbour, training=False):
             whole = neighbour(h, residual)
             setattr(neighbour, attribute, nn.Identity())
             return _same(neighbour(linear(h), residual), whole)

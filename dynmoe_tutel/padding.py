@@ -46,8 +46,16 @@ class _Keep:
         if shape is None or not isinstance(mask, Tensor) or mask.dim() != 2 or len(shape) != 2:
             return
         B, L = shape
-        if mask.shape[0] == B and mask.shape[1] >= L:
-            self.mask.tokens_BL = mask[:, mask.shape[1] - L :] != 0  # with a cache, the mask is of the past too
+        if mask.shape[0] in (1, B) and mask.shape[1] >= L:
+            real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask is of the past too
+            self.mask.tokens_BL = real.expand(B, L)
+
+
+def _real(mask: Tensor) -> Tensor:
+    """bool, True at tokens: where a mask is not 0, or, where one is added to scores (none positive), where it is 0."""
+    if not mask.is_floating_point() or mask.numel() == 0:
+        return mask != 0
+    return (mask == 0) == (mask.max() <= 0)  # without waiting for the device
 
 
 class _Over:
@@ -71,9 +79,9 @@ class _HandOn:
         x = args[0] if args else kwargs.get("input")
         if mask_BL is None or not (self.mask.running or in_backward()) or kwargs.get("token_mask") is not None:
             return None
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[:2] != mask_BL.shape:
+        if not isinstance(x, Tensor) or x.shape[:-1] not in (mask_BL.shape, (mask_BL.numel(),)):
             return None
-        return args, {**kwargs, "token_mask": mask_BL.to(x.device)}
+        return args, {**kwargs, "token_mask": mask_BL.reshape(x.shape[:-1]).to(x.device)}
 
 
 def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
@@ -87,7 +95,7 @@ def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
         if mask is None:
             mask = _Mask()
             host.register_forward_pre_hook(_Keep(mask), with_kwargs=True)
-            host.register_forward_hook(_Over(mask))
+            host.register_forward_hook(_Over(mask), always_call=True)
         layer.register_forward_pre_hook(_HandOn(mask), with_kwargs=True)
 
 
@@ -101,6 +109,7 @@ def forget_padding_of(model: nn.Module) -> None:
         for key, after in list(module._forward_hooks.items()):
             if isinstance(after, _Over):
                 del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _host(model: nn.Module, name: str) -> nn.Module | None:

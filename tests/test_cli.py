@@ -82,7 +82,8 @@ def test_train_leaves_everything_in_its_folder(run: Path) -> None:
     [
         (["--rows", "dense,best"], "rows must be different ones of dense, top-1, top-2, dynmoe, got dense, best"),
         (["--rows", ""], "rows must be"),
-        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--seeds", "0"], "--seeds must be at least 1 and at most 1000, a number of seeds, got 0"),
+        (["--seeds", "99999999999"], "--seeds must be at least 1 and at most 1000, a number of seeds, got 99999999999"),
         (["--steps", "-5"], "steps must be an integer of at least 1, got -5"),
         (["--test-domain", "10"], "test_domain must be one of [0, 15, 30, 45, 60, 75], got 10"),
         (["--threads", "0"], "threads must be an integer of at least 1, got 0"),
@@ -220,6 +221,17 @@ def test_inspect_wraps_many_slots_and_names_further_gates(tmp_path: Path) -> Non
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_inspect_reads_a_folder_of_transformers_whose_config_is_not_ours(tmp_path: Path) -> None:
+    """As `save_pretrained` and the Trainer write them, in one file or in several."""
+    layer = moe.moe_layer("top_any", 8, {"num_experts_per_device": 3, "hidden_size_per_expert": 4})
+    state = {f"a.{name}": tensor for name, tensor in layer.state_dict().items()}
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    names = sorted(state)
+    save_file({name: state[name] for name in names[:4]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({name: state[name] for name in names[4:]}, tmp_path / "model-00002-of-00002.safetensors")
+    assert "a: 3 of 3 slots active" in call("inspect", tmp_path).stdout
+
+
 def test_inspect_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "dense.pt")
     torch.save({"gates.0.sim_matrix": torch.ones(4, 3), "gates.0.experts_mask": torch.ones(2)}, tmp_path / "odd.pt")
@@ -229,6 +241,8 @@ def test_inspect_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoints_of(run, "dynmoe-seed0")[-1], damaged)
     with (damaged / "tensors.safetensors").open("r+b") as file:
         file.truncate(1000)
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed" / ".metadata").write_bytes(b"")
     (tmp_path / "started").mkdir()
     (tmp_path / "started" / "config.json").write_text("{}")
     for name, message in [
@@ -238,6 +252,7 @@ def test_inspect_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
         ("folder", "neither a run folder (with config.json) nor a checkpoint"),
         ("damaged", "truncated"),
         ("started", "has no checkpoint yet"),
+        ("distributed", "is a distributed checkpoint: load it by dynmoe_tutel.distributed_checkpoint"),
         ("absent", "is not a file"),
     ]:
         assert message in refused("inspect", tmp_path / name)
@@ -251,12 +266,13 @@ def test_doctor_says_what_there_is_and_what_is_missing() -> None:
     for name in ("Python", "threads", "bf16 on the CPU", "GPU", "triton", "C++ compiler", "Tutel", "scikit-learn"):
         assert name in lines
     assert "can    train the layer, on the CPU" in result.stdout
-    assert "can    `dynmoe-tutel train`" in result.stdout
+    for command in ("train", "experiment vision --data", "experiment language"):
+        assert f"`dynmoe-tutel {command}`" in result.stdout
 
 
 def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = doctor.importlib.util.find_spec
-    gone = ("matplotlib", "tutel")
+    gone = ("matplotlib", "tutel", "datasets")
     monkeypatch.setattr(
         doctor.importlib.util, "find_spec", lambda name, *rest: None if name in gone else find_spec(name, *rest)
     )
@@ -264,10 +280,13 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     found = {finding.name: finding for finding in doctor.examine()}
     assert found["matplotlib"].status == "absent"
     assert found["matplotlib"].advice == "pip install 'dynmoe_tutel[experiments]'"
+    assert found["datasets"].advice == "pip install 'dynmoe_tutel[language]'"
     assert found["Tutel"].detail == "not installed"
     assert found["C++ compiler"].status == "absent"
     assert "no-such-compiler" in found["C++ compiler"].detail
-    assert "cannot `dynmoe-tutel train`" in call("doctor").stdout
+    text = call("doctor").stdout
+    assert "cannot `dynmoe-tutel train`" in text
+    assert "cannot `dynmoe-tutel experiment language`" in text
 
 
 def test_doctor_tries_tutel_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

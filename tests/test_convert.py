@@ -1,4 +1,4 @@
-"""`convert` and `revert` on plain torch models; the models of other libraries are in tests/convert."""
+"""`convert` and `revert` on plain torch models; those of libraries are in test_convert_hosts and _timm."""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,43 @@ def test_command_exists(command: str) -> None:
     from dynmoe_tutel.cli import app
 
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def commands() -> list[str]:
+    """Every command of this package that the README shows, in blocks and in sentences, without its comment."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return sorted({*lines, *re.findall(r"`((?:dynmoe-tutel|python -m) [^`]+)`", README)} - {""})
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("dynmoe-tutel ")])
+def test_options_exist(command: str) -> None:
+    from typer.main import get_command
+
+    from dynmoe_tutel.cli import app
+
+    words = re.findall(r"[^\s\[\]|]+", command)[1:]
+    found: Any = get_command(app)
+    while words and words[0] in getattr(found, "commands", {}):
+        found = found.commands[words.pop(0)]
+    if found.name == "run":  # what follows is the script's
+        return
+    known = {name for parameter in found.params for name in parameter.opts}
+    assert [word for word in words if word.startswith("--") and word not in known] == []
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("python -m benchmarks.")])
+def test_modules_exist(command: str) -> None:
+    module = command.split()[2]
+    assert (Path(__file__).parent.parent / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_extras_exist() -> None:
+    setup = ConfigParser()
+    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    named = {extra for names in re.findall(r"dynmoe_tutel\[([a-z,]+)\]", README) for extra in names.split(",")}
+    assert named
+    assert named <= {*setup["options.extras_require"]}
 
 
 def test_it_shows_two_plots() -> None:

@@ -11,25 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynmoe_tutel.experiments.runner import RunKey
-from dynmoe_tutel.experiments.table import NONE, RowSummary, Spread, markdown_lines, per_layer, rich_lines, verdict
+from dynmoe_tutel.experiments import table
+from dynmoe_tutel.experiments.table import NONE, RowSummary, Spread, markdown_lines, per_layer, rich_lines
+from dynmoe_tutel.experiments.task import RunKey
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADER = (
-    "row",
-    "seeds",
-    "in domain\n%",
-    "out of\ndomain %",
-    "mean\nk",
-    "experts\nstart",
-    "experts\nend",
-    "active\nparams",
-    "total\nparams",
-    "ms a\nstep",
-    "x\ndense",
-)
+HEADER = (table.HEADER[0], "seeds", *table.HEADER[1:], "x\ndense")
 
 WIDE = 160
 NOT_ON_NARROW = ("seeds", "experts\nstart", "ms a\nstep")
@@ -40,30 +29,21 @@ Line = Mapping[str, Any]
 @dataclass(frozen=True)
 class Comparison(RowSummary):
     """One row. `parts` and `k` are by name of the part; `k` has one mean a MoE layer; `step_ratio` is the time of a
-    step over the dense row's with the same seed, None without one."""
+    step over the dense row's with the same seed, None without one; `runs` are (seed, part left out)."""
 
     parts: dict[str, Spread] = field(default_factory=dict)
     k: dict[str, list[float]] = field(default_factory=dict)
     step_ratio: Spread | None = None
+    runs: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def header(cls) -> tuple[str, ...]:
         return HEADER
 
     def cells(self) -> list[str]:
-        return [
-            self.row,
-            str(len(self.seeds)),
-            self.in_accuracy.text(100),
-            self.out_accuracy.text(100),
-            NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
-            per_layer(self.experts_start),
-            per_layer(self.experts_end),
-            f"{self.activated_parameters / 1e6:.1f}M",
-            f"{self.total_parameters / 1e6:.1f}M",
-            f"{self.step_ms.mean:.0f}",
-            NONE if self.step_ratio is None else f"{self.step_ratio.mean:.2f}",
-        ]
+        row, *cells = super().cells()
+        ratio = NONE if self.step_ratio is None else f"{self.step_ratio.mean:.2f}"
+        return [row, str(len(self.seeds)), *cells, ratio]
 
     def part_cells(self) -> list[str]:
         """The row's texts in the table by part: accuracy, then mean k of every layer."""
@@ -141,7 +121,16 @@ def _summary(
         parts=parts,
         k=k,
         step_ratio=over_seeds(ratio) if len(ratio) == len(keys) else None,
+        runs=tuple((key.seed, key.test) for key in keys),
     )
+
+
+def verdict(rows: Sequence[Comparison]) -> str:
+    """`table.verdict`, and whether the rows are means of the same runs."""
+    sentence = table.verdict(rows)
+    if len({row.runs for row in rows}) > 1:
+        sentence += " The rows are not means over the same seeds and parts left out: do the runs that are missing."
+    return sentence
 
 
 def part_header(rows: Sequence[Comparison]) -> list[str]:

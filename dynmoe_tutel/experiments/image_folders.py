@@ -38,6 +38,8 @@ class ImageFolders:
             raise ValueError(f"data: {root} is not a folder; expected is {LAYOUT}")
         self.root, self.side = root, side
         folders = {domain.name: _folders(domain) for domain in _folders(root)}
+        if flat := [name for name, classes in folders.items() if not classes and _pictures(root / name)]:
+            raise ValueError(f"data: {root} has images without classes in {_some(flat)}: {LAYOUT} is expected")
         folders = {name: classes for name, classes in folders.items() if classes}
         if len(folders) < 2:
             found = ", ".join(folders) or "none"
@@ -106,8 +108,15 @@ def _read(file: Path) -> Image.Image:
         raise _broken(file, error) from error
 
 
-def _broken(file: Path, error: Exception) -> ValueError:
-    return ValueError(
+class UnreadableImage(ValueError):
+    """One line, also where a worker process of a DataLoader hands it over inside a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{UnreadableImage.__name__}: ")[2].strip())
+
+
+def _broken(file: Path, error: Exception) -> UnreadableImage:
+    return UnreadableImage(
         f"data: {file} cannot be read as an image ({error}). Replace it by a whole copy; without it the splits are "
         "others, and a job must be started anew"
     )
@@ -145,7 +154,9 @@ def _files(classes: list[Path]) -> list[Path]:
     """The images of a domain. ValueError for a class without one, and where images are in folders below it."""
     result: list[Path] = []
     for folder in classes:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
+        files = _pictures(folder)
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"data: {folder} holds links that lead nowhere ({_some(absent)}): copy what they meant")
         if nested := _folders(folder):
             raise ValueError(
                 f"data: {folder} should hold images, it holds folders ({_some([n.name for n in nested])}): "
@@ -155,6 +166,11 @@ def _files(classes: list[Path]) -> list[Path]:
             raise ValueError(f"data: {folder} holds no image (none of {', '.join(EXTENSIONS)})")
         result += files
     return result
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The files of a folder that are named as images, links among them."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, read_state_dict
-from dynmoe_tutel.experiments.run_folder import CONFIG, STEP, checkpoints_of, runs_of
+from dynmoe_tutel.experiments.run_folder import CONFIG, RUNS, STEP, checkpoints_of, runs_of
 from dynmoe_tutel.gates.top_any import MAX_LOG_SCALE
 
 LINEAR_GATE = re.compile(r"(^|\.)gates\.\d+\.wg\.weight$")
@@ -40,8 +40,8 @@ class LayerState:
 
 
 def inspect(path: Path, console: Console) -> None:
-    """Print all MoE layers at `path`: a run folder, a checkpoint, or a safetensors or torch state dict. ValueError
-    where it is none of these, is damaged, or has no such layer."""
+    """Print all MoE layers at `path`: the folder of a run or an experiment, a checkpoint, a folder of transformers, or
+    a safetensors or torch state dict. ValueError where it is none of these, is damaged, or has no such layer."""
     found = False
     for title, layers in _states(path):
         if not layers:
@@ -85,19 +85,23 @@ def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor)
 
 
 def _states(path: Path) -> list[tuple[str, list[LayerState]]]:
-    if (path / CONFIG).is_file():
-        runs = runs_of(path)
-        if not runs:
-            raise ValueError(f"run folder {path} has no checkpoint yet")
-        return [_checkpoint(checkpoints_of(path, run)[-1]) for run in runs]
+    if not path.is_dir():
+        return [(path.name, layers_in(read_state_dict(path)))]
     if is_checkpoint(path):
         return [_checkpoint(path)]
-    if path.is_dir():
-        inner = sorted(folder for folder in path.glob(f"{STEP}*") if is_checkpoint(folder))
-        if inner:
-            return [_checkpoint(inner[-1])]
-        raise ValueError(f"{path} is neither a run folder (with {CONFIG}) nor a checkpoint")
-    return [(path.name, layers_in(read_state_dict(path)))]
+    if weights := sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin")):  # in one file or more
+        return [(path.name, layers_in({k: v for file in weights for k, v in read_state_dict(file).items()}))]
+    if (path / CONFIG).is_file():
+        folders = sorted((path / RUNS).glob("*")) or [path]
+        found = [checkpoints_of(folder, run)[-1] for folder in folders for run in runs_of(folder)]
+        if not found:
+            raise ValueError(f"run folder {path} has no checkpoint yet")
+        return [_checkpoint(checkpoint) for checkpoint in found]
+    if inner := sorted(folder for folder in path.glob(f"{STEP}*") if is_checkpoint(folder)):
+        return [_checkpoint(inner[-1])]
+    if (path / ".metadata").is_file():
+        raise ValueError(f"{path} is a distributed checkpoint: load it by dynmoe_tutel.distributed_checkpoint")
+    raise ValueError(f"{path} is neither a run folder (with {CONFIG}) nor a checkpoint")
 
 
 def _checkpoint(folder: Path) -> tuple[str, list[LayerState]]:

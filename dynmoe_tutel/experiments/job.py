@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def _finish(config: TrainConfig, folder: RunFolder, console: Console) -> int:
     except Interrupted as interrupted:
         console.print(
             f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
-            f"  dynmoe-tutel train --resume {folder.path}",
+            f"  dynmoe-tutel train --resume {shlex.quote(str(folder.path))}",
             highlight=False,
             soft_wrap=True,
         )

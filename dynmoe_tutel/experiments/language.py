@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from dynmoe_tutel.experiments.corpus import Corpus, Example, sample
 from dynmoe_tutel.experiments.glue import TASKS, load_glue
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
-from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task
 from dynmoe_tutel.experiments.sampling import walk
 from dynmoe_tutel.experiments.sentiment import load_sentiment, refuse_bad_domains
+from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task
 from dynmoe_tutel.experiments.vit import seeded
 
 SENTIMENT = "sentiment"
@@ -108,6 +109,11 @@ class LanguageTask(Task):
     @property
     def slots(self) -> int:
         return self.config.slots
+
+    @property
+    def resume_options(self) -> str:  # type: ignore[override]
+        """Where the texts are: no folder remembers it."""
+        return f" --data {shlex.quote(self.config.data)}" if self.config.data else ""
 
     @cached_property
     def corpus(self) -> Corpus:

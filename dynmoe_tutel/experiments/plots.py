@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dynmoe_tutel.experiments.comparison import Comparison
+    from dynmoe_tutel.experiments.table import Spread
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -26,6 +27,13 @@ STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 150
 PANEL = (4.6, 3.5)
+MARK = 10  # half of a mark's side, in pixels
+# Where a name may stand, in points from its mark, the best places first.
+PLACES = tuple(
+    (side * across, up, "left" if side > 0 else "right")
+    for across, up in ((8, 7), (8, -8), (8, 16), (8, -17), (8, 25), (8, -26))
+    for side in (1, -1)
+)
 
 
 def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
@@ -173,20 +181,58 @@ def trade_off(rows: Sequence[Comparison]) -> bytes:
                 ls="",
                 label=_family(row.row),
             )
-            axes.annotate(
-                row.row,
-                (row.activated_parameters / 1e6, 100 * spread.mean),
-                (7, 5),
-                textcoords="offset points",
-                fontsize=8,
-            )
         axes.set(title=title, xlabel="parameters that a token activates, millions")
         axes.margins(x=0.22, y=0.12)
     panels[0].set_ylabel("accuracy, %")
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     note = "mark: mean of the seeds, bar: their standard deviation"
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), title=note)
+    figure.draw_without_rendering()  # where things are is known afterwards
+    for axes, key in zip(panels, ("in_accuracy", "out_accuracy"), strict=True):
+        _name(
+            axes,
+            {row.row: (row.activated_parameters / 1e6, getattr(row, key)) for row in rows},
+            {row.row: COLOURS[families.index(_family(row.row)) % len(COLOURS)] for row in rows},
+        )
     return _png(figure)
+
+
+def _name(axes: Axes, marks: Mapping[str, tuple[float, Spread]], colours: Mapping[str, str]) -> None:
+    """Names beside their marks, each at the place around it where it covers least of names, marks and bars."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.transforms import Bbox
+
+    def box(x: float, low: float, high: float, radius: float) -> Bbox:
+        (left, bottom), (right, top) = axes.transData.transform([(x, 100 * low), (x, 100 * high)])
+        return Bbox.from_extents(left - radius, bottom - radius, right + radius, top + radius)
+
+    symbols = [box(x, spread.mean, spread.mean, MARK) for x, spread in marks.values()]
+    spreads = [(x, spread.mean, spread.deviation or 0.0) for x, spread in marks.values()]
+    bars = [box(x, mean - deviation, mean + deviation, 2) for x, mean, deviation in spreads]
+    names: list[Bbox] = []
+    for name, (x, spread) in sorted(marks.items(), key=lambda mark: (mark[1][0], mark[1][1].mean)):
+        tried = []
+        for place, (across, up, align) in enumerate(PLACES):
+            text = axes.annotate(
+                name,
+                (x, 100 * spread.mean),
+                (across, up),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=8,
+                color=[0.65 * channel for channel in to_rgb(colours[name])],  # dark enough to be read
+                in_layout=False,
+            )
+            extent = text.get_window_extent()
+            covered = [sum(extent.overlaps(other) for other in others) for others in (names, symbols, bars)]
+            outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1
+            tried.append(((covered[0], covered[1] + outside, covered[2], place), text, extent))
+        best = min(tried, key=lambda each: each[0])
+        names.append(best[2])
+        for _, text, _ in tried:
+            if text is not best[1]:
+                text.remove()
 
 
 def _family(row: str) -> str:

@@ -24,6 +24,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
+RUNS = "runs"  # in an experiment's folder: its run folders
 LOGS = (METRICS, EVENTS)
 STEP = "step-"
 
@@ -153,11 +154,13 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a run folder. ValueError where there is none or it is not JSON."""
+    """The configuration in a run folder. ValueError where there is none, or it cannot be read or is not JSON."""
     try:
         config = json.loads((path / CONFIG).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a run folder: it has no {CONFIG}") from None
+    except OSError as error:
+        raise ValueError(f"{path / CONFIG} cannot be read: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / CONFIG} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -171,6 +174,8 @@ def read_log(path: Path, name: str) -> list[dict[str, Any]]:
         content = (path / name).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} is not a run folder: it has no {name}") from None
+    except OSError as error:
+        raise ValueError(f"{path / name} cannot be read: {error.strerror or error}") from error
     whole = content[: content.rfind(b"\n") + 1].splitlines()
     try:
         return [json.loads(line) for line in whole]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_tutel.experiments.run_folder import METRICS, read_log
-from dynmoe_tutel.experiments.runner import RunKey
+from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.meters import layer_scalars
 
 logger = logging.getLogger(__name__)

@@ -79,7 +79,11 @@ def refuse_bad_domains(train_domains: tuple[str, ...]) -> None:
 def parse(content: bytes, name: str) -> list[tuple[float, Example]]:
     """(rating, example) of every line. ValueError that names the line that is not of the form."""
     result = []
-    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}, line {content[: error.start].count(10) + 1}: not UTF-8 ({error.reason})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         fields = line.rstrip("\r").split("\t", 2)

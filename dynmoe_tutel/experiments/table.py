@@ -65,9 +65,9 @@ class RowSummary:
             NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
             per_layer(self.experts_start),
             per_layer(self.experts_end),
-            f"{self.activated_parameters / 1e3:.0f}k",
-            f"{self.total_parameters / 1e3:.0f}k",
-            f"{self.step_ms.mean:.1f}",
+            parameters(self.activated_parameters),
+            parameters(self.total_parameters),
+            f"{self.step_ms.mean:.{1 if self.step_ms.mean < 100 else 0}f}",
         ]
 
 
@@ -190,6 +190,11 @@ def rich_lines(title: str, header: Sequence[str]) -> Table:
 def _title(summaries: Sequence[RowSummary], steps: int) -> str:
     seeds = len(summaries[0].seeds)
     return ONE_SEED_TITLE.format(steps=steps) if seeds == 1 else TITLE.format(seeds=f"{seeds} seeds", steps=steps)
+
+
+def parameters(number: float) -> str:
+    """For example "203k" or "22.7M"."""
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
 
 
 def per_layer(values: Sequence[float], digits: int = 1) -> str:

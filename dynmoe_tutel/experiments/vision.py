@@ -24,7 +24,7 @@ from dynmoe_tutel.experiments.digits import ANGLES, RotatedDigits
 from dynmoe_tutel.experiments.domains import DomainData, LeaveOut
 from dynmoe_tutel.experiments.image_folders import ImageFolders
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
-from dynmoe_tutel.experiments.runner import Part, RunKey, Settings, Task, refuse_bad_choice
+from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.timm_models import build_timm, moe_blocks, read_weights
 from dynmoe_tutel.experiments.vit import ViT, ViTConfig, seeded
 
@@ -71,6 +71,7 @@ class VisionConfig(Settings):
             value = getattr(self, name)
             if not isinstance(value, float) or not 0 <= value < above:
                 raise ValueError(f"{name} must be at least 0 and below {above:g}, got {value!r}")
+        _refuse_bad_device(self.device)
         if self.data == DIGITS:
             refuse_bad_choice("test_domains", self.test_domains, tuple(str(angle) for angle in ANGLES))
 
@@ -107,6 +108,17 @@ class VisionConfig(Settings):
             eval_every=every,
             **short,
         )
+
+
+def _refuse_bad_device(name: str) -> None:
+    """ValueError for what is no device, or none of this machine."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second where torch has no CUDA at all
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch has here, such as cpu, got {name!r}: {reason}") from error
+    if torch.device(name).type == "meta":
+        raise ValueError("device must be one that computes, got 'meta'")
 
 
 def make_config(given: Mapping[str, Any], quick: bool) -> VisionConfig:

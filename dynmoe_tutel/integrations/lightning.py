@@ -7,23 +7,25 @@ task's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dynmoe_tutel.controller import ExpertController, ExpertEvent
 from dynmoe_tutel.integrations import require
-from dynmoe_tutel.integrations.moe_training import MoETraining, checked_options, refuse_without_layers
+from dynmoe_tutel.integrations.moe_training import MoECallback, MoETraining, refuse_without_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
     Callback = require("lightning.pytorch", "lightning").Callback
 
+logger = logging.getLogger(__name__)
+
 # their parameters are not whole: no row is one expert's
 _UNSERVED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
-class DynMoECallback(Callback):
+class DynMoECallback(MoECallback, Callback):
     """Trains the MoE layers of a LightningModule: `Trainer(callbacks=[DynMoECallback(schedule=300)])`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
@@ -43,27 +45,10 @@ class DynMoECallback(Callback):
     """
 
     def __init__(self, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
-        checked_options(aux_weight, options)
-        self._aux_weight = aux_weight
-        self._options = {"schedule": schedule, **options}
-        self._training: MoETraining | None = None
+        super().__init__(aux_weight, {"schedule": schedule, **options})
         self._state_to_load: dict[str, Any] | None = None
         self._steps = 0  # Lightning's, when last looked
-
-    @property
-    def controller(self) -> ExpertController | None:
-        """The controller of the last training; None before one, and where every gate has a fixed k."""
-        return None if self._training is None else self._training.controller
-
-    @property
-    def events(self) -> list[ExpertEvent]:
-        """What grew and what was pruned, oldest first."""
-        return [] if self.controller is None else self.controller.events
-
-    def close(self) -> None:
-        """Leave the model's layers alone, as after training."""
-        if self._training is not None:
-            self._training.close()
+        self._goes_on = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _refuse_unserved(trainer)
@@ -73,12 +58,18 @@ class DynMoECallback(Callback):
             state = self._training.state_dict()  # the same trainer goes on
         self.close()
         self._training = MoETraining(pl_module, trainer.optimizers, self._aux_weight, self._options)
+        self._goes_on = state is not None
         if state is not None:
             self._training.load_state_dict(state)
             self._state_to_load = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps = trainer.global_step
+        if self._steps > 0 and not self._goes_on:
+            logger.warning(
+                "the checkpoint of step %d was written without DynMoECallback: the adaptive process starts anew",
+                self._steps,
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._training is not None

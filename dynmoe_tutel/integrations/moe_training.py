@@ -1,4 +1,4 @@
-"""`MoETraining`: what the callback of every host does with a model's MoE layers while the host trains it.
+"""What every host's callback does with a model's MoE layers while the host trains it: `MoECallback`, `MoETraining`.
 
 The controller, the gradient of the auxiliary loss and the scalars, with one state over all of them. Depends on
 controller and meters; knows no host.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_tutel import meters
-from dynmoe_tutel.controller import ExpertController, ExpertEvent
+from dynmoe_tutel.controller import ExpertController, ExpertEvent, Schedule
 from dynmoe_tutel.integrations.auxiliary_gradient import AuxiliaryGradient
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,14 @@ _CONTROLLER_OPTIONS = tuple(inspect.signature(ExpertController).parameters)[2:] 
 
 
 def checked_options(aux_weight: float, options: Mapping[str, Any]) -> None:
-    """ValueError where `aux_weight` is no finite number or an option is none of `ExpertController`'s."""
+    """ValueError where `aux_weight` is no finite number, an option is none of `ExpertController`'s, or for a schedule
+    that is none."""
     if isinstance(aux_weight, bool) or not isinstance(aux_weight, int | float) or not 0 <= aux_weight < math.inf:
         raise ValueError(f"aux_weight must be a number of at least 0, got {aux_weight!r}")
     unknown = [name for name in options if name not in _CONTROLLER_OPTIONS]
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}: allowed are aux_weight, {', '.join(_CONTROLLER_OPTIONS)}")
+    Schedule.of(options.get("schedule"))
 
 
 def refuse_without_layers(model: nn.Module) -> None:
@@ -41,6 +43,31 @@ def refuse_without_layers(model: nn.Module) -> None:
         raise ValueError(
             f"model must have a dynmoe_tutel.MoELayer for DynMoECallback, got a {type(model).__name__} without one"
         )
+
+
+class MoECallback:
+    """What the callbacks of all hosts share: their options, and what there is to read of the last training."""
+
+    def __init__(self, aux_weight: float, options: Mapping[str, Any]) -> None:
+        checked_options(aux_weight, options)
+        self._aux_weight = aux_weight
+        self._options = dict(options)
+        self._training: MoETraining | None = None
+
+    @property
+    def controller(self) -> ExpertController | None:
+        """The controller of the last training; None before one, and where every gate has a fixed k."""
+        return None if self._training is None else self._training.controller
+
+    @property
+    def events(self) -> list[ExpertEvent]:
+        """What grew and what was pruned, oldest first."""
+        return [] if self.controller is None else self.controller.events
+
+    def close(self) -> None:
+        """Leave the model's layers alone, as after training; only needed where the host could not say that it ended."""
+        if self._training is not None:
+            self._training.close()
 
 
 class MoETraining:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, write_checkpoint
-from dynmoe_tutel.controller import ExpertController, ExpertEvent
 from dynmoe_tutel.integrations import require
-from dynmoe_tutel.integrations.moe_training import MoETraining, checked_options, refuse_without_layers
+from dynmoe_tutel.integrations.moe_training import MoECallback, MoETraining, refuse_without_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,7 +30,7 @@ FOLDER = "dynmoe"  # in every checkpoint-N
 STATE_KEY = "dynmoe_tutel"  # in trainer_state.json, under stateful_callbacks
 
 
-class DynMoECallback(TrainerCallback):
+class DynMoECallback(MoECallback, TrainerCallback):
     """Trains the MoE layers of a Trainer's model: `trainer.add_callback(DynMoECallback(trainer, schedule=300))`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
@@ -50,29 +49,13 @@ class DynMoECallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
-        checked_options(aux_weight, options)
+        super().__init__(aux_weight, {"schedule": schedule, **options})
+        if not hasattr(trainer, "callback_handler"):
+            raise ValueError(f"trainer must be the transformers.Trainer itself, got {type(trainer).__name__}")
         refuse_without_layers(trainer.model)  # type: ignore[arg-type]
         self._trainer = trainer
-        self._aux_weight = aux_weight
-        self._options = {"schedule": schedule, **options}
-        self._training: MoETraining | None = None
         self._session = ""
         self._refuse_unserved()
-
-    @property
-    def controller(self) -> ExpertController | None:
-        """The controller of the last training; None before one, and where every gate has a fixed k."""
-        return None if self._training is None else self._training.controller
-
-    @property
-    def events(self) -> list[ExpertEvent]:
-        """What grew and what was pruned, oldest first."""
-        return [] if self.controller is None else self.controller.events
-
-    def close(self) -> None:
-        """Leave the model's layers alone; only needed where training ended by an exception."""
-        if self._training is not None:
-            self._training.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -108,17 +108,20 @@ def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
 ) -> None:
     """Stopped inside a record window of the second run; the runs after it are known to --resume."""
     path, train_step = tmp_path / "job", Run.train_step
+    handler, handlers = signal.getsignal(signal.SIGINT), []
 
     def interrupted(run: Run) -> None:
         train_step(run)
         if (run.name, run.step) == ("dynmoe-seed0", 3) and run.folder.path != Path():
             os.kill(os.getpid(), signal.SIGINT)
+            handlers.append(signal.getsignal(signal.SIGINT))
 
     monkeypatch.setattr(Run, "train_step", interrupted)
     console = tiny_job.quiet()
     estimate = experiment.estimate
     monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)
     assert experiment.start(task(), path, console) == 130
+    assert handlers == [handler], "a second Ctrl-C stops at once"
     assert f"dynmoe-tutel experiment tiny --resume {path}" in console.file.getvalue()  # type: ignore[attr-defined]
     assert not (path / "table.json").exists()
     monkeypatch.setattr(Run, "train_step", train_step)
@@ -141,6 +144,48 @@ def test_other_protocols_and_other_folders_are_refused(whole: Path, tmp_path: Pa
     (other / "config.json").write_text(json.dumps({**about, "experiment": "vision"}))
     with pytest.raises(ValueError, match="holds a job of 'vision', not of 'tiny'"):
         start(other)
+    (other / "config.json").write_text(json.dumps({"experiment": "tiny"}))
+    with pytest.raises(ValueError, match="has no protocol: it is damaged or of another version"):
+        start(other)
+    (other / "config.json").write_text(json.dumps(about))
+    (other / RUNS / "dense-seed0" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no axes: it is damaged or of another version"):
+        experiment.resume(other, make_task, tiny_job.quiet())
+    (other / "config.json").unlink()
+    (other / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: Is a directory"):
+        experiment.resume(other, make_task, tiny_job.quiet())
+
+
+def test_options_that_no_model_can_be_built_with_leave_the_folder_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the protocol of a mistake in it, the folder would refuse the command put right."""
+
+    def build(*_: Any) -> Any:
+        raise ValueError("layers: FFN 99 of 6")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyTask, "build", build)
+        with pytest.raises(ValueError, match="FFN 99"):
+            start(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_not_finished_is_in_no_plot(whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where parts are left out in turn, a row may be finished for one and not for another."""
+    metrics, events = experiment.read_runs(whole)
+    lines = [{**line, "test": "b"} for line in metrics]
+    lines += [{**line, "test": "a"} for line in metrics if line["row"] == "dense" or line["step"] == 0]
+    monkeypatch.setattr(experiment, "read_runs", lambda _: (lines, [{**event, "test": "b"} for event in events]))
+    drawn: list[Any] = []
+    monkeypatch.setattr(results, "draw", lambda *given: drawn.append(given) or {})
+    console = tiny_job.quiet()
+    experiment._report(task(), tmp_path, console)
+    ((metrics, events, rows, _),) = drawn
+    assert ({line["row"] for line in metrics}, list(rows), events) == ({"dense"}, ["dense"], [])
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "The rows are not means over the same seeds and parts left out: do the runs that are missing." in text
 
 
 def test_a_finished_run_keeps_its_gates_alone_and_can_be_inspected(whole: Path) -> None:
@@ -153,6 +198,8 @@ def test_a_finished_run_keeps_its_gates_alone_and_can_be_inspected(whole: Path) 
     console = tiny_job.quiet()
     inspect(whole / RUNS / "dynmoe-seed0", console)
     assert "blocks.3.mlp" in console.file.getvalue()  # type: ignore[attr-defined]
+    inspect(whole, console)  # all runs of the experiment
+    assert all(f"dynmoe-seed{seed}, step 8" in console.file.getvalue() for seed in (0, 1))  # type: ignore[attr-defined]
 
 
 def test_every_picture_is_drawn(whole: Path) -> None:
@@ -239,6 +286,26 @@ def test_trade_off_marks_every_row() -> None:
     for position, expected in enumerate(([True, True], [False, True], [False, True])):
         colour = np.array([int(plots.COLOURS[position][i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert [bool((np.abs(each - colour).max(-1) < 0.02).sum() > 50) for each in pictures] == expected
+
+
+def test_names_in_the_trade_off_do_not_cover_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points as of a real run: pairs at almost the same place."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
+    places = [(0.20, 0.78), (0.21, 0.78), (0.212, 0.779), (0.44, 0.73), (0.44, 0.73), (0.47, 0.731)]
+    names = ("dense", "top-1-of-8", "top-1-of-16", "top-4-of-8", "top-4-of-16", "dynmoe")
+    points = dict(zip(names, places, strict=True))
+    rows = [
+        Comparison(name, (0,), Spread(y, 0.01), Spread(y, None), None, [], [], 1e6 * x, 1e6 * x, Spread(1.0, None))
+        for name, (x, y) in points.items()
+    ]
+    plots.trade_off(rows)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+        assert boxes.keys() == points.keys()
+        assert not [(a, b) for a in boxes for b in boxes if a < b and boxes[a].overlaps(boxes[b])]
 
 
 def test_rows_have_names_an_order_and_options() -> None:

@@ -108,6 +108,14 @@ def test_one_class_is_refused(tree: Path) -> None:
         ImageFolders(tree, 16)
 
 
+def test_a_domain_without_classes_is_not_left_out_without_a_word(tree: Path) -> None:
+    (tree / "cartoon").mkdir()
+    assert ImageFolders(tree, 16).domains == ("art", "photo", "sketch")  # empty, as archives leave them
+    shutil.copy(tree / "art" / "dog" / "pic_001.jpg", tree / "cartoon")
+    with pytest.raises(ValueError, match="PACS has images without classes in cartoon: DATA/<domain>"):
+        ImageFolders(tree, 16)
+
+
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder; expected is DATA/<domain>/<class>/<image>"):
         ImageFolders(tmp_path / "nowhere", 16)
@@ -124,6 +132,23 @@ def test_broken_images_are_named_before_and_during_training(tree: Path) -> None:
     (tree / "photo" / "dog" / "pic_002.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"photo/dog/pic_002\.jpg cannot be read as an image"):
         data.check_headers()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line_from_a_worker_too(tree: Path, workers: int) -> None:
+    for file in (tree / "art").rglob("*.jpg"):
+        file.write_bytes(file.read_bytes()[:-20])
+    split = LeaveOut(ImageFolders(tree, 16), ["art"], 0, 2)
+    with pytest.raises(ValueError, match=r"^data: .*\.jpg cannot be read as an image .*anew$") as error:
+        list(split.evaluated("art", workers))
+    assert "\n" not in str(error.value)
+
+
+def test_links_that_lead_nowhere_are_named(tree: Path) -> None:
+    """They would be left out without a word, and the splits be others."""
+    (tree / "art" / "dog" / "pic_009.jpg").symlink_to(tree / "gone.jpg")
+    with pytest.raises(ValueError, match=r"art/dog holds links that lead nowhere \(pic_009\.jpg\)"):
+        ImageFolders(tree, 16)
 
 
 def test_too_few_images_of_a_domain(tree: Path) -> None:

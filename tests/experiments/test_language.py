@@ -23,7 +23,8 @@ from dynmoe_tutel.experiments.corpus import Corpus, Example
 from dynmoe_tutel.experiments.experiment import RUNS
 from dynmoe_tutel.experiments.language import GROUP, LanguageConfig, LanguageTask
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
-from dynmoe_tutel.experiments.runner import Run, RunKey
+from dynmoe_tutel.experiments.runner import Run
+from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.meters import moe_layers
 
 pytest.importorskip("transformers")
@@ -188,6 +189,7 @@ def test_command_line_makes_a_table_and_refuses_bad_input(config: LanguageConfig
     done = call(*given, "--rows", "dense,dynmoe", "--steps", "4", "--batch", "4", "--out", str(tmp_path / "job"))
     assert done.exit_code == 0, done.output
     assert "2 runs of 4 steps: about" in done.stdout
+    assert f"--resume {tmp_path / 'job'} --data {config.data} goes on" in " ".join(done.stdout.split())
     assert "x" in done.stdout
     assert "| dynmoe | 1 |" in (tmp_path / "job" / "table.md").read_text()
     for arguments, message in (
@@ -199,6 +201,7 @@ def test_command_line_makes_a_table_and_refuses_bad_input(config: LanguageConfig
         (["--resume", str(tmp_path)], "is not a run folder"),
         ([*given[2:], "--data", str(tmp_path / "absent")], "does not exist"),
         (["--data", config.data, "--model", str(tmp_path)], "cannot be loaded by transformers"),
+        ([*given, "--layers", "7", "--out", str(tmp_path / "other")], "layers: FFN 7 of 3"),
     ):
         refused = call(*arguments)
         assert refused.exit_code == 2, refused.output

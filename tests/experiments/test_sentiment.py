@@ -126,6 +126,8 @@ def test_lines_are_read_and_bad_ones_named() -> None:
     ]
     with pytest.raises(ValueError, match=r"x, line 2: not 'id<tab>rating<tab>text': '2 1.0 no tabs'"):
         parse(b"1\t1\tfine\n2 1.0 no tabs\n", "x")
+    with pytest.raises(ValueError, match="x, line 2: not UTF-8"):
+        parse(b"1\t1\tfine\n2\t1\t\xff\n", "x")
 
 
 def test_no_text_and_no_document_is_on_both_sides(texts: dict[str, bytes], tmp_path: Path) -> None:

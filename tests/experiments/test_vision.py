@@ -24,9 +24,11 @@ from dynmoe_tutel.experiments import experiment, plots, results, vision
 from dynmoe_tutel.experiments.comparison import summarise
 from dynmoe_tutel.experiments.digits import RotatedDigits
 from dynmoe_tutel.experiments.run_folder import checkpoints_of
-from dynmoe_tutel.experiments.runner import Run, RunKey
+from dynmoe_tutel.experiments.runner import Run
+from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.experiments.vision import VisionConfig, VisionTask, make_config
 
+ESTIMATE = experiment.estimate  # which the tests replace
 TINY = VisionConfig(
     rows=("dense", "dynmoe"),
     seeds=(0,),
@@ -207,6 +209,13 @@ def test_rows_start_as_the_dense_model_computes() -> None:
             assert torch.allclose(model(image), dense, atol=1e-5), row
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_jobs_of_fewer_steps_than_are_timed_have_an_estimate(steps: int) -> None:
+    """A task has batches for its steps alone: the third ended in StopIteration."""
+    task = VisionTask(replace(TINY, steps=steps))
+    assert ESTIMATE(task, task.plan[:1]) > 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -218,11 +227,18 @@ def test_rows_start_as_the_dense_model_computes() -> None:
         ({"workers": -1}, "workers is about a tree of images"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1, got 1.0"),
         ({"data": Path("nowhere")}, "nowhere is not a folder"),
+        ({"device": "cuda"}, "device is about a tree of images"),
     ],
 )
 def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(given, False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
+def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one that .*{device}"):
+        VisionConfig(device=device)
 
 
 def test_a_tree_of_images_with_a_model_of_timm_from_the_command_line(tmp_path: Path) -> None:

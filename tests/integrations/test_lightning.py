@@ -186,6 +186,21 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert {event.step for event in other[2].events} <= {3, 5}
 
 
+def test_resume_of_a_run_without_the_callback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.fit(Module(), loader())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with caplog.at_level("WARNING", "dynmoe_tutel"):
+        _, _, callback = run(tmp_path, epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert "step 4 was written without DynMoECallback: the adaptive process starts anew" in caplog.text
+    assert callback.controller.steps == 2
+    caplog.clear()
+    with caplog.at_level("WARNING", "dynmoe_tutel"):
+        run(tmp_path / "whole", epochs=1)
+        run(tmp_path / "resumed", epochs=2, ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    assert not caplog.text
+
+
 def test_fitting_on_continues(tmp_path: Path) -> None:
     """In the middle of a window, with the optimizers that Lightning makes anew."""
     module, trainer, callback = run(tmp_path, epochs=2)
@@ -235,6 +250,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         trainer_of(tmp_path, DynMoECallback(3)).fit(Dense(), loader())
     with pytest.raises(ValueError, match="unknown option 'pacience'"):
         DynMoECallback(pacience=2)
+    with pytest.raises(ValueError, match="schedule must be a Schedule"):
+        DynMoECallback(schedule="often")
     with pytest.raises(ValueError, match="aux_weight must be a number"):
         DynMoECallback(aux_weight=-1)
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `DynMoECallback`"):
