@@ -212,7 +212,7 @@ def token_gradient(
     """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines over ||x|| [T, E]."""
     (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
-    d_score_TE, d_cos_TE = torch.empty_like(score_TE), torch.empty_like(score_TE)
+    d_score_TE, d_cos_TE = score_TE.new_empty((T, E)), score_TE.new_empty((T, E))
     if T:
         block_d = triton.next_power_of_2(max(D, 16))
         token_gradient_kernel[(T,)](
@@ -221,10 +221,10 @@ def token_gradient(
             d_y_TO,
             d_y_TO if b2_EO is None else b2_EO,
             parts_AN,
-            score_TE,
-            inv_norm_T,
-            unrouted_T,
-            bits_TW,
+            score_TE.contiguous(),
+            inv_norm_T.contiguous(),
+            unrouted_T.contiguous(),
+            bits_TW.contiguous(),
             unit_ED,
             scale,
             token_offsets,
