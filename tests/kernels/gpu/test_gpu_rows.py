@@ -123,9 +123,9 @@ def test_gate_values(shape: tuple, spare: int | None, device: str, poisoned: Non
         assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("spare", [None, 5])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 40, 3, 0.9)], ids=str)  # the last: more of a token than a tile holds
 def test_gate_gradients(
     shape: tuple, spare: int | None, straight_through: bool, centred: bool, device: str, poisoned: None
 ) -> None:
@@ -136,3 +136,16 @@ def test_gate_gradients(
     found = gpu.row_gates_backward(*batch.on(d_gate, batch.unrouted_T, *batch.index), straight_through, centred)
     assert found.shape == (shape[0], shape[1])
     assert relative_rms(found, expected) < 1e-6
+
+
+def test_few_programs_walk_all_rows(device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of many rows, where there are more blocks than programs."""
+    batch = Batch(20, 4, 2500, 0.6, device, 9)
+    x, value = batch.draw(20, 2500), batch.draw(20, 4)
+    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(gpu, "GATE_ROWS", 4)
+    monkeypatch.setattr(gpu.configs, "processors", lambda device: 2)
+    _, *index = batch.index
+    assert torch.equal(gpu.dispatch(*batch.on(x, *index))[: batch.A].cpu(), rows.dispatch(x, *index)[: batch.A])
+    found = gpu.row_gates(value.to(device), None, *batch.on(batch.unrouted_T, *batch.index), False)
+    assert torch.equal(found.cpu(), rows.row_gates(value, None, batch.unrouted_T, *batch.index, False))
