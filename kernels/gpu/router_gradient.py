@@ -28,9 +28,7 @@ def unit_vectors_kernel(
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
         total += v * v
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
-    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)
-    if FINITE:
-        inverse = tl.where(norm < float("inf"), inverse, 0.0)
+    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)  # 0 also of NaN and inf
     tl.store(inv_norm + e, inverse)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
