@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import kernels, losses
 from .expert_capacity import CriticalData, critical_data, expert_capacity, locations
+from .kernels.checks import FLOATS
 from .layer import MoELayer
 from .options import number, positive_int
 from .padded_rows import PaddedRows
@@ -54,15 +55,15 @@ def top_any_routing(
     best expert, as eval does. Differentiable in x, sim_matrix, gates and scale through the combine.
     """
     for name, tensor in (("x", x), ("sim_matrix", sim_matrix)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point matrix, got {describe(tensor)}")
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a floating-point matrix of 16, 32 or 64 bits, got {describe(tensor)}")
     D, E = sim_matrix.shape
     if x.shape[1] != D:
         raise ValueError(f"x must be [T, D] and sim_matrix [D, E], got {list(x.shape)} and {list(sim_matrix.shape)}")
     mask = torch.ones(E, device=x.device) if experts_mask is None else experts_mask
     for name, tensor in (("gates", gates), ("experts_mask", mask)):
-        if tensor.shape != (E,):
-            raise ValueError(f"{name} must have shape [{E}], one entry an expert, got {list(tensor.shape)}")
+        if not isinstance(tensor, Tensor) or tensor.shape != (E,) or tensor.is_complex():
+            raise ValueError(f"{name} must have shape [{E}], one real number an expert, got {describe(tensor)}")
     for name, tensor in (("sim_matrix", sim_matrix), ("gates", gates), ("experts_mask", mask)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one with .to()")

@@ -127,8 +127,15 @@ class Routing:
         if not isinstance(assigned, Tensor) or assigned.dtype != torch.bool or assigned.dim() != 2:
             raise ValueError(f"assigned must be bool [T, E], got {describe(assigned)}")
         for name, tensor in (("scores", scores), ("weights", weights)):
-            if tensor is not None and not (tensor.shape == assigned.shape and tensor.is_floating_point()):
-                raise ValueError(f"{name} must be floating point {list(assigned.shape)}, got {describe(tensor)}")
+            if tensor is not None and not (
+                isinstance(tensor, Tensor)
+                and tensor.shape == assigned.shape
+                and tensor.is_floating_point()
+                and tensor.device == assigned.device
+            ):
+                raise ValueError(
+                    f"{name} must be floating point {list(assigned.shape)} on {assigned.device}, got {describe(tensor)}"
+                )
         check_capacity(capacity)
         if scores is None:
             scores = assigned.float() if weights is None else weights
@@ -199,14 +206,22 @@ class Routing:
 
     def dispatch(self, x_TD: Tensor) -> Tensor:
         """Token rows to expert rows, [T, D] to [rows, D]."""
+        self._expect_here("x_TD", x_TD)
         return kernels.dispatch(x_TD, self.token_offsets, self.token_of_row, self.row_of_assignment)
 
     def sum(self, rows_AD: Tensor) -> Tensor:
         """Expert rows back to tokens, [rows, D] to [T, D]: the sum, whatever their weights."""
+        self._expect_here("rows_AD", rows_AD)
         return kernels.combine(rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, False)
 
     def combine(self, rows_AD: Tensor) -> Tensor:
         """Expert rows back to tokens, [rows, D] to [T, D]: the mean, or with `weights` (already in them) the sum."""
+        self._expect_here("rows_AD", rows_AD)
         return kernels.combine(
             rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, self.weights is None
         )
+
+    def _expect_here(self, name: str, tensor: Tensor) -> None:
+        device = self.token_offsets.device
+        if not isinstance(tensor, Tensor) or tensor.device != device:
+            raise ValueError(f"{name} must be a tensor on {device}, as the routing, got {describe(tensor)}")

@@ -1,8 +1,9 @@
-"""What the operations refuse, by shapes and dtypes alone: no value is looked at, so that nothing waits for a device."""
+"""What the operations refuse, by shapes, dtypes and devices: no value is looked at, so that nothing waits for one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,21 +14,41 @@ from .activations import ACTIVATIONS
 
 P = ParamSpec("P")
 R = TypeVar("R")
+INDEX = ("expert_offsets", "token_offsets", "token_of_row", "row_of_assignment")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def checked(check: Callable[P, None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """An implementation that calls `check` with its arguments first; `engine.on_gpu` does so for that of a GPU."""
+    """An implementation that first calls `check` with its arguments, whose tensors must be on one device.
+
+    `engine.on_gpu` does the same for the implementation of a GPU.
+    """
 
     def decorate(implementation: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(implementation).parameters)
+
+        def check_all(*args: P.args, **kwargs: P.kwargs) -> None:
+            expect_one_device((*zip(names, args, strict=False), *kwargs.items()))
+            check(*args, **kwargs)
+
         @wraps(implementation)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            check(*args, **kwargs)
+            check_all(*args, **kwargs)
             return implementation(*args, **kwargs)
 
-        run.check = check  # type: ignore[attr-defined]
+        run.check = check_all  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+def expect_one_device(arguments: Iterable[tuple[str, object]]) -> None:
+    """ValueError unless all tensors among the named arguments are where the first of them is."""
+    tensors = [(name, value) for name, value in arguments if isinstance(value, Tensor)]
+    first, device = tensors[0][0], tensors[0][1].device
+    for name, tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {device}: move one with .to()")
 
 
 def expect(
@@ -40,13 +61,17 @@ def expect(
 
 
 def expect_matrix(name: str, tensor: Tensor, meaning: str, dims: int = 2) -> None:
-    """ValueError unless `tensor` is of a floating type and of so many dimensions."""
-    if tensor.dim() != dims or not tensor.is_floating_point():
-        raise ValueError(f"{name} must be {meaning} of a floating type, got {_about(tensor)}")
+    """ValueError unless `tensor` is of one of FLOATS and of so many dimensions."""
+    if tensor.dim() != dims or tensor.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise ValueError(f"{name} must be {meaning} of a floating type ({allowed}), got {_about(tensor)}")
 
 
 def expect_index(T: int, E: int | None, index: Sequence[Tensor | None]) -> int:
-    """Checks expert_offsets (or None), token_offsets, token_of_row and row_of_assignment; the length of row arrays."""
+    """Checks expert_offsets (or None), token_offsets, token_of_row and row_of_assignment; the length of row arrays.
+
+    Kernels walk them by address: they must be contiguous.
+    """
     expert_offsets, token_offsets, token_of_row, row_of_assignment = index
     assert token_of_row is not None
     if E is not None:
@@ -55,6 +80,9 @@ def expect_index(T: int, E: int | None, index: Sequence[Tensor | None]) -> int:
     rows = token_of_row.numel()
     expect("token_of_row", token_of_row, (rows,), "[rows]", torch.int32)
     expect("row_of_assignment", row_of_assignment, (rows,), "[rows], as token_of_row,", torch.int32)
+    for name, tensor in zip(INDEX, index, strict=True):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}: call .contiguous()")
     return rows
 
 

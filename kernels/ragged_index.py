@@ -17,6 +17,7 @@ from .checks import checked, expect, expect_matrix
 from .engine import on_gpu
 
 WORD = 64
+MOST_ROWS = 2**31 - 1  # an index of int32 holds
 # eight 0/1 bytes times this hold their low bits, in order, in the top byte
 _GATHER_LOW_BITS = 0x0102040810204080
 
@@ -60,6 +61,7 @@ def pack_bits(assigned_TE: Tensor) -> Tensor:
 
 def unpack_bits(bits_TW: Tensor, num_experts: int) -> Tensor:
     """[T, W] int64 to [T, E] bool, the inverse of `pack_bits`."""
+    _check_bits(bits_TW, num_experts)
     T, W = bits_TW.shape
     shift = torch.arange(8, dtype=torch.uint8, device=bits_TW.device)
     octets = bits_TW.contiguous().view(torch.uint8).view(T, W * 8, 1)
@@ -83,6 +85,10 @@ def _check_index(bits_TW: Tensor, num_experts: int, capacity: int = -1, block_co
     if num_experts < 1:
         raise ValueError(f"num_experts = {num_experts}: give at least 1")
     T = _check_bits(bits_TW, num_experts)
+    if not -1 <= capacity <= MOST_ROWS:
+        raise ValueError(
+            f"capacity = {capacity}: give a number of rows from 0 to {MOST_ROWS}, or -1 for as many as are"
+        )
     counts = -(-T // block_tokens(num_experts)) * num_experts
     expect("block_counts", block_counts, (counts,), "[blocks of tokens * E]", torch.int32)
 
@@ -152,8 +158,9 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
     if excess <= 0:
         return bits_TW.clone(), dropped
     margin_A = margin_TE.reshape(-1)[pair_A]
-    limit = margin_A.kthvalue(excess).values
-    nan_A = margin_A.isnan()  # above +inf, and equal to each other, as to kthvalue
+    # not kthvalue, which torch's deterministic mode refuses on a GPU
+    limit = margin_A.topk(excess, largest=False, sorted=False).values.max()
+    nan_A = margin_A.isnan()  # above +inf, and equal to each other, as to topk
     below = torch.where(limit.isnan(), ~nan_A, margin_A < limit)
     equal = torch.where(limit.isnan(), nan_A, margin_A == limit).nonzero().squeeze(1)
     assigned_TE.view(-1)[pair_A[below]] = False

@@ -129,7 +129,18 @@ def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor)
     return token_of_row[:A].long() * num_experts + expert_A
 
 
+def _check_row_gates(  # type: ignore[no-untyped-def]
+    value_TE, threshold_E, unrouted_T, expert_offsets, token_offsets, token_of_row, row_of_assignment, centred
+) -> None:
+    expect_matrix("value_TE", value_TE, "[T, E]")
+    T, E = value_TE.shape
+    expect("threshold_E", threshold_E, (E,), "[E]")
+    expect("unrouted_T", unrouted_T, (T,), "[T]", torch.bool)
+    expect_index(T, E, (expert_offsets, token_offsets, token_of_row, row_of_assignment))
+
+
 @torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=())
+@checked(_check_row_gates)
 def row_gates(
     value_TE: Tensor,
     threshold_E: Tensor | None,

@@ -9,10 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import checked, expect, expect_matrix
+
 SIZE, STRIDE, SEEN = range(3)  # entries of `state`
 
 
+def _check(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
+    expect_matrix("sample_ND", sample_ND, "[N + 1, D]")
+    if sample_ND.shape[0] < 2:
+        raise ValueError(f"sample_ND must have room for a row and a scratch row, got shape {list(sample_ND.shape)}")
+    expect("state", state, (3,), "(size, stride, seen)", torch.int64)
+    expect_matrix("x_TD", x_TD, "[T, D]")
+    T = x_TD.shape[0]
+    expect("x_TD", x_TD, (T, sample_ND.shape[1]), "[T, D], with the D of sample_ND,")
+    expect("chosen_T", chosen_T, (T,), "[T]", torch.bool)
+
+
 @torch.library.custom_op("dynmoe_tutel::keep_strided", mutates_args=("sample_ND", "state"))
+@checked(_check)
 def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
     """Add the rows of x_TD where chosen_T to sample_ND [N + 1, D], whose last row is scratch; at most N are kept.
 

@@ -41,12 +41,15 @@ def _check(  # type: ignore[no-untyped-def]
     expect_matrix("x_TD", x_TD, "[T, D]")
     expect_matrix("w_DE", w_DE, "[D, E]")
     (T, D), E = x_TD.shape, w_DE.shape[1]
+    if E == 0:
+        raise ValueError(f"w_DE must have a column an expert and at least one, got shape {list(w_DE.shape)}")
     expect("w_DE", w_DE, (D, E), "[D, E]")
+    expect_matrix("threshold_E", threshold_E, "[E]", 1)
     expect("threshold_E", threshold_E, (E,), "[E]")
     expect("active_E", active_E, (E,), "[E]", torch.bool)
     expect("token_mask_T", token_mask_T, (T,), "[T]", torch.bool)
-    if scale.numel() != 1:
-        raise ValueError(f"scale must be one number, got shape {list(scale.shape)}")
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(f"scale must be one number of a floating type, got {scale.dtype} {list(scale.shape)}")
 
 
 @torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())

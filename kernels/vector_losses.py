@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
+from .checks import checked, expect, expect_matrix
 from .engine import on_gpu
 from .threshold_gate import gate_dtype, inverse_norm
 
 
+def _check(w_DE: Tensor, active_E: Tensor) -> None:
+    expect_matrix("w_DE", w_DE, "[D, E]")
+    expect("active_E", active_E, (w_DE.shape[1],), "[E]", torch.bool)
+
+
 @torch.library.custom_op("dynmoe_tutel::vector_losses", mutates_args=())
+@checked(_check)
 @without_autocast
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 where no slot is active.

@@ -169,5 +169,30 @@ def test_bad_arguments_are_refused() -> None:
         moe.moe_layer("top_any", 4, {"hidden_size_per_expert": 4}, capacity=0)
     with pytest.raises(ValueError, match=r"x must be \[T, D\] and sim_matrix \[D, E\], got \[3, 4\] and \[5, 2\]"):
         moe.top_any_routing(torch.ones(3, 4), torch.ones(5, 2), torch.ones(2))
-    with pytest.raises(ValueError, match=r"gates must have shape \[2\], one entry an expert, got \[3\]"):
+    with pytest.raises(ValueError, match=r"gates must have shape \[2\], one real number an expert, got float32 \[3\]"):
         moe.top_any_routing(torch.ones(3, 4), torch.ones(4, 2), torch.ones(3))
+
+
+@pytest.mark.parametrize("value", [None, 3, "a", [1.0], torch.ones(3, device="meta"), torch.ones(3).cfloat()], ids=repr)
+def test_what_is_no_tensor_of_this_device_is_refused_by_name(value: object) -> None:
+    """As the last argument of each: by ValueError, where attributes were asked of it or the dispatcher complained."""
+    x, w, G, assigned = torch.ones(4, 8), torch.ones(8, 3), torch.zeros(3), torch.ones(4, 3).bool()
+    routing = Routing.from_assignments(assigned)
+    calls = {
+        "gates": lambda: moe.top_any_routing(x, w, value),
+        "experts_mask": lambda: moe.top_any_routing(x, w, G, value),
+        "scores": lambda: Routing.from_assignments(assigned, value),
+        "weights": lambda: Routing.from_assignments(assigned, weights=value),
+        "x_TD": lambda: routing.dispatch(value),
+        "rows_AD": lambda: routing.combine(value),
+    }
+    for name, call in calls.items():
+        if value is None and name in ("experts_mask", "scores", "weights"):
+            continue  # the default
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+def test_float8_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="x must be a floating-point matrix of 16, 32 or 64 bits, got float8"):
+        moe.top_any_routing(torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(8, 3), torch.zeros(3))

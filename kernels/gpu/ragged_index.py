@@ -119,7 +119,7 @@ def fill_kernel(
     if PAD:
         tail = tl.arange(0, TAIL)
         stride = tl.num_programs(0).to(tl.int64) * TAIL
-        for first in range(A.to(tl.int64) + block * TAIL, R, stride):
+        for first in range(A.to(tl.int64) + block.to(tl.int64) * TAIL, R, stride):
             at = first + tail
             none = tl.full((TAIL,), -1, tl.int32)
             tl.store(token_of_row + at, none, mask=at < R)

@@ -28,9 +28,7 @@ def unit_vectors_kernel(
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
         total += v * v
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
-    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)
-    if FINITE:
-        inverse = tl.where(norm < float("inf"), inverse, 0.0)
+    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)  # 0 also of NaN and inf
     tl.store(inv_norm + e, inverse)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
@@ -212,7 +210,7 @@ def token_gradient(
     """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines over ||x|| [T, E]."""
     (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
-    d_score_TE, d_cos_TE = torch.empty_like(score_TE), torch.empty_like(score_TE)
+    d_score_TE, d_cos_TE = score_TE.new_empty((T, E)), score_TE.new_empty((T, E))
     if T:
         block_d = triton.next_power_of_2(max(D, 16))
         token_gradient_kernel[(T,)](
@@ -221,10 +219,10 @@ def token_gradient(
             d_y_TO,
             d_y_TO if b2_EO is None else b2_EO,
             parts_AN,
-            score_TE,
-            inv_norm_T,
-            unrouted_T,
-            bits_TW,
+            score_TE.contiguous(),
+            inv_norm_T.contiguous(),
+            unrouted_T.contiguous(),
+            bits_TW.contiguous(),
             unit_ED,
             scale,
             token_offsets,

@@ -272,7 +272,7 @@ def row_gates_backward(
         return d_value_TE
     row_values_backward_kernel[(triton.cdiv(T, GATE_TOKENS),)](
         d_gate_A.contiguous(),
-        unrouted_T,
+        unrouted_T.contiguous(),
         expert_offsets,
         token_offsets,
         row_of_assignment,

@@ -171,7 +171,7 @@ def score_gradient_kernel(
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = (t < T)[:, None] & (e < E)[None, :]
     row = t.to(tl.int64)[:, None]
-    ds = tl.load(d_score + row * stride_t + e[None, :] * stride_e, mask=mask, other=0.0)
+    ds = tl.load(d_score + row * stride_t + e.to(tl.int64)[None, :] * stride_e, mask=mask, other=0.0)
     s = tl.load(score + row * E + e[None, :], mask=mask, other=0.0)
     over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tl.load(scale).to(tl.float32)
     grad = tl.where(ds == 0, 0.0, (1.0 - s) * s * ds * over_norm[:, None])  # the score of an inactive slot may be NaN

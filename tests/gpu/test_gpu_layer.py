@@ -231,6 +231,23 @@ def test_what_a_bound_drops_is_what_the_cpu_drops(E: int, distinct: bool, device
         assert int(count) == int(dropped)
 
 
+@pytest.mark.parametrize(("T", "E"), [(70_001, 8), (40_000, 200)])
+def test_indices_of_many_tokens(T: int, E: int, device: str, poisoned: None) -> None:
+    """More than 1,024 blocks: the prefixes take several steps, the choice several tiles a program."""
+    generator = torch.Generator().manual_seed(T)
+    assigned_TE = torch.rand(T, E, generator=generator) < 0.2
+    margin_TE = torch.randint(-500, 500, (T, E), generator=generator) / 500
+    bits_TW, A = kernels.pack_bits(assigned_TE), int(assigned_TE.sum())
+    for capacity in (-1, A + 5000):
+        expected = kernels.ragged_index(bits_TW, E, capacity)
+        found = kernels.ragged_index(bits_TW.to(device), E, capacity)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)), capacity
+    kept, dropped = kernels.bound_assignments(bits_TW, margin_TE, A // 2)
+    found, count = kernels.bound_assignments(bits_TW.to(device), margin_TE.to(device), A // 2)
+    assert torch.equal(found.cpu(), kept)
+    assert int(count) == int(dropped) == A - A // 2
+
+
 @pytest.mark.parametrize("E", [1, 8, 65, 200])
 def test_decisions_of_the_gate_are_those_of_the_cpu(E: int, device: str) -> None:
     """In fp32 arithmetic of any dtype, but nearer than the margin to a threshold."""

@@ -29,7 +29,9 @@ def inputs() -> dict[str, Any]:
         "gate_A": torch.ones(T * E), "w1_EDH": torch.randn(E, D, H), "b1_EH": torch.randn(E, H),
         "w3_EDH": torch.randn(E, D, H), "b3_EH": torch.randn(E, H), "w2_EHO": torch.randn(E, H, O),
         "b2_EO": torch.randn(E, O), "activation": "gelu", "apply_gate": False, "save": True,
-        "w_EDO": torch.randn(E, D, O), "b_EO": torch.randn(E, O),
+        "w_EDO": torch.randn(E, D, O), "b_EO": torch.randn(E, O), "value_TE": torch.rand(T, E), "centred": False,
+        "unrouted_T": torch.zeros(T, dtype=torch.bool), "sample_ND": torch.zeros(4, D),
+        "state": torch.tensor([0, 1, 0]), "chosen_T": torch.ones(T, dtype=torch.bool),
     }  # fmt: skip
 
 
@@ -41,6 +43,10 @@ OPERATIONS = {
     "bound_assignments": ("bits_TW", "margin_TE", "capacity"),
     "dispatch": ("x_TD", *INDEX),
     "combine": ("rows_AD", *INDEX, "mean"),
+    "row_gates": ("value_TE", "threshold_E", "unrouted_T", "expert_offsets", *INDEX, "centred"),
+    "unpack_bits": ("bits_TW", "num_experts"),
+    "vector_losses": ("w_DE", "active_E"),
+    "keep_strided": ("sample_ND", "state", "x_TD", "chosen_T"),
     "grouped_ffn": ("x_TD", "gate_A", "expert_offsets", *INDEX, *WEIGHTS, "apply_gate", "save"),
     "grouped_linear": ("rows_AD", "expert_offsets", "w_EDO", "b_EO"),
 }
@@ -48,18 +54,45 @@ BAD = [
     ("threshold_gate", "active_E", torch.ones(E)),
     ("threshold_gate", "active_E", torch.ones(E + 1, dtype=torch.bool)),
     ("threshold_gate", "threshold_E", torch.zeros(1)),
+    ("threshold_gate", "threshold_E", torch.zeros(E, dtype=torch.int64)),
     ("threshold_gate", "w_DE", torch.zeros(D + 1, E)),
+    ("threshold_gate", "w_DE", torch.zeros(D, 0)),
+    ("threshold_gate", "scale", torch.ones((), dtype=torch.int64)),
     ("threshold_gate", "scale", torch.ones(2)),
     ("threshold_gate", "token_mask_T", torch.ones(T + 1, dtype=torch.bool)),
     ("threshold_gate", "token_mask_T", torch.ones(T)),
     ("threshold_gate", "x_TD", torch.ones(T, D, dtype=torch.int32)),
+    ("threshold_gate", "x_TD", torch.ones(T, D).to(torch.float8_e4m3fn)),
+    ("threshold_gate", "x_TD", torch.ones(D)),
     ("ragged_index", "num_experts", 65),
     ("ragged_index", "num_experts", 0),
+    ("ragged_index", "num_experts", -1),
+    ("ragged_index", "capacity", -2),
+    ("ragged_index", "capacity", 2**31),
+    ("ragged_index", "bits_TW", torch.zeros(T, 1, dtype=torch.int32)),
+    ("ragged_index", "bits_TW", torch.zeros(T, dtype=torch.int64)),
     ("ragged_index", "block_counts", torch.zeros(2, dtype=torch.int32)),
+    ("unpack_bits", "bits_TW", torch.zeros(T, 1)),
+    ("bound_assignments", "bits_TW", torch.zeros(T, 2, dtype=torch.int64)),
+    ("bound_assignments", "margin_TE", torch.zeros(T, E, dtype=torch.int32)),
     ("bound_assignments", "margin_TE", torch.zeros(T + 1, E)),
     ("bound_assignments", "capacity", -1),
     ("dispatch", "x_TD", torch.ones(T, D, dtype=torch.int64)),
     ("dispatch", "token_offsets", torch.zeros(T, dtype=torch.int32)),
+    ("dispatch", "token_of_row", torch.zeros(T * E, dtype=torch.int64)),
+    ("dispatch", "token_of_row", torch.zeros(2 * T * E, dtype=torch.int32)[::2]),
+    ("dispatch", "token_offsets", torch.zeros(2 * T + 2, dtype=torch.int32)[::2]),
+    ("row_gates", "value_TE", torch.zeros(T, E, dtype=torch.int64)),
+    ("row_gates", "threshold_E", torch.zeros(E + 1)),
+    ("row_gates", "unrouted_T", torch.zeros(T)),
+    ("row_gates", "expert_offsets", torch.zeros(E, dtype=torch.int32)),
+    ("row_gates", "row_of_assignment", torch.zeros(2, dtype=torch.int32)),
+    ("vector_losses", "w_DE", torch.zeros(D)),
+    ("vector_losses", "active_E", torch.ones(E)),
+    ("keep_strided", "sample_ND", torch.zeros(1, D)),
+    ("keep_strided", "state", torch.zeros(3, dtype=torch.int32)),
+    ("keep_strided", "x_TD", torch.zeros(T, D + 1)),
+    ("keep_strided", "chosen_T", torch.ones(T)),
     ("combine", "rows_AD", torch.zeros(T * E + 1, D)),
     ("combine", "row_of_assignment", torch.zeros(2, dtype=torch.int32)),
     ("grouped_ffn", "w3_EDH", torch.zeros(E, D, H + 1)),
@@ -80,6 +113,17 @@ def test_what_does_not_fit_is_refused_by_name(operation: str, name: str, value: 
     call(*(good[n] for n in OPERATIONS[operation]))
     with pytest.raises(ValueError, match="bits_TW" if isinstance(value, int) and value == 65 else name):
         call(*((good | {name: value})[n] for n in OPERATIONS[operation]))
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "unpack_bits"])
+def test_tensors_of_two_devices_are_refused_by_name(operation: str) -> None:
+    """Of any argument; Triton says of such a pointer only at which place it stands."""
+    good, names = inputs(), OPERATIONS[operation]
+    for name in names[1:]:
+        if isinstance(good[name], Tensor):
+            elsewhere = good | {name: good[name].to("meta")}
+            with pytest.raises(ValueError, match=rf"{name} is on meta, {names[0]} on cpu"):
+                getattr(kernels, operation)._init_fn(*(elsewhere[n] for n in names))
 
 
 def test_bits_are_packed_of_bools() -> None:

@@ -271,6 +271,15 @@ class TestMask:
         for plain, masked in zip(threshold_gate(*inputs), threshold_gate(*inputs, torch.ones(70).bool()), strict=True):
             assert torch.equal(plain, masked)
 
+    def test_a_negative_threshold_admits_no_padding(self) -> None:
+        """Padding has cosine 0, which is above it."""
+        x_TD, w_DE, _, active_E = gate_inputs(70, 16, 5)
+        mask_T = torch.arange(70) % 3 > 0
+        _, bits, *_, block_counts = threshold_gate(x_TD, w_DE, torch.full((5,), -0.9), active_E, ONE, False, mask_T)
+        assert bits[mask_T].any()
+        assert not bits[~mask_T].any()
+        assert int(block_counts.sum()) == int(unpack_bits(bits, 5).sum())
+
     def test_gradients_of_the_real_tokens(self) -> None:
         """The mask decides about experts; scores and their gradient are those of each token."""
         x_TD, w_DE, threshold_E, active_E = gate_inputs(12, 8, 5)

@@ -7,6 +7,7 @@ import torch
 from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import ragged_index as gpu
 from dynmoe_tutel.kernels.ragged_index import count_blocks
+from helpers import HAS_GPU
 from torch import Tensor
 
 SHAPES = [  # T, E, density
@@ -140,3 +141,53 @@ def test_nan_is_the_largest_margin(share: float, capacity: int, device: str) -> 
     margin[::7] = torch.inf
     margin[torch.rand(90, 5, generator=generator) < share] = torch.nan
     drop(assigned, margin, capacity, device)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU takes many tokens, in tests/gpu")
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_many_blocks(chunks: int, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8,192 tokens and more: several runs of blocks, several steps of a run, and a tail for several programs."""
+    monkeypatch.setattr(gpu, "SCAN_BLOCKS", 2)
+    monkeypatch.setattr(gpu, "MOST_CHUNKS", chunks)
+    monkeypatch.setattr(gpu, "TAIL", 4)
+    assigned = assignment(64 * 6 + 1, 5, 0.3)
+    bits, A = pack_bits(assigned), int(assigned.sum())
+    for capacity in (-1, A + 100):
+        found = gpu.ragged_index(bits.to(device), 5, capacity)
+        for name, f, e in zip(NAMES, found, ragged_index(bits, 5, capacity), strict=True):
+            assert torch.equal(f.cpu(), e), name
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU takes many tokens, in tests/gpu")
+@pytest.mark.parametrize(("programs", "elements"), [(2, 2048), (128, 64)], ids=["several tiles each", "many programs"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_choice_among_many_tokens(
+    equal: bool, programs: int, elements: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4,096 tokens and more a program has several tiles; more than 16 programs are added up in several steps."""
+    monkeypatch.setattr(gpu, "SELECT_PROGRAMS", programs)
+    monkeypatch.setattr(gpu, "SELECT_ELEMENTS", elements)
+    T = 20 if elements == 64 else 150
+    assigned, generator = assignment(T, 5, 0.4), torch.Generator().manual_seed(6)
+    margin = torch.randn(T, 5, generator=generator)
+    if equal:
+        margin = margin.round()
+    drop(assigned, margin, int(0.4 * int(assigned.sum())), device)
+
+
+def test_bits_behind_the_last_expert_are_not_read(device: str) -> None:
+    assigned = assignment(70, 5, 0.4)
+    bits, margin = pack_bits(assigned), torch.randn(70, 5, generator=torch.Generator().manual_seed(7))
+    more = bits | (-1 << 5)
+    for operation, *given in ((gpu.ragged_index, 5), (gpu.bound_assignments, margin.to(device), 40)):
+        for one, other in zip(operation(bits.to(device), *given), operation(more.to(device), *given), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_strided_bits(device: str) -> None:
+    bits, margin = pack_bits(assignment(20, 70, 0.1)).to(device), torch.rand(20, 70, device=device)
+    strided = bits.t().contiguous().t()
+    assert not strided.is_contiguous()
+    for operation, *given in ((gpu.ragged_index, 70), (gpu.bound_assignments, margin, 40)):
+        for one, other in zip(operation(bits, *given), operation(strided, *given), strict=True):
+            assert torch.equal(one, other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from dynmoe_tutel.kernels import pack_bits, ragged_index, rows
@@ -49,6 +51,7 @@ def test_tokens_to_rows(shape: tuple, spare: int | None, device: str, poisoned: 
     found = gpu.dispatch(*batch.on(x, *index))
     assert found.shape == (batch.R, D)
     assert torch.equal(found[: batch.A].cpu(), rows.dispatch(x, *index)[: batch.A])
+    assert found[batch.A :].isnan().all()  # not written: there is no token to read
     for mean in (False, True):
         found = gpu.combine_backward(*batch.on(x, *index[:2]), mean)
         expected = rows.combine_backward(x, *index[:2], mean)
@@ -77,11 +80,33 @@ def test_rows_to_tokens(
         assert relative_rms(total, expected) < 1e-6
 
 
-def test_strided_tokens(device: str) -> None:
+def wide(t: Tensor) -> Tensor:
+    """The same values in some columns of a wider matrix of NaN."""
+    around = t.new_full((t.shape[0], t.shape[1] + 3), float("nan"))
+    around[:, 2:-1] = t
+    return around[:, 2:-1]
+
+
+@pytest.mark.parametrize("strided", [wide, lambda t: t.t().contiguous().t()], ids=["some columns", "transposed"])
+def test_strides(strided: Callable[[Tensor], Tensor], device: str) -> None:
     batch = Batch(20, 4, 24, 0.5, device)
-    x = batch.draw(24, 20).t()
-    _, *index = batch.index
-    assert torch.equal(gpu.dispatch(*batch.on(x, *index)).cpu(), rows.dispatch(x, *index))
+    (x, values, gates), index = batch.on(batch.draw(20, 24), batch.draw(batch.R, 24), batch.draw(20, 4)), batch.index
+    expert_offsets, *index = batch.on(*index)
+    assert not strided(x).is_contiguous()
+    assert torch.equal(gpu.dispatch(strided(x), *index), gpu.dispatch(x, *index))
+    assert torch.equal(gpu.combine(strided(values), *index, True), gpu.combine(values, *index, True))
+    assert torch.equal(gpu.combine_backward(strided(x), *index[:2], True), gpu.combine_backward(x, *index[:2], True))
+    d_gate, unrouted = values[:, 0].contiguous(), batch.on(batch.unrouted_T)[0]
+    thin = unrouted.repeat_interleave(2)[::2]
+    index = (expert_offsets, *index)
+    assert torch.equal(
+        gpu.row_gates(strided(gates), None, unrouted, *index, False),
+        gpu.row_gates(gates, None, unrouted, *index, False),
+    )
+    assert torch.equal(
+        gpu.row_gates_backward(values[:, 0], thin, *index, True, True),
+        gpu.row_gates_backward(d_gate, unrouted, *index, True, True),
+    )
 
 
 @pytest.mark.parametrize("spare", [None, 5])
@@ -98,9 +123,9 @@ def test_gate_values(shape: tuple, spare: int | None, device: str, poisoned: Non
         assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("spare", [None, 5])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 40, 3, 0.9)], ids=str)  # the last: more of a token than a tile holds
 def test_gate_gradients(
     shape: tuple, spare: int | None, straight_through: bool, centred: bool, device: str, poisoned: None
 ) -> None:
@@ -111,3 +136,16 @@ def test_gate_gradients(
     found = gpu.row_gates_backward(*batch.on(d_gate, batch.unrouted_T, *batch.index), straight_through, centred)
     assert found.shape == (shape[0], shape[1])
     assert relative_rms(found, expected) < 1e-6
+
+
+def test_few_programs_walk_all_rows(device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of many rows, where there are more blocks than programs."""
+    batch = Batch(20, 4, 2500, 0.6, device, 9)
+    x, value = batch.draw(20, 2500), batch.draw(20, 4)
+    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(gpu, "GATE_ROWS", 4)
+    monkeypatch.setattr(gpu.configs, "processors", lambda device: 2)
+    _, *index = batch.index
+    assert torch.equal(gpu.dispatch(*batch.on(x, *index))[: batch.A].cpu(), rows.dispatch(x, *index)[: batch.A])
+    found = gpu.row_gates(value.to(device), None, *batch.on(batch.unrouted_T, *batch.index), False)
+    assert torch.equal(found.cpu(), rows.row_gates(value, None, batch.unrouted_T, *batch.index, False))

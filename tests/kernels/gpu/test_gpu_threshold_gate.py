@@ -123,6 +123,17 @@ def test_padding_alone(device: str, poisoned: None) -> None:
     assert block_counts.tolist() == [0] * 10
 
 
+def test_a_negative_threshold_admits_no_padding(device: str, poisoned: None) -> None:
+    """Padding, and what a tile holds behind the last token, have cosine 0, which is above it."""
+    batch, mask = Batch(70, 24, 5), torch.arange(70) % 3 > 0
+    batch.G -= 1
+    for given in (mask, None):
+        compare(batch, device, False, given)
+    bits = gpu.threshold_gate(*batch.arguments(device), False, mask.to(device))[1].cpu()
+    assert bits[mask].any()
+    assert not bits[~mask].any()
+
+
 def test_masked_tokens_leave_the_others_as_they_are(device: str) -> None:
     """And a mask that masks nothing is none."""
     batch, mask = Batch(65, 47, 16), torch.arange(65) % 2 > 0

@@ -163,3 +163,21 @@ def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: N
     assert relative_rms(d_G, Gd.grad) < 1e-6
     through_cosines_E = (exact.detach() * d_unit.double()).sum(dim=1) / 2
     assert abs(float(d_scale) - float(through_cosines_E.sum() + tau.grad)) < 1e-6 * float(through_cosines_E.abs().sum())
+
+
+def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned: None) -> None:
+    """It has no assignment, and so no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    w, d_unit = (torch.randn(shape, generator=generator).to(device) for shape in ((8, 3), (3, 8)))
+    G, d_scores = torch.randn(3, generator=generator).to(device), torch.tensor([1.0, 0.0, -2.0], device=device)
+    d_unit[1] = 0
+    results = []
+    for value in (0.5, float("nan"), float("inf")):
+        G[1] = value
+        unit, inverse = router.unit_vectors(w)
+        results.append(
+            router.direction_gradient(d_unit, unit, inverse, torch.ones((), device=device), w, (G, d_scores))
+        )
+        assert float(results[-1][2][1]) == 0
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

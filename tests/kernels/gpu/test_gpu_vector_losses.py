@@ -55,3 +55,16 @@ def test_no_active_slot(device: str, poisoned: None) -> None:
     assert [float(f) for f in found[:2]] == [0, 0]
     one = torch.ones((), device=device)
     assert not gpu.vector_losses_backward(one, one, found[0], *found[2:], none, w).any()
+
+
+def test_more_tiles_than_are_added_at_once(device: str) -> None:
+    """As of 257 slots and more: 289 tiles."""
+    sums, inv_norm = (
+        torch.rand(289, generator=torch.Generator().manual_seed(0)).to(device),
+        torch.ones(2, device=device),
+    )
+    active, diversity = torch.ones(2, dtype=torch.bool, device=device), torch.zeros((), device=device)
+    gpu.losses_kernel[(1,)](
+        sums, inv_norm, active, diversity, torch.zeros_like(diversity), 289, 2, BLOCK_T=256, BLOCK_E=2
+    )
+    assert relative_rms(diversity, sums.double().sum().sqrt()) < 1e-6

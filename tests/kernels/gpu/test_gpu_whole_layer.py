@@ -22,8 +22,9 @@ OPERATIONS = {
     "rows": ("dispatch", "combine", "combine_backward", "row_gates", "row_gates_backward"),
     "grouped_ffn": ("grouped_ffn", "grouped_ffn_backward", "grouped_linear", "grouped_linear_backward"),
     "top_any_ffn": ("top_any_ffn", "top_any_ffn_backward"),
+    "vector_losses": ("vector_losses", "vector_losses_backward"),
 }
-GATE = ("threshold_gate", "ragged_index")
+GATE = ("threshold_gate", "ragged_index", "vector_losses")
 _counts: Counter[str] | None = None  # of calls by name, while the operations of the CPU are switched
 
 

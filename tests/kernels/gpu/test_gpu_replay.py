@@ -1,0 +1,161 @@
+"""A bounded or full capacity as a CUDA graph needs it, tried without a GPU: a tape of one step stands in for the graph.
+
+The tape holds every torch operation and every Triton launch of a step with its buffers, as a graph holds addresses, and
+refuses what would wait for a device. Replayed on other data in the same buffers it must be right again: a size, a grid
+or a branch taken from the first batch would not be. `tests/gpu` has the same on CUDA's own graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from dynmoe_tutel.kernels import strided_sample
+from helpers import FP32, HAS_GPU, make_case, relative_rms
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs")
+FILES = ("threshold_gate", "ragged_index", "rows", "grouped_ffn", "top_any_ffn", "vector_losses")
+aten = torch.ops.aten
+# on a GPU each waits for a value or a size, or copies from the host's memory
+WAITING = (
+    aten._local_scalar_dense,
+    aten.is_nonzero,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.bincount,
+    aten.lift_fresh,
+)
+
+
+@lru_cache
+def implementation(name: str) -> Callable[..., Any]:
+    """What a GPU runs for the operation: its Triton kernels, or else torch operations."""
+    for file in FILES:
+        if hasattr(import_module(f"dynmoe_tutel.kernels.{file}"), name):
+            found = getattr(import_module(f"dynmoe_tutel.kernels.gpu.{file}"), name, None)
+            if found is not None:
+                return found
+    return getattr(strided_sample, name)._init_fn
+
+
+class Tape(TorchDispatchMode):
+    """What the code inside does to tensors, to be done again in the same buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "dynmoe_tutel":
+            with self:
+                return implementation(func.name().split("::")[1])(*args, **kwargs)
+        if func.overloadpacket in WAITING or _selects_by_mask(func, args):
+            raise AssertionError(f"{func} waits for the device")
+        made = func(*args, **kwargs)
+        self.steps.append(lambda: _refill(made, func(*args, **kwargs)))
+        return made
+
+    def launch(self, run: Callable[[], None]) -> None:
+        """A Triton launch: run, and kept."""
+        with _disable_current_modes():
+            run()
+        self.steps.append(run)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for step in self.steps:
+                step()
+
+
+def _selects_by_mask(func: Any, args: tuple) -> bool:
+    if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        return False
+    return any(i is not None and i.dtype == torch.bool for i in args[1])
+
+
+def _refill(made: Any, again: Any) -> None:
+    """The buffers that an operation made get what it makes now; views and what it wrote in place have it already."""
+    for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+        if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+            old.copy_(new)
+
+
+def on_tape(call: Callable[[], Any]) -> tuple[Tape, Any]:
+    """A tape of the call, and what it returns."""
+    tape, run = Tape(), GridExecutor.__call__
+    with pytest.MonkeyPatch.context() as patch, tape:
+        patch.setattr(GridExecutor, "__call__", lambda *args, **given: tape.launch(lambda: run(*args, **given)))
+        for reads in ("__int__", "__index__", "__float__", "__bool__", "tolist", "numpy"):  # no operations on a CPU
+            patch.setattr(Tensor, reads, _refuse)
+        return tape, call()
+
+
+def _refuse(tensor: Tensor, *_: Any) -> None:
+    raise AssertionError("reading a value waits for the device")
+
+
+def step(layer: Any, x: Tensor, dy: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Output, auxiliary loss and every gradient."""
+    y = layer(x, token_mask=mask)
+    grads = torch.autograd.grad((y, y.l_aux), [x, *layer.parameters()], (dy, torch.ones_like(y.l_aux)))
+    return [y.detach(), y.l_aux.detach(), *grads]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "training", "kind"), [(0.7, True, "ffn"), (0.7, False, "llama_ffn"), ("full", True, "ffn")]
+)
+def test_replays_on_other_data_are_right(capacity: float | str, training: bool, kind: str, poisoned: None) -> None:
+    """Batches of very different A: random ones, none routed, all along one routing vector, nearly all of it padding."""
+    T, D, E = 20, 16, 5
+    case = make_case(T, D, 12, E, kind=kind, activation=torch.nn.functional.silu, capacity=capacity, G=(0.0, 0.2))
+    layer = case.layer.train(training)
+    # a CPU reads the count, to warn; a GPU reads a copy of it at a later step
+    layer._count_dropped = layer.dropped_assignments.add_
+    x, dy, mask = case.x.clone().requires_grad_(), case.dy.clone(), torch.arange(T) % 7 > 0
+    layer.begin_record_routing()
+    tape, static = on_tape(lambda: step(layer, x, dy, mask))
+    w = layer.gates[0].sim_matrix.detach()
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(T, D, generator=generator), mask.clone()),
+        (-w.sum(dim=1).expand(T, -1), mask.clone()),
+        (w[:, :1].t() + 0.1 * torch.randn(T, D, generator=generator), torch.ones(T, dtype=torch.bool)),
+        (30 * torch.randn(T, D, generator=generator), torch.arange(T) == T - 1),
+        (torch.randn(T, D, generator=generator), torch.zeros(T, dtype=torch.bool)),
+    ]
+    dropped = []
+    for tokens, real in batches:
+        with torch.no_grad():
+            x.copy_(tokens), dy.normal_(generator=generator), mask.copy_(real)
+        for tensor in static:
+            tensor.fill_(torch.nan)
+        layer.dropped_assignments.zero_(), layer.begin_record_routing()
+        tape.replay()
+        found = [tensor.clone() for tensor in static], int(layer.dropped_assignments)
+        layer.dropped_assignments.zero_()
+        expected = step(layer, x, dy, mask), int(layer.dropped_assignments)
+        dropped.append(expected[1])
+        assert found[1] == expected[1]
+        for a, b in zip(found[0], expected[0], strict=True):
+            assert relative_rms(a, b, 1e-3) < 10 * FP32
+    assert any(dropped) == (capacity == 0.7)
+
+
+def test_the_tape_sees_waiting() -> None:
+    for waits in (lambda t: t.item(), bool, int, lambda t: t.tolist(), lambda t: t.nonzero(), lambda t: t[t > 0]):
+        with pytest.raises(AssertionError, match="waits"):
+            on_tape(lambda waits=waits: waits(torch.ones(1)))
+    layer = make_case(capacity="exact").layer
+    with pytest.raises(AssertionError, match="waits"):
+        on_tape(lambda: layer(torch.randn(3, 16)))
