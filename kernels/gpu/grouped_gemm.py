@@ -87,27 +87,27 @@ def _halves(tile_MN):
 
 @triton.jit
 def _up_columns(
-    h, u, n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+    h, u, n0, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
     GATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr, SAVE: tl.constexpr, ACTIVATE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and stores of `up_kernel` for the columns n of a tile, in PIECES, to hold few registers."""
+    """Bias, activation and stores of `up_kernel` for a tile's columns from n0 on, in PIECES, to hold few registers."""
+    width: tl.constexpr = h.shape[1]
     if PIECES > 1:
-        half: tl.constexpr = n.shape[0] // 2
         left_h, right_h = _halves(h)
         left_u, right_u = left_h, right_h
         if GATED:
             left_u, right_u = _halves(u)
-        left_n = tl.min(n, axis=0) + tl.arange(0, half)
         _up_columns(
-            left_h, left_u, left_n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            left_h, left_u, n0, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
         _up_columns(
-            right_h, right_u, left_n + half, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            right_h, right_u, n0 + width // 2, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
     else:
+        n = n0 + tl.arange(0, width)
         n_mask = n < N
         base, at = _tile_at(start, n, N, BLOCK_M)
         mask = m_mask[:, None] & n_mask[None, :]
@@ -166,7 +166,7 @@ def up_kernel(
             u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             u = _product(u, x_rows, v_columns, m_mask, n_mask, K, 1, stride_vk, BLOCK_K, EVEN_K, EVEN_N, PRECISION)
         _up_columns(
-            h, u, n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            h, u, tile_n * BLOCK_N, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES,
         )  # fmt: skip
 
@@ -224,24 +224,24 @@ def linear_kernel(
 
 @triton.jit
 def _activation_gradient_columns(
-    d_a, n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
+    d_a, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
     GATED: tl.constexpr, ACTIVATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What `activation_gradient_kernel` does after its product, for the columns n of a tile; returns the rows' sums."""
+    """What `activation_gradient_kernel` does after its product, for columns from n0 on; returns the rows' sums."""
+    width: tl.constexpr = d_a.shape[1]
     if PIECES > 1:
-        half: tl.constexpr = n.shape[0] // 2
         left, right = _halves(d_a)
-        left_n = tl.min(n, axis=0) + tl.arange(0, half)
         d_gate = _activation_gradient_columns(
-            left, left_n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
+            left, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
             GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
         return d_gate + _activation_gradient_columns(
-            right, left_n + half, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
+            right, n0 + width // 2, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
             d_bias3_out, N, GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
     else:
+        n = n0 + tl.arange(0, width)
         n_mask = n < N
         base, at = _tile_at(start, n, N, BLOCK_M)
         mask = m_mask[:, None] & n_mask[None, :]
@@ -317,7 +317,7 @@ def activation_gradient_kernel(
             k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
             scale /= tl.maximum(k, 1).to(tl.float32)
         d_gate = _activation_gradient_columns(
-            d_a, n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
+            d_a, tile_n * BLOCK_N, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
             GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES,
         )  # fmt: skip
         tl.store(d_gate_out + row64 * tiles_n + tile_n, d_gate, mask=m_mask)
