@@ -66,9 +66,12 @@ class Tiles:
         return (max(1, min(self.most_m * self.n, configs.processors(device) * self.config.programs)),)
 
 
-def launch_options(config: configs.GemmConfig) -> dict[str, int]:
-    """What the compiler is told beside the tile."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def launch_options(config: configs.GemmConfig, gathers: bool = False) -> dict[str, int]:
+    """What the compiler is told beside the tile.
+
+    A product that `gathers` as it goes loads the tokens' numbers one step before their rows: a stage of its own.
+    """
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages + gathers}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
     return options
@@ -306,7 +309,7 @@ def weight_gradient(
         EVEN_M=M % config.block_m == 0,
         EVEN_N=N % config.block_n == 0,
         PRECISION=_precision(a.dtype),
-        **launch_options(config),
+        **launch_options(config, gathers=a_from_tokens or b_from_tokens),
     )
     if split > 1:
         _sum_parts(parts, target)
