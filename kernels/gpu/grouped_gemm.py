@@ -10,14 +10,47 @@ the tiles of all experts, which they find on the device from the offsets; an exp
 behind the last cost nothing. Sums are fp32 and in a fixed order.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activations import activate, derivative
 
 
+def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """`tensor`, or another one where a kernel does not read it."""
+    return instead if tensor is None else tensor
+
+
+def block_experts(E: int) -> int:
+    """The width of a vector with an entry an expert."""
+    return max(2, triton.next_power_of_2(E))
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of the ragged assignment, as `ragged_index` gives it."""
+
+    expert_offsets: Tensor
+    token_offsets: Tensor
+    token_of_row: Tensor
+    row_of_assignment: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Length of the row arrays: A, or the bounded capacity."""
+        return self.token_of_row.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.expert_offsets.shape[0] - 1
+
+
 @triton.jit
-def _tiles_E(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def row_tiles(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Row tiles of each expert, [BLOCK_E], 0 behind the last."""
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + e, mask=e < E, other=0)
@@ -36,7 +69,7 @@ def _place(tile, tiles_n, tiles_m, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
+def expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
     """Expert of row tile m, its first row and the end of the expert's rows."""
     before = ends_E <= m
     e = tl.sum(before.to(tl.int32), axis=0)
@@ -153,13 +186,13 @@ def up_kernel(
     Out, rows [R, N]: h and u (SAVE), a (ACTIVATE)
     Grid: persistent. Bytes: x once from memory and N / BLOCK_N times from L2, weights once, each output once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,13 +225,13 @@ def linear_kernel(
     In: a and a2 [R, K], offsets [E+1], w and w2 [E, K, N], bias [E, N], gate [R]. Out: [R, N]
     Grid: persistent. Bytes: each operand once from memory, the output once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -299,13 +332,13 @@ def activation_gradient_kernel(
     Out: d_h, d_u, a [R, N]; d_gate [R, tiles_n] fp32; d_bias, d_bias3 [tiles_m, N] fp32
     Grid: persistent. Bytes: d_rows, h and u once, the outputs once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -385,95 +418,3 @@ def weight_gradient_kernel(
     at = part.to(tl.int64) * stride_os + e.to(tl.int64) * stride_oe
     at = at + (m.to(tl.int64) * stride_om)[:, None] + (n.to(tl.int64) * stride_on)[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
-
-
-@triton.jit(do_not_specialize=["S"])
-def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
-    """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    at = parts + n
-    for _ in range(S):
-        acc += tl.load(at, mask=n < N, other=0.0)
-        at += N
-    tl.store(out + n, acc.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def tile_rows_sum_kernel(
-    d_rows, token_of_row, token_offsets, gate, offsets, parts, E, N, stride_dr,
-    FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """parts[tile_m] = sum of the rows of a tile, each times its gate (GATE): then `expert_sum_kernel` sums the tiles.
-
-    In: d_rows [R, N], or tokens' [T, N] that count over k_t (FROM_TOKENS); gate [R]. Out: [tiles_m, N] fp32
-    Grid: (persistent over tiles, blocks of N). Bytes: d_rows once.
-    """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    ends_E = tl.cumsum(tiles_E, axis=0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < N
-    for tile_m in range(tl.program_id(0), tl.sum(tiles_E, axis=0), tl.num_programs(0)):
-        _, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
-        row = start + tl.arange(0, BLOCK_M)
-        m_mask = row < stop
-        source = row.to(tl.int64)
-        if FROM_TOKENS:
-            source = tl.load(token_of_row + row, mask=m_mask, other=0).to(tl.int64)
-        at = source[:, None] * stride_dr + n[None, :]
-        d_row = tl.load(d_rows + at, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
-        if FROM_TOKENS:
-            k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
-            d_row /= tl.maximum(k, 1).to(tl.float32)[:, None]
-        if GATE:
-            d_row *= tl.load(gate + row, mask=m_mask, other=0.0).to(tl.float32)[:, None]
-        at = (tl.zeros((), tl.int64) + tile_m) * N + n
-        tl.store(parts + at, tl.sum(d_row, axis=0), mask=n_mask)
-
-
-@triton.jit
-def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """out[e] = sum of the partial sums [tiles_m, N] of the expert's tiles, in order. Grid: (E, blocks of N)."""
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    e = tl.program_id(0)
-    first = tl.sum(tl.where(tl.arange(0, BLOCK_E) < e, tiles_E, 0), axis=0)
-    last = first + tl.sum(tl.where(tl.arange(0, BLOCK_E) == e, tiles_E, 0), axis=0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    at = parts + first.to(tl.int64) * N + n
-    for _ in range(first, last):
-        acc += tl.load(at, mask=n < N, other=0.0)
-        at += N
-    tl.store(out + e.to(tl.int64) * N + n, acc.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def row_gate_gradient_kernel(
-    parts, d_rows, bias, offsets, out, E, K, TILES_N, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """out[row] = sum of the row's partial sums + <d_row, bias of its expert>.
-
-    In: parts [R, TILES_N] fp32, d_rows [R, K], bias [E, K]. Out: [R]. Grid: persistent. Bytes: parts, d_rows once.
-    """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    ends_E = tl.cumsum(tiles_E, axis=0)
-    t = tl.arange(0, BLOCK_T)
-    for tile_m in range(tl.program_id(0), tl.sum(tiles_E, axis=0), tl.num_programs(0)):
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
-        row = start + tl.arange(0, BLOCK_M)
-        m_mask = row < stop
-        row64 = row.to(tl.int64)
-        acc = tl.zeros((BLOCK_M,), tl.float32)
-        for t0 in range(0, TILES_N, BLOCK_T):
-            at = row64[:, None] * TILES_N + t0 + t[None, :]
-            acc += tl.sum(tl.load(parts + at, mask=m_mask[:, None] & (t0 + t < TILES_N)[None, :], other=0.0), axis=1)
-        if BIAS:
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                b = tl.load(bias + e.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-                at = row64[:, None] * K + k[None, :]
-                d_row = tl.load(d_rows + at, mask=m_mask[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-                acc += tl.sum(d_row * b[None, :], axis=1)
-        tl.store(out + row, acc.to(out.dtype.element_ty), mask=m_mask)

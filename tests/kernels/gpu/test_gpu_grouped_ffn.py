@@ -9,6 +9,7 @@ import pytest
 import torch
 from dynmoe_tutel.kernels import ACTIVATIONS, configs, grouped_ffn, grouped_linear, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
+from dynmoe_tutel.kernels.gpu import grouped_products as products
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 from helpers import HAS_GPU, relative_rms
 from torch import Tensor
@@ -203,7 +204,7 @@ def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: p
     index = gpu.Index(*call.on_device(call.index))
     w1, w2 = call.on_device((call.tensors[6], torch.randn(2, 16, 24)))
     whole = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
+    monkeypatch.setattr(products, "_splits", lambda *_: 4)
     split = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
     for one, other, like in zip(whole, split, (w1, w2), strict=True):
         assert other.stride() == like.stride()
@@ -211,9 +212,9 @@ def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: p
 
 
 def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
-    assert gpu._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
-    assert gpu._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
-    assert gpu._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
+    assert products._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
+    assert products._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
+    assert products._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
 
 
 def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
@@ -221,13 +222,15 @@ def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
     before = matmul.fp32_precision
     try:
         torch.set_float32_matmul_precision("highest")
-        assert gpu._precision(torch.float32) == "ieee"
+        assert products._precision(torch.float32, "sm_90") == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert gpu._precision(torch.float32) == "tf32"
-        assert gpu._precision(torch.bfloat16) == "ieee"
+        assert products._precision(torch.float32, "sm_90") == "tf32"
+        assert products._precision(torch.float32, "gfx942") == "tf32"
+        assert products._precision(torch.float32, "gfx90a") == "ieee"  # its compiler refuses tf32
+        assert products._precision(torch.bfloat16, "sm_90") == "ieee"
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "tf32"  # the newer flag, after which torch's older getter raises
-        assert gpu._precision(torch.float32) == "tf32"
+        assert products._precision(torch.float32, "sm_90") == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before
