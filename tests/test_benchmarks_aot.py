@@ -41,6 +41,18 @@ def matrix_kernel(x, out, M: tl.constexpr):
 
 
 @triton.jit
+def rows_kernel(x, out, N, REDUCED: tl.constexpr):
+    """One product, stored as rows [64, N] from a column on that the compiler knows the alignment of, or does not."""
+    m, k = tl.arange(0, 64), tl.arange(0, 64)
+    a = tl.load(x + m[:, None] * 64 + k[None, :])
+    first = tl.program_id(0) * 64
+    if REDUCED:
+        first = tl.min(first + k, axis=0)
+    n = first + k
+    tl.store(out + m[:, None] * N + n[None, :], tl.dot(a, a).to(tl.bfloat16), mask=n[None, :] < N)
+
+
+@triton.jit
 def arguments_kernel(tensor, none, one, sixteen, seventeen, large, flag, ratio, BLOCK: tl.constexpr):
     """Arguments of every kind."""
     tl.store(tensor + tl.arange(0, BLOCK), ratio)
@@ -149,6 +161,16 @@ print(json.dumps([aot.judge(r) for r in variants]))
         assert found[1:4] == [[], [], []]
         assert "has a product in half precision and no matrix instruction" in found[4]
         assert found[5] == []
+
+    @pytest.mark.parametrize("reduced", [False, True])
+    def test_rows_that_are_stored_element_by_element(self, reduced: bool, tmp_path: Path) -> None:
+        """What the epilogues did: a first column out of a reduction, of which the compiler knows no alignment."""
+        call = (
+            f"toys.rows_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, 64, {reduced})"
+        )
+        found = toy(call, tmp_path, module="grouped_gemm")
+        assert bool(found["single_stores"]) == reduced
+        assert any("element by element" in problem for problem in found["problems"]) == reduced
 
     def test_a_kernel_that_does_not_compile_is_reported(self, tmp_path: Path) -> None:
         found = toy("toys.matrix_kernel[(1,)](*(torch.empty(64, device='meta'),) * 2, 63)", tmp_path)

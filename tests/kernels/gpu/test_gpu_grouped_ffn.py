@@ -9,7 +9,6 @@ import pytest
 import torch
 from dynmoe_tutel.kernels import ACTIVATIONS, configs, grouped_ffn, grouped_linear, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
-from dynmoe_tutel.kernels.gpu import grouped_products as products
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 from helpers import HAS_GPU, relative_rms
 from torch import Tensor
@@ -196,44 +195,6 @@ def test_grouped_linear(bias: bool, dtype: torch.dtype, device: str, poisoned: N
     wanted = grouped_linear_backward(d_out.double().nan_to_num(), *clean)
     for f, e in zip(gradients, wanted, strict=True):
         assert relative_rms(f, e) < limit
-
-
-def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call(90, 16, 24, 16, 2, 0.8, device=device)
-    (x, d_h) = call.on_device((call.tensors[0], torch.randn(call.index[2].shape[0], 24)))
-    index = gpu.Index(*call.on_device(call.index))
-    w1, w2 = call.on_device((call.tensors[6], torch.randn(2, 16, 24)))
-    whole = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    monkeypatch.setattr(products, "_splits", lambda *_: 4)
-    split = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    for one, other, like in zip(whole, split, (w1, w2), strict=True):
-        assert other.stride() == like.stride()
-        assert relative_rms(other, one) < 1e-6
-
-
-def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
-    assert products._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
-    assert products._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
-    assert products._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
-
-
-def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert products._precision(torch.float32, "sm_90") == "ieee"
-        torch.set_float32_matmul_precision("high")
-        assert products._precision(torch.float32, "sm_90") == "tf32"
-        assert products._precision(torch.float32, "gfx942") == "tf32"
-        assert products._precision(torch.float32, "gfx90a") == "ieee"  # its compiler refuses tf32
-        assert products._precision(torch.bfloat16, "sm_90") == "ieee"
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "tf32"  # the newer flag, after which torch's older getter raises
-        assert products._precision(torch.float32, "sm_90") == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("group_m", [1, 3])
