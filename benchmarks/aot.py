@@ -59,6 +59,8 @@ ARCHITECTURES = {
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB, {"mfma": r"\bv_mfma_"}),
 }
 REPRESENTATIVE = ("sm_80", "sm_90", "sm_100", "gfx942")  # whose every kernel is compiled without --all
+# rows that are no multiples of 16 bytes, and a single number of everything: integers that are 1 become constants
+ODD = (Shape(1000, 97, 47, 7, 2), Shape(1000, 97, 47, 7, 2, gated=True), Shape(1, 1, 1, 1, 1))
 # the gate that fills shared memory most: routing vectors in three parts for many experts
 LARGE_GATE = (Shape(4096, 768, 64, 256, 2), torch.bfloat16, VARIANTS["normalized"])
 
@@ -172,7 +174,7 @@ def representative(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 
 def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
-    """All dtypes and precisions of every shape; all variants of those without gating, fp16 and bf16 apart."""
+    """All dtypes, precisions and variants of every shape, and what odd sizes launch."""
     for shape in shapes:
         for dtype, tf32 in (
             (torch.bfloat16, False),
@@ -183,6 +185,9 @@ def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
             yield shape, dtype, VARIANTS["default"], tf32
         for variant in VARIANTS.values():
             yield shape, torch.bfloat16, variant, False
+    for shape in ODD:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield shape, dtype, VARIANTS["default"], False
 
 
 def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:

@@ -177,6 +177,23 @@ print(json.dumps([aot.judge(r) for r in variants]))
         assert found["problems"][0].startswith("does not compile: ")
 
 
+def test_what_is_wrong_is_the_exit_status(tmp_path: Path) -> None:
+    """The command itself: 0 where all is right, else the number of kernels with a spill, an overflow, without wgmma."""
+    code = """
+right = aot.Report("sm_90", "grouped_gemm", "up_kernel", "bf16", "", 8, 128, 1024, 0, (aot.Dot(128, 128, 64, "bf16"),),
+                   {"wgmma": 4})
+wrong = [replace(right, spilled=8), replace(right, shared_memory=228 * 1024), replace(right, matrix={"mma": 32}),
+         replace(right, single_stores=64), replace(right, error="CompilationError")]
+aot.record = lambda *_: []
+found = []
+for reports in ([right], *([right, report] for report in wrong), [right, *wrong]):
+    aot.compile_all = lambda tasks, jobs, reports=reports: iter(reports)
+    found.append(aot.main(["--arch", "sm_90"]))
+print(json.dumps(found))
+"""
+    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 5]
+
+
 def test_launches_are_specialised_as_triton_does(tmp_path: Path) -> None:
     code = """
 x = torch.empty(64, dtype=torch.bfloat16, device="meta")
