@@ -86,6 +86,16 @@ def test_work_follows_the_rows(name: str, spare: int, device: str, dots: Callabl
     assert backward == rows * (gated + plain) + weights * sum(up(n, step) for n in load)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_cleared_behind_the_last_row_is_not_a_row(rows: int, device: str, poisoned: None) -> None:
+    """One tile, so that the program that clears has written the rows before: elsewhere another may repair it."""
+    call = routed([rows, 0, 0, 0], 40, device)
+    w = call.tensors[6][:, :, :17]
+    out = products.linear(torch.randn(rows + 40, D), w, call.index[0], zero_tail=True)
+    assert out[:rows].all()
+    assert not out[rows:].any()
+
+
 def test_without_rows_no_product_is_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = routed([0] * E, 0, device)
     for kernel in ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel"):
