@@ -134,10 +134,10 @@ def _half(kind: str, chip: str, rows: int, K: int, N: int) -> GemmConfig:
     """The largest tile of a product in half precision with aligned rows."""
     activates = kind.startswith(("up", "activation_gradient"))
     wide = N % 256 == 0 and rows >= 128
-    if chip != "sm_90" or kind == "up_gated":
-        # two tiles of sums fill the registers of four warps
-        tile = _IN_PIECES if activates else _SQUARE
-        return replace(tile, block_n=64) if kind == "up_gated" and rows <= 64 else tile
+    if kind == "up_gated":  # two tiles of sums: too much for four warps, and for registers that hold operands too
+        return _IN_PIECES if chip == "sm_90" and rows > 64 else replace(_IN_PIECES, block_n=64)
+    if chip != "sm_90":
+        return _IN_PIECES if activates else _SQUARE
     if kind == "up":
         return _UP_BESIDE if K <= _SHORT else replace(_WIDE, pieces=16) if wide else _IN_PIECES
     if activates:
@@ -177,7 +177,8 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
     elif chip == "sm_100" and not half:
         large = replace(large, block_n=32, pieces=min(large.pieces, 2))
     elif chip != "sm_90" and half and aligned:
-        large = replace(large, block_m=64, block_n=64, num_warps=4, pieces=4)
+        warps = 8 if kind == "activation_gradient_gated" else 4  # where four of them spill
+        large = replace(large, block_m=64, block_n=64, num_warps=warps, pieces=4)
     # wgmma multiplies 64 rows. With fewer the weights' way from memory is what takes time, and where most experts have
     # no rows the others have many more than the mean
     least = 64 if chip == "sm_90" and half and aligned and kind != "weight_gradient" else 16
