@@ -7,7 +7,8 @@ compiled once for each architecture. Without --all: a representative set, for `m
 dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
 
 The exit status is not 0 if a kernel spills registers, needs more shared memory than the architecture has, has a matrix
-product in half precision without matrix instructions, or, in the expert networks on sm_90, one without `wgmma`.
+product in half precision without matrix instructions, or, in the expert networks, one that stores aligned rows of half
+precision one by one, or on sm_90 one without `wgmma`.
 Triton keeps compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
 """
 
@@ -38,7 +39,7 @@ from .operations import FILES, VARIANTS, Variant, run_all
 from .shapes import GPU_SHAPES, Shape
 
 KB = 1024
-MATRIX_MODULES = ("grouped_gemm", "grouped_ffn", "top_any_ffn")  # where sm_90 must show wgmma
+MATRIX_MODULES = ("grouped_gemm",)  # of the expert networks: where sm_90 must show wgmma
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ ARCHITECTURES = {
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB, {"mfma": r"\bv_mfma_"}),
 }
 REPRESENTATIVE = ("sm_80", "sm_90", "sm_100", "gfx942")  # whose every kernel is compiled without --all
+# rows that are no multiples of 16 bytes, and a single number of everything: integers that are 1 become constants
+ODD = (Shape(1000, 97, 47, 7, 2), Shape(1000, 97, 47, 7, 2, gated=True), Shape(1, 1, 1, 1, 1))
 # the gate that fills shared memory most: routing vectors in three parts for many experts
 LARGE_GATE = (Shape(4096, 768, 64, 256, 2), torch.bfloat16, VARIANTS["normalized"])
 
@@ -87,6 +90,7 @@ class Report:
     spilled: int = 0  # bytes of stack and local memory a thread (NVIDIA), registers and bytes of scratch (AMD)
     dots: tuple[Dot, ...] = ()
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by name
+    single_stores: int = 0  # of 2 bytes, in the code for rows that are multiples of 16 elements (NVIDIA)
     error: str = ""  # why it did not compile
 
 
@@ -107,6 +111,8 @@ def judge(report: Report) -> list[str]:
     large = any(dot.M >= 64 for dot in half) and report.warps >= 4
     if report.arch == "sm_90" and large and report.module in MATRIX_MODULES and not report.matrix.get("wgmma"):
         found.append("is a matrix kernel without wgmma")
+    if half and report.module in MATRIX_MODULES and report.single_stores:
+        found.append(f"stores aligned rows element by element ({report.single_stores} stores)")
     return found
 
 
@@ -144,6 +150,7 @@ def compile_one(arch: str, launch: Launch) -> Report:
     hip = architecture.target.backend == "hip"
     assembly = compiled.asm["amdgcn" if hip else "ptx"]
     registers, spilled = _amd_usage(assembly) if hip else _nvidia_usage(compiled.asm["cubin"])
+    aligned = "N" in {launch.signature[i][0] for i, _ in launch.attributes}
     return Report(
         *about,
         compiled.metadata.num_warps,
@@ -152,6 +159,7 @@ def compile_one(arch: str, launch: Launch) -> Report:
         spilled,
         _dots(compiled.asm["ttir"]),
         {name: len(re.findall(pattern, assembly)) for name, pattern in architecture.matrix.items()},
+        len(re.findall(r"\bst\.global\.[bu]16\b", assembly)) if aligned else 0,
     )
 
 
@@ -166,7 +174,7 @@ def representative(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 
 def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
-    """All dtypes and precisions of every shape; all variants of those without gating, fp16 and bf16 apart."""
+    """All dtypes, precisions and variants of every shape, and what odd sizes launch."""
     for shape in shapes:
         for dtype, tf32 in (
             (torch.bfloat16, False),
@@ -177,6 +185,9 @@ def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
             yield shape, dtype, VARIANTS["default"], tf32
         for variant in VARIANTS.values():
             yield shape, torch.bfloat16, variant, False
+    for shape in ODD:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield shape, dtype, VARIANTS["default"], False
 
 
 def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:

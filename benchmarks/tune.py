@@ -42,10 +42,10 @@ def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
     ):
         for stages in (2, 3, 4):
             tile = replace(start, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
-            for programs in (1, 2):  # of a multiprocessor: the same code
-                yield replace(
-                    tile, programs=programs, pieces=min(max(start.pieces, 1), block_n // 16), max_registers=None
-                )
+            for programs in (1, 2):  # of a multiprocessor
+                limit = 128 if programs * warps > 8 and torch.version.hip is None else None  # else two do not fit
+                pieces = min(max(start.pieces, 1), block_n // 16)
+                yield replace(tile, programs=programs, pieces=pieces, max_registers=limit)
 
 
 def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:

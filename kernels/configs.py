@@ -117,24 +117,40 @@ def gemm(kind: str, device: torch.device, dtype: torch.dtype, rows: int, K: int,
     return found or default_gemm(kind, chip, dtype, rows, K, N)
 
 
-# Half precision on sm_90, by the register counts of `benchmarks.aot`: 255 registers a thread, 64 Ki a multiprocessor.
-# Two programs of 4 warps run side by side, or two of 8 warps with at most 128 registers, so that one's product hides
-# the other's epilogue. A short inner dimension needs that most.
-_HALF = {
-    "up": GemmConfig(128, 128, 64, 8, 3, pieces=8),
-    "up_short": GemmConfig(128, 64, 64, 8, 3, programs=2, pieces=4, max_registers=128),
-    "up_gated": GemmConfig(128, 64, 64, 8, 3, pieces=4),
-    "linear": GemmConfig(128, 128, 64, 8, 3),  # 128 registers spill with Triton 3.6 and 3.9
-    "linear_pair": GemmConfig(128, 128, 64, 8, 3),
-    "activation_gradient": GemmConfig(64, 128, 64, 4, 3, programs=2, pieces=8),
-    "activation_gradient_gated": GemmConfig(64, 128, 64, 4, 3, programs=2, pieces=8),
-    "weight_gradient": GemmConfig(128, 128, 64, 8, 3),
-}
+# Half precision, by the register counts of `benchmarks.aot`: 255 registers a thread, 64 Ki a multiprocessor.
+_SQUARE = GemmConfig(128, 128, 64, 8, 3)
+_IN_PIECES = replace(_SQUARE, pieces=8)  # with an activation behind the product
+# On sm_90 a tile's operands come from L2, (M + N) / (M N) bytes an operation: a large tile takes a quarter less. Behind
+# a short inner dimension the activation takes as long as the product, and two programs hide one's with the other's.
+_WIDE = replace(_SQUARE, block_n=256)
+_TALL = replace(_SQUARE, block_m=256)
+_UP_BESIDE = replace(_IN_PIECES, programs=2, max_registers=128)
+_GRADIENT_BESIDE = replace(_IN_PIECES, block_m=64, num_warps=4, programs=2)  # 128 registers spill with some activations
+_SHORT = 1024  # inner dimension up to which the product is short beside the activation
+_MANY_ROWS = 1024  # of an expert: its last tile, half empty, is an eighth at most
+
+
+def _half(kind: str, chip: str, rows: int, K: int, N: int) -> GemmConfig:
+    """The largest tile of a product in half precision with aligned rows."""
+    activates = kind.startswith(("up", "activation_gradient"))
+    wide = N % 256 == 0 and rows >= 128
+    if kind == "up_gated":  # two tiles of sums: too much for four warps, and for registers that hold operands too
+        return _IN_PIECES if chip == "sm_90" and rows > 64 else replace(_IN_PIECES, block_n=64)
+    if chip != "sm_90":
+        return _IN_PIECES if activates else _SQUARE
+    if kind == "up":
+        return _UP_BESIDE if K <= _SHORT else replace(_WIDE, pieces=16) if wide else _IN_PIECES
+    if activates:
+        return _GRADIENT_BESIDE if K <= _SHORT else _IN_PIECES
+    if kind == "weight_gradient":
+        return _WIDE if wide and K * N >= 1 << 20 else _SQUARE  # else too few tiles for the device
+    return _WIDE if wide else _TALL if rows >= _MANY_ROWS else _SQUARE
+
+
 _SINGLE = GemmConfig(64, 64, 32, 4, 2, programs=2, pieces=4)
 _SINGLE_NARROW = replace(_SINGLE, block_n=32, pieces=2)  # two tiles of sums, or a long epilogue
 _UNALIGNED = GemmConfig(64, 32, 32, 4, 2, programs=2, pieces=2)
 _UNALIGNED_NARROW = replace(_UNALIGNED, block_k=16)
-_SHORT = 1024  # inner dimension up to which the product is short beside the epilogue
 
 
 def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
@@ -149,7 +165,7 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
         if two and not half:
             large = replace(large, block_m=32)
     elif half:
-        large = _HALF["up_short" if kind == "up" and K <= _SHORT else kind]
+        large = _half(kind, chip, rows, K, N)
     else:
         large = _SINGLE if kind in ("up", "linear", "weight_gradient") else _SINGLE_NARROW
     if chip != "sm_90" and large.max_registers is not None:
@@ -161,19 +177,24 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
     elif chip == "sm_100" and not half:
         large = replace(large, block_n=32, pieces=min(large.pieces, 2))
     elif chip != "sm_90" and half and aligned:
-        large = replace(large, block_m=64, block_n=64, num_warps=4, pieces=4)
+        warps = 8 if kind == "activation_gradient_gated" else 4  # where four of them spill
+        large = replace(large, block_m=64, block_n=64, num_warps=warps, pieces=4)
+    # wgmma multiplies 64 rows. With fewer the weights' way from memory is what takes time, and where most experts have
+    # no rows the others have many more than the mean
+    least = 64 if chip == "sm_90" and half and aligned and kind != "weight_gradient" else 16
     sizes = (K, N, rows) if kind == "weight_gradient" else (rows, N, K)
     block_m, block_n, block_k = (
-        _power_of_two(size, 16, most)
-        for size, most in zip(sizes, (large.block_m, large.block_n, large.block_k), strict=True)
+        _power_of_two(size, low, most)
+        for size, low, most in zip(sizes, (least, 16, 16), (large.block_m, large.block_n, large.block_k), strict=True)
     )
-    warps = large.num_warps if 2 * block_m > large.block_m else max(4, large.num_warps // 2)
+    fewer = 2 * block_m <= large.block_m and large.num_warps > 4
     return replace(
         large,
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
-        num_warps=warps,
+        num_warps=large.num_warps // 2 if fewer else large.num_warps,
+        programs=2 if fewer else large.programs,
         pieces=min(large.pieces, block_n // 16),
-        max_registers=large.max_registers if warps == large.num_warps else None,
+        max_registers=None if fewer else large.max_registers,
     )

@@ -24,12 +24,22 @@ from .grouped_ffn import grouped_ffn, grouped_ffn_backward
 from .rows import combine, combine_backward, row_gates_backward
 from .threshold_gate import threshold_gate_backward
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def _check(x_TD, w_DE, thresholds_E, *args) -> None:  # type: ignore[no-untyped-def]
-    E = expect_experts(x_TD, args[9:15], args[15])
-    expect_index(x_TD.shape[0], E, args[5:9])
+
+def _check(x_TD, w_DE, thresholds_E, scale, score_TE, inv_norm_T, unrouted_T, bits_TW, *args) -> None:  # type: ignore[no-untyped-def]
+    E, T = expect_experts(x_TD, args[4:10], args[10]), x_TD.shape[0]
+    expect_index(T, E, args[:4])
     expect("w_DE", w_DE, (x_TD.shape[1], E), "[D, E]")
     expect("thresholds_E", thresholds_E, (E,), "[E]")
+    if scale.numel() != 1:
+        raise ValueError(f"scale must be one number, got shape {list(scale.shape)}")
+    expect("score_TE", score_TE, (T, E), "[T, E]")
+    expect("inv_norm_T", inv_norm_T, (T,), "[T]")
+    expect("unrouted_T", unrouted_T, (T,), "[T]", torch.bool)
+    expect("bits_TW", bits_TW, (T, -(-E // 64)), "[T, W], 64 experts a word,", torch.int64)
+    if args[12] not in DTYPES:
+        raise ValueError(f"dtype = {args[12]}: allowed are {', '.join(str(dtype) for dtype in DTYPES)}")
 
 
 @torch.library.custom_op("dynmoe_tutel::top_any_ffn", mutates_args=())

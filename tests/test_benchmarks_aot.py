@@ -41,6 +41,18 @@ def matrix_kernel(x, out, M: tl.constexpr):
 
 
 @triton.jit
+def rows_kernel(x, out, N, REDUCED: tl.constexpr):
+    """One product, stored as rows [64, N] from a column on that the compiler knows the alignment of, or does not."""
+    m, k = tl.arange(0, 64), tl.arange(0, 64)
+    a = tl.load(x + m[:, None] * 64 + k[None, :])
+    first = tl.program_id(0) * 64
+    if REDUCED:
+        first = tl.min(first + k, axis=0)
+    n = first + k
+    tl.store(out + m[:, None] * N + n[None, :], tl.dot(a, a).to(tl.bfloat16), mask=n[None, :] < N)
+
+
+@triton.jit
 def arguments_kernel(tensor, none, one, sixteen, seventeen, large, flag, ratio, BLOCK: tl.constexpr):
     """Arguments of every kind."""
     tl.store(tensor + tl.arange(0, BLOCK), ratio)
@@ -150,9 +162,36 @@ print(json.dumps([aot.judge(r) for r in variants]))
         assert "has a product in half precision and no matrix instruction" in found[4]
         assert found[5] == []
 
+    @pytest.mark.parametrize("reduced", [False, True])
+    def test_rows_that_are_stored_element_by_element(self, reduced: bool, tmp_path: Path) -> None:
+        """What the epilogues did: a first column out of a reduction, of which the compiler knows no alignment."""
+        call = (
+            f"toys.rows_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, 64, {reduced})"
+        )
+        found = toy(call, tmp_path, module="grouped_gemm")
+        assert bool(found["single_stores"]) == reduced
+        assert any("element by element" in problem for problem in found["problems"]) == reduced
+
     def test_a_kernel_that_does_not_compile_is_reported(self, tmp_path: Path) -> None:
         found = toy("toys.matrix_kernel[(1,)](*(torch.empty(64, device='meta'),) * 2, 63)", tmp_path)
         assert found["problems"][0].startswith("does not compile: ")
+
+
+def test_what_is_wrong_is_the_exit_status(tmp_path: Path) -> None:
+    """The command itself: 0 where all is right, else the number of kernels with a spill, an overflow, without wgmma."""
+    code = """
+right = aot.Report("sm_90", "grouped_gemm", "up_kernel", "bf16", "", 8, 128, 1024, 0, (aot.Dot(128, 128, 64, "bf16"),),
+                   {"wgmma": 4})
+wrong = [replace(right, spilled=8), replace(right, shared_memory=228 * 1024), replace(right, matrix={"mma": 32}),
+         replace(right, single_stores=64), replace(right, error="CompilationError")]
+aot.record = lambda *_: []
+found = []
+for reports in ([right], *([right, report] for report in wrong), [right, *wrong]):
+    aot.compile_all = lambda tasks, jobs, reports=reports: iter(reports)
+    found.append(aot.main(["--arch", "sm_90"]))
+print(json.dumps(found))
+"""
+    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 5]
 
 
 def test_launches_are_specialised_as_triton_does(tmp_path: Path) -> None:

@@ -10,14 +10,47 @@ the tiles of all experts, which they find on the device from the offsets; an exp
 behind the last cost nothing. Sums are fp32 and in a fixed order.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activations import activate, derivative
 
 
+def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """`tensor`, or another one where a kernel does not read it."""
+    return instead if tensor is None else tensor
+
+
+def block_experts(E: int) -> int:
+    """The width of a vector with an entry an expert."""
+    return max(2, triton.next_power_of_2(E))
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of the ragged assignment, as `ragged_index` gives it."""
+
+    expert_offsets: Tensor
+    token_offsets: Tensor
+    token_of_row: Tensor
+    row_of_assignment: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Length of the row arrays: A, or the bounded capacity."""
+        return self.token_of_row.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.expert_offsets.shape[0] - 1
+
+
 @triton.jit
-def _tiles_E(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def row_tiles(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Row tiles of each expert, [BLOCK_E], 0 behind the last."""
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + e, mask=e < E, other=0)
@@ -36,7 +69,7 @@ def _place(tile, tiles_n, tiles_m, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
+def expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
     """Expert of row tile m, its first row and the end of the expert's rows."""
     before = ends_E <= m
     e = tl.sum(before.to(tl.int32), axis=0)
@@ -53,28 +86,38 @@ def _tile_at(start, n, N, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _product(
-    acc, a_rows, b_columns, m_mask, n_mask, K, stride_ak, stride_bk,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    acc, acc2, a_rows, b_columns, b2_columns, m_mask, n_mask, K, stride_ak, stride_bk, stride_b2k,
+    SECOND: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A B for pointers at the rows of A [BLOCK_M] and the columns of B [BLOCK_N]."""
+    """acc + A B, and acc2 + A B2 (SECOND), for pointers at the rows of A [BLOCK_M] and the columns of B [BLOCK_N].
+
+    Both in one loop, so that A is loaded once: from L2, where a tile takes its operands, that is a third less.
+    """
     k = tl.arange(0, BLOCK_K)
     a_at = a_rows[:, None] + k[None, :] * stride_ak
     b_at = b_columns[None, :] + (k * stride_bk)[:, None]
+    b2_at = b2_columns[None, :] + (k * stride_b2k)[:, None]
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_at, mask=m_mask[:, None], other=0.0)
-            if EVEN_N:  # noqa: SIM108  (chosen when the kernel is compiled)
-                b = tl.load(b_at)
-            else:
-                b = tl.load(b_at, mask=n_mask[None, :], other=0.0)
-        else:
-            inside = k < K - k0
-            a = tl.load(a_at, mask=m_mask[:, None] & inside[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside[:, None] & n_mask[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        inside = k < K - k0
+        a_mask, b_mask = m_mask[:, None], n_mask[None, :]
+        if not EVEN_K:
+            a_mask, b_mask = a_mask & inside[None, :], b_mask & inside[:, None]
+        a = tl.load(a_at, mask=a_mask, other=0.0)
+        acc = tl.dot(a, _operand(b_at, b_mask, EVEN_K and EVEN_N), acc, input_precision=PRECISION)
+        if SECOND:
+            acc2 = tl.dot(a, _operand(b2_at, b_mask, EVEN_K and EVEN_N), acc2, input_precision=PRECISION)
+            b2_at += BLOCK_K * stride_b2k
         a_at += BLOCK_K * stride_ak
         b_at += BLOCK_K * stride_bk
-    return acc
+    return acc, acc2
+
+
+@triton.jit
+def _operand(at, mask, WHOLE: tl.constexpr):
+    """What is at the pointers, 0 outside of the mask."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -87,27 +130,27 @@ def _halves(tile_MN):
 
 @triton.jit
 def _up_columns(
-    h, u, n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+    h, u, n0, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
     GATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr, SAVE: tl.constexpr, ACTIVATE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and stores of `up_kernel` for the columns n of a tile, in PIECES, to hold few registers."""
+    """Bias, activation and stores of `up_kernel` for a tile's columns from n0 on, in PIECES, to hold few registers."""
+    width: tl.constexpr = h.shape[1]
     if PIECES > 1:
-        half: tl.constexpr = n.shape[0] // 2
         left_h, right_h = _halves(h)
         left_u, right_u = left_h, right_h
         if GATED:
             left_u, right_u = _halves(u)
-        left_n = tl.min(n, axis=0) + tl.arange(0, half)
         _up_columns(
-            left_h, left_u, left_n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            left_h, left_u, n0, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
         _up_columns(
-            right_h, right_u, left_n + half, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            right_h, right_u, n0 + width // 2, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
     else:
+        n = n0 + tl.arange(0, width)
         n_mask = n < N
         base, at = _tile_at(start, n, N, BLOCK_M)
         mask = m_mask[:, None] & n_mask[None, :]
@@ -143,13 +186,13 @@ def up_kernel(
     Out, rows [R, N]: h and u (SAVE), a (ACTIVATE)
     Grid: persistent. Bytes: x once from memory and N / BLOCK_N times from L2, weights once, each output once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -158,15 +201,13 @@ def up_kernel(
         x_rows = x + token * stride_xt
         e64 = e.to(tl.int64)
         w_columns = w1 + e64 * stride_we + n.to(tl.int64) * stride_wn
-        h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = _product(h, x_rows, w_columns, m_mask, n_mask, K, 1, stride_wk, BLOCK_K, EVEN_K, EVEN_N, PRECISION)
-        u = h
-        if GATED:
-            v_columns = w3 + e64 * stride_ve + n.to(tl.int64) * stride_vn
-            u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            u = _product(u, x_rows, v_columns, m_mask, n_mask, K, 1, stride_vk, BLOCK_K, EVEN_K, EVEN_N, PRECISION)
+        v_columns = w3 + e64 * stride_ve + n.to(tl.int64) * stride_vn
+        h, u = _product(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_rows, w_columns,
+            v_columns, m_mask, n_mask, K, 1, stride_wk, stride_vk, GATED, BLOCK_K, EVEN_K, EVEN_N, PRECISION,
+        )  # fmt: skip
         _up_columns(
-            h, u, n, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
+            h, u, tile_n * BLOCK_N, start, m_mask, e64, b1, b3, h_out, u_out, a_out, N,
             GATED, BIAS, BIAS3, SAVE, ACTIVATE, ACTIVATION, BLOCK_M, PIECES,
         )  # fmt: skip
 
@@ -184,13 +225,13 @@ def linear_kernel(
     In: a and a2 [R, K], offsets [E+1], w and w2 [E, K, N], bias [E, N], gate [R]. Out: [R, N]
     Grid: persistent. Bytes: each operand once from memory, the output once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -198,14 +239,16 @@ def linear_kernel(
         row64, e64 = row.to(tl.int64), e.to(tl.int64)
         columns = w + e64 * stride_we + n.to(tl.int64) * stride_wn
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _product(
-            acc, a_in + row64 * K, columns, m_mask, n_mask, K, 1, stride_wk, BLOCK_K, EVEN_K, EVEN_N, PRECISION
-        )
+        acc, _ = _product(
+            acc, acc, a_in + row64 * K, columns, columns, m_mask, n_mask, K, 1, stride_wk, stride_wk,
+            False, BLOCK_K, EVEN_K, EVEN_N, PRECISION,
+        )  # fmt: skip
         if PAIR:
             columns = w2 + e64 * stride_ve + n.to(tl.int64) * stride_vn
-            acc = _product(
-                acc, a2_in + row64 * K, columns, m_mask, n_mask, K, 1, stride_vk, BLOCK_K, EVEN_K, EVEN_N, PRECISION
-            )
+            acc, _ = _product(
+                acc, acc, a2_in + row64 * K, columns, columns, m_mask, n_mask, K, 1, stride_vk, stride_vk,
+                False, BLOCK_K, EVEN_K, EVEN_N, PRECISION,
+            )  # fmt: skip
         if BIAS:
             acc += tl.load(bias + e64 * N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         if GATE:
@@ -224,24 +267,24 @@ def linear_kernel(
 
 @triton.jit
 def _activation_gradient_columns(
-    d_a, n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
+    d_a, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
     GATED: tl.constexpr, ACTIVATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What `activation_gradient_kernel` does after its product, for the columns n of a tile; returns the rows' sums."""
+    """What `activation_gradient_kernel` does after its product, for columns from n0 on; returns the rows' sums."""
+    width: tl.constexpr = d_a.shape[1]
     if PIECES > 1:
-        half: tl.constexpr = n.shape[0] // 2
         left, right = _halves(d_a)
-        left_n = tl.min(n, axis=0) + tl.arange(0, half)
         d_gate = _activation_gradient_columns(
-            left, left_n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
+            left, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
             GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
         return d_gate + _activation_gradient_columns(
-            right, left_n + half, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
+            right, n0 + width // 2, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
             d_bias3_out, N, GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
     else:
+        n = n0 + tl.arange(0, width)
         n_mask = n < N
         base, at = _tile_at(start, n, N, BLOCK_M)
         mask = m_mask[:, None] & n_mask[None, :]
@@ -289,13 +332,13 @@ def activation_gradient_kernel(
     Out: d_h, d_u, a [R, N]; d_gate [R, tiles_n] fp32; d_bias, d_bias3 [tiles_m, N] fp32
     Grid: persistent. Bytes: d_rows, h and u once, the outputs once.
     """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
+    tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     ends_E = tl.cumsum(tiles_E, axis=0)
     tiles_m = tl.sum(tiles_E, axis=0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_n, tiles_m, GROUP_M)
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
+        e, start, stop = expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         m_mask = row < stop
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -306,9 +349,9 @@ def activation_gradient_kernel(
             source = tl.load(token_of_row + row, mask=m_mask, other=0).to(tl.int64)
         columns = w2 + e64 * stride_we + n.to(tl.int64) * stride_wn
         d_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        d_a = _product(
-            d_a, d_rows + source * stride_dr, columns, m_mask, n_mask, K, 1, stride_wk,
-            BLOCK_K, EVEN_K, EVEN_N, PRECISION,
+        d_a, _ = _product(
+            d_a, d_a, d_rows + source * stride_dr, columns, columns, m_mask, n_mask, K, 1, stride_wk, stride_wk,
+            False, BLOCK_K, EVEN_K, EVEN_N, PRECISION,
         )  # fmt: skip
         scale = tl.full((BLOCK_M,), 1.0, tl.float32)
         if GATE:
@@ -317,8 +360,8 @@ def activation_gradient_kernel(
             k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
             scale /= tl.maximum(k, 1).to(tl.float32)
         d_gate = _activation_gradient_columns(
-            d_a, n, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
-            GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES,
+            d_a, tile_n * BLOCK_N, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
+            d_bias3_out, N, GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES,
         )  # fmt: skip
         tl.store(d_gate_out + row64 * tiles_n + tile_n, d_gate, mask=m_mask)
 
@@ -375,95 +418,3 @@ def weight_gradient_kernel(
     at = part.to(tl.int64) * stride_os + e.to(tl.int64) * stride_oe
     at = at + (m.to(tl.int64) * stride_om)[:, None] + (n.to(tl.int64) * stride_on)[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
-
-
-@triton.jit(do_not_specialize=["S"])
-def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
-    """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    at = parts + n
-    for _ in range(S):
-        acc += tl.load(at, mask=n < N, other=0.0)
-        at += N
-    tl.store(out + n, acc.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def tile_rows_sum_kernel(
-    d_rows, token_of_row, token_offsets, gate, offsets, parts, E, N, stride_dr,
-    FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """parts[tile_m] = sum of the rows of a tile, each times its gate (GATE): then `expert_sum_kernel` sums the tiles.
-
-    In: d_rows [R, N], or tokens' [T, N] that count over k_t (FROM_TOKENS); gate [R]. Out: [tiles_m, N] fp32
-    Grid: (persistent over tiles, blocks of N). Bytes: d_rows once.
-    """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    ends_E = tl.cumsum(tiles_E, axis=0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < N
-    for tile_m in range(tl.program_id(0), tl.sum(tiles_E, axis=0), tl.num_programs(0)):
-        _, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
-        row = start + tl.arange(0, BLOCK_M)
-        m_mask = row < stop
-        source = row.to(tl.int64)
-        if FROM_TOKENS:
-            source = tl.load(token_of_row + row, mask=m_mask, other=0).to(tl.int64)
-        at = source[:, None] * stride_dr + n[None, :]
-        d_row = tl.load(d_rows + at, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
-        if FROM_TOKENS:
-            k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
-            d_row /= tl.maximum(k, 1).to(tl.float32)[:, None]
-        if GATE:
-            d_row *= tl.load(gate + row, mask=m_mask, other=0.0).to(tl.float32)[:, None]
-        at = (tl.zeros((), tl.int64) + tile_m) * N + n
-        tl.store(parts + at, tl.sum(d_row, axis=0), mask=n_mask)
-
-
-@triton.jit
-def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """out[e] = sum of the partial sums [tiles_m, N] of the expert's tiles, in order. Grid: (E, blocks of N)."""
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    e = tl.program_id(0)
-    first = tl.sum(tl.where(tl.arange(0, BLOCK_E) < e, tiles_E, 0), axis=0)
-    last = first + tl.sum(tl.where(tl.arange(0, BLOCK_E) == e, tiles_E, 0), axis=0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    at = parts + first.to(tl.int64) * N + n
-    for _ in range(first, last):
-        acc += tl.load(at, mask=n < N, other=0.0)
-        at += N
-    tl.store(out + e.to(tl.int64) * N + n, acc.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def row_gate_gradient_kernel(
-    parts, d_rows, bias, offsets, out, E, K, TILES_N, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """out[row] = sum of the row's partial sums + <d_row, bias of its expert>.
-
-    In: parts [R, TILES_N] fp32, d_rows [R, K], bias [E, K]. Out: [R]. Grid: persistent. Bytes: parts, d_rows once.
-    """
-    tiles_E = _tiles_E(offsets, E, BLOCK_M, BLOCK_E)
-    ends_E = tl.cumsum(tiles_E, axis=0)
-    t = tl.arange(0, BLOCK_T)
-    for tile_m in range(tl.program_id(0), tl.sum(tiles_E, axis=0), tl.num_programs(0)):
-        e, start, stop = _expert_rows(tile_m, tiles_E, ends_E, offsets, BLOCK_M)
-        row = start + tl.arange(0, BLOCK_M)
-        m_mask = row < stop
-        row64 = row.to(tl.int64)
-        acc = tl.zeros((BLOCK_M,), tl.float32)
-        for t0 in range(0, TILES_N, BLOCK_T):
-            at = row64[:, None] * TILES_N + t0 + t[None, :]
-            acc += tl.sum(tl.load(parts + at, mask=m_mask[:, None] & (t0 + t < TILES_N)[None, :], other=0.0), axis=1)
-        if BIAS:
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                b = tl.load(bias + e.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-                at = row64[:, None] * K + k[None, :]
-                d_row = tl.load(d_rows + at, mask=m_mask[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-                acc += tl.sum(d_row * b[None, :], axis=1)
-        tl.store(out + row, acc.to(out.dtype.element_ty), mask=m_mask)

@@ -10,17 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_ffn import (
-    Index,
-    activation_gradient,
-    bias_gradient,
-    in_dtype,
-    linear,
-    token_rows,
-    up,
-    weight_gradients,
-)
+from .grouped_gemm import Index
+from .grouped_products import activation_gradient, in_dtype, linear, token_rows, up, weight_gradients
 from .router_gradient import direction_gradient, token_gradient, unit_vectors
+from .row_sums import bias_gradient
 from .rows import combine
 from .threshold_gate import unit_gradient
 

@@ -200,42 +200,6 @@ def test_grouped_linear(bias: bool, dtype: torch.dtype, device: str, poisoned: N
         assert relative_rms(f, e) < limit
 
 
-def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call(90, 16, 24, 16, 2, 0.8, device=device)
-    (x, d_h) = call.on_device((call.tensors[0], torch.randn(call.index[2].shape[0], 24)))
-    index = gpu.Index(*call.on_device(call.index))
-    w1, w2 = call.on_device((call.tensors[6], torch.randn(2, 16, 24)))
-    whole = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
-    split = [gpu.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    for one, other, like in zip(whole, split, (w1, w2), strict=True):
-        assert other.stride() == like.stride()
-        assert relative_rms(other, one) < 1e-6
-
-
-def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
-    assert gpu._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
-    assert gpu._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
-    assert gpu._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
-
-
-def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert gpu._precision(torch.float32) == "ieee"
-        torch.set_float32_matmul_precision("high")
-        assert gpu._precision(torch.float32) == "tf32"
-        assert gpu._precision(torch.bfloat16) == "ieee"
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "tf32"  # the newer flag, after which torch's older getter raises
-        assert gpu._precision(torch.float32) == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize("group_m", [1, 3])
 def test_tiles_in_any_order_give_the_same(group_m: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(70, 24, 72, 40, 3, device=device)

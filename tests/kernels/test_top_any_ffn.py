@@ -1,0 +1,58 @@
+"""What the operation from tokens to tokens refuses, by name; its results are tested with the layer and in `gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dynmoe_tutel import kernels
+
+T, D, H, E, O = 6, 8, 5, 3, 4
+
+
+def inputs() -> dict[str, Any]:
+    x, w, scale = torch.randn(T, D), torch.randn(D, E), torch.ones(())
+    gate = kernels.threshold_gate(x, w, torch.zeros(E), torch.ones(E, dtype=torch.bool), scale, False)
+    score, bits, unrouted, inv_norm = gate[:4]
+    names = ("expert_offsets", "token_offsets", "token_of_row", "row_of_assignment")
+    return {
+        "x_TD": x, "w_DE": w, "thresholds_E": torch.zeros(E), "scale": scale, "score_TE": score,
+        "inv_norm_T": inv_norm, "unrouted_T": unrouted, "bits_TW": bits,
+        **dict(zip(names, kernels.ragged_index(bits, E), strict=True)),
+        "w1_EDH": torch.randn(E, D, H), "b1_EH": torch.randn(E, H), "w3_EDH": None, "b3_EH": None,
+        "w2_EHO": torch.randn(E, H, O), "b2_EO": torch.randn(E, O), "activation": "gelu", "centred": False,
+        "dtype": torch.float32, "save": True,
+    }  # fmt: skip
+
+
+BAD = [
+    ("x_TD", torch.ones(T, D, dtype=torch.int64), "int64"),
+    ("w_DE", torch.zeros(D, E + 1), "[8, 4]"),
+    ("thresholds_E", torch.zeros(1), "[1]"),
+    ("scale", torch.ones(2), "[2]"),
+    ("score_TE", torch.zeros(T, E + 1), "[6, 4]"),
+    ("inv_norm_T", torch.zeros(T - 1), "[5]"),
+    ("unrouted_T", torch.zeros(T), "float32"),
+    ("bits_TW", torch.zeros(T, 2, dtype=torch.int64), "[6, 2]"),
+    ("bits_TW", torch.zeros(T, 1, dtype=torch.int32), "int32"),
+    ("expert_offsets", torch.zeros(E, dtype=torch.int32), "[3]"),
+    ("token_offsets", torch.zeros(T, dtype=torch.int32), "[6]"),
+    ("row_of_assignment", torch.zeros(2, dtype=torch.int32), "[2]"),
+    ("b1_EH", torch.zeros(H), "[5]"),
+    ("w3_EDH", torch.zeros(E, D, H + 1), "[3, 8, 6]"),
+    ("w2_EHO", torch.zeros(E, H + 1, O), "[3, 6, 4]"),
+    ("activation", "tanh", "squared_relu"),
+    ("dtype", torch.int32, "torch.bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, said: str) -> None:
+    """Kernels take sizes on trust: what is too short would be read behind its end."""
+    good = inputs()
+    kernels.top_any_ffn(*good.values())
+    with pytest.raises(ValueError, match=name) as refused:
+        kernels.top_any_ffn(*(good | {name: value}).values())
+    assert said in str(refused.value)
