@@ -117,6 +117,13 @@ def test_forward_and_backward(shape: tuple, options: dict, device: str, poisoned
     compare(Call(*shape, device=device, **options), 1e-6 if shape[0] > 1 else 1e-5)  # one number may cancel
 
 
+@pytest.mark.parametrize("missing", [7, 9], ids=["b1", "b3"])
+def test_one_bias_of_a_gated_expert(missing: int, device: str, poisoned: None) -> None:
+    call = Call(9, 8, 16, 8, 3, device=device, gated=True)
+    call.tensors = (*call.tensors[:missing], None, *call.tensors[missing + 1 :])
+    compare(call, 1e-6)
+
+
 def test_more_experts_than_a_word_has_bits(device: str, poisoned: None) -> None:
     compare(Call(*MANY, device=device, gated=True), 1e-6)
 
