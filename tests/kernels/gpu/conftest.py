@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from guard_pages import GuardPages
 from helpers import HAS_GPU
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -26,6 +28,18 @@ def _single(bits: np.ndarray) -> np.ndarray:
 def _bfloat16(values: np.ndarray) -> np.ndarray:
     rounded = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16()
     return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+
+@pytest.fixture(autouse=True)
+def _guard_pages() -> Iterator[None]:
+    """With GUARD_PAGES=end (or start) in the environment, accesses out of bounds end the process."""
+    side = os.environ.get("GUARD_PAGES")
+    if side is None:
+        yield
+        return
+    with GuardPages(side) as guard:
+        yield
+    assert guard.tensors
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,62 @@
+"""Every new tensor ends, or begins, at a page that no process may touch: out-of-bounds accesses end the process.
+
+What a memory checker does on a GPU, for kernels in Triton's interpreter, which reads and writes raw addresses.
+New memory is filled with NaN. Nothing is freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_kept: list[mmap.mmap] = []
+
+
+def guarded(like: Tensor, side: Literal["end", "start"]) -> Tensor:
+    """Memory of the size, strides and dtype of `like`, filled with 0xff, next to a page without access."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
+    size = extent * like.element_size()
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    _kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ctypes.memset(address, 0xFF, (pages + 1) * PAGE)
+    forbidden = address + pages * PAGE if side == "end" else address
+    if _libc.mprotect(ctypes.c_void_p(forbidden), PAGE, 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    first = address + pages * PAGE - size if side == "end" else address + PAGE
+    flat = torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+class GuardPages(TorchDispatchMode):
+    """Moves the results of every operation that are not views into guarded memory."""
+
+    def __init__(self, side: Literal["end", "start"]) -> None:
+        super().__init__()
+        self.side = side
+        self.tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, then guard what it made."""
+        kwargs = kwargs or {}
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+
+        def move(t: Tensor) -> Tensor:
+            if t.numel() == 0 or t.device.type != "cpu" or t.untyped_storage().data_ptr() in given:
+                return t
+            self.tensors += 1
+            copy = guarded(t, self.side)
+            if not func.__name__.startswith(("empty", "new_empty")):
+                copy.copy_(t)
+            return copy
+
+        return tree_map_only(Tensor, move, func(*args, **kwargs))
