@@ -181,3 +181,28 @@ def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned
         assert float(results[-1][2][1]) == 0
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_gradient_of_a_token_from_many_parts(device: str, poisoned: None) -> None:
+    """More partial sums of a row than are added at once, as of H > 1,024; experts of every word; a NaN score."""
+    call = Call(6, 16, 8, 16, 65, 0.1, biases=False)
+    x, w, _, scale, score, inv_norm, unrouted, bits, *index = call.on(device)[:12]
+    score[:, 1] = float("nan")  # an inactive slot
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(call.A, 20, generator=generator).to(device)
+    rows, d_y = (torch.randn(n, 16, generator=generator).to(device) for n in (call.A, 6))
+    unit, _ = router.unit_vectors(w)
+    found, whole = (
+        router.token_gradient(
+            rows, x, d_y, None, p, score, inv_norm, unrouted, bits, unit, scale, index[1], index[3], False
+        )
+        for p in (parts, parts.sum(dim=1, keepdim=True))
+    )
+    d_gate = (
+        parts.double().sum(dim=1).cpu()
+        / index[1].diff().cpu().double().repeat_interleave(index[1].diff().cpu())[index[3].cpu().long().argsort()]
+    )
+    expected = kernels.rows.row_gates_backward(d_gate, unrouted.cpu(), *(i.cpu() for i in index), True, False)
+    assert relative_rms(found[1], expected) < 1e-6
+    for one, other in zip(found, whole, strict=True):
+        assert relative_rms(one, other) < 1e-6
