@@ -166,8 +166,8 @@ def test_tests_that_overrun_say_what_failed(tmp_path: Path, capfd: pytest.Captur
     """They are interrupted first; the names of tests that pass are in the log alone."""
     (tmp_path / "test_x.py").write_text("def test_0(): pass\n" + TESTS)
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path))
-    outcome, _ = gpu.run(gpu.Part("tests", command, 1.0, "log.txt", grace=16.0), 20.0, tmp_path)
-    assert outcome == "ended after 20 s"
+    outcome, _ = gpu.run(gpu.Part("tests", command, 1.0, "log.txt", grace=22.0), 30.0, tmp_path)
+    assert outcome == "ended after 30 s"
     log, screen = (tmp_path / "log.txt").read_text(), capfd.readouterr().out
     for text in (log, screen):
         assert "FAILED" in text
