@@ -1,7 +1,7 @@
 """Every new tensor ends, or begins, at a page that no process may touch: out-of-bounds accesses end the process.
 
 What a memory checker does on a GPU, for kernels in Triton's interpreter, which reads and writes raw addresses.
-New memory is filled with NaN. Nothing is freed.
+New memory is filled with NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
-_kept: list[mmap.mmap] = []
 
 
 def guarded(like: Tensor, side: Literal["end", "start"]) -> Tensor:
@@ -25,15 +24,14 @@ def guarded(like: Tensor, side: Literal["end", "start"]) -> Tensor:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
     size = extent * like.element_size()
     pages = -(-size // PAGE)
-    memory = mmap.mmap(-1, (pages + 1) * PAGE)
-    _kept.append(memory)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)  # unmapped with the tensor that holds it
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     ctypes.memset(address, 0xFF, (pages + 1) * PAGE)
     forbidden = address + pages * PAGE if side == "end" else address
     if _libc.mprotect(ctypes.c_void_p(forbidden), PAGE, 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
-    first = address + pages * PAGE - size if side == "end" else address + PAGE
-    flat = torch.frombuffer((ctypes.c_char * size).from_address(first), dtype=like.dtype)
+    offset = pages * PAGE - size if side == "end" else PAGE
+    flat = torch.frombuffer(memory, dtype=like.dtype, count=extent, offset=offset)
     return flat.as_strided(like.shape, like.stride())
 
 

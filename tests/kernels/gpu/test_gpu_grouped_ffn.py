@@ -124,6 +124,12 @@ def test_one_bias_of_a_gated_expert(missing: int, device: str, poisoned: None) -
     compare(call, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(20, 32, 64, 35), (20, 64, 47, 32), (17, 33, 32, 64)], ids=str)
+def test_edges_of_tiles(shape: tuple, device: str, poisoned: None) -> None:
+    """Some dimensions are multiples of a tile's, others not: which loads need a mask differs."""
+    compare(Call(*shape, 2, 1.0, device=device, gated=True), 1e-6)
+
+
 def test_more_experts_than_a_word_has_bits(device: str, poisoned: None) -> None:
     compare(Call(*MANY, device=device, gated=True), 1e-6)
 
