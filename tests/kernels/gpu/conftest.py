@@ -37,9 +37,8 @@ def _guard_pages() -> Iterator[None]:
     if side is None:
         yield
         return
-    with GuardPages(side) as guard:
+    with GuardPages(side):
         yield
-    assert guard.tensors
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,7 +41,6 @@ class GuardPages(TorchDispatchMode):
     def __init__(self, side: Literal["end", "start"]) -> None:
         super().__init__()
         self.side = side
-        self.tensors = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, then guard what it made."""
@@ -49,9 +48,9 @@ class GuardPages(TorchDispatchMode):
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
 
         def move(t: Tensor) -> Tensor:
-            if t.numel() == 0 or t.device.type != "cpu" or t.untyped_storage().data_ptr() in given:
+            fresh = t.numel() > 0 and t.untyped_storage().data_ptr() not in given
+            if not fresh or t.device.type != "cpu" or 0 in t.stride():
                 return t
-            self.tensors += 1
             copy = guarded(t, self.side)
             if not func.__name__.startswith(("empty", "new_empty")):
                 copy.copy_(t)
