@@ -106,9 +106,14 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
     """Run a part to its end or its limit: "passed", "failed (status)" or "ended after N s"; and the exit status."""
     command = _command(part, limit, again)
     print(f"\n== {part.name}: {' '.join(command)}", flush=True)
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in a shell's background job; children inherit it
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert process.stdout is not None
     overran = threading.Event()
 
