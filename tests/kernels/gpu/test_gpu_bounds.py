@@ -40,9 +40,9 @@ def _copy_kernel(x, out, FIRST: tl.constexpr, N: tl.constexpr):
 
 def guarded(side: str, *tests: str) -> subprocess.CompletedProcess[str]:
     """The tests of this directory under guard pages on that side."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", *tests]
-    environment = {**os.environ, "GUARD_PAGES": side}
-    return subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    paths = [str(Path(__file__).parent / test) for test in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", *paths]
+    return subprocess.run(command, env={**os.environ, "GUARD_PAGES": side}, capture_output=True, text=True)
 
 
 def test_no_kernel_leaves_its_tensors() -> None:
