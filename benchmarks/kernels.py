@@ -195,11 +195,7 @@ def run(
                 plots = False
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if not progress.results and not progress.summary["failures"]:
-        print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
-        return 1
-    print("\n" + table(progress.summary))
-    return 1 if progress.summary["failures"] else 0
+    return progress.conclude(limit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

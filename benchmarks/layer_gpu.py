@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -417,8 +416,4 @@ def run(
                 return DEVICE_LOST
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if not progress.results and not progress.summary["failures"]:
-        print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
-        return 1
-    print("\n" + table(progress.summary))
-    return 1 if progress.summary["failures"] else 0
+    return progress.conclude(limit)

@@ -223,7 +223,8 @@ def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence
         results += on_processes(ranks, shape, laws, args.repeats)
     for ranks in args.count:
         results += on_processes(ranks, shape, laws, 0)
-    command = f"python -m benchmarks.parallel {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
+    options = " ".join(sys.argv[1:] if argv is None else argv).replace(str(args.out), args.out.name)
+    command = f"python -m benchmarks.parallel {options}".strip()
     machine = environment(torch.device("cpu")) | {"backend": "gloo", "threads": 1}
     return report(args.out, results, shape, network, {"command": command, "environment": machine})
 

@@ -7,6 +7,7 @@ steps) and what a benchmark adds. A run that goes on where one broke off (`resum
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,14 @@ class Progress:
         """Write the file and the table."""
         if self.out is not None:
             write(self.out, self.summary, self.table(self.summary))
+
+    def conclude(self, limit: float) -> int:
+        """Print the table; the exit status: 1 where something failed, or nothing was begun in `limit` seconds."""
+        if not self.results and not self.summary["failures"]:
+            print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
+            return 1
+        print("\n" + self.table(self.summary))
+        return 1 if self.summary["failures"] else 0
 
 
 def reason(error: BaseException) -> str:
