@@ -61,6 +61,23 @@ class Inputs:
         self.activation = "silu" if shape.gated else "gelu"
         self.rows_AD = draw(self.A, D)
 
+    def activation_gradient(self, h_AH: Tensor, u_AH: Tensor) -> Any:
+        """That of the layer's backward, from the pre-activations that the forward kept."""
+        from dynmoe_tutel.kernels.gpu import grouped_ffn
+
+        return grouped_ffn.activation_gradient(
+            self.d_y_TD,
+            grouped_ffn.Index(*self.index),
+            self.w2,
+            h_AH,
+            u_AH if self.shape.gated else None,
+            None,
+            self.activation,
+            from_tokens=True,
+            weights=True,
+            biases=(self.b1 is not None, False),
+        )
+
 
 class Loop:
     """The experts' products in torch, expert by expert, with sums in fp32."""
@@ -177,7 +194,6 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     )
     up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
     h, u, a = grouped_ffn.up(*up)
-    u_or_none = u if s.gated else None
     loop = Loop(inputs)
     yield Kernel(
         "up",
@@ -209,24 +225,10 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         lambda: combine_backward._init_fn(i.d_y_TD, *i.index[1:3], True),
     )
 
-    def through() -> grouped_ffn.ActivationGradient:
-        return grouped_ffn.activation_gradient(
-            i.d_y_TD,
-            index,
-            i.w2,
-            h,
-            u_or_none,
-            None,
-            i.activation,
-            from_tokens=True,
-            weights=True,
-            biases=(i.b1 is not None, False),
-        )
-
-    kept = through()
+    kept = i.activation_gradient(h, u)
     yield Kernel(
         "activation gradient",
-        lambda: (lambda r: (r.d_h_AH, r.d_u_AH, r.a_AH))(through()),
+        lambda: (lambda r: (r.d_h_AH, r.d_u_AH, r.a_AH))(i.activation_gradient(h, u)),
         tokens + weight + n * (2 * g + 1) * A * H,
         2 * A * D * H,
         lambda: loop.activation_gradient(h, u),

@@ -62,26 +62,15 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
 
     h, u, a = grouped_ffn.up(i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
 
-    def through() -> Any:
-        return grouped_ffn.activation_gradient(
-            i.d_y_TD,
-            index,
-            i.w2,
-            h,
-            u if s.gated else None,
-            None,
-            i.activation,
-            from_tokens=True,
-            weights=True,
-            biases=(i.b1 is not None, False),
-        )
-
-    kept = through()
+    kept = i.activation_gradient(h, u)
     up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
     return {
         f"up{gated}": (lambda: grouped_ffn.up(*up), key(f"up{gated}", s.D, s.H)),
         "linear": (lambda: grouped_ffn.linear(a, i.w2, i.index[0], bias_EN=i.b2), key("linear", s.H, s.D)),
-        f"activation_gradient{gated}": (through, key(f"activation_gradient{gated}", s.D, s.H)),
+        f"activation_gradient{gated}": (
+            lambda: i.activation_gradient(h, u),
+            key(f"activation_gradient{gated}", s.D, s.H),
+        ),
         "weight_gradient": (
             lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
             key("weight_gradient", s.H, s.D),
