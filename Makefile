@@ -9,7 +9,7 @@ AOT_ARGS ?= --all
 GPU_ARGS ?=
 RESULTS ?= benchmarks/results
 
-.PHONY: train test lint typecheck gpu aot clean FORCE
+.PHONY: train test lint typecheck gpu aot clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
@@ -30,18 +30,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 
-# links to the package as it is installed: mypy knows no package_dir, and on a GPU machine it need not be installed
-build/%/dynmoe_tutel: FORCE
-	rm -rf $(@D) && mkdir -p $@
-	ln -s $(CURDIR)/dynmoe_tutel/* $(CURDIR)/kernels $@/
-	ln -s $(CURDIR)/benchmarks $(CURDIR)/tests $(CURDIR)/pyproject.toml $(CURDIR)/README.md $(@D)/
-
-typecheck: $(VENV)/.ready build/typecheck/dynmoe_tutel
-	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dynmoe_tutel
+typecheck: $(VENV)/.ready
+	$(BIN)/mypy -p dynmoe_tutel
 
 # no network and no venv: PYTHON= names an interpreter with torch and Triton, whose peers are measured too
-gpu: build/gpu/dynmoe_tutel
-	cd build/gpu && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m benchmarks.gpu --results $(abspath $(RESULTS)) $(GPU_ARGS)
+gpu:
+	$(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(GPU_ARGS)
 
 aot: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.aot $(AOT_ARGS)

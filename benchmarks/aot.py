@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 import triton
-from dynmoe_tutel.kernels import configs
 from triton.backends.compiler import GPUTarget
+
+from dynmoe_tutel.kernels import configs
 
 from .launches import Launch, recording
 from .operations import FILES, VARIANTS, Variant, run_all

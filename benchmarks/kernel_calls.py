@@ -145,10 +145,9 @@ class Loop:
 
 def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     """The kernels in forward, then backward order."""
+    from dynmoe_tutel import kernels
     from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, rows, threshold_gate
     from dynmoe_tutel.kernels.rows import combine_backward
-
-    from dynmoe_tutel import kernels
 
     i, s = inputs, inputs.shape
     T, D, H, E, A = s.T, s.D, s.H, s.E, inputs.A

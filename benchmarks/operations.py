@@ -12,8 +12,9 @@ from math import ceil
 from typing import Any
 
 import torch
-from dynmoe_tutel.kernels.ragged_index import block_tokens
 from torch import Tensor
+
+from dynmoe_tutel.kernels.ragged_index import block_tokens
 
 from .shapes import Shape
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dynmoe_tutel.kernels import configs
 from dynmoe_tutel.kernels.configs import GemmConfig
 

@@ -23,10 +23,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from dynmoe_tutel.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from dynmoe_tutel.kernels import configs
 
 from .launches import Launch, launch_of, recording
 from .operations import VARIANTS, run_all

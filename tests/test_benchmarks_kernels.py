@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import configs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu, kernels, layer_gpu, peers, timing, tune
 from benchmarks.kernel_calls import Kernel
 from benchmarks.progress import DEVICE_LOST, Progress
 from benchmarks.shapes import GPU_SHAPES, Shape
+from dynmoe_tutel.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Shape(40, 16, 24, 4, 1.5)

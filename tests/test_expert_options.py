@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dynmoe_tutel.kernels import ACTIVATIONS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe_tutel import moe, options
+from dynmoe_tutel.kernels import ACTIVATIONS
 
 T, D, H, E = 40, 16, 24, 5
 GATES: dict[str, dict[str, Any]] = {

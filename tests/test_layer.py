@@ -11,9 +11,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dynmoe_tutel.kernels.grouped_ffn import _gemm_dtype
 from helpers import FP32, FP64, HALF, Case, assert_gradients, make_case, relative_rms
 from torch import Tensor, nn
+
+from dynmoe_tutel.kernels.grouped_ffn import _gemm_dtype
 
 FEW = 1e-2  # in half precision, for E thresholds and one temperature
 

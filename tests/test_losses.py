@@ -9,11 +9,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dynmoe_tutel.kernels import vector_losses
 from helpers import FP32, TERMS, Case, assert_gradients, gate_gradients, make_case, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import losses, moe
+from dynmoe_tutel.kernels import vector_losses
 
 D = 16
 CASES: dict[str, dict[str, Any]] = {

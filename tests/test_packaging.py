@@ -18,17 +18,21 @@ HEAVY = ("tutel", "triton", "matplotlib", "rich", "typer", "sklearn", "safetenso
 SOURCES = ("dynmoe_tutel", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["a checkout", "a checkout without symbolic links"])
+def wheel(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A wheel built from a copy of the sources, so that no build directory appears beside them."""
     pytest.importorskip("setuptools", reason="building a wheel without the network needs setuptools")
     pytest.importorskip("wheel", reason="building a wheel without the network needs wheel")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source)
+    link = source / "dynmoe_tutel" / "kernels"
+    if request.param == "a checkout without symbolic links":
+        link.unlink()
+        link.write_text("../kernels")  # what git leaves there
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dynmoe_tutel.kernels import grouped_ffn, pack_bits, ragged_index
 from torch import Tensor
+
+from dynmoe_tutel.kernels import grouped_ffn, pack_bits, ragged_index
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)

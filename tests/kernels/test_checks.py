@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import engine
 from torch import Tensor
 
 from dynmoe_tutel import kernels
+from dynmoe_tutel.kernels import engine
 
 T, D, H, E, O = 6, 8, 5, 3, 4
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, HALF, NAIVE_ACTIVATIONS, NAMES, SHAPES, Case, distance, tolerance
+from torch import Tensor, nn
+
 from dynmoe_tutel.kernels import (
     ACTIVATIONS,
     activation_name,
@@ -21,7 +23,6 @@ from dynmoe_tutel.kernels import (
     ragged_index,
 )
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
-from torch import Tensor, nn
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from cases import HALF, NAMES, SHAPES, Case, distance, tolerance
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from dynmoe_tutel.kernels import ACTIVATIONS, combine, grouped_ffn, grouped_linear, grouped_mm, pack_bits, ragged_index
 from dynmoe_tutel.kernels import engine as engines
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = (torch.float32, *HALF)
 ALIGNED = (33, 16, 24, 8, 4, 0.5)  # every size a multiple of 16 bytes in every dtype

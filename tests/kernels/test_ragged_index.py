@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index, unpack_bits
 
 EXPERTS = (1, 2, 63, 64, 65, 128, 200, 512)
 TOKENS = (0, 1, 7, 33)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import combine, dispatch, pack_bits, ragged_index, row_gates, rows
 from torch import Tensor
+
+from dynmoe_tutel.kernels import combine, dispatch, pack_bits, ragged_index, row_gates, rows
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import keep_strided, thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dynmoe_tutel.kernels import keep_strided, thinned
 
 
 def empty(most: int, D: int = 3) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
 from dynmoe_tutel.kernels.ragged_index import block_tokens
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(7, 97, 65), (64, 16, 4), (1, 1, 1), (33, 47, 512), (5, 8, 64), (0, 8, 3), (9, 300, 130)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dynmoe_tutel.kernels import vector_losses
 from helpers import relative_rms
 from torch import Tensor
+
+from dynmoe_tutel.kernels import vector_losses
 
 SHAPES = [(16, 4, 3), (97, 65, 40), (5, 1, 1), (33, 17, 17), (3, 200, 7)]  # D, E, active
 

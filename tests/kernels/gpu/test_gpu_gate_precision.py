@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynmoe_tutel.kernels.gpu import threshold_gate as gpu
 from helpers import HAS_GPU, MARGIN
 from torch import Tensor
+
+from dynmoe_tutel.kernels.gpu import threshold_gate as gpu
 
 GROUP, KEPT_BITS = 16, 23
 T, E = 16, 8

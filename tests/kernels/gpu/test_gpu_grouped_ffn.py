@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import HAS_GPU, relative_rms
+from torch import Tensor
+
 from dynmoe_tutel.kernels import ACTIVATIONS, configs, grouped_ffn, grouped_linear, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
-from helpers import HAS_GPU, relative_rms
-from torch import Tensor
 
 NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
 SHAPES = [  # T, D, H, O, E, density

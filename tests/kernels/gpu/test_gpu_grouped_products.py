@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import HAS_GPU, relative_rms
+from test_gpu_grouped_ffn import Call, compare
+
 from dynmoe_tutel.kernels import configs, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
 from dynmoe_tutel.kernels.gpu import grouped_products as products
-from helpers import HAS_GPU, relative_rms
-from test_gpu_grouped_ffn import Call, compare
 
 D, H, O, E = 20, 40, 17, 4
 LOADS = {

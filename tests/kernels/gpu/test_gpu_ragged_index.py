@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import HAS_GPU
+from torch import Tensor
+
 from dynmoe_tutel.kernels import bound_assignments, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import ragged_index as gpu
 from dynmoe_tutel.kernels.ragged_index import count_blocks
-from helpers import HAS_GPU
-from torch import Tensor
 
 SHAPES = [  # T, E, density
     (1, 1, 1.0),

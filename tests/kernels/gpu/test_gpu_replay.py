@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import strided_sample
 from helpers import FP32, HAS_GPU, make_case, relative_rms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
+
+from dynmoe_tutel.kernels import strided_sample
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs")
 FILES = ("threshold_gate", "ragged_index", "rows", "grouped_ffn", "top_any_ffn", "vector_losses")

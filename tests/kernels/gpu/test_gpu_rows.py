@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dynmoe_tutel.kernels import pack_bits, ragged_index, rows
-from dynmoe_tutel.kernels.gpu import rows as gpu
 from helpers import relative_rms
 from torch import Tensor
+
+from dynmoe_tutel.kernels import pack_bits, ragged_index, rows
+from dynmoe_tutel.kernels.gpu import rows as gpu
 
 SHAPES = [  # T, E, D, density
     (7, 5, 16, 0.4),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import HAS_GPU, relative_rms
+from torch import Tensor
+
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
 from dynmoe_tutel.kernels.gpu import threshold_gate as gpu
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
-from helpers import HAS_GPU, relative_rms
-from torch import Tensor
 
 SHAPES = [  # T, D, E
     (7, 97, 5),

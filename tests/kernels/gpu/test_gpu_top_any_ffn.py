@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from dynmoe_tutel.kernels.gpu import router_gradient as router
-from dynmoe_tutel.kernels.gpu import top_any_ffn as gpu
-from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn, top_any_ffn_backward
 from helpers import HAS_GPU, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import kernels
+from dynmoe_tutel.kernels.gpu import router_gradient as router
+from dynmoe_tutel.kernels.gpu import top_any_ffn as gpu
+from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn, top_any_ffn_backward
 
 NAMES = ("x", "w", "thresholds", "scale", "w1", "b1", "w3", "b3", "w2", "b2")
 CASES = [  # T, D, H, O, E, threshold, options

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import relative_rms
+
 from dynmoe_tutel.kernels.gpu import vector_losses as gpu
 from dynmoe_tutel.kernels.vector_losses import vector_losses, vector_losses_backward
-from helpers import relative_rms
 
 SHAPES = [(16, 4, 3), (97, 65, 40), (5, 1, 1), (33, 17, 17)]  # D, E, active
 

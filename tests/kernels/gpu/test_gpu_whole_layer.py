@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dynmoe_tutel.kernels.engine import _for_triton
 from helpers import FP32, HAS_GPU, Case, assert_gradients, gradients, make_case, relative_rms
 from test_layer import CASES, named_case
 from torch import nn
+
+from dynmoe_tutel.kernels.engine import _for_triton
 
 OPERATIONS = {
     "threshold_gate": ("threshold_gate", "threshold_gate_backward"),
