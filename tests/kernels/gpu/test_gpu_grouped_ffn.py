@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HAS_GPU, relative_rms
+from helpers import HAS_GPU, conditions, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel.kernels import ACTIVATIONS, configs, grouped_ffn, grouped_linear, pack_bits, ragged_index
@@ -86,13 +86,24 @@ class Call:
         return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.tensors)
 
 
+def scales_of(call: Call) -> list[float]:
+    """What the three results and the eight gradients are made of where they are few numbers."""
+
+    def results(d_rows: Tensor, *tensors: Any) -> tuple[Any, ...]:
+        out = grouped_ffn(*tensors, *call.options, True)
+        return *out, *grouped_ffn_backward(d_rows, *out[1:], *tensors, *call.options, True)
+
+    return conditions(results, call.d_rows, *call.tensors)
+
+
 def compare(call: Call, limit: float) -> None:
     """Forward and backward on the device against the torch operations in float64 on the CPU."""
+    scales = scales_of(call)
     A, activation_and_gate = call.A, call.options
     expected = grouped_ffn(*call.in_fp64(), *activation_and_gate, True)
     found = gpu.grouped_ffn(*call.on_device(call.tensors), *activation_and_gate, True)
-    for f, e in zip(found, expected, strict=True):
-        assert relative_rms(f[:A], e[:A]) < limit
+    for f, e, scale in zip(found, expected, scales, strict=False):
+        assert relative_rms(f[:A], e[:A], scale) < limit
 
     poisoned = call.d_rows.clone()
     poisoned[A:] = float("nan")
@@ -104,9 +115,9 @@ def compare(call: Call, limit: float) -> None:
     )
     (d_rows,) = call.on_device((poisoned,))
     gradients = gpu.grouped_ffn_backward(d_rows, *found[1:], *call.on_device(call.tensors), *activation_and_gate, True)
-    for name, f, e in zip(NAMES, gradients, wanted, strict=True):
+    for name, f, e, scale in zip(NAMES, gradients, wanted, scales[3:], strict=True):
         part = slice(0, A) if name == "gate" else slice(None)
-        assert relative_rms(f[part], e[part]) < limit, name
+        assert relative_rms(f[part], e[part], scale) < limit, name
     for f, parameter in zip(gradients[2:], call.tensors[6:], strict=True):
         if parameter is not None:
             assert (f.stride(), f.dtype) == (parameter.stride(), parameter.dtype)
@@ -115,7 +126,7 @@ def compare(call: Call, limit: float) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward(shape: tuple, options: dict, device: str, poisoned: None) -> None:
-    compare(Call(*shape, device=device, **options), 1e-6 if shape[0] > 1 else 1e-5)  # one number may cancel
+    compare(Call(*shape, device=device, **options), 1e-6)
 
 
 @pytest.mark.parametrize("missing", [7, 9], ids=["b1", "b3"])
