@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms
+from helpers import FP32, assert_margin, make_case, relative_rms
 from ranks import D, E, H, compare, divided, load_block, tokens_of_ranks
 from torch import Tensor, nn
 
@@ -69,6 +69,7 @@ def custom_experts() -> None:
         own = list(whole.experts.module)[layer.first_slot :][: layer.local_slots]
         for mine, theirs in zip(layer.experts.module, own, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
+        assert_margin(whole, x)
         sizes = tokens_of_ranks(24, "unequal")
         mine = layer(x.split(sizes)[dist.get_rank()])
         y = whole(x)
@@ -92,6 +93,7 @@ def gate_lists() -> None:
     layer, whole = pair(gates, {"hidden_size_per_expert": H})
     for index, gate in enumerate(layer.gates):
         x, dy = batch(index)
+        assert_margin(whole, x, index)
         sizes, rank = tokens_of_ranks(24, "unequal"), dist.get_rank()
         y, expected = layer(x.split(sizes)[rank], gate_index=index), whole(x, gate_index=index)
         assert relative_rms(y, expected.split(sizes)[rank]) < FP32
@@ -202,6 +204,7 @@ def copies_and_states() -> None:
         layer, _ = pair(TOP_ANY, experts)
         layer.load_state_dict(whole.state_dict())
         assert layer.num_global_experts == start
+        assert_margin(whole, x)
         assert relative_rms(layer(x), whole(x)) < FP32
     assert "this rank holds all slots" in refusal(lambda: whole.load_state_dict(layer.state_dict()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms
+from helpers import FP32, assert_margin, make_case, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import MoELayer, parallel
@@ -63,6 +63,7 @@ def compare(
 ) -> None:
     """Output, token gradients, gate gradients (summed over ranks) and expert gradients, against one process."""
     rank = dist.get_rank()
+    assert_margin(whole, x)
     full = x.clone().requires_grad_()
     y_full = whole(full, **call)
     y_full.backward(dy)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import TRAINED_MARGIN, assert_margin
 from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint
@@ -69,6 +70,7 @@ class Job:
         for step in range(self.step, until):
             batch = global_batch(step)
             x = batch.chunk(world)[rank]
+            assert_margin(self.model.mlp, batch, least=TRAINED_MARGIN)
             y = self.model(x)
             loss = (y - x.roll(1, dims=1)).square().sum() / batch.numel() + 0.01 * self.model.mlp.l_aux / world
             self.optimizer.zero_grad()
