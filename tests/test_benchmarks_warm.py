@@ -37,7 +37,7 @@ def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[lis
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert all(wrong == "[]" for *_, wrong in lines)
+    assert all(failed_and_refused == "[] []" for *_, failed_and_refused in lines)
     kernels = {str(path.relative_to(cache)) for path in cache.glob("**/*.cubin")}
     return [(int(planned), int(compiled)) for planned, compiled, _ in lines], kernels
 
@@ -50,3 +50,34 @@ def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Pat
     assert second[0] == second[1] > 0
     assert len(kernels) == first[0] + second[0]
     assert compile_shares(tmp_path, (0, 1, 100)) == ([(len(kernels), len(kernels))], kernels)
+
+
+REFUSED = """
+import errno, subprocess
+from benchmarks import patience, warm
+from benchmarks.operations import run_all
+
+patience.time.sleep = lambda seconds: None
+warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("vector_losses",))
+warm.in_processes = lambda function, tasks, jobs: (function(*task) for task in tasks)
+
+class Refused(subprocess.Popen):
+    def __init__(self, *_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+subprocess.Popen = Refused
+print(warm.main(["--arch", "sm_90", "--shape", "vit-s", "--jobs", "1"]))
+"""
+
+
+def test_a_compiler_that_could_not_be_started_is_no_failure_of_the_kernel(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(REFUSED)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    *said, counts, status = done.stdout.splitlines()
+    assert said, done.stderr
+    assert all(line.startswith("NOT STARTED ") and "BlockingIOError" in line for line in said)
+    assert counts.startswith(f"0 of {len(said)} kernels compiled in ")
+    assert int(status) == 101
