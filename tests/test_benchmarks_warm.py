@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[lis
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), repr(shares)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
     assert all(failed_and_refused == "[] []" for *_, failed_and_refused in lines)
@@ -44,12 +45,12 @@ def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[lis
 
 def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Path) -> None:
     """A share without time compiles nothing, two halves everything, and the whole then nothing more."""
-    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, 100), (1, 2, 100))
+    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, PATIENCE), (1, 2, PATIENCE))
     assert late == (first[0], 0)
     assert first[0] == first[1] > 0
     assert second[0] == second[1] > 0
     assert len(kernels) == first[0] + second[0]
-    assert compile_shares(tmp_path, (0, 1, 100)) == ([(len(kernels), len(kernels))], kernels)
+    assert compile_shares(tmp_path, (0, 1, PATIENCE)) == ([(len(kernels), len(kernels))], kernels)
 
 
 REFUSED = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms, spawn_ranks
+from helpers import FP32, GROUP_PATIENCE, make_case, relative_rms, spawn_ranks
 from torch import Tensor
 from tutel_twin import draw
 
@@ -31,7 +30,7 @@ def _rank(rank: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> 
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=GROUP_PATIENCE
     )
     tutel_backend.register()
     result = function(rank, *arguments)
