@@ -294,6 +294,7 @@ def gradients(run: Callable[[Tensor], Tensor], layer: Any, x: Tensor) -> list[Te
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="inductor needs a C++ compiler"
 )
+@pytest.mark.slow
 def test_inductor() -> None:
     layer = layer_with()
     run = torch.compile(layer, fullgraph=True)

@@ -328,6 +328,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_decide_as_one(tmp_path: Path) -> None:
     """Regression for upstream's defect D7: a rank without unrouted tokens stayed away from the reduction."""
     spawn_ranks(_rank, (2, str(tmp_path)), 2)

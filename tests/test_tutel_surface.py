@@ -361,5 +361,6 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_collectives_of_two_processes(tmp_path: Path) -> None:
     spawn_ranks(_rank, (str(tmp_path),), WORLD)
