@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import oracle
@@ -22,6 +25,28 @@ FEW = 8  # numbers; in a result of more, those that cancel are outweighed by oth
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 LLAMA = ("W_fc1", "W_fc2", "W_fc3")
 TERMS = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")  # of a top-any gate
+
+# Seconds after which a test gives up on another process: 30 times the longest wait there is, on two cores and alone.
+# It ends what hangs; no speed is tested by it, so whatever waits takes it, and nothing else.
+PATIENCE = 900.0
+GROUP_PATIENCE = timedelta(seconds=PATIENCE)  # of a process group: its ranks start and compute at different speeds
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return as soon as `condition()` holds; AssertionError that says `what` when the patience is over."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"in {PATIENCE:.0f} s it never came that {what}"
+        time.sleep(0.02)
+
+
+def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What each process writes to stdout and stderr until its end; none outlives the patience, or this call."""
+    try:
+        return [process.communicate(timeout=PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def spawn_ranks(function: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> None:

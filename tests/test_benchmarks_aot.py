@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def python(code: str, directory: Path, **environment: str) -> str:
         env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -177,8 +178,94 @@ print(json.dumps([aot.judge(r) for r in variants]))
         assert found["problems"][0].startswith("does not compile: ")
 
 
+REFUSING = """
+import errno, subprocess
+from benchmarks import patience
+patience.time.sleep = lambda seconds: slept.append(seconds)
+slept, tools, start = [], [], subprocess.Popen
+
+class Refusing(start):
+    def __init__(self, command, *rest, **options):
+        tools.append(str(command[0]).rsplit("/", 1)[-1])
+        if len([tool for tool in tools if tool == TOOL]) <= TIMES and tools[-1] == TOOL:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        super().__init__(command, *rest, **options)
+
+subprocess.Popen = Refusing
+with launches.recording() as found:
+    toys.matrix_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, 64, num_warps=4)
+aot.record = lambda *_: found
+status = aot.main(["--arch", "sm_90", "--jobs", "1"])
+print(json.dumps([status, slept, tools]))
+"""
+
+
+class TestABusyMachine:
+    """A tool that could not be started made the kernel "wrong: does not compile"."""
+
+    @pytest.mark.parametrize("tool", ["ptxas", "cuobjdump"])
+    @pytest.mark.parametrize("times", [2, 99])
+    def test_a_refused_tool_is_tried_again_and_no_wrong_kernel(self, tool: str, times: int, tmp_path: Path) -> None:
+        code = f"TOOL, TIMES = {tool!r}, {times}\n{REFUSING}"
+        *said, last = python(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")).splitlines()
+        status, slept, tools = json.loads(last)
+        assert tool in tools
+        assert slept == [0.5, 2.0, 8.0][:times]
+        text = "\n".join(said)
+        assert ", 0 wrong" in text
+        assert "WRONG" not in text
+        assert status == (0 if times == 2 else 101)
+        assert ("1 not judged: a tool could not be started" in text) == (times == 99)
+        assert ("NOT STARTED sm_90 matrix_kernel" in text) == (times == 99)
+
+    def test_one_that_waited_in_vain_is_followed_by_single_tries(self, tmp_path: Path) -> None:
+        """Until the machine gives again."""
+        code = """
+from benchmarks import patience
+slept, calls = [], []
+patience.time.sleep = slept.append
+class Kernel:
+    def compile(self, target):
+        calls.append(target)
+        raise OSError("no memory") if len(calls) != 6 else ValueError("wrong")
+    module, kernel, configuration = "m", "k", "c"
+    types = lambda self: "bf16"
+found = list(aot.compile_all([("sm_90", Kernel())] * 5, 1))
+print(json.dumps([[bool(r.not_started) for r in found], [bool(r.error) for r in found], slept]))
+"""
+        not_started, wrong, slept = json.loads(python(code, tmp_path))
+        assert not_started == [True, True, False, True, True]
+        assert wrong == [False, False, True, False, False]
+        assert slept == [0.5, 2.0, 8.0] * 2
+
+    def test_a_process_that_ends_is_no_wrong_kernel(self, tmp_path: Path) -> None:
+        """Of several processes: what it had not said is compiled by another, or is not judged."""
+        (tmp_path / "ending.py").write_text("""
+import os, signal
+from benchmarks import aot
+
+def compile_one(arch, launch):
+    if launch.kernel == "up_kernel":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return aot.Report(arch, "m", launch.kernel, "bf16", "")
+""")
+        code = """
+import ending
+from benchmarks import patience
+patience.time.sleep = lambda seconds: None
+launch = launches.Launch("m", "k", (), (), (), ())
+tasks = [("sm_90", replace(launch, kernel=name)) for name in ("a", "b", "up_kernel", "c")]
+aot.compile_one = ending.compile_one
+found = list(aot.compile_all(tasks, 2))
+print(json.dumps([[r.kernel, bool(r.not_started), aot.judge(r)] for r in found]))
+"""
+        found = json.loads(python(code, tmp_path))
+        assert found == [["a", False, []], ["b", False, []], ["up_kernel", True, []], ["c", False, []]]
+
+
 def test_what_is_wrong_is_the_exit_status(tmp_path: Path) -> None:
-    """The command itself: 0 where all is right, else the number of kernels with a spill, an overflow, without wgmma."""
+    """The command itself: 0 where all is right, else the number of kernels with a spill, an overflow, without wgmma;
+    101 where nothing is known of some, and none is wrong."""
     code = """
 right = aot.Report("sm_90", "grouped_gemm", "up_kernel", "bf16", "", 8, 128, 1024, 0, (aot.Dot(128, 128, 64, "bf16"),),
                    {"wgmma": 4})
@@ -186,12 +273,13 @@ wrong = [replace(right, spilled=8), replace(right, shared_memory=228 * 1024), re
          replace(right, single_stores=64), replace(right, error="CompilationError")]
 aot.record = lambda *_: []
 found = []
-for reports in ([right], *([right, report] for report in wrong), [right, *wrong]):
+unknown = replace(right, not_started="BlockingIOError")
+for reports in ([right], *([right, report] for report in wrong), [right, *wrong], [right, unknown], [unknown, *wrong]):
     aot.compile_all = lambda tasks, jobs, reports=reports: iter(reports)
     found.append(aot.main(["--arch", "sm_90"]))
 print(json.dumps(found))
 """
-    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 5]
+    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 5, 101, 5]
 
 
 def test_launches_are_specialised_as_triton_does(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE, wait_until
 
 from benchmarks import gpu
 
@@ -137,7 +140,7 @@ class TestCrashes:
         good, bad = "print('good')", "raise SystemExit(1)"
         monkeypatch.setattr(gpu, "parts", lambda _: [*parts(0.3, code=bad), *parts(0.3, 0.4, code=good)[1:]])
         (tmp_path / "layer-gpu.json").write_text("of another run")
-        assert gpu.main(["--results", str(tmp_path), "--seconds", "60"]) == 1
+        assert gpu.main(["--results", str(tmp_path), "--seconds", f"{PATIENCE}"]) == 1
         out = capsys.readouterr().out
         assert "a: failed (1)\nb: passed\n" in out
         assert "| bare / ours, ViT-S" in out
@@ -145,27 +148,64 @@ class TestCrashes:
         assert not (tmp_path / "layer-gpu.json").exists()
 
 
-def test_a_part_that_overruns_is_ended_with_what_it_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    child = f"import subprocess, sys; print('begun', flush=True); subprocess.run([{sys.executable!r}, '-c', {WAIT!r}])"
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each timer that was set, of which the shortest runs out when the file `begun` is there."""
+    seconds: list[float] = []
+
+    class Timer:
+        def __init__(self, interval: float, function: Callable[[], None]) -> None:
+            self.interval, self.function, self.ended = interval, function, threading.Event()
+            seconds.append(interval)
+
+        def start(self) -> None:
+            threading.Thread(target=self.run, daemon=True).start()
+
+        def run(self) -> None:
+            end = time.monotonic() + PATIENCE
+            first = self.interval == min(seconds)
+            while time.monotonic() < end and not (first and (tmp_path / "begun").exists()):
+                if self.ended.wait(0.02):
+                    return
+            self.function()
+
+        def cancel(self) -> None:
+            self.ended.set()
+
+    monkeypatch.setattr(gpu.threading, "Timer", Timer)
+    return seconds
+
+
+def test_a_part_that_overruns_is_ended_with_what_it_started(
+    tmp_path: Path, begun: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    grandchild = f"open({str(tmp_path / 'begun')!r}, 'w'); {WAIT}"
+    child = f"import subprocess, sys; print('here', flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     outcome, _ = gpu.run(gpu.Part("p", (sys.executable, "-c", child), 1.0, "log.txt"), 1.5, tmp_path)
     assert outcome == "ended after 2 s"
-    assert (tmp_path / "log.txt").read_text() == "begun\n"
-    assert "begun" in capfd.readouterr().out
+    assert begun == [1.5]
+    assert (tmp_path / "log.txt").read_text() == "here\n"
+    assert "here" in capfd.readouterr().out
 
 
 TESTS = """
-import time
+import pathlib, time
 def test_a(): assert False, "the reason"
-def test_b(): time.sleep(600)
+def test_b():
+    (pathlib.Path(__file__).parent / "begun").touch()
+    time.sleep(3600)
 """
 
 
-def test_tests_that_overrun_say_what_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tests_that_overrun_say_what_failed(
+    tmp_path: Path, begun: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
     """They are interrupted first; the names of tests that pass are in the log alone."""
     (tmp_path / "test_x.py").write_text("def test_0(): pass\n" + TESTS)
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path))
     outcome, _ = gpu.run(gpu.Part("tests", command, 1.0, "log.txt", grace=22.0), 30.0, tmp_path)
     assert outcome == "ended after 30 s"
+    assert begun == [30.0, 8.0], "the end, and an interrupt before it"
     log, screen = (tmp_path / "log.txt").read_text(), capfd.readouterr().out
     for text in (log, screen):
         assert "FAILED" in text
@@ -178,14 +218,10 @@ def test_tests_that_overrun_say_what_failed(tmp_path: Path, capfd: pytest.Captur
 def test_what_a_part_leaves_behind_is_ended(tmp_path: Path) -> None:
     """A child that keeps the pipe open."""
     code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {WAIT!r}]).pid)"
-    outcome, _ = gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0, "log.txt"), 20.0, tmp_path)
+    outcome, _ = gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0, "log.txt"), PATIENCE, tmp_path)
     assert outcome == "passed"
     left = int((tmp_path / "log.txt").read_text())
-    for _ in range(100):
-        if _is_gone(left):
-            break
-        time.sleep(0.05)
-    assert _is_gone(left)
+    wait_until(lambda: _is_gone(left), "what was left behind ended")
 
 
 def _is_gone(pid: int) -> bool:
@@ -238,9 +274,9 @@ class TestOptions:
         assert ran == ["compilation", "tests", "kernels", "layer"]
 
 
-WAIT = "import time; time.sleep(600)"
+WAIT = "import time; time.sleep(3600)"
 
 
 @pytest.mark.parametrize(("code", "outcome"), [("", "passed"), ("raise SystemExit(3)", "failed (3)")])
 def test_outcomes(tmp_path: Path, code: str, outcome: str) -> None:
-    assert gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0), 30, tmp_path)[0] == outcome
+    assert gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0), PATIENCE, tmp_path)[0] == outcome

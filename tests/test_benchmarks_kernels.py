@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu, kernels, layer_gpu, peers, timing, tune
@@ -32,7 +33,7 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     out = tmp_path / "kernels.json"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert len({r["kernel"] for r in results}) == len(results) == 15
@@ -198,7 +199,7 @@ class TestRuns:
 def test_without_a_gpu_and_without_the_interpreter_it_says_so() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert "without a GPU" in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr
@@ -443,7 +444,7 @@ def test_the_tuner_writes_what_the_configurations_read(tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.tune", "--interpreter", "--repeats", "1", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(out.read_text())["configs"]
     kinds = {key.split("/")[0] for key in table}
@@ -456,7 +457,7 @@ def test_the_tuner_writes_what_the_configurations_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nothing_is_tuned_without_a_gpu() -> None:
     command = [sys.executable, "-m", "benchmarks.tune"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert "no GPU" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,19 +35,50 @@ def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[lis
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), repr(shares)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert all(wrong == "[]" for *_, wrong in lines)
+    assert all(failed_and_refused == "[] []" for *_, failed_and_refused in lines)
     kernels = {str(path.relative_to(cache)) for path in cache.glob("**/*.cubin")}
     return [(int(planned), int(compiled)) for planned, compiled, _ in lines], kernels
 
 
 def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Path) -> None:
     """A share without time compiles nothing, two halves everything, and the whole then nothing more."""
-    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, 100), (1, 2, 100))
+    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, PATIENCE), (1, 2, PATIENCE))
     assert late == (first[0], 0)
     assert first[0] == first[1] > 0
     assert second[0] == second[1] > 0
     assert len(kernels) == first[0] + second[0]
-    assert compile_shares(tmp_path, (0, 1, 100)) == ([(len(kernels), len(kernels))], kernels)
+    assert compile_shares(tmp_path, (0, 1, PATIENCE)) == ([(len(kernels), len(kernels))], kernels)
+
+
+REFUSED = """
+import errno, subprocess
+from benchmarks import patience, warm
+from benchmarks.operations import run_all
+
+patience.time.sleep = lambda seconds: None
+warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("vector_losses",))
+warm.in_processes = lambda function, tasks, jobs: (function(*task) for task in tasks)
+
+class Refused(subprocess.Popen):
+    def __init__(self, *_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+subprocess.Popen = Refused
+print(warm.main(["--arch", "sm_90", "--shape", "vit-s", "--jobs", "1"]))
+"""
+
+
+def test_a_compiler_that_could_not_be_started_is_no_failure_of_the_kernel(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(REFUSED)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    *said, counts, status = done.stdout.splitlines()
+    assert said, done.stderr
+    assert all(line.startswith("NOT STARTED ") and "BlockingIOError" in line for line in said)
+    assert counts.startswith(f"0 of {len(said)} kernels compiled in ")
+    assert int(status) == 101

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE
 from safetensors.torch import save_file
 from torch import nn
 
@@ -278,6 +279,8 @@ try:
 except SystemExit as end:
     assert "dynmoe_tutel[experiments]" in str(end.code), end.code
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -61,7 +62,7 @@ def test_version_and_help() -> None:
     text = call("--help").stdout
     assert all(command in text for command in ("train", "inspect", "doctor"))
     done = subprocess.run(
-        [sys.executable, "-m", "dynmoe_tutel", "--version"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "dynmoe_tutel", "--version"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout) == (0, f"dynmoe-tutel {__version__}\n"), done.stderr
 

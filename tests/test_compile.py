@@ -296,6 +296,7 @@ def gradients(run: Callable[[Tensor], Tensor], layer: Any, x: Tensor) -> list[Te
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="inductor needs a C++ compiler"
 )
+@pytest.mark.slow
 def test_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer = layer_with()
     run = torch.compile(layer, fullgraph=True)

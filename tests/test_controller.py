@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from controller_case import (
     slot_mask,
     train,
 )
-from helpers import spawn_ranks
+from helpers import GROUP_PATIENCE, spawn_ranks
 from torch import Tensor, nn
 
 from dynmoe_tutel.controller import ExpertController, ExpertEvent, Schedule
@@ -317,7 +316,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
         init_method=f"file://{directory}/store",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=GROUP_PATIENCE,
     )
     model = Net(experts=3)
     controller = ExpertController(model, None, 1, max_new_experts=2, init="fresh")
@@ -329,6 +328,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_decide_as_one(tmp_path: Path) -> None:
     """Regression for upstream's defect D7: a rank without unrouted tokens stayed away from the reduction."""
     spawn_ranks(_rank, (2, str(tmp_path)), 2)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE, outputs
 
 from dynmoe_tutel import tutel_surface
 from dynmoe_tutel.run_script import run
@@ -101,13 +102,13 @@ def call(*arguments: object, cwd: Path, **environment: str) -> subprocess.Comple
     """The command in a process of its own."""
     env = {**os.environ, **environment}
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=env)
 
 
 def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The same by python itself."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd)
 
 
 @pytest.mark.parametrize("gate_type", ["gated_multi_gate", "gated_multi_gate_t"])
@@ -151,9 +152,15 @@ def test_a_script_sees_what_python_shows_it(arguments: list[str], tmp_path: Path
 
 def test_a_thread_that_the_script_leaves_still_finds_tutel(tmp_path: Path) -> None:
     code = """
-import threading, time
+import sys, threading, time
+def script_runs():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame and frame.f_code.co_filename != __file__:
+        frame = frame.f_back
+    return bool(frame)
 def late():
-    time.sleep(0.5)
+    while script_runs():
+        time.sleep(0.01)
     from tutel import net
     print(net.get_world_size())
 threading.Thread(target=late).start()
@@ -292,7 +299,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    output = [rank.communicate(timeout=240) for rank in ranks]
+    output = outputs(ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], output
     assert [out for out, _ in output] == ["sum 3.0 of 2\n", ""]
 

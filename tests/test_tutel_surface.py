@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import spawn_ranks
+from helpers import PATIENCE, spawn_ranks
 from torch import Tensor
 
 from dynmoe_tutel import gates, layer, moe, tutel_surface
@@ -175,7 +175,9 @@ def test_tutel_itself_is_never_hidden(code: str, tmp_path: Path) -> None:
     (tmp_path / "tutel").mkdir()
     (tmp_path / "tutel" / "__init__.py").write_text("")
     program = f"import sys, types\nfrom dynmoe_tutel import tutel_surface\n{code}\ntutel_surface.install()"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
         "RuntimeError: Tutel is installed, and its stand-in must not hide it"
@@ -359,5 +361,6 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_collectives_of_two_processes(tmp_path: Path) -> None:
     spawn_ranks(_rank, (str(tmp_path),), WORLD)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny_job
 import torch
+from helpers import PATIENCE
 
 from dynmoe_tutel import checkpoint
 from dynmoe_tutel.checkpoint import read_checkpoint
@@ -118,7 +119,7 @@ def test_job_adapts_experts_and_logs_every_change(whole: Path) -> None:
 def test_resume_after_sigkill_is_bitwise_the_uninterrupted_job(whole: Path, tmp_path: Path) -> None:
     """Killed while a checkpoint is written, when the logs hold lines that no checkpoint covers."""
     folder = tmp_path / "run"
-    killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=120)
+    killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in checkpoints_of(folder, "dynmoe-seed0")] == ["step-000004"]
     assert list(folder.glob("checkpoints/dynmoe-seed0/.tmp*"))
@@ -141,7 +142,7 @@ def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert_interrupted(folder, said)
     assert job.resume(folder, tiny_job.quiet()) == 0

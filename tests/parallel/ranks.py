@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, assert_margin, make_case, relative_rms
+from helpers import FP32, GROUP_PATIENCE, assert_margin, make_case, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import MoELayer, parallel
@@ -22,7 +21,7 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[Callable[[], None]]
     """`checks` on one rank, over a file store."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=GROUP_PATIENCE
     )
     for check in checks:
         try:

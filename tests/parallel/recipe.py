@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import TRAINED_MARGIN, assert_margin, leave, relative_rms
+from helpers import GROUP_PATIENCE, TRAINED_MARGIN, assert_margin, leave, relative_rms
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,7 +40,7 @@ def loss(model: nn.Module, moe: Any, x: Tensor) -> Tensor:
 
 
 def main(expert_ranks: int) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=GROUP_PATIENCE)
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // expert_ranks, expert_ranks), mesh_dim_names=("data", "experts"))
     expert_group, expert_data_group = mesh["experts"].get_group(), mesh["data"].get_group()

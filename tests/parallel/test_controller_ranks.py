@@ -5,13 +5,12 @@ The processes report, the test compares: equal to one process, the same on every
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import spawn_ranks
+from helpers import GROUP_PATIENCE, spawn_ranks
 from torch.distributed.fsdp import fully_shard
 from training import EVERY, SLOTS, STEPS, Job, Net, gathered, global_batch, same
 
@@ -33,7 +32,7 @@ def _process(rank: int, folder: str) -> None:
         if rank >= world:
             return
         store = f"file://{folder}/store-{world}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=GROUP_PATIENCE)
         try:
             torch.save(_report(Path(folder), world), f"{folder}/{world}-{rank}.pt")
         finally:

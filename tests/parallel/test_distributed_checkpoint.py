@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE
 from killed_job import KILLED_AFTER
 from torch import Tensor, nn
 from training import STEPS, same
@@ -30,7 +31,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(FOLDER / "killed_job.py"), str(tmp_path)]
     kill, resume = (
-        subprocess.run([*command, *script, what], env=environment, timeout=100, capture_output=True, text=True)
+        subprocess.run([*command, *script, what], env=environment, timeout=PATIENCE, capture_output=True, text=True)
         for what in ("kill", "resume")
     )
     assert kill.returncode != 0
