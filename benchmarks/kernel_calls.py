@@ -51,13 +51,15 @@ class Inputs:
         self.score_TE, self.bits_TW, self.unrouted_T, self.inv_norm_T, self.counts = kernels.threshold_gate(
             self.x_TD, self.w_DE, self.thresholds_E, self.active_E, self.scale, False
         )
-        exact = kernels.ragged_index(self.bits_TW, E)
-        self.A = exact[2].shape[0]
-        self.index = exact
+        self.index = kernels.Index(*kernels.ragged_index(self.bits_TW, E))
+        self.A = self.index.rows
+        gate = (self.score_TE, self.inv_norm_T, self.unrouted_T, self.bits_TW)
+        self.router = kernels.Router(self.w_DE, self.thresholds_E, self.scale, *gate)
         self.w1 = draw(E, D, H, scale=D**-0.5) if shape.gated else draw(E, H, D, scale=D**-0.5).transpose(1, 2)
         self.w3 = draw(E, D, H, scale=D**-0.5) if shape.gated else None
         self.b1, self.b2 = (None, None) if shape.gated else (draw(E, H), draw(E, D))
         self.w2 = draw(E, H, D, scale=H**-0.5)
+        self.weights = kernels.ExpertWeights(self.w1, self.b1, self.w3, None, self.w2, self.b2)
         self.activation = "silu" if shape.gated else "gelu"
         self.rows_AD = draw(self.A, D)
 
@@ -65,18 +67,15 @@ class Inputs:
         """That of the layer's backward, from the pre-activations that the forward kept."""
         from dynmoe_tutel.kernels.gpu import grouped_ffn
 
-        return grouped_ffn.activation_gradient(
-            self.d_y_TD,
-            grouped_ffn.Index(*self.index),
-            self.w2,
-            h_AH,
-            u_AH if self.shape.gated else None,
-            None,
-            self.activation,
-            from_tokens=True,
-            weights=True,
-            biases=(self.b1 is not None, False),
-        )
+        kept = (self.index, self.weights, h_AH, u_AH, None, self.activation)
+        return grouped_ffn.activation_gradient(self.d_y_TD, *kept, from_tokens=True, wanted=True)
+
+
+def on_torch(name: str, *args: Any) -> Any:
+    """What an operation gives as torch operations, on any device."""
+    from dynmoe_tutel.kernels.operation import OPERATIONS
+
+    return OPERATIONS[name].run(*args)
 
 
 class Loop:
@@ -122,8 +121,7 @@ class Loop:
 
     def token_gradient(self, d_rows_AD: Tensor, parts_AN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, of the scores and of the cosines over ||x||, in fp32, as `token_gradient` gives them."""
-        from dynmoe_tutel.kernels.rows import row_gates_backward, segment_sum
-        from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
+        from dynmoe_tutel.kernels.rows import segment_sum
 
         i = self.inputs
         d_gate_A = parts_AN.sum(dim=1)
@@ -131,11 +129,11 @@ class Loop:
             expert_A = torch.arange(i.shape.E, device=i.x_TD.device).repeat_interleave(i.index[0].diff())
             d_gate_A = d_gate_A + torch.linalg.vecdot(i.d_y_TD[self.token_A].float(), i.b2[expert_A].float())
         d_gate_A = d_gate_A / i.index[1].diff()[self.token_A]
-        d_score_TE = row_gates_backward._init_fn(d_gate_A, i.unrouted_T, *i.index, True, False)
+        d_score_TE = on_torch("row_gates_backward", d_gate_A, i.unrouted_T, i.index, True, False)
         over_norm_T1 = (i.scale * i.inv_norm_T).unsqueeze(1)
         d_cos_TE = d_score_TE * i.score_TE * (1 - i.score_TE) * over_norm_T1
         gate = (i.score_TE, i.x_TD.float(), i.w_DE.float(), i.inv_norm_T, i.scale)
-        through_TD, _, _ = threshold_gate_backward._init_fn(d_score_TE, *gate)
+        through_TD, _, _ = on_torch("threshold_gate_backward", d_score_TE, *gate)
         return segment_sum(d_rows_AD, i.index[1], i.index[3]) + through_TD, d_score_TE, d_cos_TE
 
     def weight_gradient(self, a_AM: Tensor, b_AN: Tensor) -> Tensor:
@@ -145,36 +143,33 @@ class Loop:
 
 def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     """The kernels in forward, then backward order."""
-    from dynmoe_tutel import kernels
     from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, rows, threshold_gate
-    from dynmoe_tutel.kernels.rows import combine_backward
 
     i, s = inputs, inputs.shape
     T, D, H, E, A = s.T, s.D, s.H, s.E, inputs.A
     n, W, g = i.x_TD.element_size(), i.bits_TW.shape[1], 2 if s.gated else 1
     tokens, index_bytes, weight = n * T * D, 8 * A + 4 * (T + E), n * E * D * H
-    index = grouped_ffn.Index(*i.index)
     gate = (i.x_TD, i.w_DE, i.thresholds_E, i.active_E, i.scale, False)
     yield Kernel(
         "gate",
         lambda: threshold_gate.threshold_gate(*gate)[:4],
         tokens + n * D * E + 4 * T * E + 8 * T * W + 5 * T,
         2 * T * D * E,
-        lambda: kernels.threshold_gate._init_fn(*gate)[:4],
+        lambda: on_torch("threshold_gate", *gate)[:4],
     )
     yield Kernel(
         "index (bounded)",
         lambda: ragged_index.ragged_index(i.bits_TW, E, A, i.counts),
         8 * T * W + index_bytes,
         0,
-        lambda: kernels.ragged_index._init_fn(i.bits_TW, E, A),
+        lambda: on_torch("ragged_index", i.bits_TW, E, A),
     )
     yield Kernel(
         "bound (nothing to drop)",
         lambda: ragged_index.bound_assignments(i.bits_TW, i.score_TE, A),
         16 * T * W + 4 * A,
         0,
-        lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, A),
+        lambda: on_torch("bound_assignments", i.bits_TW, i.score_TE, A),
     )
     fewer = A - A // 10
     yield Kernel(
@@ -182,16 +177,16 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         lambda: ragged_index.bound_assignments(i.bits_TW, i.score_TE, fewer),
         16 * T * W + 4 * A,
         0,
-        lambda: kernels.bound_assignments._init_fn(i.bits_TW, i.score_TE, fewer),
+        lambda: on_torch("bound_assignments", i.bits_TW, i.score_TE, fewer),
     )
     yield Kernel(
         "dispatch",
         lambda: rows.dispatch(i.x_TD, *i.index[1:]),
         tokens + n * A * D + 4 * A,
         0,
-        lambda: kernels.dispatch._init_fn(i.x_TD, *i.index[1:]),
+        lambda: on_torch("dispatch", i.x_TD, *i.index[1:]),
     )
-    up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
+    up = (i.x_TD, i.index, i.weights, i.activation, True, True)
     h, u, a = grouped_ffn.up(*up)
     loop = Loop(inputs)
     yield Kernel(
@@ -207,21 +202,21 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         lambda: grouped_ffn.linear(a, i.w2, i.index[0], **down),
         n * A * (H + D) + weight,
         2 * A * D * H,
-        lambda: kernels.grouped_linear._init_fn(a, i.index[0], i.w2, i.b2, "torch"),
+        lambda: on_torch("grouped_linear", a, i.index[0], i.w2, i.b2, "torch"),
     )
     yield Kernel(
         "combine",
         lambda: rows.combine(i.rows_AD, *i.index[1:], True),
         n * A * D + tokens + 4 * A,
         0,
-        lambda: kernels.combine._init_fn(i.rows_AD, *i.index[1:], True),
+        lambda: on_torch("combine", i.rows_AD, *i.index[1:], True),
     )
     yield Kernel(
         "combine backward",
         lambda: rows.combine_backward(i.d_y_TD, *i.index[1:3], True),
         tokens + n * A * D + 4 * A,
         0,
-        lambda: combine_backward._init_fn(i.d_y_TD, *i.index[1:3], True),
+        lambda: on_torch("combine_backward", i.d_y_TD, *i.index[1:3], True),
     )
 
     kept = i.activation_gradient(h, u)
@@ -234,14 +229,14 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     )
     yield Kernel(
         "weight gradient, first",
-        lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
+        lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, a_from_tokens=True),
         tokens + n * A * H + weight,
         2 * A * D * H,
         lambda: loop.weight_gradient(i.x_TD[loop.token_A], kept.d_h_AH),
     )
     yield Kernel(
         "weight gradient, second",
-        lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
+        lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, i.index, i.w2, b_from_tokens=True),
         tokens + n * A * H + weight,
         2 * A * D * H,
         lambda: loop.weight_gradient(kept.a_AH, i.d_y_TD[loop.token_A]),
@@ -259,10 +254,11 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     d_rows = grouped_ffn.token_rows(kept, i.w1, i.w3, i.index[0])
     unit_ED, _ = router_gradient.unit_vectors(i.w_DE)
     parts = kept.d_gate_parts_AN
-    router = (parts, i.score_TE, i.inv_norm_T, i.unrouted_T, i.bits_TW, unit_ED, i.scale, i.index[1], i.index[3], False)
     yield Kernel(
         "token gradient",
-        lambda: router_gradient.token_gradient(d_rows, i.x_TD, i.d_y_TD, i.b2, *router),
+        lambda: router_gradient.token_gradient(
+            d_rows, i.x_TD, i.d_y_TD, i.b2, parts, i.router, i.index, unit_ED, False
+        ),
         n * A * D + (2 + (i.b2 is not None)) * tokens + parts.numel() * 4 + 12 * T * E,
         0,
         lambda: loop.token_gradient(d_rows, parts),

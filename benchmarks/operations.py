@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmoe_tutel.kernels import ExpertWeights, Index, Router
 from dynmoe_tutel.kernels.ragged_index import block_tokens
 
 from .shapes import Shape
@@ -65,25 +66,25 @@ class Operations:
         self.active_E = _meta(E, dtype=torch.bool)
         self.block_counts = _meta(ceil(T / block_tokens(E)) * E, dtype=torch.int32)
         int32 = {"dtype": torch.int32}
-        self.expert_offsets, self.token_offsets = _meta(E + 1, **int32), _meta(T + 1, **int32)
-        self.token_of_row, self.row_of_assignment = _meta(R, **int32), _meta(R, **int32)
+        self.index = Index(*(_meta(size, **int32) for size in (E + 1, T + 1, R, R)))
         self.gate_A = _meta(R, dtype=torch.float32)
         self.rows_AD = _meta(R, D, dtype=dtype)
         self.weights = self._weights(D, H, E)
 
-    def _weights(self, D: int, H: int, E: int) -> tuple[Tensor | None, ...]:
-        """w1, b1, w3, b3, w2, b2 in the layouts of `ffn` and `llama_ffn` experts."""
-        b1, b2 = _meta(E, H, dtype=self.dtype), _meta(E, D, dtype=self.dtype)
+    def _weights(self, D: int, H: int, E: int) -> ExpertWeights:
+        """In the layouts of `ffn` and `llama_ffn` experts."""
+        b1: Tensor | None = _meta(E, H, dtype=self.dtype)
+        b2: Tensor | None = _meta(E, D, dtype=self.dtype)
         w2 = _meta(E, H, D, dtype=self.dtype)
         if self.shape.gated:
-            return _meta(E, D, H, dtype=self.dtype), None, _meta(E, D, H, dtype=self.dtype), None, w2, None
+            w1, w3 = (_meta(E, D, H, dtype=self.dtype) for _ in range(2))
+            return ExpertWeights(w1, None, w3, None, w2, None)
         w1 = _meta(E, H, D, dtype=self.dtype).transpose(1, 2)
-        return (w1, b1, None, None, w2, b2) if self.variant.bias else (w1, None, None, None, w2, None)
-
-    @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four index arrays."""
-        return self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment
+        return (
+            ExpertWeights(w1, b1, None, None, w2, b2)
+            if self.variant.bias
+            else ExpertWeights(w1, None, None, None, w2, None)
+        )
 
     def threshold_gate(self, gpu: Any) -> None:
         mask_T = self.flag_T if self.variant.padding else None
@@ -104,25 +105,22 @@ class Operations:
         gpu.dispatch(self.x_TD, *self.index[1:])
         gpu.combine(self.rows_AD, *self.index[1:], not v.apply_gate)
         gpu.combine_backward(self.x_TD, *self.index[1:3], not v.apply_gate)
-        gpu.row_gates(self.score_TE, threshold, self.flag_T, *self.index, v.centred)
-        gpu.row_gates_backward(self.gate_A, self.flag_T, *self.index, not v.apply_gate, v.centred)
+        gpu.row_gates(self.score_TE, threshold, self.flag_T, self.index, v.centred)
+        gpu.row_gates_backward(self.gate_A, self.flag_T, self.index, not v.apply_gate, v.centred)
         gpu.segment_sum(self.rows_AD, *self.index[1::2])
 
     def grouped_ffn(self, gpu: Any) -> None:
-        v, (w1, b1, *_) = self.variant, self.weights
-        rows, h_AH, u_AH = gpu.grouped_ffn(
-            self.x_TD, self.gate_A, *self.index, *self.weights, v.activation, v.apply_gate, v.save
-        )
-        gpu.grouped_ffn_backward(
-            rows, h_AH, u_AH, self.x_TD, self.gate_A, *self.index, *self.weights, v.activation, v.apply_gate, True
-        )
-        h_AH = gpu.grouped_linear(self.rows_AD, self.expert_offsets, w1, b1)
-        gpu.grouped_linear_backward(h_AH, self.rows_AD, self.expert_offsets, w1, b1)
+        v = self.variant
+        inputs = (self.x_TD, self.gate_A, self.index, self.weights, v.activation, v.apply_gate)
+        rows, h_AH, u_AH = gpu.grouped_ffn(*inputs, v.save)
+        gpu.grouped_ffn_backward(rows, h_AH, u_AH, *inputs, True)
+        linear = (self.rows_AD, self.index.expert_offsets, self.weights.w1_EDH, self.weights.b1_EH)
+        gpu.grouped_linear_backward(gpu.grouped_linear(*linear), *linear)
 
     def top_any_ffn(self, gpu: Any) -> None:
         v = self.variant
         gate = (self.w_DE, self.threshold_E, self.scale, self.score_TE, self.inv_norm_T, self.flag_T, self.bits_TW)
-        inputs = (self.x_TD, *gate, *self.index, *self.weights, v.activation, v.centred, self.dtype)
+        inputs = (self.x_TD, Router(*gate), self.index, self.weights, v.activation, v.centred, self.dtype)
         y_TD, h_AH, u_AH = gpu.top_any_ffn(*inputs, v.save)
         gpu.top_any_ffn_backward(y_TD, h_AH, u_AH, *inputs, True)
 

@@ -54,17 +54,15 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
     from dynmoe_tutel.kernels.gpu import grouped_ffn
 
     i, s = inputs, inputs.shape
-    index = grouped_ffn.Index(*i.index)
     gated = "_gated" if s.gated else ""
     mean_rows = -(-i.A // s.E)
 
     def key(kind: str, K: int, N: int) -> str:
         return configs.gemm_key(kind, i.dtype, mean_rows, K, N)
 
-    h, u, a = grouped_ffn.up(i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
-
+    up = (i.x_TD, i.index, i.weights, i.activation, True, True)
+    h, u, a = grouped_ffn.up(*up)
     kept = i.activation_gradient(h, u)
-    up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
     return {
         f"up{gated}": (lambda: grouped_ffn.up(*up), key(f"up{gated}", s.D, s.H)),
         "linear": (lambda: grouped_ffn.linear(a, i.w2, i.index[0], bias_EN=i.b2), key("linear", s.H, s.D)),
@@ -73,7 +71,7 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
             key(f"activation_gradient{gated}", s.D, s.H),
         ),
         "weight_gradient": (
-            lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
+            lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, i.index, i.w2, b_from_tokens=True),
             key("weight_gradient", s.H, s.D),
         ),
         **(
@@ -83,7 +81,7 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
                     key("linear_pair", s.H, s.D),
                 ),
                 "weight_gradient of the first": (
-                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
+                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, a_from_tokens=True),
                     key("weight_gradient", s.D, s.H),
                 ),
             }

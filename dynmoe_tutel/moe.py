@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import kernels, losses
 from .expert_capacity import CriticalData, critical_data, expert_capacity, locations
-from .kernels.checks import FLOATS
+from .kernels.operation import FLOATS
 from .layer import MoELayer
 from .options import number, positive_int
 from .padded_rows import PaddedRows

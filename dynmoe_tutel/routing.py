@@ -190,19 +190,23 @@ class Routing:
         margin = (self.scores - self.thresholds) * passed
         return passed + (margin - margin.detach())
 
+    @property
+    def index(self) -> kernels.Index:
+        """The four index arrays."""
+        return kernels.Index(self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
+
     def row_gates(self, combine_gradient: str = "mean") -> Tensor:
         """The gate value of each row, [rows]: what the router learns through; see `kernels.row_gates`."""
         if combine_gradient not in COMBINE_GRADIENTS:
             raise ValueError(f"combine_gradient = {combine_gradient!r}: allowed are 'mean' and 'normalized'")
-        index = (self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
         if self.weights is not None:
-            return kernels.row_gates(self.weights, None, self.unrouted, *index, False)
+            return kernels.row_gates(self.weights, None, self.unrouted, self.index, False)
         centred = combine_gradient == "normalized"
         thresholds = self.thresholds
         if thresholds is None:  # a custom gate with uniform weights: nothing to learn through
             scores, thresholds = self.scores.detach(), self.scores.new_zeros(self.num_experts)
-            return kernels.row_gates(scores, thresholds, self.unrouted, *index, centred)
-        return kernels.row_gates(self.scores, thresholds, self.unrouted, *index, centred)
+            return kernels.row_gates(scores, thresholds, self.unrouted, self.index, centred)
+        return kernels.row_gates(self.scores, thresholds, self.unrouted, self.index, centred)
 
     def dispatch(self, x_TD: Tensor) -> Tensor:
         """Token rows to expert rows, [T, D] to [rows, D]."""

@@ -8,14 +8,16 @@ than A = expert_offsets[-1] (bounded capacity) and what lies behind row A is nei
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import checked, expect, expect_index, expect_matrix
-from .engine import on_gpu
+from .operands import Index, expect_index
+from .operation import expect, expect_matrix, keep, kept, operation
 
-Index = tuple[Tensor, Tensor, Tensor, Tensor]  # expert_offsets, token_offsets, token_of_row, row_of_assignment
+MODULES = {"triton": "gpu.rows"}
 
 
 def segment_sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
@@ -43,27 +45,24 @@ def _check_dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, r
     expect_index(x_TD.shape[0], None, (None, token_offsets, token_of_row, row_of_assignment))
 
 
-@torch.library.custom_op("dynmoe_tutel::dispatch", mutates_args=())
-@checked(_check_dispatch)
-def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
-    """Token rows to expert rows: [T, D] to [rows, D]."""
-    return gather_rows(x_TD, token_of_row, int(token_offsets[-1]))
-
-
-@dispatch.register_fake
-def _(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
+def _dispatch_shape(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
     return x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
 
 
-def _dispatch_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _dispatch_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _dispatch_backward(ctx, d_rows_AD):  # type: ignore[no-untyped-def]
-    return combine(d_rows_AD, *ctx.saved_tensors, False), None, None, None
+def _dispatch_backward(ctx: Any, d_rows_AD: Tensor) -> tuple[Any, ...]:
+    return (combine(d_rows_AD, *ctx.saved_tensors, False),)
 
 
-dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
+@operation(
+    check=_check_dispatch, fake=_dispatch_shape, engines=MODULES, context=_dispatch_context, backward=_dispatch_backward
+)
+def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
+    """Token rows to expert rows: [T, D] to [rows, D]."""
+    return gather_rows(x_TD, token_of_row, int(token_offsets[-1]))
 
 
 def _check_combine(
@@ -74,8 +73,22 @@ def _check_combine(
     expect("rows_AD", rows_AD, (rows, rows_AD.shape[1]), "[rows, D]")
 
 
-@torch.library.custom_op("dynmoe_tutel::combine", mutates_args=())
-@checked(_check_combine)
+def _combine_shape(rows_AD: Tensor, token_offsets: Tensor, *_: Any) -> Tensor:
+    return rows_AD.new_empty((token_offsets.shape[0] - 1, rows_AD.shape[1]))
+
+
+def _combine_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, token_offsets, token_of_row, _, ctx.mean = inputs
+    ctx.save_for_backward(token_offsets, token_of_row)
+
+
+def _combine_backward(ctx: Any, d_y_TD: Tensor) -> tuple[Any, ...]:
+    return (combine_backward(d_y_TD, *ctx.saved_tensors, ctx.mean),)
+
+
+@operation(
+    check=_check_combine, fake=_combine_shape, engines=MODULES, context=_combine_context, backward=_combine_backward
+)
 def combine(
     rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
 ) -> Tensor:
@@ -86,39 +99,21 @@ def combine(
     return y_TD.to(rows_AD.dtype)
 
 
-@combine.register_fake
-def _(rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool) -> Tensor:
-    return rows_AD.new_empty((token_offsets.shape[0] - 1, rows_AD.shape[1]))
-
-
 def _k_or_one(token_offsets: Tensor) -> Tensor:
     """max(k_t, 1), [T, 1] int32."""
     return token_offsets.diff().clamp_(min=1).unsqueeze(1)
 
 
-@torch.library.custom_op("dynmoe_tutel::combine_backward", mutates_args=())
+def _combine_backward_shape(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
+    return d_y_TD.new_empty((token_of_row.shape[0], d_y_TD.shape[1]))
+
+
+@operation(fake=_combine_backward_shape, engines=MODULES)
 def combine_backward(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
     """Gradient of the rows, [rows, D]: that of the row's token, over k_t for the mean."""
     if mean:
         d_y_TD = d_y_TD / _k_or_one(token_offsets)
     return gather_rows(d_y_TD, token_of_row, int(token_offsets[-1]))
-
-
-@combine_backward.register_fake
-def _(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
-    return d_y_TD.new_empty((token_of_row.shape[0], d_y_TD.shape[1]))
-
-
-def _combine_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, token_offsets, token_of_row, _, ctx.mean = inputs
-    ctx.save_for_backward(token_offsets, token_of_row)
-
-
-def _combine_backward(ctx, d_y_TD):  # type: ignore[no-untyped-def]
-    return combine_backward(d_y_TD, *ctx.saved_tensors, ctx.mean), None, None, None, None
-
-
-combine.register_autograd(_combine_backward, setup_context=_combine_context)
 
 
 def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor) -> Tensor:
@@ -129,28 +124,39 @@ def _pair_of_row(num_experts: int, expert_offsets: Tensor, token_of_row: Tensor)
     return token_of_row[:A].long() * num_experts + expert_A
 
 
-def _check_row_gates(  # type: ignore[no-untyped-def]
-    value_TE, threshold_E, unrouted_T, expert_offsets, token_offsets, token_of_row, row_of_assignment, centred
+def _check_row_gates(
+    value_TE: Tensor, threshold_E: Tensor | None, unrouted_T: Tensor, index: Index, centred: bool
 ) -> None:
     expect_matrix("value_TE", value_TE, "[T, E]")
     T, E = value_TE.shape
     expect("threshold_E", threshold_E, (E,), "[E]")
     expect("unrouted_T", unrouted_T, (T,), "[T]", torch.bool)
-    expect_index(T, E, (expert_offsets, token_offsets, token_of_row, row_of_assignment))
+    index.check(T, E)
 
 
-@torch.library.custom_op("dynmoe_tutel::row_gates", mutates_args=())
-@checked(_check_row_gates)
-def row_gates(
-    value_TE: Tensor,
-    threshold_E: Tensor | None,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    centred: bool,
-) -> Tensor:
+def _row_gates_shape(value_TE: Tensor, threshold_E: Any, unrouted_T: Tensor, index: Index, centred: bool) -> Tensor:
+    return value_TE.new_empty((index.rows,))
+
+
+def _row_gates_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, threshold_E, unrouted_T, index, ctx.centred = inputs
+    ctx.straight_through = threshold_E is not None
+    keep(ctx, unrouted_T, index)
+
+
+def _row_gates_backward(ctx: Any, d_gate_A: Tensor) -> tuple[Any, ...]:
+    d_value_TE = row_gates_backward(d_gate_A, *kept(ctx), ctx.straight_through, ctx.centred)
+    return d_value_TE, -d_value_TE.sum(dim=0) if ctx.straight_through else None
+
+
+@operation(
+    check=_check_row_gates,
+    fake=_row_gates_shape,
+    engines=MODULES,
+    context=_row_gates_context,
+    backward=_row_gates_backward,
+)
+def row_gates(value_TE: Tensor, threshold_E: Tensor | None, unrouted_T: Tensor, index: Index, centred: bool) -> Tensor:
     """The gate value of each row, [rows], through which the router learns.
 
     With `threshold_E` (top-any): value_TE are scores, every gate is 1, and its gradient goes straight through to
@@ -158,81 +164,33 @@ def row_gates(
     subtracts the mean over the token's rows, which is <dy, y> / k of the "normalized" gradient.
     Without it (fixed k): value_TE are combine weights, gathered by row.
     """
-    gate_A = value_TE.new_ones((token_of_row.shape[0],))
+    gate_A = value_TE.new_ones((index.rows,))
     if threshold_E is None:
-        pair_A = _pair_of_row(value_TE.shape[1], expert_offsets, token_of_row)
+        pair_A = _pair_of_row(value_TE.shape[1], index.expert_offsets, index.token_of_row)
         gate_A[: pair_A.shape[0]] = value_TE.reshape(-1)[pair_A]
     return gate_A
 
 
-@row_gates.register_fake
-def _(
-    value_TE: Tensor,
-    threshold_E: Tensor | None,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    centred: bool,
-) -> Tensor:
-    return value_TE.new_empty((token_of_row.shape[0],))
+def _row_gates_backward_shape(d_gate_A: Tensor, unrouted_T: Tensor, index: Index, *_: Any) -> Tensor:
+    return d_gate_A.new_empty((unrouted_T.shape[0], index.experts))
 
 
-@torch.library.custom_op("dynmoe_tutel::row_gates_backward", mutates_args=())
+@operation(fake=_row_gates_backward_shape, engines=MODULES)
 def row_gates_backward(
-    d_gate_A: Tensor,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    straight_through: bool,
-    centred: bool,
+    d_gate_A: Tensor, unrouted_T: Tensor, index: Index, straight_through: bool, centred: bool
 ) -> Tensor:
     """Gradient of value_TE, [T, E], zero where there is no assignment."""
-    T, E = unrouted_T.shape[0], expert_offsets.shape[0] - 1
+    T, E = unrouted_T.shape[0], index.experts
     d_value_TE = d_gate_A.new_zeros((T, E))
-    pair_A = _pair_of_row(E, expert_offsets, token_of_row)
+    pair_A = _pair_of_row(E, index.expert_offsets, index.token_of_row)
     A = pair_A.shape[0]
     d_pair_A = d_gate_A[:A]
     if straight_through:
-        token_A = token_of_row[:A]
+        token_A = index.token_of_row[:A]
         if centred:
-            total_T1 = segment_sum(d_gate_A.unsqueeze(1), token_offsets, row_of_assignment)
-            mean_T = total_T1.div_(_k_or_one(token_offsets)).squeeze(1)
+            total_T1 = segment_sum(d_gate_A.unsqueeze(1), index.token_offsets, index.row_of_assignment)
+            mean_T = total_T1.div_(_k_or_one(index.token_offsets)).squeeze(1)
             d_pair_A = d_pair_A - mean_T.index_select(0, token_A)
         d_pair_A = d_pair_A.masked_fill(unrouted_T.index_select(0, token_A), 0)
     d_value_TE.view(-1)[pair_A] = d_pair_A
     return d_value_TE
-
-
-@row_gates_backward.register_fake
-def _(
-    d_gate_A: Tensor,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    straight_through: bool,
-    centred: bool,
-) -> Tensor:
-    return d_gate_A.new_empty((unrouted_T.shape[0], expert_offsets.shape[0] - 1))
-
-
-def _row_gates_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, threshold_E, *index, ctx.centred = inputs
-    ctx.straight_through = threshold_E is not None
-    ctx.save_for_backward(*index)
-
-
-def _row_gates_backward(ctx, d_gate_A):  # type: ignore[no-untyped-def]
-    d_value_TE = row_gates_backward(d_gate_A, *ctx.saved_tensors, ctx.straight_through, ctx.centred)
-    d_threshold_E = -d_value_TE.sum(dim=0) if ctx.straight_through else None
-    return d_value_TE, d_threshold_E, None, None, None, None, None, None
-
-
-row_gates.register_autograd(_row_gates_backward, setup_context=_row_gates_context)
-for _operation in (dispatch, combine, combine_backward, row_gates, row_gates_backward):
-    on_gpu(_operation, "rows")

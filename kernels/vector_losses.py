@@ -10,13 +10,15 @@ active slots) for simplicity. As torch operations they are sixty launches of a m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .checks import checked, expect, expect_matrix
-from .engine import on_gpu
+from .operation import expect, expect_matrix, operation
 from .threshold_gate import gate_dtype, inverse_norm
+
+MODULES = {"triton": "gpu.vector_losses"}
 
 
 def _check(w_DE: Tensor, active_E: Tensor) -> None:
@@ -24,9 +26,30 @@ def _check(w_DE: Tensor, active_E: Tensor) -> None:
     expect("active_E", active_E, (w_DE.shape[1],), "[E]", torch.bool)
 
 
-@torch.library.custom_op("dynmoe_tutel::vector_losses", mutates_args=())
-@checked(_check)
-@without_autocast
+def _shapes(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D, E = w_DE.shape
+    shapes = ((), (), (E, D), (E,), (E, E))
+    loss, other, unit, inverse, gram = (w_DE.new_empty(shape, dtype=gate_dtype(w_DE)) for shape in shapes)
+    return loss, other, unit, inverse, gram
+
+
+def _context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    w_DE, active_E = inputs
+    diversity, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(diversity, *saved, active_E, w_DE)
+
+
+def _backward(ctx: Any, d_diversity: Tensor | None, d_simplicity: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
+    if d_diversity is None and d_simplicity is None:
+        return None
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    of_losses = (torch.zeros_like(saved[0]) if d is None else d for d in (d_diversity, d_simplicity))
+    return (vector_losses_backward(*of_losses, *saved),)
+
+
+@operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 where no slot is active.
 
@@ -42,64 +65,19 @@ def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tenso
     return diversity, simplicity, unit_ED, inv_norm_E, gram_EE
 
 
-@vector_losses.register_fake
-def _(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    D, E = w_DE.shape
-    shapes = ((), (), (E, D), (E,), (E, E))
-    loss, other, unit, inverse, gram = (w_DE.new_empty(shape, dtype=gate_dtype(w_DE)) for shape in shapes)
-    return loss, other, unit, inverse, gram
+def _backward_shape(*args: Tensor) -> Tensor:
+    *_, w_DE = args
+    return torch.empty_like(w_DE, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("dynmoe_tutel::vector_losses_backward", mutates_args=())
-@without_autocast
+@operation(fake=_backward_shape, engines=MODULES, autocast=False)
 def vector_losses_backward(
-    d_diversity: Tensor,
-    d_simplicity: Tensor,
-    diversity: Tensor,
-    unit_ED: Tensor,
-    inv_norm_E: Tensor,
-    gram_EE: Tensor,
-    active_E: Tensor,
-    w_DE: Tensor,
-) -> Tensor:
+    d_diversity: Tensor, d_simplicity: Tensor, diversity: Tensor, unit_ED: Tensor, inv_norm_E: Tensor,
+    gram_EE: Tensor, active_E: Tensor, w_DE: Tensor,
+) -> Tensor:  # fmt: skip
     """Gradient of the routing vectors, [D, E] in their dtype."""
     factor = torch.where(diversity > 0, 2 * d_diversity / diversity, torch.zeros_like(diversity))
     tangent_ED = gram_EE @ unit_ED - unit_ED * gram_EE.square().sum(dim=1, keepdim=True)
     radial_E = d_simplicity / active_E.sum().clamp(min=1)
     d_w_ED = tangent_ED * (factor * inv_norm_E).unsqueeze(1) + unit_ED * radial_E
     return d_w_ED.t().to(w_DE.dtype).contiguous()
-
-
-@vector_losses_backward.register_fake
-def _(
-    d_diversity: Tensor,
-    d_simplicity: Tensor,
-    diversity: Tensor,
-    unit_ED: Tensor,
-    inv_norm_E: Tensor,
-    gram_EE: Tensor,
-    active_E: Tensor,
-    w_DE: Tensor,
-) -> Tensor:
-    return torch.empty_like(w_DE, memory_format=torch.contiguous_format)
-
-
-def _context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    w_DE, active_E = inputs
-    diversity, _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(diversity, *saved, active_E, w_DE)
-
-
-def _backward(ctx, d_diversity, d_simplicity, *_):  # type: ignore[no-untyped-def]
-    if d_diversity is None and d_simplicity is None:
-        return None, None
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-    of_losses = (torch.zeros_like(saved[0]) if d is None else d for d in (d_diversity, d_simplicity))
-    return vector_losses_backward(*of_losses, *saved), None
-
-
-vector_losses.register_autograd(_backward, setup_context=_context)
-on_gpu(vector_losses, "vector_losses")
-on_gpu(vector_losses_backward, "vector_losses")

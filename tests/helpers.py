@@ -15,6 +15,7 @@ import oracle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 HAS_GPU = torch.cuda.is_available()
 FP32, FP64, HALF = 1e-6, 1e-13, 4e-3  # relative RMS against float64
@@ -83,16 +84,18 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
-def conditions(
-    function: Callable[..., Sequence[Tensor | None]], *arguments: Tensor | None, few: int = FEW
-) -> list[float]:
+def conditions(function: Callable[..., Sequence[Tensor | None]], *arguments: Any, few: int = FEW) -> list[float]:
     """What each result of `function` is made of, a `scale` for `relative_rms`; 0 for those of more than `few` numbers.
 
-    It is the RMS by which the results change per relative change of all floating-point arguments, each by a sign of its
-    own: the size of a sum whose terms do not cancel. Rounding errors of any processor are proportional to it, not to
-    what the terms leave over. Computed in float64, by differences.
+    It is the RMS by which the results change per relative change of all floating-point tensors in the arguments, each
+    by a sign of its own: the size of a sum whose terms do not cancel. Rounding errors of any processor are proportional
+    to it, not to what the terms leave over. Computed in float64, by differences.
     """
-    exact = [t.double() if t is not None and t.is_floating_point() else t for t in arguments]
+
+    def changed(change: Callable[[Tensor], Tensor], values: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: change(t) if t.is_floating_point() else t, values)
+
+    exact = changed(lambda t: t.double(), arguments)
     centre = function(*exact)
     small = [result is not None and 0 < result.numel() <= few for result in centre]
     if not any(small):
@@ -100,12 +103,7 @@ def conditions(
     generator, step, draws = torch.Generator().manual_seed(0), 1e-6, 16
     squares = [0.0] * len(centre)
     for _ in range(draws):
-        moved = [
-            t * (1 + step * (2.0 * torch.randint(2, t.shape, generator=generator) - 1))
-            if t is not None and t.is_floating_point()
-            else t
-            for t in exact
-        ]
+        moved = changed(lambda t: t * (1 + step * (2.0 * torch.randint(2, t.shape, generator=generator) - 1)), exact)
         for i, (result, middle) in enumerate(zip(function(*moved), centre, strict=True)):
             if small[i]:
                 squares[i] += (rms(result - middle) / step) ** 2

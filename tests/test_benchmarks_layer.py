@@ -150,8 +150,16 @@ def test_operations_are_recorded_for_the_types_that_the_layer_calls_them_with(ga
 
 
 def described(args: Sequence[Any]) -> list[Any]:
-    """Of a tensor its dtype and shape, of None None, of another value its type."""
-    return [(a.dtype, tuple(a.shape)) if isinstance(a, torch.Tensor) else None if a is None else type(a) for a in args]
+    """Of a tensor its dtype and shape, of a group or list those of each, of None None, of another value its type."""
+
+    def of(a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return a.dtype, tuple(a.shape)
+        if isinstance(a, (list, tuple)):
+            return described(a)
+        return None if a is None else type(a)
+
+    return [of(a) for a in args]
 
 
 class Calls(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe_tutel import Routing, moe
+from dynmoe_tutel import Routing, kernels, moe
 
 D, H, E, T = 16, 12, 6, 24
 
@@ -309,3 +309,16 @@ def test_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         for x in batches(layer):
             for mine, eager in zip(outcome(run, layer, x, True), outcome(layer, layer, x, True), strict=True):
                 assert torch.allclose(mine, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_is_not_traced_where_torch_leaves_its_caller_to_python() -> None:
+    """It would be compiled piece by piece, and again for every shape."""
+    rows, index = torch.randn(4, 3), kernels.ragged_index(kernels.pack_bits(torch.ones(2, 2, dtype=torch.bool)), 2)
+
+    @torch._dynamo.disable(recursive=False)
+    def left_alone(x: torch.Tensor) -> torch.Tensor:
+        return kernels.combine(x, *index[1:], True)
+
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(lambda x: left_alone(x), backend=counter)(rows.requires_grad_()).sum().backward()
+    assert counter.frame_count == 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.activations import has_hooks
-from ..kernels.engine import ENGINES
+from ..kernels.operation import ENGINES
 from ..options import warn_once
 from ..routing import Routing, describe
 
@@ -158,9 +158,8 @@ class GroupedMLP(Experts):
         router, activation = routing.router, self.activation
         assert router is not None
         assert activation is not None
-        weights = self.weights()
-        y_TO, _, _ = kernels.top_any_ffn(
-            x_TD,
+        weights = kernels.ExpertWeights(*self.weights())
+        gate = kernels.Router(
             router.vectors,
             router.thresholds,
             router.scale,
@@ -168,11 +167,12 @@ class GroupedMLP(Experts):
             router.inv_norm,
             routing.unrouted,
             routing.bits,
-            routing.expert_offsets,
-            routing.token_offsets,
-            routing.token_of_row,
-            routing.row_of_assignment,
-            *weights,
+        )
+        y_TO, _, _ = kernels.top_any_ffn(
+            x_TD,
+            gate,
+            routing.index,
+            weights,
             activation,
             combine_gradient == "normalized",
             self.compute_dtype(x_TD),
@@ -189,9 +189,10 @@ class GroupedMLP(Experts):
         if self.skip_expert:
             rows = routing.dispatch(x)
             return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
-        w1, b1, w3, b3, w2, b2 = self.weights()
+        weights = kernels.ExpertWeights(*self.weights())
         activation = self.activation
         if activation is None:
+            w1, b1, w3, b3, w2, b2 = weights
             if self.recompute != "none" and not torch.compiler.is_compiling():
                 warn_once("experts['recompute'] is ignored: activation_fn was changed to one that does not run fused")
             rows = routing.dispatch(x)
@@ -205,22 +206,6 @@ class GroupedMLP(Experts):
                 a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
             rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)
             return rows * gate_A.unsqueeze(1).to(dtype)
-        rows, _, _ = kernels.grouped_ffn(
-            x,
-            gate_A,
-            routing.expert_offsets,
-            routing.token_offsets,
-            routing.token_of_row,
-            routing.row_of_assignment,
-            w1,
-            b1,
-            w3,
-            b3,
-            w2,
-            b2,
-            activation,
-            apply_gate,
-            self._keeps(x, gate_A, w1, b1, w3, b3, w2, b2),
-            self.engine,
-        )
+        keeps = self._keeps(x, gate_A, *weights)
+        rows, _, _ = kernels.grouped_ffn(x, gate_A, routing.index, weights, activation, apply_gate, keeps, self.engine)
         return rows

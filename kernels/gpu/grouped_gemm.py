@@ -10,8 +10,6 @@ the tiles of all experts, which they find on the device from the offsets; an exp
 behind the last cost nothing. Sums are fp32 and in a fixed order.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,26 +25,6 @@ def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
 def block_experts(E: int) -> int:
     """The width of a vector with an entry an expert."""
     return max(2, triton.next_power_of_2(E))
-
-
-@dataclass(frozen=True)
-class Index:
-    """The index of the ragged assignment, as `ragged_index` gives it."""
-
-    expert_offsets: Tensor
-    token_offsets: Tensor
-    token_of_row: Tensor
-    row_of_assignment: Tensor
-
-    @property
-    def rows(self) -> int:
-        """Length of the row arrays: A, or the bounded capacity."""
-        return self.token_of_row.shape[0]
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return self.expert_offsets.shape[0] - 1
 
 
 @triton.jit

@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from .. import configs
+from ..operands import ExpertWeights, Index
 from . import grouped_gemm as gemm
-from .grouped_gemm import Index, block_experts, pointer
-from .row_sums import sum_parts, sum_tiles
+from .grouped_gemm import block_experts, pointer
+from .row_sums import bias_gradient, sum_parts, sum_tiles
 
 
 def _precision(dtype: torch.dtype, chip: str) -> str:
@@ -71,51 +72,29 @@ def tiles(kind: str, x: Tensor, rows: int, E: int, K: int, N: int) -> Tiles:
 
 
 def up(
-    x_TD: Tensor,
-    index: Index,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    activation: str,
-    save: bool,
-    activate: bool,
+    x_TD: Tensor, index: Index, weights: ExpertWeights, activation: str, save: bool, activate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, u (both empty unless `save`) and a (empty unless `activate`), rows [R, H]; see `grouped_gemm.up_kernel`."""
-    R, E, (_, D, H) = index.rows, index.experts, w1_EDH.shape
-    h_AH = x_TD.new_empty((R if save else 0, H))
-    u_AH = x_TD.new_empty((R if save and w3_EDH is not None else 0, H))
+    w1, b1, w3, b3, _, _ = weights
+    R, (E, D, H), gated = index.rows, w1.shape, w3 is not None
+    h_AH, u_AH = weights.pre_activations(x_TD, R if save else 0)
     a_AH = x_TD.new_empty((R if activate else 0, H))
     if R == 0 or H == 0:
         return h_AH, u_AH, a_AH
-    cut = tiles("up" if w3_EDH is None else "up_gated", x_TD, R, E, D, H)
-    w3 = pointer(w3_EDH, w1_EDH)
+    cut = tiles("up_gated" if gated else "up", x_TD, R, E, D, H)
+    w3 = pointer(w3, w1)
     gemm.up_kernel[cut.grid(x_TD.device)](
-        x_TD,
-        index.token_of_row,
-        index.expert_offsets,
-        w1_EDH,
-        pointer(b1_EH, w1_EDH),
-        w3,
-        pointer(b3_EH, w1_EDH),
-        h_AH,
-        u_AH,
-        a_AH,
-        E,
-        D,
-        H,
-        x_TD.stride(0),
-        *w1_EDH.stride(),
-        *w3.stride(),
-        GATED=w3_EDH is not None,
-        BIAS=b1_EH is not None,
-        BIAS3=b3_EH is not None,
+        x_TD, index.token_of_row, index.expert_offsets, w1, pointer(b1, w1), w3, pointer(b3, w1), h_AH, u_AH, a_AH,
+        E, D, H, x_TD.stride(0), *w1.stride(), *w3.stride(),
+        GATED=gated,
+        BIAS=b1 is not None,
+        BIAS3=b3 is not None,
         SAVE=save,
         ACTIVATE=activate,
         ACTIVATION=activation,
         PIECES=cut.config.pieces,
         **cut.meta(E, D, H, x_TD),
-    )
+    )  # fmt: skip
     return h_AH, u_AH, a_AH
 
 
@@ -137,26 +116,14 @@ def linear(
     a2, w2 = second or (a_AK, w_EKN)
     cut = tiles("linear" if second is None and not zero_tail else "linear_pair", a_AK, R, E, K, N)
     gemm.linear_kernel[cut.grid(a_AK.device)](
-        a_AK,
-        a2,
-        expert_offsets,
-        w_EKN,
-        w2,
-        pointer(bias_EN, w_EKN),
-        pointer(gate_A, a_AK),
-        out_AN,
-        E,
-        R,
-        K,
-        N,
-        *w_EKN.stride(),
-        *w2.stride(),
+        a_AK, a2, expert_offsets, w_EKN, w2, pointer(bias_EN, w_EKN), pointer(gate_A, a_AK), out_AN,
+        E, R, K, N, *w_EKN.stride(), *w2.stride(),
         PAIR=second is not None,
         BIAS=bias_EN is not None,
         GATE=gate_A is not None,
         ZERO_TAIL=zero_tail,
         **cut.meta(E, K, N, a_AK),
-    )
+    )  # fmt: skip
     return out_AN
 
 
@@ -174,64 +141,44 @@ class ActivationGradient:
 
 
 def activation_gradient(
-    d_rows: Tensor,
-    index: Index,
-    w2_EHO: Tensor,
-    h_AH: Tensor,
-    u_AH: Tensor | None,
-    gate_A: Tensor | None,
-    activation: str,
-    *,
-    from_tokens: bool,
-    weights: bool,
-    biases: tuple[bool, bool],
-) -> ActivationGradient:
-    """Gradients of h and u from those of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`)."""
-    R, E, (_, H, O) = index.rows, index.experts, w2_EHO.shape
-    gated = u_AH is not None
+    d_rows: Tensor, index: Index, weights: ExpertWeights, h_AH: Tensor, u_AH: Tensor, gate_A: Tensor | None,
+    activation: str, *, from_tokens: bool, wanted: bool,
+) -> ActivationGradient:  # fmt: skip
+    """Gradients of h and u from those of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`).
+
+    `wanted`: also what the gradients of the weights are made of.
+    """
+    _, b1, w3, b3, w2_EHO, _ = weights
+    R, (E, H, O), gated = index.rows, w2_EHO.shape, w3 is not None
+    bias, bias3 = wanted and b1 is not None, wanted and b3 is not None
     cut = tiles("activation_gradient_gated" if gated else "activation_gradient", d_rows, R, E, O, H)
     result = ActivationGradient(
         torch.empty_like(h_AH),
-        torch.empty_like(u_AH) if u_AH is not None else h_AH.new_empty((0,)),
-        h_AH.new_empty((R if weights else 0, H)),
+        torch.empty_like(u_AH),
+        h_AH.new_empty((R if wanted else 0, H)),
         h_AH.new_empty((R, cut.n), dtype=torch.float32),
-        h_AH.new_empty((cut.most_m if biases[0] else 0, H), dtype=torch.float32),
-        h_AH.new_empty((cut.most_m if biases[1] else 0, H), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if bias else 0, H), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if bias3 else 0, H), dtype=torch.float32),
         cut.config.block_m,
     )
     if R == 0 or H == 0:
         return result
     w2_EOH = w2_EHO.transpose(1, 2)
     gemm.activation_gradient_kernel[cut.grid(d_rows.device)](
-        d_rows,
-        index.token_of_row,
-        index.token_offsets,
-        pointer(gate_A, d_rows),
-        index.expert_offsets,
-        w2_EOH,
-        h_AH,
-        pointer(u_AH, h_AH),
-        result.d_h_AH,
-        result.d_u_AH,
-        result.a_AH,
-        result.d_gate_parts_AN,
-        result.d_b1_parts_MH,
-        result.d_b3_parts_MH,
-        E,
-        O,
-        H,
-        d_rows.stride(0),
-        *w2_EOH.stride(),
+        d_rows, index.token_of_row, index.token_offsets, pointer(gate_A, d_rows), index.expert_offsets, w2_EOH,
+        h_AH, u_AH if gated else h_AH, result.d_h_AH, result.d_u_AH, result.a_AH,
+        result.d_gate_parts_AN, result.d_b1_parts_MH, result.d_b3_parts_MH,
+        E, O, H, d_rows.stride(0), *w2_EOH.stride(),
         FROM_TOKENS=from_tokens,
         GATE=gate_A is not None,
         GATED=gated,
-        ACTIVATED=weights,
-        BIAS=biases[0],
-        BIAS3=biases[1],
+        ACTIVATED=wanted,
+        BIAS=bias,
+        BIAS3=bias3,
         ACTIVATION=activation,
         PIECES=cut.config.pieces,
         **cut.meta(E, O, H, d_rows),
-    )
+    )  # fmt: skip
     return result
 
 
@@ -293,20 +240,14 @@ def token_rows(through: ActivationGradient, w1_EDH: Tensor, w3_EDH: Tensor | Non
 
 
 def weight_gradients(
-    through: ActivationGradient,
-    x_TD: Tensor,
-    d_rows: Tensor,
-    index: Index,
-    params: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
-    weights: bool,
-    *,
-    from_tokens: bool,
-) -> list[Tensor]:
-    """Gradients of w1, b1, w3, b3, w2, each as its parameter; empty where there is none or none is wanted."""
-    w1, b1, w3, b3, w2 = params
-    grads = [x_TD.new_empty((0,), dtype=torch.float32) for _ in params]  # an operation may return no tensor twice
-    if not weights:
+    through: ActivationGradient, x_TD: Tensor, d_rows: Tensor, index: Index, weights: ExpertWeights, wanted: bool,
+    gate_A: Tensor | None = None, *, from_tokens: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of w1, b1, w3, b3, w2, b2, each as its weight; empty where there is none or none is wanted."""
+    grads = weights.gradients(False)
+    if not wanted:
         return grads
+    w1, b1, w3, b3, w2, b2 = weights
     grads[0] = weight_gradient(x_TD, through.d_h_AH, index, w1, a_from_tokens=True)
     grads[4] = weight_gradient(through.a_AH, d_rows, index, w2, b_from_tokens=from_tokens)
     if b1 is not None:
@@ -315,9 +256,13 @@ def weight_gradients(
         grads[2] = weight_gradient(x_TD, through.d_u_AH, index, w3, a_from_tokens=True)
     if b3 is not None:
         grads[3] = sum_tiles(through.d_b3_parts_MH, index.expert_offsets, b3, through.block_m)
+    if b2 is not None:
+        grads[5] = bias_gradient(d_rows, gate_A, index, b2, from_tokens=from_tokens)
     return grads
 
 
-def in_dtype(dtype: torch.dtype, *weights: Tensor | None) -> tuple[Any, ...]:
-    """Matrices in the type of the tokens; biases are left, the kernels read any type. (None stays.)"""
-    return tuple(None if w is None else w.to(dtype) for w in weights)
+def in_dtype(dtype: torch.dtype, weights: ExpertWeights) -> ExpertWeights:
+    """Matrices in the type of the tokens; biases contiguous in their own, the kernels read any type."""
+    w1, b1, w3, b3, w2, b2 = weights
+    b1, b3, b2 = (None if b is None else b.contiguous() for b in (b1, b3, b2))
+    return ExpertWeights(w1.to(dtype), b1, None if w3 is None else w3.to(dtype), b3, w2.to(dtype), b2)

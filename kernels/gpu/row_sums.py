@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from .grouped_gemm import Index, block_experts, expert_rows, pointer, row_tiles
+from ..operands import Index
+from .grouped_gemm import block_experts, expert_rows, pointer, row_tiles
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128

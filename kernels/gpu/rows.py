@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..operands import Index
 
 TILE = 2048  # elements of a tile of tokens or rows by columns: 16 bytes a load and thread, twice in half precision
 WARPS = 4
@@ -208,42 +209,29 @@ def _token_rows(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, over_
 
 
 def dispatch(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
-    """As the operation `dispatch`."""
     return _token_rows(x_TD, token_offsets, token_of_row, False)
 
 
 def combine(
     rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
 ) -> Tensor:
-    """As the operation `combine`."""
     return _sum(rows_AD, token_offsets, row_of_assignment, mean, rows_AD.dtype)
 
 
 def combine_backward(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
-    """As the operation `combine_backward`."""
     return _token_rows(d_y_TD, token_offsets, token_of_row, mean)
 
 
-def row_gates(
-    value_TE: Tensor,
-    threshold_E: Tensor | None,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    centred: bool,
-) -> Tensor:
-    """As the operation `row_gates`."""
-    R, E = token_of_row.shape[0], value_TE.shape[1]
+def row_gates(value_TE: Tensor, threshold_E: Tensor | None, unrouted_T: Tensor, index: Index, centred: bool) -> Tensor:
+    R, E = index.rows, value_TE.shape[1]
     if threshold_E is not None or R == 0:
         return value_TE.new_ones((R,))
     gate_A = value_TE.new_empty((R,))
     programs = min(triton.cdiv(R, GATE_ROWS), PROGRAMS * configs.processors(value_TE.device))
     row_values_kernel[(programs,)](
         value_TE,
-        expert_offsets,
-        token_of_row,
+        index.expert_offsets,
+        index.token_of_row,
         gate_A,
         E,
         R,
@@ -256,26 +244,18 @@ def row_gates(
 
 
 def row_gates_backward(
-    d_gate_A: Tensor,
-    unrouted_T: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    straight_through: bool,
-    centred: bool,
+    d_gate_A: Tensor, unrouted_T: Tensor, index: Index, straight_through: bool, centred: bool
 ) -> Tensor:
-    """As the operation `row_gates_backward`."""
-    T, E = unrouted_T.shape[0], expert_offsets.shape[0] - 1
+    T, E = unrouted_T.shape[0], index.experts
     d_value_TE = d_gate_A.new_zeros((T, E))
     if T == 0:
         return d_value_TE
     row_values_backward_kernel[(triton.cdiv(T, GATE_TOKENS),)](
         d_gate_A.contiguous(),
         unrouted_T.contiguous(),
-        expert_offsets,
-        token_offsets,
-        row_of_assignment,
+        index.expert_offsets,
+        index.token_offsets,
+        index.row_of_assignment,
         d_value_TE,
         T,
         E,

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from ..threshold_gate import NORM_EPS
-from ..threshold_gate import threshold_gate as torch_threshold_gate
 from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
@@ -342,18 +342,12 @@ def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: 
 
 
 def threshold_gate(
-    x_TD: Tensor,
-    w_DE: Tensor,
-    threshold_E: Tensor,
-    active_E: Tensor,
-    scale: Tensor,
-    fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
     token_mask_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the operation `threshold_gate`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, D), E = x_TD.shape, w_DE.shape[1]
     if E > MOST_EXPERTS:
-        return torch_threshold_gate._init_fn(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
+        return OPERATIONS["threshold_gate"].run(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
     count_t = block_tokens(E)
     score_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
@@ -445,7 +439,6 @@ def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation `threshold_gate_backward`."""
     (T, D), E = x_TD.shape, w_DE.shape[1]
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)

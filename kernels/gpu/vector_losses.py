@@ -85,7 +85,7 @@ def vector_losses_backward_kernel(
 
 
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the operation `vector_losses`; unit vectors of slots that are not active are left in, and not read."""
+    """Unit vectors of slots that are not active are left in, and not read."""
     E, D = w_DE.shape[1], w_DE.shape[0]
     active_E = active_E.contiguous()
     unit_ED, inv_norm_E = unit_vectors(w_DE)
@@ -109,16 +109,9 @@ def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def vector_losses_backward(
-    d_diversity: Tensor,
-    d_simplicity: Tensor,
-    diversity: Tensor,
-    unit_ED: Tensor,
-    inv_norm_E: Tensor,
-    gram_EE: Tensor,
-    active_E: Tensor,
-    w_DE: Tensor,
-) -> Tensor:
-    """As the operation `vector_losses_backward`."""
+    d_diversity: Tensor, d_simplicity: Tensor, diversity: Tensor, unit_ED: Tensor, inv_norm_E: Tensor,
+    gram_EE: Tensor, active_E: Tensor, w_DE: Tensor,
+) -> Tensor:  # fmt: skip
     E, D = unit_ED.shape
     d_w_DE = torch.empty(w_DE.shape, dtype=w_DE.dtype, device=w_DE.device)
     if E and D:

@@ -10,7 +10,7 @@ import torch
 from helpers import conditions
 from torch import Tensor
 
-from dynmoe_tutel.kernels import grouped_ffn, pack_bits, ragged_index
+from dynmoe_tutel.kernels import ExpertWeights, Index, grouped_ffn, pack_bits, ragged_index
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -61,7 +61,7 @@ class Case:
         self.pairs = [(t, e) for e in range(self.E) for t in range(self.T) if assigned_TE[t, e]]
         self.A = len(self.pairs)
         rows = -1 if self.spare is None else self.A + self.spare
-        self.index = ragged_index(pack_bits(assigned_TE), self.E, rows)
+        self.index = Index(*ragged_index(pack_bits(assigned_TE), self.E, rows))
         self.num_rows = self.A if self.spare is None else rows
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -87,8 +87,8 @@ class Case:
         return {name: None if t is None else t.detach().requires_grad_() for name, t in self.tensors.items()}
 
     def arguments(self, t: dict[str, Any], save: bool = True) -> tuple:
-        weights = tuple(t[name] for name in NAMES[2:])
-        return (t["x"], t["gate"], *self.index, *weights, self.activation, self.apply_gate, save)
+        weights = ExpertWeights(*(t[name] for name in NAMES[2:]))
+        return (t["x"], t["gate"], self.index, weights, self.activation, self.apply_gate, save)
 
     def run(self, t: dict[str, Any], save: bool = True) -> Tensor:
         """Rows [rows, O]."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dynmoe_tutel.kernels import (
     ACTIVATIONS,
+    ExpertWeights,
+    Index,
     activation_name,
     combine,
     dispatch,
@@ -97,11 +99,10 @@ class TestForward:
             assigned_TE[t, e] = True
 
         def layer(some_T: Tensor) -> Tensor:
-            index = ragged_index(pack_bits(assigned_TE[some_T]), E)
-            t = {**case.tensors, "gate": torch.ones(index[2].shape[0])}
-            x = t["x"]
-            arguments = (x[some_T], t["gate"], *index, *(t[name] for name in NAMES[2:]), "gelu", False, False)
-            return combine(grouped_ffn(*arguments)[0], *index[1:], True)
+            index = Index(*ragged_index(pack_bits(assigned_TE[some_T]), E))
+            weights = ExpertWeights(*(case.tensors[name] for name in NAMES[2:]))
+            x_TD, gate_A = case.tensors["x"][some_T], torch.ones(index.rows)
+            return combine(grouped_ffn(x_TD, gate_A, index, weights, "gelu", False, False)[0], *index[1:], True)
 
         together = layer(torch.arange(T))
         order_T = torch.randperm(T, generator=torch.Generator().manual_seed(1))

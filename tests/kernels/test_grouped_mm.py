@@ -14,9 +14,20 @@ from cases import HALF, NAMES, SHAPES, Case, tolerance
 from helpers import FP32, relative_rms
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-from dynmoe_tutel.kernels import ACTIVATIONS, combine, grouped_ffn, grouped_linear, grouped_mm, pack_bits, ragged_index
-from dynmoe_tutel.kernels import engine as engines
+from dynmoe_tutel.kernels import (
+    ACTIVATIONS,
+    ExpertWeights,
+    Index,
+    combine,
+    grouped_ffn,
+    grouped_linear,
+    grouped_mm,
+    pack_bits,
+    ragged_index,
+)
+from dynmoe_tutel.kernels import operation as engines
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 
 DTYPES = (torch.float32, *HALF)
@@ -127,11 +138,10 @@ class TestFFN:
             assigned_TE[t, e] = True
 
         def layer(some_T: Tensor) -> Tensor:
-            index = ragged_index(pack_bits(assigned_TE[some_T]), E)
-            weights = (case.tensors[name] for name in NAMES[2:])
-            gate_A = torch.ones(index[2].shape[0])
-            x_TD = case.tensors["x"][some_T]
-            rows = grouped_ffn(x_TD, gate_A, *index, *weights, "gelu", False, False, "grouped_mm")[0]
+            index = Index(*ragged_index(pack_bits(assigned_TE[some_T]), E))
+            weights = ExpertWeights(*(case.tensors[name] for name in NAMES[2:]))
+            x_TD, gate_A = case.tensors["x"][some_T], torch.ones(index.rows)
+            rows = grouped_ffn(x_TD, gate_A, index, weights, "gelu", False, False, "grouped_mm")[0]
             return combine(rows, *index[1:], True)
 
         together = layer(torch.arange(T))
@@ -177,15 +187,17 @@ def test_opcheck(T: int, gated: bool, biases: bool) -> None:
 def test_no_value_is_asked_of_the_device(gated: bool, D: int, H: int, O: int) -> None:
     """On a GPU that would wait for it: meta tensors have none."""
     case = Case(9, D, H, O, 4, dtype=torch.bfloat16, gated=gated, apply_gate=True, spare=3)
-    arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in case.arguments(case.tensors)]
+    arguments = tree_map_only(Tensor, lambda t: t.to("meta"), case.arguments(case.tensors))
+    _, _, index, weights, *_ = arguments
     rows, h, u = grouped_mm.grouped_ffn(*arguments)
     assert (rows.shape, h.shape) == ((case.num_rows, O), (case.num_rows, H))
     for kept in ((h, u), (h[:0], u[:0])):
         grads = grouped_mm.grouped_ffn_backward(rows, *kept, *arguments[:-1], True)
-        assert [g.shape for g in grads[:3]] == [arguments[i].shape for i in (0, 1, 6)]
+        assert [g.shape for g in grads[:3]] == [t.shape for t in (*arguments[:2], weights.w1_EDH)]
     rows_AD = torch.empty(case.num_rows, D, dtype=torch.bfloat16, device="meta")
-    out_AH = grouped_mm.grouped_linear(rows_AD, arguments[2], *arguments[6:8])
-    assert grouped_mm.grouped_linear_backward(out_AH, rows_AD, arguments[2], *arguments[6:8])[0].shape == rows_AD.shape
+    linear = (rows_AD, index.expert_offsets, *weights[:2])
+    out_AH = grouped_mm.grouped_linear(*linear)
+    assert grouped_mm.grouped_linear_backward(out_AH, *linear)[0].shape == rows_AD.shape
 
 
 @pytest.mark.usefixtures("loop_is_refused", "poisoned")

@@ -7,6 +7,7 @@ import torch
 from helpers import relative_rms
 from torch import Tensor
 
+from dynmoe_tutel import kernels
 from dynmoe_tutel.kernels import combine, dispatch, pack_bits, ragged_index, row_gates, rows
 
 HALF = (torch.bfloat16, torch.float16)
@@ -25,7 +26,7 @@ class Index:
         self.assigned_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(seed)) < density
         self.T, self.E, self.A = T, E, int(self.assigned_TE.sum())
         capacity = -1 if spare is None else self.A + spare
-        self.all = ragged_index(pack_bits(self.assigned_TE), E, capacity)
+        self.all = kernels.Index(*ragged_index(pack_bits(self.assigned_TE), E, capacity))
         self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment = self.all
         self.csr = self.all[1:]
         self.num_rows = self.token_of_row.shape[0]
@@ -212,7 +213,7 @@ class TestRowGates:
         unrouted_T = torch.arange(T) % 5 == 1  # also tokens with rows: those that eval gave their best expert
         score_TE = torch.rand(T, E).requires_grad_()
         threshold_E = torch.rand(E).requires_grad_()
-        gate_A = row_gates(score_TE, threshold_E, unrouted_T, *index.all, centred)
+        gate_A = row_gates(score_TE, threshold_E, unrouted_T, index.all, centred)
         assert gate_A.shape == (index.num_rows,)
         assert (gate_A == 1).all()
         d_gate_A = torch.randn(index.num_rows)
@@ -227,7 +228,7 @@ class TestRowGates:
 
     def test_centred_gradients_of_a_token_sum_to_zero(self) -> None:
         index, score_TE = Index(30, 8, 0.5), torch.rand(30, 8).requires_grad_()
-        gate_A = row_gates(score_TE, torch.zeros(8), torch.zeros(30, dtype=torch.bool), *index.all, True)
+        gate_A = row_gates(score_TE, torch.zeros(8), torch.zeros(30, dtype=torch.bool), index.all, True)
         gate_A.backward(torch.randn(index.A))
         assert score_TE.grad is not None
         assert score_TE.grad.sum(1).abs().max() < 1e-5
@@ -238,7 +239,7 @@ class TestRowGates:
     def test_fixed_k_gates_are_the_weights(self, T: int, D: int, E: int, density: float, spare: int | None) -> None:
         index = Index(T, E, density, spare)
         weight_TE = torch.rand(E, T).t().requires_grad_()
-        gate_A = row_gates(weight_TE, None, torch.zeros(T, dtype=torch.bool), *index.all, False)
+        gate_A = row_gates(weight_TE, None, torch.zeros(T, dtype=torch.bool), index.all, False)
         values = [weight_TE[t, e] for t, e in index.pairs]
         assert torch.equal(gate_A[: index.A], torch.stack(values) if values else torch.zeros(0))
         d_gate_A = torch.randn(index.num_rows)
@@ -253,7 +254,7 @@ class TestRowGates:
         index = Index(6, 4, 0.5)
         weight_TE = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
         unrouted_T = torch.zeros(6, dtype=torch.bool)
-        assert torch.autograd.gradcheck(lambda w: row_gates(w, None, unrouted_T, *index.all, False), (weight_TE,))
+        assert torch.autograd.gradcheck(lambda w: row_gates(w, None, unrouted_T, index.all, False), (weight_TE,))
 
     def test_token_times_slots_beyond_int32(self) -> None:
         """Pair 30000 * 100000 + 0 of row 0 does not fit an int32, which the index arrays are."""
@@ -268,10 +269,10 @@ class TestRowGates:
     def test_opcheck(self, T: int, centred: bool) -> None:
         index, unrouted_T = Index(T, 4, 0.5), torch.zeros(T, dtype=torch.bool)
         weight_TE = torch.rand(T, 4, requires_grad=True)
-        torch.library.opcheck(row_gates, (weight_TE, None, unrouted_T, *index.all, False))
+        torch.library.opcheck(row_gates, (weight_TE, None, unrouted_T, index.all, False))
         # the straight-through gradient is no derivative, but tracing must agree with it
         threshold_E = torch.rand(4, requires_grad=True)
-        torch.library.opcheck(row_gates, (weight_TE, threshold_E, unrouted_T, *index.all, centred))
+        torch.library.opcheck(row_gates, (weight_TE, threshold_E, unrouted_T, index.all, centred))
         for straight in (False, True):
             d_gate_A = torch.randn(index.A)
-            torch.library.opcheck(rows.row_gates_backward, (d_gate_A, unrouted_T, *index.all, straight, centred))
+            torch.library.opcheck(rows.row_gates_backward, (d_gate_A, unrouted_T, index.all, straight, centred))

@@ -10,7 +10,7 @@ import torch
 from helpers import HAS_GPU, relative_rms
 from test_gpu_grouped_ffn import Call, compare
 
-from dynmoe_tutel.kernels import configs, pack_bits, ragged_index
+from dynmoe_tutel.kernels import Index, configs, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
 from dynmoe_tutel.kernels.gpu import grouped_products as products
 
@@ -28,9 +28,9 @@ def routed(load: list[int], spare: int, device: str) -> Call:
     call = Call(20, D, H, O, E, device=device, gated=True)
     assigned_TE = torch.arange(20)[:, None] < torch.tensor(load)[None, :]
     call.A = int(assigned_TE.sum())
-    call.index = ragged_index(pack_bits(assigned_TE), E, call.A + spare if spare else -1)
-    rows = call.index[2].shape[0]
-    call.tensors = (call.tensors[0], torch.ones(rows), *call.index, *call.tensors[6:])
+    call.index = Index(*ragged_index(pack_bits(assigned_TE), E, call.A + spare if spare else -1))
+    rows = call.index.rows
+    call.tensors = (call.tensors[0], torch.ones(rows), call.index, call.tensors[3])
     call.d_rows = torch.randn(rows, O, generator=torch.Generator().manual_seed(0))
     return call
 
@@ -91,7 +91,7 @@ def test_work_follows_the_rows(name: str, spare: int, device: str, dots: Callabl
 def test_what_is_cleared_behind_the_last_row_is_not_a_row(rows: int, device: str, poisoned: None) -> None:
     """One tile, so that the program that clears has written the rows before: elsewhere another may repair it."""
     call = routed([rows, 0, 0, 0], 40, device)
-    w = call.tensors[6][:, :, :17]
+    w = call.tensors[3].w1_EDH[:, :, :17]
     out = products.linear(torch.randn(rows + 40, D), w, call.index[0], zero_tail=True)
     assert out[:rows].all()
     assert not out[rows:].any()
@@ -111,8 +111,8 @@ def test_without_rows_no_product_is_launched(device: str, monkeypatch: pytest.Mo
 def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(90, 16, 24, 16, 2, 0.8, device=device)
     (x, d_h) = call.on_device((call.tensors[0], torch.randn(call.index[2].shape[0], 24)))
-    index = products.Index(*call.on_device(call.index))
-    w1, w2 = call.on_device((call.tensors[6], torch.randn(2, 16, 24)))
+    index = call.on_device(call.index)
+    w1, w2 = call.on_device((call.tensors[3].w1_EDH, torch.randn(2, 16, 24)))
     whole = [products.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
     monkeypatch.setattr(products, "_splits", lambda *_: 4)
     split = [products.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]

@@ -9,7 +9,7 @@ import torch
 from helpers import relative_rms
 from torch import Tensor
 
-from dynmoe_tutel.kernels import pack_bits, ragged_index, rows
+from dynmoe_tutel.kernels import Index, pack_bits, ragged_index, rows
 from dynmoe_tutel.kernels.gpu import rows as gpu
 
 SHAPES = [  # T, E, D, density
@@ -31,8 +31,8 @@ class Batch:
         self.generator = torch.Generator().manual_seed(T + E + D)
         assigned = torch.rand(T, E, generator=self.generator) < density
         self.A = int(assigned.sum())
-        self.index = ragged_index(pack_bits(assigned), E, -1 if spare is None else self.A + spare)
-        self.R, self.device = self.index[2].shape[0], device
+        self.index = Index(*ragged_index(pack_bits(assigned), E, -1 if spare is None else self.A + spare))
+        self.R, self.device = self.index.rows, device
         self.unrouted_T = torch.rand(T, generator=self.generator) < 0.3
 
     def draw(self, *shape: int) -> Tensor:
@@ -40,6 +40,10 @@ class Batch:
 
     def on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.to(self.device) for t in tensors)
+
+    @property
+    def index_on_device(self) -> Index:
+        return Index(*self.on(*self.index))
 
 
 @pytest.mark.parametrize("spare", [None, 5])
@@ -92,21 +96,21 @@ def wide(t: Tensor) -> Tensor:
 def test_strides(strided: Callable[[Tensor], Tensor], device: str) -> None:
     batch = Batch(20, 4, 24, 0.5, device)
     (x, values, gates), index = batch.on(batch.draw(20, 24), batch.draw(batch.R, 24), batch.draw(20, 4)), batch.index
-    expert_offsets, *index = batch.on(*index)
+    _, *index = batch.on(*index)
     assert not strided(x).is_contiguous()
     assert torch.equal(gpu.dispatch(strided(x), *index), gpu.dispatch(x, *index))
     assert torch.equal(gpu.combine(strided(values), *index, True), gpu.combine(values, *index, True))
     assert torch.equal(gpu.combine_backward(strided(x), *index[:2], True), gpu.combine_backward(x, *index[:2], True))
     d_gate, unrouted = values[:, 0].contiguous(), batch.on(batch.unrouted_T)[0]
     thin = unrouted.repeat_interleave(2)[::2]
-    index = (expert_offsets, *index)
+    index = batch.index_on_device
     assert torch.equal(
-        gpu.row_gates(strided(gates), None, unrouted, *index, False),
-        gpu.row_gates(gates, None, unrouted, *index, False),
+        gpu.row_gates(strided(gates), None, unrouted, index, False),
+        gpu.row_gates(gates, None, unrouted, index, False),
     )
     assert torch.equal(
-        gpu.row_gates_backward(values[:, 0], thin, *index, True, True),
-        gpu.row_gates_backward(d_gate, unrouted, *index, True, True),
+        gpu.row_gates_backward(values[:, 0], thin, index, True, True),
+        gpu.row_gates_backward(d_gate, unrouted, index, True, True),
     )
 
 
@@ -118,9 +122,9 @@ def test_gate_values(shape: tuple, spare: int | None, device: str, poisoned: Non
     value, unrouted = batch.draw(T, E), batch.unrouted_T
     thresholds = torch.zeros(E)
     for threshold in (None, thresholds):
-        expected = rows.row_gates(value, threshold, unrouted, *batch.index, False)
+        expected = rows.row_gates(value, threshold, unrouted, batch.index, False)
         on_device = None if threshold is None else threshold.to(device)
-        found = gpu.row_gates(value.to(device), on_device, *batch.on(unrouted, *batch.index), False)
+        found = gpu.row_gates(value.to(device), on_device, *batch.on(unrouted), batch.index_on_device, False)
         assert torch.equal(found.cpu(), expected)
 
 
@@ -132,9 +136,11 @@ def test_gate_gradients(
 ) -> None:
     batch = Batch(*shape, device, spare)
     d_gate = batch.draw(batch.R)
-    expected = rows.row_gates_backward(d_gate.double(), batch.unrouted_T, *batch.index, straight_through, centred)
+    expected = rows.row_gates_backward(d_gate.double(), batch.unrouted_T, batch.index, straight_through, centred)
     d_gate[batch.A :] = float("nan")  # not read
-    found = gpu.row_gates_backward(*batch.on(d_gate, batch.unrouted_T, *batch.index), straight_through, centred)
+    found = gpu.row_gates_backward(
+        *batch.on(d_gate, batch.unrouted_T), batch.index_on_device, straight_through, centred
+    )
     assert found.shape == (shape[0], shape[1])
     assert relative_rms(found, expected) < 1e-6
 
@@ -148,5 +154,5 @@ def test_few_programs_walk_all_rows(device: str, poisoned: None, monkeypatch: py
     monkeypatch.setattr(gpu.configs, "processors", lambda device: 2)
     _, *index = batch.index
     assert torch.equal(gpu.dispatch(*batch.on(x, *index))[: batch.A].cpu(), rows.dispatch(x, *index)[: batch.A])
-    found = gpu.row_gates(value.to(device), None, *batch.on(batch.unrouted_T, *batch.index), False)
-    assert torch.equal(found.cpu(), rows.row_gates(value, None, batch.unrouted_T, *batch.index, False))
+    found = gpu.row_gates(value.to(device), None, *batch.on(batch.unrouted_T), batch.index_on_device, False)
+    assert torch.equal(found.cpu(), rows.row_gates(value, None, batch.unrouted_T, batch.index, False))

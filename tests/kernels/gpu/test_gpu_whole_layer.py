@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -25,16 +24,8 @@ from helpers import (
 from test_layer import CASES, named_case
 from torch import nn
 
-from dynmoe_tutel.kernels.engine import _for_triton
+from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS, Operation, takes_triton
 
-OPERATIONS = {
-    "threshold_gate": ("threshold_gate", "threshold_gate_backward"),
-    "ragged_index": ("ragged_index", "bound_assignments"),
-    "rows": ("dispatch", "combine", "combine_backward", "row_gates", "row_gates_backward"),
-    "grouped_ffn": ("grouped_ffn", "grouped_ffn_backward", "grouped_linear", "grouped_linear_backward"),
-    "top_any_ffn": ("top_any_ffn", "top_any_ffn_backward"),
-    "vector_losses": ("vector_losses", "vector_losses_backward"),
-}
 GATE = ("threshold_gate", "ragged_index", "vector_losses")
 _counts: Counter[str] | None = None  # of calls by name, while the operations of the CPU are switched
 
@@ -42,18 +33,17 @@ _counts: Counter[str] | None = None  # of calls by name, while the operations of
 @lru_cache
 def _make_switchable() -> None:
     """Give each operation a CPU kernel that is its Triton kernel while `_counts` is set, else what it was."""
-    for module, names in OPERATIONS.items():
-        for name in names:
-            operation = getattr(import_module(f"dynmoe_tutel.kernels.{module}"), name)
-            triton = getattr(import_module(f"dynmoe_tutel.kernels.gpu.{module}"), name)
+    for declared in OPERATIONS.values():
+        if "triton" not in declared.engines:
+            continue
 
-            def run(*args: Any, operation: Any = operation, triton: Any = triton, name: str = name) -> Any:
-                if _counts is None or not _for_triton(args):
-                    return operation._init_fn(*args)
-                _counts[name] += 1
-                return triton(*args)
+        def run(*args: Any, declared: Operation = declared) -> Any:
+            if _counts is None or not takes_triton(args):
+                return declared.run(*args)
+            _counts[declared.name] += 1
+            return declared.engines["triton"](*declared.grouped(args))
 
-            operation.register_kernel("cpu")(run)
+        LIBRARY.impl(declared.name, run, "CPU")
 
 
 @pytest.fixture
