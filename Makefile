@@ -10,9 +10,8 @@ GPU_ARGS ?=
 RESULTS ?= benchmarks/results
 
 # tests of the core, new files too: all but Triton's interpreter, ranks, experiments, hosts, tools and what is slow
-CHECK_TESTS := tests -m 'not slow' --ignore-glob='tests/test_benchmarks_*' \
-	$(addprefix --ignore=tests/,kernels/gpu gpu parallel stock_tutel experiments integrations \
-	test_run_script.py test_packaging.py test_cli.py)
+CHECK_TESTS := tests -m 'not slow' $(addprefix --ignore=tests/, \
+	kernels/gpu gpu parallel stock_tutel experiments integrations benchmarks cli test_packaging.py)
 # of these what computes, and a training in the interpreter: under the vector units and sums of other processors
 PROCESSOR_TESTS := $(CHECK_TESTS) --ignore=tests/test_compile.py
 INTERPRETED := tests/kernels/gpu/test_gpu_whole_layer.py::test_training_grows_as_on_the_cpu

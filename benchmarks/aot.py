@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot [--all] [--arch sm_90 ...] [--shape vit-s ...] [--jobs N] [--out FILE.json]
 
-The operations' own host functions run on meta tensors and say what they would launch (`launches`); each form is
+The operations' own host functions run on meta tensors and say what they would launch (`launches.record`); each form is
 compiled once for each architecture. Without --all: a representative set, for `make test`. With it: every shape,
 dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
 
@@ -32,15 +32,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dynmoe_tutel.kernels import configs
+from dynmoe_tutel.kernels.gpu import tiles
 
-from .launches import Launch, recording
-from .operations import FILES, VARIANTS, Variant, run_all
-from .patience import NOT_STARTED, PAUSES, NotStartedError, in_processes, patiently
-from .shapes import GPU_SHAPES, Shape
+from .common.patience import NOT_STARTED, PAUSES, NotStartedError, in_processes, patiently
+from .common.shapes import GPU_SHAPES, Shape
+from .launches.operations import FILES, VARIANTS, Variant, run_all
+from .launches.record import Launch, recording
 
 KB = 1024
-MATRIX_MODULES = ("grouped_gemm",)  # of the expert networks: where sm_90 must show wgmma
+MATRIX_MODULES = ("gemm_kernels",)  # of the expert networks: where sm_90 must show wgmma
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:
     """For every entry of the tuned table, a shape whose operations use it."""
-    for key in configs.tuned(arch):
+    for key in tiles.tuned(arch):
         kind, dtype, *sizes = key.split("/")
         rows, K, N = (int(re.sub(r"\D", "", size)) for size in sizes)
         D, H = (N, K) if kind in ("linear", "activation_gradient", "activation_gradient_gated") else (K, N)
@@ -222,7 +222,7 @@ def record(arch: str, cases: Sequence[Case], large_gate: bool = False) -> list[L
     """The distinct launches of the operations for an architecture."""
     hip = ARCHITECTURES[arch].target.backend == "hip"
     before = torch.get_float32_matmul_precision()
-    with configs.assume(arch), recording(hip) as launches:
+    with tiles.assume(arch), recording(hip) as launches:
         try:
             for shape, dtype, variant, tf32 in cases:
                 torch.set_float32_matmul_precision("high" if tf32 else "highest")

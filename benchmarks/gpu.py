@@ -27,13 +27,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import targets
-from .patience import NOT_STARTED, NotStartedError, patiently
-from .timing import beside, check_outputs, duration, interpreted
+from .common.patience import NOT_STARTED, NotStartedError, patiently
+from .common.timing import beside, check_outputs, duration, interpreted
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
 GRACE = 15.0  # seconds that tests have for their summary, after an interrupt and before they are killed
-DEVICE_LOST = 3  # exit status, as in `progress`, which imports torch
+DEVICE_LOST = 3  # exit status, as in `common.results`, which imports torch
 RESTARTS = 3
 LEAST_SECONDS = 15.0  # for which a benchmark is started again
 

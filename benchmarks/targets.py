@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .shapes import GPU_SHAPES, Shape
+from .common.shapes import GPU_SHAPES, Shape
 
 Summary = dict[str, Any]
 LARGE_GATE = 8 << 20  # T D from which the gate is held against the copy bandwidth

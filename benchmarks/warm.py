@@ -26,14 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dynmoe_tutel.kernels import configs
+from dynmoe_tutel.kernels.gpu import tiles
 
-from .launches import Launch, launch_of, recording
-from .operations import VARIANTS, run_all
-from .patience import NOT_STARTED, NotStartedError, in_processes, patiently
-from .progress import reason
-from .shapes import GPU_SHAPES, Shape
-from .timing import duration, whole
+from .common.patience import NOT_STARTED, NotStartedError, in_processes, patiently
+from .common.results import reason
+from .common.shapes import GPU_SHAPES, Shape
+from .common.timing import duration, whole
+from .launches.operations import VARIANTS, run_all
+from .launches.record import Launch, launch_of, recording
 
 
 class _Driver:
@@ -60,7 +60,7 @@ def lengths(shape: Shape) -> Iterator[Shape]:
 
 def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
     """Every operation on meta tensors, as the benchmarks call them in bf16."""
-    with configs.assume(architecture):
+    with tiles.assume(architecture):
         for shape in shapes:
             for length in lengths(shape):
                 run_all(length, torch.bfloat16, VARIANTS["default"])
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.arch is None and not torch.cuda.is_available():
         parser.error("argument --arch: needed where torch sees no GPU")
     started = time.monotonic()
-    architecture = args.arch or configs.architecture(torch.device("cuda"))
+    architecture = args.arch or tiles.architecture(torch.device("cuda"))
     if not architecture.startswith("sm_"):
         print(f"nothing is compiled ahead for {architecture}")
         return 0

@@ -1,7 +1,7 @@
 """`MoELayer`: gate -> routing -> dispatch -> experts -> combine, nothing else.
 
 The arguments and tensor names are those of Tutel's layer and of upstream DynMoE's; what is recorded, grown and pruned
-is in `records`, `policy` and `adaptive`.
+is in `adaptive`.
 """
 
 from __future__ import annotations
@@ -15,31 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import parallel
-from .adaptive import AdaptiveExperts
-from .expert_capacity import drop_beyond_capacity, expert_capacity
+from .adaptive.records import RoutingRecord
+from .adaptive.slots import AdaptiveExperts
+from .capacity import LateCount, bounded_pairs, drop_beyond_capacity, expert_capacity
 from .experts import CustomExperts, Experts, experts_at_start, make_block, make_experts
-from .experts.base import has_hooks
 from .gates import Gate, gate_config, make_gate
-from .late_count import LateCount
-from .layer_options import (
-    aux_weights,
-    chosen_factor,
-    combine_gradients,
-    generators_of,
-    overlap_degree,
-    slots_of,
-)
-from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
-from .records import RoutingRecord
+from .initialization import generators_of
+from .kernels.activations import has_hooks
+from .layer_config import aux_weights, chosen_factor, combine_gradients, overlap_degree, slots_of
+from .layer_state import fit_slots
+from .parallel.collectives import Wire, check_alike, copy_from_first, shared_seed
+from .parallel.exchange import through_ranks
+from .parallel.slots import ShardedSlots
 from .routing import Capacity, Routing, check_capacity
-from .sharded_slots import ShardedSlots
-from .slot_loading import fit_slots
-from .tokens import real_tokens
-from .wire import Wire, check_alike, copy_from_first, shared_seed
+from .validation import describe, environment_flag, flag, number, positive_int, refuse_unknown, warn_once
+
+_TOKEN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class MoELayer(AdaptiveExperts, nn.Module):
+class MoELayer(AdaptiveExperts):
     """A mixture of experts layer, [..., D] to [..., D].
 
     Args:
@@ -256,7 +250,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
-        x_TD, mask_T = real_tokens(self, x, 1, token_mask)
+        x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
             return gate(x_TD, self.capacity, None, mask_T)
 
@@ -291,7 +285,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         if a2a_ffn_overlap_degree is not None:
             self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
-        x_TD, mask_T = real_tokens(self, input, reserve_dims, token_mask)
+        x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         if isinstance(self.experts, CustomExperts):
             self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
         gate = self._gate(gate_index)
@@ -311,13 +305,45 @@ class MoELayer(AdaptiveExperts, nn.Module):
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
 
+    def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
+        x_TD = self._token_rows(x, reserve_dims)
+        mask_T = _mask_of_rows(token_mask, x.shape[: x.dim() - reserve_dims], x.device)
+        if mask_T is not None:
+            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
+        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
+            raise ValueError(
+                f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
+                f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
+            )
+        return x_TD, mask_T
+
+    def _token_rows(self, x: Tensor, reserve_dims: int) -> Tensor:
+        """x as [T, D], checked."""
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
+        if x.dtype not in _TOKEN_DTYPES:
+            raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
+        if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
+            raise ValueError(f"reserve_dims = {reserve_dims!r}: give an integer from 1 to {x.dim() - 1} for this input")
+        if x.shape[-reserve_dims:].numel() != self.model_dim:
+            raise ValueError(
+                f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
+                f"be model_dim = {self.model_dim}"
+            )
+        device = self._num_global_experts.device
+        if x.device != device:
+            raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
+        return x.reshape(-1, self.model_dim)
+
     def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
         """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
         factor = chosen_factor(capacity_factor, gate)
         if factor == 0:
             if self.wire is None or isinstance(self.capacity, str):
                 return routing
-            return parallel.bounded_pairs(routing, self.world_size, self.capacity)
+            return bounded_pairs(routing, self.world_size, self.capacity)
         if self.capacity != "exact":
             raise ValueError(
                 f"capacity_factor = {factor} and capacity = {self.capacity!r} both bound the rows: give one of them"
@@ -343,9 +369,7 @@ class MoELayer(AdaptiveExperts, nn.Module):
         """Dispatch, experts, combine: [T, output_dim]."""
         if self.wire is not None:
             degree = self.a2a_ffn_overlap_degree
-            return parallel.through_ranks(
-                self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree
-            )
+            return through_ranks(self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree)
         if self.experts.fuses(routing) and not has_hooks(self.experts):
             return self.experts.mean(x_TD, routing, combine_gradient)
         return routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
@@ -450,6 +474,17 @@ class MoELayer(AdaptiveExperts, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_experts()
+
+
+def _mask_of_rows(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """The mask as [T], checked."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or (mask.dtype, mask.shape, mask.device) != (torch.bool, shape, device):
+        raise ValueError(
+            f"token_mask must be bool {list(shape)} on {device}, True for real tokens, got {describe(mask)}"
+        )
+    return mask.reshape(-1)
 
 
 def in_backward() -> bool:

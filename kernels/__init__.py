@@ -10,14 +10,14 @@ name of an operation takes and gives what that operation does. Nothing here know
 # package of that name. Registering the operations a second time would destroy the first ones.
 if __name__ == "dynmoe_tutel.kernels":
     from .activations import ACTIVATIONS, activation_name
+    from .dispatch_combine import combine, dispatch, row_gates
     from .grouped_ffn import grouped_ffn, grouped_linear
     from .operands import ExpertWeights, Index, Router
     from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
-    from .rows import combine, dispatch, row_gates
+    from .router_losses import vector_losses
     from .strided_sample import keep_strided, thinned
     from .threshold_gate import gate_dtype, threshold_gate
     from .top_any_ffn import top_any_ffn
-    from .vector_losses import vector_losses
 
 __all__ = [
     "ACTIVATIONS",

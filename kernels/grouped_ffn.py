@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
+from .dispatch_combine import segment_sum
 from .operands import ExpertWeights, Index
 from .operation import expect, expect_matrix, keep, kept, operation
-from .rows import segment_sum
 
 MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch_combine import combine, combine_backward, row_gates_backward
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
 from .operands import ExpertWeights, Index, Router
 from .operation import keep, kept, operation
-from .rows import combine, combine_backward, row_gates_backward
 from .threshold_gate import threshold_gate_backward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shapes import Shape
+from ..common.shapes import Shape
 
 # name in the table -> module here
 ADAPTERS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..options import refuse_unknown
+from ..validation import refuse_unknown
 from .base import Experts
 from .custom import CustomExperts
 from .ffn import FFNExperts

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..options import warn_once
-from ..padded_rows import PaddedRows
-from ..routing import Routing, describe
-from .base import Experts, SlotParameter, drawn_from
+from ..initialization import drawn_from
+from ..routing import PaddedRows, Routing
+from ..validation import describe, warn_once
+from .base import Experts, SlotParameter
 
 
 class CustomExperts(Experts):

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import flag, positive_int
-from .base import Activation, GroupedMLP, activation_function, check_activation, fill_uniform
+from ..initialization import fill_uniform
+from ..validation import flag, positive_int
+from .base import Activation, activation_function, check_activation
+from .mlp import GroupedMLP
 
 
 class FFNExperts(GroupedMLP):
@@ -82,6 +84,14 @@ class FFNExperts(GroupedMLP):
         """As views in the order of the kernels."""
         w1 = self.batched_fc1_w.transpose(1, 2)
         return w1, self.batched_fc1_bias, None, None, self.batched_fc2_w, self.batched_fc2_bias
+
+    def mean_keys(self, value_norm_weighted: bool) -> Tensor:
+        """The mean over H of fc1_w, [E, D] fp32; or weighted by the norms of fc2_w's rows."""
+        fc1_w = self.batched_fc1_w.float()
+        if not value_norm_weighted:
+            return fc1_w.mean(dim=1)
+        norm_EH1 = torch.linalg.vector_norm(self.batched_fc2_w.float(), dim=2, keepdim=True)
+        return (fc1_w * F.normalize(norm_EH1, p=1, dim=1)).sum(dim=1)
 
     def extra_repr(self) -> str:
         return (

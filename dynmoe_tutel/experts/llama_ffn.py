@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import positive_int
-from .base import Activation, GroupedMLP, activation_function
+from ..validation import positive_int
+from .base import Activation, activation_function
+from .mlp import GroupedMLP
 
 
 class LlamaFFNExperts(GroupedMLP):

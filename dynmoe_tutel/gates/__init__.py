@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import positive_int, refuse_unknown
+from ..validation import positive_int, refuse_unknown
 from .base import Gate
 from .cosine_top_k import CosineTopKGate
 from .custom import CustomGate

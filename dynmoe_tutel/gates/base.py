@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..options import environment_number, number, positive_int, warn_once
 from ..routing import Capacity, Routing
+from ..validation import environment_number, number, positive_int, warn_once
 
 
 class Gate(nn.Module):

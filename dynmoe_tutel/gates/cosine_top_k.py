@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts.base import fill_uniform
-from ..options import number, positive_int
+from ..initialization import fill_uniform
+from ..validation import number, positive_int
 from .top_any import MAX_LOG_SCALE
 from .top_k import FixedKGate
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels, losses
-from ..options import number, warn_once
+from .. import losses
+from ..kernels import gate_dtype, threshold_gate, vector_losses
 from ..routing import Capacity, Router, Routing
+from ..validation import number, warn_once
 from .base import Gate
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -100,10 +101,10 @@ class TopAnyGate(Gate):
         """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` is ignored."""
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
-        dtype = kernels.gate_dtype(x_TD)
+        dtype = gate_dtype(x_TD)
         tau = self.scale(dtype)
         active_E = self.active()
-        score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = kernels.threshold_gate(
+        score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
             x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask
         )
         threshold_E = torch.sigmoid(tau * self.gates.to(dtype))
@@ -119,7 +120,7 @@ class TopAnyGate(Gate):
         routing.router = Router(self.sim_matrix, self.gates, tau, inv_norm_T)
         of_vectors: dict[str, Tensor] = {}
         if {"diversity", "simplicity"} & set(self.aux_names):
-            diversity, simplicity, *_ = kernels.vector_losses(self.sim_matrix, active_E)
+            diversity, simplicity, *_ = vector_losses(self.sim_matrix, active_E)
             of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing

@@ -1,7 +1,4 @@
-"""Tutel's expert modules, or the user's of Tutel's kind: built for a rank's slots, and read and written slot by slot.
-
-Depends on experts and sharded_slots.
-"""
+"""Tutel's expert modules, or the user's of Tutel's kind: built for a rank's slots, read and written slot by slot."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from torch import nn
 from ..experts import COUNT_KEYS
 from ..experts.base import SlotParameter, activation_function, check_activation
 from ..experts.custom import make_batched
-from ..options import refuse_unknown
-from ..sharded_slots import ShardedSlots
+from ..parallel.slots import ShardedSlots
+from ..validation import refuse_unknown
 
 
 def tutel_experts(

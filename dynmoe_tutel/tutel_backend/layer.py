@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from tutel.experts.llama_ffn import LlamaFFNNetwork
 from tutel.impls import communicate, overlap
 
-from .. import expert_capacity
+from ..capacity import drop_beyond_capacity, expert_capacity
 from ..experts import COUNT_KEYS, experts_at_start
 from ..experts.custom import takes_context
 from ..gates import Gate, gate_config
 from ..layer import MoELayer
-from ..layer_options import chosen_factor
-from ..padded_rows import PaddedRows
-from ..routing import Routing
+from ..layer_config import chosen_factor
+from ..routing import PaddedRows, Routing
 from .experts import TutelSlots, tutel_experts
 
 LAYOUTS = ("auto", "packed", "padded")
@@ -270,7 +269,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
         if factor and self.capacity != "exact":
             raise ValueError(f"capacity_factor = {factor} and capacity = {self.capacity!r}: give one of them")
         k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
-        self._room = expert_capacity.expert_capacity(
+        self._room = expert_capacity(
             factor,
             routing.num_tokens,
             self.slots,
@@ -282,7 +281,7 @@ class TopAnyMOELayer(MoELayer, _OwnInit, MOELayer):
         )
         if factor == 0:
             return routing
-        return expert_capacity.drop_beyond_capacity(
+        return drop_beyond_capacity(
             routing,
             self._room,
             self.combine_gradients[gate_index],

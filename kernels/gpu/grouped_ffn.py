@@ -1,4 +1,4 @@
-"""Expert networks on ragged rows, forward and backward, from the products of `grouped_products`.
+"""Expert networks on ragged rows, forward and backward, from the products of `gemm`.
 
 Forward:   up (gather, bias, activation)  ->  linear (bias, gate)
 Backward:  activation_gradient  ->  gate gradient, weight gradients, bias gradients  ->  linear (tokens' rows)  ->  sum
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..operands import ExpertWeights, Index
-from .grouped_products import activation_gradient, in_dtype, linear, token_rows, up, weight_gradient, weight_gradients
+from .dispatch_combine import segment_sum
+from .gemm import activation_gradient, in_dtype, linear, token_rows, up, weight_gradient, weight_gradients
 from .row_sums import bias_gradient, row_gate_gradient
-from .rows import segment_sum
 
 
 def grouped_ffn(

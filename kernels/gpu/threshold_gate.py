@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from ..threshold_gate import NORM_EPS
+from . import tiles
 from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
@@ -355,7 +355,7 @@ def threshold_gate(
     inv_norm_T = x_TD.new_empty((T,), dtype=torch.float32)
     block_counts = x_TD.new_empty((triton.cdiv(T, count_t) * E,), dtype=torch.int32)
     if T:
-        x_TD, chip = _rows_contiguous(x_TD), configs.architecture(x_TD.device)
+        x_TD, chip = _rows_contiguous(x_TD), tiles.architecture(x_TD.device)
         parts = _number_of_parts(x_TD.dtype, w_DE.dtype)
         tile = _tile(max(16, triton.next_power_of_2(E)), x_TD.dtype, parts, chip)
         parts_PED, inv_norm_E = _routing_vectors(w_DE, x_TD.dtype, tile, parts)
@@ -399,7 +399,7 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
     if T == 0 or D == 0:
         return d_cos_TE.new_zeros((E, D))
     x_TD, d_cos_TE = _rows_contiguous(x_TD), d_cos_TE.contiguous()
-    chip = configs.architecture(x_TD.device)
+    chip = tiles.architecture(x_TD.device)
     split = x_TD.dtype == torch.bfloat16
     block_e = min(128, max(16, triton.next_power_of_2(E)))
     tile = _gradient_tile(block_e, split, chip)
@@ -445,7 +445,7 @@ def threshold_gate_backward(
     unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
     x_TD = _rows_contiguous(x_TD)
     if T:
-        chip = configs.architecture(x_TD.device)
+        chip = tiles.architecture(x_TD.device)
         block_e = min(64, max(16, triton.next_power_of_2(E)))
         score_gradient_kernel[(triton.cdiv(T, 2048 // block_e), triton.cdiv(E, block_e))](
             d_score_TE,

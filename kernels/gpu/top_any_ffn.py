@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..operands import ExpertWeights, Index, Router
-from .grouped_products import activation_gradient, in_dtype, linear, token_rows, up, weight_gradients
+from .dispatch_combine import combine
+from .gemm import activation_gradient, in_dtype, linear, token_rows, up, weight_gradients
 from .router_gradient import direction_gradient, token_gradient, unit_vectors
-from .rows import combine
 from .threshold_gate import unit_gradient
 
 

@@ -15,7 +15,7 @@ from ranks import D, E, H, compare, divided, load_block, tokens_of_ranks
 from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer
-from dynmoe_tutel.wire import gathered
+from dynmoe_tutel.parallel.collectives import gathered
 
 TOP_ANY = {"type": "top_any", "max_expert_num": E}
 

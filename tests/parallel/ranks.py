@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from helpers import FP32, GROUP_PATIENCE, assert_margin, make_case, relative_rms
 from torch import Tensor
 
-from dynmoe_tutel import MoELayer, parallel
-from dynmoe_tutel.parallel import _Blocks
+from dynmoe_tutel import MoELayer
+from dynmoe_tutel.capacity import bounded_pairs
+from dynmoe_tutel.parallel.exchange import _Blocks
 
 D, H, E = 16, 20, 8
 
@@ -166,7 +167,7 @@ def bounded() -> None:
     load_block(layer, case.layer)
     x, R = case.x.split(sizes)[dist.get_rank()], dist.get_world_size()
     routing = layer.gates[0](x)
-    kept = parallel.bounded_pairs(routing, R, 1.0)
+    kept = bounded_pairs(routing, R, 1.0)
     room = -(-len(x) // R)
     margin_TE, expected = routing.scores - routing.thresholds, 0
     for a, before, margin in zip(

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from helpers import TRAINED_MARGIN, assert_margin
 from torch import Tensor, nn
 
-from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint
+from dynmoe_tutel import ExpertController, MoELayer
+from dynmoe_tutel.checkpoint import distributed
 
 D, H, SLOTS, ACTIVE, EVERY, STEPS = 8, 6, 8, 4, 8, 20
 
@@ -88,10 +89,10 @@ class Job:
     def save(self, folder: Path) -> None:
         extra = {"step": self.step, "note": ("any", 1.5, None)}
         mine = {"rank": dist.get_rank()}
-        distributed_checkpoint.save(folder, self.model, self.optimizer, self.controller, extra=extra, rank_state=mine)
+        distributed.save(folder, self.model, self.optimizer, self.controller, extra=extra, rank_state=mine)
 
-    def load(self, folder: Path) -> distributed_checkpoint.Restored:
-        restored = distributed_checkpoint.load(folder, self.model, self.optimizer, self.controller)
+    def load(self, folder: Path) -> distributed.Restored:
+        restored = distributed.load(folder, self.model, self.optimizer, self.controller)
         self.step = restored.extra["step"]
         return restored
 

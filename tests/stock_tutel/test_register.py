@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tutel_twin import draw
 
 from dynmoe_tutel import Routing
-from dynmoe_tutel.expert_capacity import critical_data
+from dynmoe_tutel.moe import critical_data
 
 tutel = pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
 D, H, E = 16, 20, 4

@@ -158,7 +158,7 @@ def test_the_dropped_pairs_are_those_of_extract_critical(factor: float, k: int) 
     from tutel import moe
 
     from dynmoe_tutel import Routing
-    from dynmoe_tutel.expert_capacity import drop_beyond_capacity
+    from dynmoe_tutel.capacity import drop_beyond_capacity
 
     score_TE = torch.rand(50, 6, generator=torch.Generator().manual_seed(k))
     assigned_TE = torch.zeros(50, 6, dtype=torch.bool).scatter(1, score_TE.topk(k, dim=1).indices, True)

@@ -11,17 +11,9 @@ from helpers import HAS_GPU, conditions, relative_rms
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dynmoe_tutel.kernels import (
-    ACTIVATIONS,
-    ExpertWeights,
-    Index,
-    configs,
-    grouped_ffn,
-    grouped_linear,
-    pack_bits,
-    ragged_index,
-)
+from dynmoe_tutel.kernels import ACTIVATIONS, ExpertWeights, Index, grouped_ffn, grouped_linear, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
+from dynmoe_tutel.kernels.gpu import tiles
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 
 NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
@@ -240,7 +232,7 @@ def test_tiles_in_any_order_give_the_same(group_m: int, device: str, monkeypatch
     call = Call(70, 24, 72, 40, 3, device=device)
     tensors = call.on_device(call.tensors)
     before = gpu.grouped_ffn(*tensors, "gelu", False, True)
-    rule = configs.gemm
-    monkeypatch.setattr(configs, "gemm", lambda *shape: replace(rule(*shape), group_m=group_m))
+    rule = tiles.gemm
+    monkeypatch.setattr(tiles, "gemm", lambda *shape: replace(rule(*shape), group_m=group_m))
     for one, other in zip(before, gpu.grouped_ffn(*tensors, "gelu", False, True), strict=True):
         assert torch.equal(one, other)

@@ -202,7 +202,7 @@ def test_the_gradient_of_a_token_from_many_parts(device: str, poisoned: None) ->
         / index[1].diff().cpu().double().repeat_interleave(index[1].diff().cpu())[index[3].cpu().long().argsort()]
     )
     on_cpu = kernels.Index(*(i.cpu() for i in index))
-    expected = kernels.rows.row_gates_backward(d_gate, gate.unrouted_T.cpu(), on_cpu, True, False)
+    expected = kernels.dispatch_combine.row_gates_backward(d_gate, gate.unrouted_T.cpu(), on_cpu, True, False)
     assert relative_rms(found[1], expected) < 1e-6
     for one, other in zip(found, whole, strict=True):
         assert relative_rms(one, other) < 1e-6
