@@ -93,6 +93,23 @@ def expert_capacity(
     return -(-max(capacity, 1) // alignment) * alignment
 
 
+def room_for(
+    routing: Routing, factor: float, alignment: int, group: Any = None, inequivalent_tokens: bool = False
+) -> int:
+    """`expert_capacity` of a routing: the rows that each expert has room for. Waits for the device."""
+    k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
+    return expert_capacity(
+        factor,
+        routing.num_tokens,
+        routing.num_experts,
+        k,
+        load,
+        alignment=alignment,
+        group=group,
+        inequivalent_tokens=inequivalent_tokens,
+    )
+
+
 def combine_weights(routing: Routing, combine_gradient: str) -> Tensor:
     """The weight of every pair, [T, E], 0 without an assignment, with the gradient of `Routing.row_gates`."""
     if routing.weights is not None:

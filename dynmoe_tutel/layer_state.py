@@ -63,7 +63,7 @@ def _is_flat(key: str, value: Tensor, target: Tensor) -> bool:
 
 def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None:
     """ValueError where a state is of slots that this rank does not hold."""
-    own = None if layer.wire is None else (layer.first_slot, layer.first_slot + layer.local_slots)
+    own = None if layer.wire is None else (layer.placement.first, layer.placement.first + layer.placement.local)
     if block is not None and tuple(block) != own:
         held = "all slots" if own is None else f"slots {own[0]} to {own[1] - 1}"
         raise ValueError(
@@ -76,9 +76,9 @@ def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None
 def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
     """This rank's slots of a tensor of all `saved` ones; those that it lacks keep their values."""
     whole = torch.empty([saved, *target.shape[1:]], device="meta")
-    if target.shape[:1] != (layer.local_slots,) or not _fits(key, value, whole):
+    if target.shape[:1] != (layer.placement.local,) or not _fits(key, value, whole):
         return value
-    block = value.reshape(whole.shape)[layer.first_slot : layer.first_slot + layer.local_slots]
+    block = value.reshape(whole.shape)[layer.placement.first : layer.placement.first + layer.placement.local]
     return torch.cat([block, target.detach()[len(block) :].to(block)])
 
 
@@ -88,10 +88,10 @@ def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[
     number = re.compile(re.escape(stem) + r"(\d+)\.")
     found = {key: int(match[1]) for key in state_dict if (match := number.match(key))}
     count = max(found.values(), default=-1) + 1
-    first = layer.first_slot if count > layer.local_slots else 0  # a block is numbered from 0
+    first = layer.placement.first if count > layer.placement.local else 0  # a block is numbered from 0
     values = {key: state_dict.pop(key) for key in found}
     for key, slot in found.items():
-        if first <= slot < first + layer.local_slots:
+        if first <= slot < first + layer.placement.local:
             state_dict[f"{stem}{slot - first}.{key[number.match(key).end() :]}"] = values[key]  # type: ignore[union-attr]
     for key, tensor in own.items():
         if count and (match := number.match(key)) and int(match[1]) + first >= count:

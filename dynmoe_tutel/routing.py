@@ -58,6 +58,7 @@ class Routing:
     dropped: Tensor | None = None  # [] int64 assignments that a bounded capacity dropped
     token_mask: Tensor | None = None  # [T] bool, False for padding: no expert, not unrouted; None: all are tokens
     router: Router | None = None  # of a top-any gate
+    room: int | None = None  # C: rows of an expert in Tutel's padded layout, where one was chosen for this batch
     aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted auxiliary loss terms by name
 
     @classmethod

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel.collectives import check_alike
-from ..parallel.placement import ExpertRanks, imbalance, plan_swaps, slot_order
+from ..parallel.placement import Placement, imbalance, plan_swaps, slot_order
 from .gate_history import GateHistory
 from .optimizer_state import OptimizerRows
 from .slots import AdaptiveExperts
@@ -75,25 +75,27 @@ class RebalanceReport:
 def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, threshold: float) -> LayerBalance:
     """Swap experts of the layer of `histories`, all its adaptive gates; every rank of its group must call it."""
     layer, name = histories[0].layer, histories[0].name
-    ranks = ExpertRanks.of(layer)
+    place = layer.placement
     load = [sum(counts) for counts in zip(*(history.load for history in histories), strict=True)]
-    before = imbalance(load, ranks.size)
+    before = imbalance(load, place.blocks)
     # The experts of a gate of fixed k cannot be told apart from their columns, which only the gate knows.
-    swaps = plan_swaps(load, ranks.size, threshold) if len(histories) == len(layer.gates) else []
+    swaps = plan_swaps(load, place.blocks, threshold) if len(histories) == len(layer.gates) else []
     if not swaps:
-        return LayerBalance(name, ranks.size, before, before)
+        return LayerBalance(name, place.blocks, before, before)
     order = slot_order(swaps, layer.slots)
     used = torch.stack([history.active for history in histories]).any(dim=0).tolist()
-    _exchange_experts(layer, ranks, rows, order)
+    _exchange_experts(layer, place, rows, order)
     for history in histories:
         _permute_gate(layer.gates[history.gate], rows, order)
         history.permute_slots(order)
     moves = [
-        ExpertMove(source, source // ranks.local, slot, slot // ranks.local)
+        ExpertMove(source, source // place.local, slot, slot // place.local)
         for slot, source in sorted(enumerate(order), key=lambda pair: pair[1])
         if source != slot and used[source]
     ]
-    return LayerBalance(name, ranks.size, before, imbalance([load[slot] for slot in order], ranks.size), tuple(moves))
+    return LayerBalance(
+        name, place.blocks, before, imbalance([load[slot] for slot in order], place.blocks), tuple(moves)
+    )
 
 
 def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
@@ -105,7 +107,7 @@ def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
     gate.experts_mask.copy_(gate.experts_mask[order_E])
 
 
-def _exchange_experts(layer: AdaptiveExperts, ranks: ExpertRanks, rows: OptimizerRows, order: list[int]) -> None:
+def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerRows, order: list[int]) -> None:
     """Slot i gets the expert that slot order[i] holds, with its optimizer rows, wherever the two are.
 
     One message an expert, of its bytes as they are. ValueError on every rank where ranks hold other tensors.
@@ -116,21 +118,21 @@ def _exchange_experts(layer: AdaptiveExperts, ranks: ExpertRanks, rows: Optimize
         entries = layer.expert_slots.slot_parameters(slot)
         return [t[index] for parameter, index in entries for t in (parameter.detach(), *rows.of(parameter))]
 
-    first = tensors(ranks.rank * ranks.local)
+    first = tensors(place.first)
     alike = {"an expert with its optimizer state": [(str(t.dtype), tuple(t.shape)) for t in first]}
-    check_alike("rebalance", alike, ranks.group, "give every rank the same optimizer, and take its first step on all")
+    check_alike("rebalance", alike, place.group, "give every rank the same optimizer, and take its first step on all")
     moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
-    leaving = {source: _bytes(tensors(source)) for _, source in moved if source // ranks.local == ranks.rank}
+    leaving = {source: _bytes(tensors(source)) for _, source in moved if source // place.local == place.rank}
     arriving: dict[int, Tensor] = {}
     transfers = []
     for slot, source in moved:
-        here, there = slot // ranks.local, source // ranks.local
-        if ranks.rank == here:
+        here, there = slot // place.local, source // place.local
+        if place.rank == here:
             arriving[slot] = leaving[source] if here == there else torch.empty_like(_bytes(first))
             if here != there:
-                transfers.append(dist.P2POp(dist.irecv, arriving[slot], ranks.global_rank(there), ranks.group, slot))
-        elif ranks.rank == there:
-            transfers.append(dist.P2POp(dist.isend, leaving[source], ranks.global_rank(here), ranks.group, slot))
+                transfers.append(dist.P2POp(dist.irecv, arriving[slot], place.global_rank(there), place.group, slot))
+        elif place.rank == there:
+            transfers.append(dist.P2POp(dist.isend, leaving[source], place.global_rank(here), place.group, slot))
     for request in dist.batch_isend_irecv(transfers) if transfers else []:
         request.wait()
     for slot, packed in arriving.items():

@@ -1,11 +1,12 @@
-"""The adaptive process as methods of the layer: record windows, and slots grown and pruned in place.
+"""`AdaptiveExperts`: gates, expert networks, their records and placement, and slots that are grown and pruned in place.
 
-The base of `MoELayer`, by upstream's method names. What a window decides is in `policy`; the schedule and the
-optimizer's rows are the controller's.
+What a window decides is in `policy`; the schedule and the optimizer's rows are the controller's; how tokens flow is
+`MoELayer`'s.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts import Experts, FFNExperts
 from ..experts.base import SlotParameter
-from ..gates import Gate, TopKGate
-from ..parallel.collectives import Wire, gathered
-from ..parallel.placement import slot_to_grow
+from ..gates import Gate
+from ..layer_state import fit_slots
+from ..parallel.collectives import copy_from_first
+from ..parallel.exchange import Exchange, RankExchange
+from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
+from ..parallel.slots import SlotAccess
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
@@ -27,25 +30,90 @@ INITS = ("nearest", "mean", "fresh", "keep")
 
 
 class AdaptiveExperts(nn.Module):
-    """Recording, growing and pruning of a layer with `gates`, `experts` and `records`."""
+    """Gates [D -> Routing], the expert networks they share, one record a gate, and who holds which slot.
 
-    gates: nn.ModuleList
-    experts: Experts
-    records: list[RoutingRecord]
-    record_routing: bool
-    record_eval: bool
-    slots: int
-    group: Any  # the ranks that divide the slots, where they do
-    world_size: int
-    sharded_count: int
-    wire: Wire | None
-    record_group: Any
-    expert_slots: Any
-    one_score_gate: bool
-    normalize_one_score_gate: bool
-    value_norm_weighted: bool
-    update_momentum: float
+    Of `exchange` it uses the placement and the access to the slots. Buffers, by upstream's names:
+    `_num_global_experts` [], active experts, and `_max_num_global_experts` [], slots.
+
+    nn.Module's methods are called by name: inside stock Tutel the next class in line is Tutel's own layer.
+    """
+
     _num_global_experts: Tensor
+    _max_num_global_experts: Tensor
+
+    def __init__(
+        self, gates: nn.ModuleList, experts: Any, exchange: Exchange, model_dim: int, record_group: Any = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.model_dim, self.exchange = model_dim, exchange
+        self.gates, self.experts = gates, experts
+        self.register_buffer("_num_global_experts", torch.tensor(exchange.start))
+        self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
+        self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
+        self.record_routing, self.record_eval = False, False
+        self.record_group = record_group  # the ranks whose records are summed; None: all
+        self._mark_experts()
+
+    def _mark_experts(self) -> None:
+        """Tutel's mark, by which optimizers and gradient reductions tell experts."""
+        for parameter in self.experts.parameters():
+            parameter._tutel_expert = True
+
+    @property
+    def placement(self) -> Placement:
+        """Which rank holds which slot."""
+        return self.exchange.placement
+
+    @property
+    def expert_slots(self) -> SlotAccess:
+        """What reads and writes the slots of the experts, on whichever rank they are."""
+        return self.exchange.slots(self.experts)
+
+    @property
+    def slots(self) -> int:
+        """E: expert slots, over all ranks."""
+        return self.placement.slots
+
+    @property
+    def group(self) -> Any:
+        """The process group whose ranks divide the slots; None in one process."""
+        return self.placement.group
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that divide the slots."""
+        return self.placement.ranks
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among them."""
+        return self.placement.rank
+
+    @property
+    def sharded_count(self) -> int:
+        """Ranks that share one expert."""
+        return self.placement.shards
+
+    @property
+    def num_global_experts(self) -> int:
+        """Experts active now, by any gate."""
+        return int(self._num_global_experts)
+
+    @property
+    def max_num_global_experts(self) -> int:
+        """E: slots."""
+        return self.slots
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts active on this rank."""
+        first = self.placement.first
+        return int(self._used_slots()[first : first + self.placement.local].sum())
+
+    @property
+    def max_num_local_experts(self) -> int:
+        """Slots on this rank."""
+        return self.placement.local
 
     @property
     def record(self) -> RoutingRecord:
@@ -129,7 +197,7 @@ class AdaptiveExperts(nn.Module):
                 gate.deactivate(slot)
                 load_E[slot] = 0
                 changes.append(ExpertChange(slot, "pruned", reason))
-        sources_E = gate.active()  # not those grown a moment ago
+        sources_E = gate.active()  # copy from experts that existed before this update
         mean_load = sum(load_E) // max(1, int(sources_E.sum()))
         for w_D, reason in grow:
             free = self._free_slot(load_E)
@@ -159,7 +227,9 @@ class AdaptiveExperts(nn.Module):
         return gate
 
     def _gate(self, gate_index: int) -> Gate:
-        raise NotImplementedError
+        if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
+            raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
+        return self.gates[gate_index]  # type: ignore[return-value]
 
     def _check_slot(self, name: str, slot: object) -> None:
         if type(slot) is not int or not 0 <= slot < self.slots:
@@ -172,7 +242,7 @@ class AdaptiveExperts(nn.Module):
     def _free_slot(self, load_E: Sequence[int]) -> int | None:
         """The slot to grow into, of those that no gate uses."""
         free = (~self._used_slots()).nonzero().flatten().tolist()
-        return slot_to_grow(free, load_E, self.world_size if self.sharded_count == 1 else 1)
+        return slot_to_grow(free, load_E, self.placement.blocks)
 
     def _fill_slot(
         self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None
@@ -187,23 +257,68 @@ class AdaptiveExperts(nn.Module):
             self.expert_slots.reset_slot(slot, generator)
 
     @torch.no_grad()
-    def update_one_score_gate(self) -> None:
-        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options; on all ranks.
+    def bind(self, group: Any) -> None:
+        """Divide the experts, all of them in this process so far, over the ranks of `group`.
 
-        `value_norm_weighted`: the mean is weighted by the norms of fc2_w's rows; `normalize_one_score_gate`: unit rows;
-        `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv 2310.10908).
+        Every rank gets the experts and gates of rank 0 and keeps its block of slots, in new parameters: call it on all
+        ranks, before an optimizer is made. Active experts change places first where ranks would get unequal numbers,
+        so the layer computes what it did, by other slots. ValueError where the experts are divided already, a record
+        window is open, or the slots cannot be divided.
         """
-        gate, experts = self._gate(0), self.experts
-        if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
-            raise ValueError(
-                "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
-            )
-        keys_ED = experts.mean_keys(self.value_norm_weighted)
-        if self.normalize_one_score_gate:
-            keys_ED = F.normalize(keys_ED, dim=1)
-        if self.wire is not None:
-            keys_ED = gathered(keys_ED, self.group)
-        gate.set_keys(keys_ED, self.update_momentum)
+        if self.placement.ranks > 1:
+            raise ValueError(f"group: the experts are divided over {self.placement.ranks} ranks already")
+        if self.record_routing:
+            raise ValueError("group: a record window is open: call end_record_routing() first")
+        placement = Placement.over(self.slots, group)
+        if placement.ranks == 1:
+            return
+        copy_from_first(self.gates, group)
+        copy_from_first(self.experts, group)
+        self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
+        self.experts.keep_slots(placement.first, placement.local)
+        self.exchange = RankExchange(placement, self.exchange.start)
+        self._mark_experts()
+
+    def _permute(self, order: list[int]) -> None:
+        """Slot i gets the expert, and its entries of all gates, that slot order[i] held."""
+        if order == sorted(order):
+            return
+        if not all(gate.adaptive for gate in self.gates):
+            raise ValueError("group: active experts of a layer with a fixed-k gate cannot be spread over the ranks")
+        old = [[p.detach()[i].clone() for p, i in self.experts.slot_parameters(slot)] for slot in range(self.slots)]
+        for slot, source in enumerate(order):
+            for (parameter, index), value in zip(self.experts.slot_parameters(slot), old[source], strict=True):
+                parameter[index] = value
+        for gate in self.gates:
+            gate.permute_slots(order)  # type: ignore[operator]
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        moved = nn.Module._apply(self, *args, **options)
+        for record in self.records:  # no tensors of the module, which would be in its state
+            record.move(self._num_global_experts.device)
+        return moved
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if isinstance(self.exchange, RankExchange) and hasattr(destination, "_metadata"):
+            # records which slots these are: any rank's block would fit by shape
+            first = self.placement.first
+            destination._metadata[prefix[:-1]]["slots"] = (first, first + self.placement.local)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
+        memo[id(self.record_group)] = self.record_group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._mark_experts()
 
 
 def _summary(changes: list[ExpertChange]) -> str:

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, Shard
 from ..adaptive.gate_history import unwrapped_name
 from ..adaptive.slots import AdaptiveExperts
 from ..experts import CustomExperts
-from ..parallel.placement import ExpertRanks
 
 
 class ShardedState:
@@ -148,26 +147,26 @@ def _expert_meshes(model: nn.Module) -> dict[int, DeviceMesh]:
     """The mesh over which an expert parameter is divided by slots, by the id of the parameter."""
     meshes: dict[int, DeviceMesh] = {}
     for name, layer in _divided_layers(model):
-        ranks = ExpertRanks.of(layer)
-        held = {id(p): p for p, _ in layer.expert_slots.slot_parameters(ranks.rank * ranks.local)}
+        place = layer.placement
+        held = {id(p): p for p, _ in layer.expert_slots.slot_parameters(place.first)}
         for key, tensor in (*layer.experts.named_parameters(), *layer.experts.named_buffers()):
             if id(tensor) not in held or isinstance(tensor, DTensor):
                 raise ValueError(
                     f"model: {unwrapped_name(name)}.experts.{key} of shape {list(tensor.shape)} on each rank is not "
-                    f"divided by slots over the {ranks.size} ranks of the experts, and cannot be stored"
+                    f"divided by slots over the {place.ranks} ranks of the experts, and cannot be stored"
                 )
         for parameter in held.values():
-            meshes[id(parameter)] = DeviceMesh.from_group(ranks.group, parameter.device.type)
+            meshes[id(parameter)] = DeviceMesh.from_group(place.group, parameter.device.type)
     return meshes
 
 
 def _divided_layers(model: nn.Module) -> Iterator[tuple[str, AdaptiveExperts]]:
     for name, layer in model.named_modules():
-        if not isinstance(layer, AdaptiveExperts) or layer.world_size == 1:
+        if not isinstance(layer, AdaptiveExperts) or layer.placement.ranks == 1:
             continue
-        if layer.sharded_count > 1:
+        if layer.placement.shards > 1:
             raise ValueError(
-                f"model: each expert of {unwrapped_name(name)} is itself divided over {layer.sharded_count} ranks: "
+                f"model: each expert of {unwrapped_name(name)} is itself divided over {layer.placement.shards} ranks: "
                 "such layers cannot be stored here"
             )
         if isinstance(layer.experts, CustomExperts) and not layer.experts.padded:

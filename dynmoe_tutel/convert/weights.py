@@ -79,7 +79,7 @@ def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
     }
     if not gated:
         config["has_fc1_bias"], config["has_fc2_bias"] = (m.bias is not None for m in (ffn.up, ffn.down))
-    layer = MoELayer(options.gate, ffn.model_dim, config, **options.layer)
+    layer = MoELayer(gate_type=options.gate, model_dim=ffn.model_dim, experts=config, **options.layer)
     if layer.world_size > 1:
         raise ValueError(f"group: convert makes layers that have all experts, and group has {layer.world_size} ranks")
     layer.to(up.device, up.dtype).train(ffn.module.training)

@@ -16,16 +16,21 @@ SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the inde
 
 
 class Experts(nn.Module):
-    """Base of all expert networks: E slots of networks D -> output_dim."""
+    """Base of all expert networks: this rank's slots of networks D -> output_dim."""
 
-    def __init__(self, model_dim: int, slots: int) -> None:
+    def __init__(self, model_dim: int, local_slots: int) -> None:
         super().__init__()
-        self.model_dim, self.slots = model_dim, slots
+        self.model_dim, self.local_slots = model_dim, local_slots
         self.output_dim = model_dim
         self.skip_expert = False  # Tutel's SKIP_EXPERT: experts are the identity
 
-    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
-        """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`."""
+    def forward(
+        self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`.
+
+        `token_shape` is a token's as the layer was given it (its product is D), for modules that want it so.
+        """
         raise NotImplementedError
 
     def fuses(self, routing: Routing) -> bool:
@@ -47,7 +52,17 @@ class Experts(nn.Module):
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """The parameters that hold a slot, each with the index of its entries; all have the slots first."""
-        return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.slots,)]
+        return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.local_slots,)]
+
+    @torch.no_grad()
+    def keep_slots(self, first: int, count: int) -> None:
+        """Become the `count` slots from `first` on, in new parameters."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.shape[:1] == (self.local_slots,):
+                    kept = parameter.detach()[first : first + count].clone()
+                    setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        self.local_slots = count
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:

@@ -31,7 +31,7 @@ class FFNExperts(GroupedMLP):
     def __init__(
         self,
         model_dim: int,
-        slots: int,
+        local_slots: int,
         *,
         hidden_size_per_expert: int = 0,
         activation_fn: Activation | str | None = None,
@@ -50,19 +50,20 @@ class FFNExperts(GroupedMLP):
         activation = activation_function("activation_fn", activation_fn, F.relu)
         if activation_fn_with_self is not None:
             activation = partial(_with_self, activation_fn_with_self, self)
-        super().__init__(model_dim, slots, activation, recompute, engine)
+        super().__init__(model_dim, local_slots, activation, recompute, engine)
         self.output_dim = model_dim if output_dim is None else positive_int("experts['output_dim']", output_dim)
         self.hidden_size_per_expert = hidden
-        self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))
-        self.batched_fc2_w = nn.Parameter(torch.empty(slots, hidden, self.output_dim))
+        self.batched_fc1_w = nn.Parameter(torch.empty(local_slots, hidden, model_dim))
+        self.batched_fc2_w = nn.Parameter(torch.empty(local_slots, hidden, self.output_dim))
         has_fc1_bias, has_fc2_bias = (
             flag(f"experts['has_fc{i}_bias']", value) for i, value in ((1, has_fc1_bias), (2, has_fc2_bias))
         )
-        self.register_parameter("batched_fc1_bias", nn.Parameter(torch.empty(slots, hidden)) if has_fc1_bias else None)
-        self.register_parameter(
-            "batched_fc2_bias", nn.Parameter(torch.empty(slots, self.output_dim)) if has_fc2_bias else None
-        )
-        for slot in range(slots):
+        for name, width, wanted in (
+            ("batched_fc1_bias", hidden, has_fc1_bias),
+            ("batched_fc2_bias", self.output_dim, has_fc2_bias),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(local_slots, width)) if wanted else None)
+        for slot in range(local_slots):
             self._draw(slot, generator)
 
     def _draw(self, slot: int, generator: torch.Generator | None) -> None:
@@ -95,8 +96,8 @@ class FFNExperts(GroupedMLP):
 
     def extra_repr(self) -> str:
         return (
-            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, "
-            f"output_dim={self.output_dim}, slots={self.slots}, activation={self.activation or self.activation_fn}"
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, output_dim={self.output_dim}, "
+            f"slots={self.local_slots}, activation={self.activation or self.activation_fn}"
         )
 
 

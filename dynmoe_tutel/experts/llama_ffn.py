@@ -20,7 +20,7 @@ class LlamaFFNExperts(GroupedMLP):
     def __init__(
         self,
         model_dim: int,
-        slots: int,
+        local_slots: int,
         *,
         hidden_size_per_expert: int = 0,
         activation_fn: Activation | str | None = None,
@@ -30,13 +30,13 @@ class LlamaFFNExperts(GroupedMLP):
     ) -> None:
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
         super().__init__(
-            model_dim, slots, activation_function("activation_fn", activation_fn, F.silu), recompute, engine
+            model_dim, local_slots, activation_function("activation_fn", activation_fn, F.silu), recompute, engine
         )
         self.hidden_size_per_expert = hidden
-        self.W_fc1 = nn.Parameter(torch.empty(slots, model_dim, hidden))
-        self.W_fc2 = nn.Parameter(torch.empty(slots, model_dim, hidden))
-        self.W_fc3 = nn.Parameter(torch.empty(slots, hidden, model_dim))
-        for slot in range(slots):
+        self.W_fc1 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
+        self.W_fc2 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
+        self.W_fc3 = nn.Parameter(torch.empty(local_slots, hidden, model_dim))
+        for slot in range(local_slots):
             self._draw(slot, generator)
 
     @torch.no_grad()
@@ -56,6 +56,6 @@ class LlamaFFNExperts(GroupedMLP):
 
     def extra_repr(self) -> str:
         return (
-            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.slots}, "
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.local_slots}, "
             f"activation={self.activation or self.activation_fn}"
         )

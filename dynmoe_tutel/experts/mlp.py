@@ -26,9 +26,9 @@ class GroupedMLP(Experts):
     """
 
     def __init__(
-        self, model_dim: int, slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
+        self, model_dim: int, local_slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
     ) -> None:
-        super().__init__(model_dim, slots)
+        super().__init__(model_dim, local_slots)
         for name, value, allowed in (("recompute", recompute, RECOMPUTE), ("engine", engine, ENGINES)):
             if value not in allowed:
                 raise ValueError(f"experts[{name!r}] = {value!r}: allowed are {', '.join(map(repr, allowed))}")
@@ -86,7 +86,9 @@ class GroupedMLP(Experts):
         )
         return y_TO
 
-    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Rows [rows, output_dim], those of fixed-k gates times their weights."""
         dtype = self.compute_dtype(x_TD)
         apply_gate = routing.weights is not None

@@ -150,6 +150,13 @@ class TopAnyGate(Gate):
         """Prune: no token reaches the slot."""
         self.experts_mask[slot] = 0
 
+    @torch.no_grad()
+    def permute_slots(self, order: list[int]) -> None:
+        """Slot i becomes what slot order[i] was."""
+        order_E = torch.tensor(order, device=self.experts_mask.device)
+        for tensor, axis in ((self.sim_matrix, 1), (self.gates, 0), (self.experts_mask, 0)):
+            tensor.copy_(tensor.index_select(axis, order_E))
+
     def extra_repr(self) -> str:
         temperature = "" if self.temperature is None else ", temperature"
         return f"model_dim={self.model_dim}, slots={self.slots}{temperature}"

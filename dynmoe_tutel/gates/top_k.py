@@ -112,7 +112,9 @@ class TopKGate(FixedKGate):
 
     @torch.no_grad()
     def set_keys(self, keys_ED: Tensor, momentum: float) -> None:
-        """`wg.weight` becomes momentum * itself + (1 - momentum) * `keys_ED`, in place."""
+        """`wg.weight` becomes momentum * itself + (1 - momentum) * `keys_ED`, made unit rows where tokens are."""
+        if self.normalize_one_score_gate:
+            keys_ED = F.normalize(keys_ED, dim=1)
         self.wg.weight.lerp_(keys_ED.to(self.wg.weight), 1 - momentum)
 
     def logits(self, x_TD: Tensor) -> Tensor:

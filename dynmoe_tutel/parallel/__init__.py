@@ -4,12 +4,10 @@
 slot, `slots` reads and writes them across ranks, `gradients` averages what ranks share.
 """
 
-from .exchange import through_ranks
 from .gradients import average_gradients, expert_parameters, ignore_experts_in_ddp
 
 __all__ = [
     "average_gradients",
     "expert_parameters",
     "ignore_experts_in_ddp",
-    "through_ranks",
 ]

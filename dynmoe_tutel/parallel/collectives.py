@@ -125,7 +125,12 @@ def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give 
 
 
 def gathered(tensor: Tensor, group: Any) -> Tensor:
-    """The tensors of all ranks of `group`, of one shape, behind one another in dimension 0; no gradient."""
+    """The tensors of all ranks of `group`, of one shape, behind one another in dimension 0; no gradient.
+
+    Without a group, the tensor.
+    """
+    if group is None:
+        return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.detach().contiguous(), group=group)
     return torch.cat(parts)

@@ -1,31 +1,193 @@
-"""Experts divided over the ranks of a process group: who gets which token, and what travels.
+"""`Exchange`: how token rows reach the experts and come back, in this process or over the ranks of a group.
 
-A token travels once to every rank that holds one of its experts, as its row and a bitmask of its experts there; the
-rank returns one partial sum a row, and the sender adds the partial sums in the order of the ranks. Backward, the
-gradient of a row comes back with that of the gate values of its assignments.
+Over ranks, a token travels once to every rank that holds one of its experts, as its row and a bitmask of its experts
+there. That rank returns one partial sum a row, and the sender adds the partial sums in the order of the ranks. In the
+backward, the gradient of a row comes back with the gradients of the gate values of its assignments.
 
 R ranks, L slots a rank, N rows sent, M rows received, A assignments. Every rank must run the same forwards and
-backwards in the same order; a rank with no token, or without an active expert, takes part with nothing to send.
+backwards in the same order; a rank without a token, or without an active expert, takes part with nothing to send.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..capacity import pair_capacity
+from ..capacity import bounded_pairs, drop_beyond_capacity, pair_capacity, room_for
+from ..experts import make_block, make_experts
 from ..kernels import pack_bits, ragged_index
+from ..kernels.activations import has_hooks
 from ..routing import Capacity, Routing
-from .collectives import Pending, Wire
+from .collectives import Pending, Wire, check_alike, copy_from_first, shared_seed
+from .placement import Placement
+from .slots import ShardedSlots, SlotAccess
+
+
+class Call(NamedTuple):
+    """What one forward of a layer asks for beside its tokens."""
+
+    capacity: Capacity  # the layer's
+    capacity_factor: float  # Tutel's, of the call or of the gate; 0: dropless
+    combine_gradient: str
+    token_shape: tuple[int, ...]  # of a token as the caller gave it; its product is D
+    degree: int = 1  # chunks of tokens that travel while others are computed
+    batch_prioritized: bool = False
+    inequivalent_tokens: bool = False  # Tutel's: ranks bring different numbers of tokens
+
+
+class Exchange(Protocol):
+    """What a layer asks of the way between its tokens and its experts."""
+
+    placement: Placement
+    start: int  # experts active at start, of all ranks
+    adaptive_degree: int  # Tutel's r
+    valid_rs: list[int]  # the values that it can have
+
+    def use_adaptive_degree(self, degree: int) -> None:
+        """Tutel's r for this call and later ones; it changes speed, never a result."""
+
+    def agree(self, gates: nn.ModuleList, own: dict[str, Any]) -> None:
+        """Give all ranks the same gates; ValueError on every rank where one of `own` is not the same on all."""
+
+    def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
+        """The expert networks of this rank's slots, drawn as one process draws them."""
+
+    def bounded(self, routing: Routing, call: Call) -> Routing:
+        """The routing without what the capacities of `call` drop."""
+
+    def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
+        """Dispatch, experts, combine: [T, ...], the mean (or weighted sum) of each token's experts."""
+
+    def slots(self, experts: Any) -> SlotAccess:
+        """Access to the slots of `experts`, on whichever rank they are."""
+
+
+class LocalExchange:
+    """All experts are in this process."""
+
+    adaptive_degree, valid_rs = 1, [0, 1]
+
+    def __init__(self, placement: Placement, start: int) -> None:
+        self.placement, self.start = placement, start
+
+    def use_adaptive_degree(self, degree: int) -> None:
+        """No expert is split here."""
+
+    def agree(self, gates: nn.ModuleList, own: dict[str, Any]) -> None:
+        """Nothing to agree on."""
+
+    def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
+        """All slots."""
+        return make_experts(config, model_dim, self.placement.slots, generator=generator)
+
+    def bounded(self, routing: Routing, call: Call) -> Routing:
+        """The gate has bounded the routing; here Tutel's factor drops."""
+        return within_factor(routing, call, None) if call.capacity_factor else routing
+
+    def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
+        """In one operation where the experts fuse, else by stages."""
+        if experts.fuses(routing) and not has_hooks(experts):
+            y_TO = experts.mean(x_TD, routing, call.combine_gradient)
+        else:
+            gate_A = routing.row_gates(call.combine_gradient)
+            y_TO = routing.combine(experts(x_TD, routing, gate_A, call.token_shape))
+        return as_tokens(y_TO, x_TD.shape[1], call.token_shape)
+
+    def slots(self, experts: Any) -> SlotAccess:
+        """The experts' own."""
+        return experts
+
+
+def within_factor(routing: Routing, call: Call, group: Any) -> Routing:
+    """The routing without the rows that Tutel's capacity factor drops, on all ranks of `group` by one capacity."""
+    room = room_for(routing, call.capacity_factor, call.degree, group)
+    return drop_beyond_capacity(routing, room, call.combine_gradient, batch_prioritized=call.batch_prioritized)
+
+
+def as_tokens(y_TO: Tensor, model_dim: int, token_shape: tuple[int, ...]) -> Tensor:
+    """Outputs in the shape of the tokens, where they are as wide as those."""
+    return y_TO.reshape(-1, *token_shape) if y_TO.shape[1] == model_dim else y_TO
+
+
+class RankExchange:
+    """Experts divided over the ranks of a process group; `wire` counts what travels."""
+
+    adaptive_degree, valid_rs = 1, [0, 1]
+
+    def __init__(self, placement: Placement, start: int) -> None:
+        self.placement, self.start = placement, start
+        self.wire = Wire(placement.group)
+
+    def use_adaptive_degree(self, degree: int) -> None:
+        """No expert is split here."""
+
+    def agree(self, gates: nn.ModuleList, own: dict[str, Any]) -> None:
+        """Gates as rank 0 has them; ValueError where ranks build different layers."""
+        check_alike("moe_layer over the ranks of group", own, self.placement.group)
+        copy_from_first(gates, self.placement.group)
+
+    def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
+        """This rank's block of slots."""
+        place = self.placement
+        if generator is None:
+            generator = torch.Generator().manual_seed(shared_seed(place.group))
+        return make_block(config, model_dim, place.slots, place.first, place.local, generator)
+
+    def bounded(self, routing: Routing, call: Call) -> Routing:
+        """At most so many assignments from one rank to another, or what Tutel's factor leaves."""
+        if call.capacity_factor:
+            return within_factor(routing, call, self.placement.group)
+        if isinstance(call.capacity, str):
+            return routing
+        return bounded_pairs(routing, self.placement.ranks, call.capacity)
+
+    def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
+        """Each token's experts, wherever they are. Collective over the ranks.
+
+        In `call.degree` chunks of tokens, the rows of later chunks travel while those of one are computed; a bounded
+        capacity has one chunk.
+        """
+        x_TD, exact = x_TD.to(experts.compute_dtype(x_TD)), call.capacity == "exact"
+        if not exact:
+            self.wire.check_tokens(x_TD.shape[0], x_TD.device)
+        bounds = _bounds(x_TD.shape[0], call.degree if exact else 1)
+        gate_A, count_NR = _gates_by_rank(routing, call.combine_gradient, self.placement.ranks, bounds)
+        bound = pair_capacity(call.capacity, routing, self.placement.ranks)
+        flight = _InFlight(_chunks(self.placement.local, self.wire, routing, bounds, count_NR, bound))
+        anchor = torch.zeros((), device=x_TD.device, requires_grad=torch.is_grad_enabled())
+        tensors: list[Tensor] = []
+        gates = gate_A.split([sum(chunk.gates.sent) for chunk in flight.chunks])
+        for chunk, gate, (first, last) in zip(flight.chunks, gates, bounds, strict=True):
+            tensors += [chunk.by_rank.dispatch(x_TD[first:last]), gate]
+        arrived = _Dispatch.apply(anchor, flight, *tensors)
+        sums = []
+        for i, chunk in enumerate(flight.chunks):
+            for pending in flight.dispatched[i]:
+                pending.wait()
+            rows, gates_j = arrived[2 * i], chunk.gates.unblocked(arrived[2 * i + 1])
+            sums.append(_partial_sums(experts, chunk.here, rows, gates_j, call.token_shape))
+            flight.returning.append(chunk.rows.send_back(sums[-1].detach()))
+        returned = _Combine.apply(anchor, flight, *sums)
+        dtype = torch.promote_types(returned[0].dtype, torch.float32)  # rounded once
+        parts = [chunk.by_rank.sum(rows.to(dtype)) for chunk, rows in zip(flight.chunks, returned, strict=True)]
+        y_TO = torch.cat(parts)
+        if routing.weights is None:
+            y_TO = y_TO / routing.k_per_token.clamp(min=1).unsqueeze(1)
+        return as_tokens(y_TO.to(returned[0].dtype), x_TD.shape[1], call.token_shape)
+
+    def slots(self, experts: Any) -> SlotAccess:
+        """Through messages between the ranks."""
+        return ShardedSlots(experts, self.placement)
 
 
 class _Blocks:
-    """A packed list of items by rank, `counts` of each, and the same in equal blocks of `size`, zeros behind."""
+    """A packed list of items by rank, `counts` of each, and the same in equal blocks of `size` with zeros behind."""
 
     def __init__(self, count_R: Tensor, size: int) -> None:
         R = count_R.shape[0]
@@ -55,8 +217,8 @@ def _taken(x: Tensor, index_N: Tensor, held_N: Tensor) -> Tensor:
 
 
 @dataclass
-class _Link:
-    """How many items go to each rank and come from it; `own` and `theirs` lay equal blocks out on the two sides."""
+class _Splits:
+    """How many items go to each rank and come from it; `own` and `theirs` lay out equal blocks on the two sides."""
 
     wire: Wire
     sent: list[int]
@@ -64,17 +226,21 @@ class _Link:
     own: _Blocks | None = None
     theirs: _Blocks | None = None
 
-    def there(self, x: Tensor, backward: bool = False) -> Pending:
+    def send(self, x: Tensor, backward: bool = False) -> Pending:
+        """Items to the ranks of their experts."""
         x = x if self.own is None else self.own.spread(x)
         return self.wire.start(x, self.sent, self.received, backward=backward)
 
-    def arrived(self, x: Tensor) -> Tensor:
+    def unblocked(self, x: Tensor) -> Tensor:
+        """What was received, packed."""
         return x if self.theirs is None else self.theirs.pack(x)
 
-    def back(self, x: Tensor, backward: bool = False) -> Pending:
+    def send_back(self, x: Tensor, backward: bool = False) -> Pending:
+        """What was received, or belongs to it, to its senders."""
         return self.wire.start(x, self.received, self.sent, backward=backward)
 
-    def returned(self, x: Tensor) -> Tensor:
+    def received_back(self, x: Tensor) -> Tensor:
+        """What `send_back` brought, packed."""
         return x if self.own is None else self.own.pack(x)
 
 
@@ -82,112 +248,87 @@ class _Link:
 class _Chunk:
     """Tokens that travel together."""
 
-    by_rank: Routing  # ranks in the place of experts
-    here: Routing  # what came, to the slots of this rank
-    rows: _Link
-    gates: _Link
+    by_rank: Routing  # with ranks in the place of experts
+    here: Routing  # of the received rows to the slots of this rank
+    rows: _Splits
+    gates: _Splits
 
 
-class _There(torch.autograd.Function):
-    """Rows and gate values of all chunks set off to the experts; one node, so that all ranks come back in one order.
+@dataclass
+class _InFlight:
+    """The chunks of one forward and the collectives that may still run: what both autograd functions share."""
 
-    The values of the results are there once `started` was waited for. Gate values of top-any gates are ones, and only
+    chunks: list[_Chunk]
+    dispatched: list[list[Pending]] = field(default_factory=list)
+    returning: list[Pending] = field(default_factory=list)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows and gate values of all chunks to their experts; one node, so that all ranks come back in one order.
+
+    The results hold values once `flight.dispatched` was waited for. Gate values of top-any gates are ones, and only
     their gradients travel. `anchor` wants a gradient, so that the backward runs where nothing else does.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[list[Pending]], *tensors: Tensor) -> Any:
-        ctx.chunks, results = chunks, []
-        for i, chunk in enumerate(chunks):
+    def forward(ctx: Any, anchor: Any, flight: _InFlight, *tensors: Tensor) -> Any:
+        ctx.chunks, results = flight.chunks, []
+        for i, chunk in enumerate(flight.chunks):
             rows, gates = tensors[2 * i : 2 * i + 2]
-            pending = [chunk.rows.there(rows)]
+            pending = [chunk.rows.send(rows)]
             results.append(pending[0].out)
             if chunk.here.weights is None:
                 results.append(gates.new_ones(sum(chunk.gates.received)))
             else:
-                pending.append(chunk.gates.there(gates))
+                pending.append(chunk.gates.send(gates))
                 results.append(pending[1].out)
-            started.append(pending)
+            flight.dispatched.append(pending)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        links = [link for chunk in ctx.chunks for link in (chunk.rows, chunk.gates)]
-        pending = [link.back(grad, True) for link, grad in zip(links, grads, strict=True)]
-        found = [link.returned(p.wait()) for link, p in zip(links, pending, strict=True)]
-        return None, None, None, *found
+        splits = [each for chunk in ctx.chunks for each in (chunk.rows, chunk.gates)]
+        pending = [each.send_back(grad, True) for each, grad in zip(splits, grads, strict=True)]
+        found = [each.received_back(p.wait()) for each, p in zip(splits, pending, strict=True)]
+        return None, None, *found
 
 
-class _Back(torch.autograd.Function):
-    """Partial sums of all chunks at their senders; `started` are their collectives, which set off before."""
+class _Combine(torch.autograd.Function):
+    """Partial sums of all chunks at their senders; `flight.returning` are their collectives, started before."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Any, chunks: list[_Chunk], started: list[Pending], *sums: Tensor) -> Any:
-        ctx.chunks = chunks
-        return tuple(chunk.rows.returned(p.wait()) for chunk, p in zip(chunks, started, strict=True))
+    def forward(ctx: Any, anchor: Any, flight: _InFlight, *sums: Tensor) -> Any:
+        ctx.chunks = flight.chunks
+        pairs = zip(flight.chunks, flight.returning, strict=True)
+        return tuple(chunk.rows.received_back(p.wait()) for chunk, p in pairs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        pending = [chunk.rows.there(grad, True) for chunk, grad in zip(ctx.chunks, grads, strict=True)]
-        return None, None, None, *[p.wait() for p in pending]
+        pending = [chunk.rows.send(grad, True) for chunk, grad in zip(ctx.chunks, grads, strict=True)]
+        return None, None, *[p.wait() for p in pending]
 
 
-def through_ranks(
-    experts: Any, wire: Wire, x_TD: Tensor, routing: Routing, combine_gradient: str, capacity: Capacity, degree: int = 1
-) -> Tensor:
-    """The mean (or weighted sum) of each token's experts, wherever they are: [T, output_dim] in the experts' dtype.
-
-    `experts` hold this rank's slots. In `degree` chunks of tokens, the rows of later chunks travel while those of one
-    are computed; a bounded capacity has one chunk. Collective over the ranks of `wire`.
-    """
-    x_TD = x_TD.to(experts.compute_dtype(x_TD))
-    if capacity != "exact":
-        wire.check_tokens(x_TD.shape[0], x_TD.device)
-    bounds = _bounds(x_TD.shape[0], degree if capacity == "exact" else 1)
-    gate_A, count_NR = _gates_by_rank(routing, routing.row_gates(combine_gradient), wire.size, bounds)
-    chunks = _chunks(experts.slots, wire, routing, bounds, count_NR, pair_capacity(capacity, routing, wire.size))
-    anchor = torch.zeros((), device=x_TD.device, requires_grad=torch.is_grad_enabled())
-    tensors: list[Tensor] = []
-    gates = gate_A.split([sum(chunk.gates.sent) for chunk in chunks])
-    for chunk, gate, (first, last) in zip(chunks, gates, bounds, strict=True):
-        tensors += [chunk.by_rank.dispatch(x_TD[first:last]), gate]
-    setting_off: list[list[Pending]] = []
-    arrived = _There.apply(anchor, chunks, setting_off, *tensors)
-    sums, returning = [], []
-    for i, chunk in enumerate(chunks):
-        for pending in setting_off[i]:
-            pending.wait()
-        rows, gates_j = arrived[2 * i], chunk.gates.arrived(arrived[2 * i + 1])
-        sums.append(_partial_sums(experts, chunk.here, rows, gates_j))
-        returning.append(chunk.rows.back(sums[-1].detach()))
-    returned = _Back.apply(anchor, chunks, returning, *sums)
-    dtype = torch.promote_types(returned[0].dtype, torch.float32)  # rounded once
-    y_TO = torch.cat([chunk.by_rank.sum(rows.to(dtype)) for chunk, rows in zip(chunks, returned, strict=True)])
-    if routing.weights is None:
-        y_TO = y_TO / routing.k_per_token.clamp(min=1).unsqueeze(1)
-    return y_TO.to(returned[0].dtype)
-
-
-def _partial_sums(experts: Any, here: Routing, rows_MD: Tensor, gate_J: Tensor) -> Tensor:
+def _partial_sums(experts: Any, here: Routing, rows_MD: Tensor, gate_J: Tensor, token_shape: tuple[int, ...]) -> Tensor:
     """One sum a received row of its experts here, [M, output_dim]; gate values by row and expert."""
     order_J = here.row_of_assignment.long()
-    order_J = order_J.masked_fill(order_J < 0, gate_J.shape[0])  # what lies behind the assignments: the last place
+    order_J = order_J.masked_fill(order_J < 0, gate_J.shape[0])  # -1 (unused capacity) -> spare place at the end
     gate_B = gate_J.new_zeros(gate_J.shape[0] + 1).index_copy(0, order_J, gate_J)
-    return here.sum(experts(rows_MD, here, gate_B[:-1]))
+    return here.sum(experts(rows_MD, here, gate_B[:-1], token_shape))
 
 
 def _bounds(T: int, chunks: int) -> list[tuple[int, int]]:
-    """First and last token of each chunk; every rank has as many, empty ones among them."""
+    """First and last token of each chunk; every rank has as many chunks, some of them empty."""
     edges = [T * i // chunks for i in range(chunks + 1)]
     return list(pairwise(edges))
 
 
 def _gates_by_rank(
-    routing: Routing, gate_A: Tensor, ranks: int, bounds: list[tuple[int, int]]
+    routing: Routing, combine_gradient: str, ranks: int, bounds: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """Gate values by (chunk, rank, token, expert), the order in which their receivers have them; counts [chunks, R]."""
+    gate_A = routing.row_gates(combine_gradient)
     T, E = routing.scores.shape
     row_A = torch.arange(gate_A.shape[0], device=gate_A.device)
     expert_A = torch.searchsorted(routing.expert_offsets[1:].long(), row_A, right=True)
@@ -196,7 +337,7 @@ def _gates_by_rank(
     chunk_A = torch.searchsorted(last_N, token_A, right=True)
     pair_A = chunk_A * ranks + expert_A // (E // ranks)
     end = len(bounds) * ranks
-    pair_A = pair_A.masked_fill(expert_A >= E, end)  # behind the assignments
+    pair_A = pair_A.masked_fill(expert_A >= E, end)  # rows without an assignment
     order_A = ((pair_A * max(T, 1) + token_A) * (E + 1) + expert_A).argsort()
     count = torch.zeros(end + 1, dtype=torch.int64, device=gate_A.device)
     count = count.index_add_(0, pair_A, torch.ones_like(pair_A))
@@ -223,13 +364,13 @@ def _chunks(
     pending = []
     for i, (by_rank, (first, last)) in enumerate(zip(by_ranks, bounds, strict=True)):
         blocks = None if fixed_rows is None else _Blocks(by_rank.counts.long(), fixed_rows)
-        rows = _Link(wire, sent[i][0], received[i][0], blocks)
+        rows = _Splits(wire, sent[i][0], received[i][0], blocks)
         wire.traffic.rows += sum(sent[i][0]) - sent[i][0][wire.rank]
         n_N = torch.arange(by_rank.token_of_row.shape[0], device=rank_bits_TW.device)
         rank_N = torch.searchsorted(by_rank.expert_offsets[1:].long(), n_N, right=True).clamp(max=R - 1)
         token_N = by_rank.token_of_row.long().clamp(min=0)
         bits_NW = pack_bits(block_TRL[first:last][token_N, rank_N])
-        pending.append((rows, rows.there(bits_NW)))
+        pending.append((rows, rows.send(bits_NW)))
     found = []
     for i, (by_rank, (rows, bits)) in enumerate(zip(by_ranks, pending, strict=True)):
         here = _indexed(bits.wait(), local, routing, None if bound is None else R * bound, weighted=True)
@@ -238,7 +379,7 @@ def _chunks(
             assert fixed_rows is not None
             from_R = here.token_offsets[::fixed_rows].diff().long() if fixed_rows else count_NR[0] * 0
             own_gates, their_gates = _Blocks(count_NR[i], bound), _Blocks(from_R, bound)
-        found.append(_Chunk(by_rank, here, rows, _Link(wire, sent[i][1], received[i][1], own_gates, their_gates)))
+        found.append(_Chunk(by_rank, here, rows, _Splits(wire, sent[i][1], received[i][1], own_gates, their_gates)))
     return found
 
 

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .placement import Placement
+
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters of experts that are divided over ranks: no other rank of their group has them."""
     for prefix, module in model.named_modules():
-        if getattr(module, "wire", None) is not None:
+        placement = getattr(module, "placement", None)
+        if isinstance(placement, Placement) and placement.ranks > 1:
             for name, parameter in module.experts.named_parameters():
                 yield f"{prefix}.experts.{name}".lstrip("."), parameter
 

@@ -1,6 +1,7 @@
-"""Where experts live: the load of ranks, the slot that a grown expert takes, and which slots to swap against drift.
+"""Which rank holds which slot, the load of ranks, the slot that a grown expert takes, and swaps against drift.
 
-Integers that are equal on every rank, and pure functions of them; slot e is on rank e // (slots / ranks).
+`Placement` is the one place that divides slots over ranks. The functions are pure, of integers that are equal on every
+rank.
 """
 
 from __future__ import annotations
@@ -9,7 +10,74 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`slots` expert slots over the `ranks` ranks of `group`, in order; `rank` is this process's rank in it.
+
+    A rank holds `local` whole slots in a row from `first`; or, with more ranks than slots, `shards` ranks share a slot.
+    Raises ValueError where neither number divides the other.
+    """
+
+    slots: int
+    group: Any = None
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if max(self.slots, self.ranks) % min(self.slots, self.ranks):
+            raise ValueError(
+                f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.ranks} ranks of "
+                "group: give a multiple (or, inside Tutel, a divisor)"
+            )
+
+    @classmethod
+    def over(cls, slots: int, group: Any) -> Placement:
+        """Over the ranks of a process group; None, or a group of one rank: all in this process."""
+        if group is None or dist.get_world_size(group) == 1:
+            return cls(slots)
+        return cls(slots, group, dist.get_rank(group), dist.get_world_size(group))
+
+    @property
+    def local(self) -> int:
+        """Slots of which this rank holds something."""
+        return max(1, self.slots // self.ranks)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one slot."""
+        return max(1, self.ranks // self.slots)
+
+    @property
+    def first(self) -> int:
+        """The first of this rank's slots."""
+        return self.rank // self.shards * self.local
+
+    @property
+    def blocks(self) -> int:
+        """Parts of whole slots between which experts can move: the ranks, or 1 where ranks share slots."""
+        return self.ranks if self.shards == 1 else 1
+
+    def owners(self, slot: int) -> list[int]:
+        """The ranks of `group` that hold the slot: one, or its shards in order."""
+        first = slot // self.local * self.shards
+        return list(range(first, first + self.shards))
+
+    def global_rank(self, rank: int) -> int:
+        """A rank of `group` as a rank of the whole job."""
+        return dist.get_global_rank(self.group, rank)
+
+    def at_start(self, experts: int) -> Tensor:
+        """bool [slots]: which slots are active when `experts` are, as many in every block and its first ones."""
+        return torch.arange(self.slots) % (self.slots // self.blocks) < experts // self.blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """Itself: it never changes, and a process group cannot be copied."""
+        return self
 
 
 def rank_loads(load_E: Sequence[int], ranks: int) -> list[int]:
@@ -72,24 +140,19 @@ def slot_order(swaps: Sequence[tuple[int, int]], slots: int) -> list[int]:
     return order
 
 
-@dataclass(frozen=True)
-class ExpertRanks:
-    """How the slots of a layer are divided: slot e is on rank e // `local` of `group`, which has `size` ranks."""
+def spread_swaps(active: Sequence[bool], ranks: int) -> list[tuple[int, int]]:
+    """Pairs of slots to swap, in this order, so that ranks hold numbers of active slots that differ by at most one.
 
-    group: Any
-    rank: int
-    size: int
-    local: int
-
-    @classmethod
-    def of(cls, layer: Any) -> ExpertRanks:
-        """Of a layer whose experts are whole; those that are themselves split over ranks count as one block."""
-        size = layer.world_size if layer.sharded_count == 1 else 1
-        if size == 1:
-            return cls(None, 0, 1, layer.slots)
-        group = layer.group or dist.group.WORLD
-        return cls(group, dist.get_rank(group), size, layer.slots // size)
-
-    def global_rank(self, rank: int) -> int:
-        """The rank in the whole job."""
-        return dist.get_global_rank(self.group, rank)
+    Each swap is of the last active slot of the fullest rank and the first inactive one of the emptiest.
+    """
+    held, local = list(active), len(active) // ranks
+    swaps: list[tuple[int, int]] = []
+    while True:
+        count_R = rank_loads([int(a) for a in held], ranks)
+        full, empty = count_R.index(max(count_R)), count_R.index(min(count_R))
+        if count_R[full] - count_R[empty] <= 1:
+            return swaps
+        a = max(slot for slot in range(full * local, (full + 1) * local) if held[slot])
+        b = min(slot for slot in range(empty * local, (empty + 1) * local) if not held[slot])
+        held[a], held[b] = held[b], held[a]
+        swaps.append((a, b))

@@ -66,7 +66,7 @@ def custom_experts() -> None:
         before = torch.get_rng_state()
         layer, whole = pair(TOP_ANY, {"type": "custom", "module": copy.deepcopy(module)})
         assert torch.equal(torch.get_rng_state(), before)
-        own = list(whole.experts.module)[layer.first_slot :][: layer.local_slots]
+        own = list(whole.experts.module)[layer.placement.first :][: layer.placement.local]
         for mine, theirs in zip(layer.experts.module, own, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
         assert_margin(whole, x)
@@ -192,7 +192,7 @@ def copies_and_states() -> None:
     said = refusal(lambda: layer.load_state_dict(state))
     assert ("nothing was refused" in said) == (dist.get_rank() == 0)
     if dist.get_rank():
-        assert f"slots 0 to {layer.local_slots - 1}, and this rank holds slots {layer.first_slot} to" in said
+        assert f"slots 0 to {layer.placement.local - 1}, and this rank holds slots {layer.placement.first} to" in said
     for experts, start in (
         ({"hidden_size_per_expert": H}, E),
         ({"type": "llama_ffn", "hidden_size_per_expert": H}, E // 2),

@@ -237,7 +237,7 @@ def slots() -> None:
     for own, full in zip(layer.experts.parameters(), whole.experts.parameters(), strict=True):
         assert torch.equal(own, full.chunk(layer.world_size)[layer.rank])
     held = [bool(layer.expert_slots.slot_parameters(slot)) for slot in range(E)]
-    assert held == [slot // layer.local_slots == layer.rank for slot in range(E)]
+    assert held == [slot // layer.placement.local == layer.rank for slot in range(E)]
     torch.manual_seed(dist.get_rank())  # without seeds, gates are those of the first rank, experts differ
     layer = divided({}, {"type": "top_any", "max_expert_num": 2 * E}, "ffn", F.gelu)
     w = layer.gates[0].sim_matrix.detach().clone()
