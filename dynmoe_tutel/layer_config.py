@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .experts import experts_at_start
-from .gates import gate_class, gate_config, max_experts
+from .gates import combine_gradient_of, gate_class, gate_config, max_experts
 from .routing import COMBINE_GRADIENTS, Capacity, check_capacity
 from .validation import flag, number, positive_int, refuse_unknown
 
-_UPSTREAM_TYPES = ("gated_multi_gate", "gated_multi_gate_t")
 _FLAGS = (
     "is_postscore",
     "batch_prioritized_routing",
@@ -182,8 +181,7 @@ class MoEConfig:
 
     def combine_gradients(self) -> list[str]:
         """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
-        by_name = ["normalized" if c.get("type") in _UPSTREAM_TYPES else "mean" for c in self.gates]
-        return [self.combine_gradient or value for value in by_name]
+        return [self.combine_gradient or combine_gradient_of(config) for config in self.gates]
 
     def aux_weights(self) -> list[dict[str, float]]:
         """For each gate the terms of l_aux by name with their weights: `aux_losses`, or what is_gshard_loss means."""

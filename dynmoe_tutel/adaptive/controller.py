@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from ..validation import number
 from .gate_history import GateHistory, gate_histories
 from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
-from .policy import Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
+from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
 from .rebalance import RebalanceReport, rebalance_layer
 from .schedule import Schedule
 from .slots import INITS
 
 logger = logging.getLogger(__name__)
 
-SAMPLED_TOKENS = 2048
 STATE_VERSION = 1
 
 
@@ -68,9 +67,9 @@ class ExpertController:
       in it) takes the parameter's new value, and step counters stay. This suits SGD with momentum, Adam and
       AdamW in all variants. State of another shape (factored, quantised) is left alone, with a warning.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
-    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`), or a
-      callable (record, active bool [E], free_slots, silent_windows) -> `Decision`. For a callable,
-      `max_new_experts` > 1 says only that the records keep unrouted tokens.
+    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the "type"
+      of a registered policy and its options; or a callable (record, active bool [E], free_slots, silent_windows) ->
+      `Decision`. For a callable, `max_new_experts` > 1 says only that the records keep unrouted tokens.
     * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
       direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
       slot is).
@@ -84,7 +83,7 @@ class ExpertController:
         model: nn.Module,
         optimizer: Optimizers = None,
         schedule: Schedule | Mapping[str, Any] | int | None = None,
-        policy: str | Policy = "dynmoe",
+        policy: str | Mapping[str, Any] | Policy = "dynmoe",
         *,
         max_new_experts: int = 1,
         min_experts: int = 1,
@@ -112,7 +111,7 @@ class ExpertController:
         self._window_open = False
 
         floor = getattr(self.policy, "min_experts", 1)
-        sampled = max(max_new_experts, getattr(self.policy, "max_new_experts", 1)) > 1
+        keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if max_new_experts > 1 else 0)
         for history in self._histories:
             history.check_whole()
             if floor > len(history.silent_windows):
@@ -120,8 +119,7 @@ class ExpertController:
                     f"min_experts must be at most the slots of every layer, got {floor} "
                     f"and {history.key} has {len(history.silent_windows)}"
                 )
-            if sampled:
-                history.record.keep_tokens = max(history.record.keep_tokens, SAMPLED_TOKENS)
+            history.record.keep_tokens = max(history.record.keep_tokens, keeps)
         if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
         self._set_window(self.schedule.opens_at(0))
@@ -342,12 +340,14 @@ def with_records(
     return {"tensors": tensors, "values": {**state["values"], "gates": gates}}
 
 
-def _configured_policy(policy: str | Policy, max_new_experts: int, min_experts: int, patience: int) -> Policy:
-    configured = DynMoEPolicy(max_new_experts, min_experts, patience)  # refuses values out of range
+def _configured_policy(
+    policy: str | Mapping[str, Any] | Policy, max_new_experts: int, min_experts: int, patience: int
+) -> Policy:
+    options = {"max_new_experts": max_new_experts, "min_experts": min_experts, "patience": patience}
+    DynMoEPolicy(**options)  # refuses values out of range
     if policy == "dynmoe":
-        return configured
-    chosen = make_policy(policy)
+        return make_policy(policy, **options)
     for name, value in (("min_experts", min_experts), ("patience", patience)):
         if value != 1:
             raise ValueError(f"{name}={value} configures policy 'dynmoe'; give it to {policy!r} itself")
-    return chosen
+    return make_policy(policy)

@@ -6,12 +6,15 @@ layer applies a `Decision`, the controller schedules it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..validation import refuse_unknown
 
 if TYPE_CHECKING:
     from .records import RoutingRecord
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 CANCELLED = 1e-6
 # Two directions nearer than this cosine would route the same tokens: the second one is not worth a slot.
 SAME_DIRECTION = 0.9
+SAMPLED_TOKENS = 2048
 KMEANS_TOKENS = 4096
 KMEANS_ITERATIONS = 20
 
@@ -48,6 +52,21 @@ class Decision:
 Policy = Callable[["RoutingRecord", Tensor, int, list[int]], Decision]
 
 
+POLICIES: dict[str, Callable[..., Policy]] = {}
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def policy(name: str) -> Callable[[C], C]:
+    """Register what makes a policy, from the options of its dict, under a name that the controller takes."""
+
+    def register(make: C) -> C:
+        POLICIES[name] = make
+        return make
+
+    return register
+
+
+@policy("dynmoe")
 @dataclass
 class DynMoEPolicy:
     """The adaptive process of DynMoE (arXiv 2405.14297), with guards.
@@ -73,6 +92,11 @@ class DynMoEPolicy:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def keeps_tokens(self) -> int:
+        """How many unrouted tokens the records must keep for it."""
+        return SAMPLED_TOKENS if self.max_new_experts > 1 else 0
 
     def __call__(self, record: RoutingRecord, active: Tensor, free_slots: int, silent_windows: list[int]) -> Decision:
         """The decision of one window.
@@ -124,16 +148,24 @@ class DynMoEPolicy:
         return reasons
 
 
-def make_policy(policy: str | Policy) -> Policy:
-    """The policy of that name ("dynmoe"), or `policy` itself if it is callable; else ValueError."""
-    if policy == "dynmoe":
-        return DynMoEPolicy()
-    if isinstance(policy, str) or not callable(policy):
+def make_policy(given: str | Mapping[str, Any] | Policy, **options: Any) -> Policy:
+    """The policy of that name, made from `options`; of a dict {"type": name, ...}; or `given` itself, a callable.
+
+    ValueError for an unknown name or option.
+    """
+    if callable(given):
+        return given
+    if isinstance(given, Mapping):
+        options = {key: value for key, value in given.items() if key != "type"}
+        given = given.get("type", "")
+    if not isinstance(given, str) or given not in POLICIES:
+        names = ", ".join(repr(name) for name in POLICIES)
         raise ValueError(
-            "policy must be 'dynmoe' or a callable (record, active, free_slots, silent_windows) -> Decision, "
-            f"got {policy!r}"
+            f"policy must be one of {names}, a dict with its 'type' and options, or a callable (record, active, "
+            f"free_slots, silent_windows) -> Decision, got {given!r}"
         )
-    return policy
+    refuse_unknown(f"policy {given!r}", options, list(inspect.signature(POLICIES[given]).parameters))
+    return POLICIES[given](**options)
 
 
 def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor, where: str) -> Decision:

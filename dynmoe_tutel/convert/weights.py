@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts.ffn import FFNExperts
-from ..experts.llama_ffn import LlamaFFNExperts
 from ..gates import max_experts
 from ..gates.top_k import TopKGate
 from ..layer import MoELayer
@@ -164,39 +162,39 @@ def _unscaled(weight: Tensor, scale: float, undo: Tensor | None) -> Tensor:
     return (weight.view(bits) + undo.to(weight.device, bits)).view(weight.dtype)
 
 
+def _parts(ffn: DenseFFN) -> dict[str, Tensor | None]:
+    """The FFN's tensors by role, weights as [out, in]."""
+    return {
+        "gate": None if ffn.gate is None else weight_of(ffn.gate),
+        "up": weight_of(ffn.up),
+        "up_bias": bias_of(ffn.up),
+        "down": weight_of(ffn.down),
+        "down_bias": bias_of(ffn.down),
+    }
+
+
 @torch.no_grad()
 def _fill(layer: MoELayer, ffn: DenseFFN, neurons_EH: Tensor | None, scale: float, bias_scale: float) -> None:
     every = torch.arange(ffn.hidden, device=weight_of(ffn.up).device).expand(layer.slots, -1)
     units_EH = every if neurons_EH is None else neurons_EH
-    up_HD, down_HD = weight_of(ffn.up), weight_of(ffn.down).t() * scale
-    experts = layer.experts
-    for e, units in enumerate(units_EH):
-        if isinstance(experts, LlamaFFNExperts):
-            assert ffn.gate is not None
-            experts.W_fc1[e], experts.W_fc2[e] = weight_of(ffn.gate)[units].t(), up_HD[units].t()
-            experts.W_fc3[e] = down_HD[units]
+    for role, source in _parts(ffn).items():
+        view = layer.experts.dense_view(role)
+        if view is None or source is None:
             continue
-        assert isinstance(experts, FFNExperts)
-        experts.batched_fc1_w[e], experts.batched_fc2_w[e] = up_HD[units], down_HD[units]
-        if experts.batched_fc1_bias is not None:
-            experts.batched_fc1_bias[e] = cast(Tensor, ffn.up.bias)[units]
-        if experts.batched_fc2_bias is not None:
-            experts.batched_fc2_bias[e] = cast(Tensor, bias_of(ffn.down)) * bias_scale
+        if role == "down_bias":
+            view.copy_((source * bias_scale).expand_as(view))
+            continue
+        rows = source.t() * scale if role == "down" else source
+        for e, units in enumerate(units_EH):
+            view[e] = rows[units]
 
 
 def _freeze(layer: MoELayer, ffn: DenseFFN) -> None:
     """What learnt in the FFN learns in the experts."""
-    experts = layer.experts
-    sources: dict[str, Tensor | None]
-    if isinstance(experts, LlamaFFNExperts):
-        assert ffn.gate is not None
-        sources = {"W_fc1": weight_of(ffn.gate), "W_fc2": weight_of(ffn.up), "W_fc3": weight_of(ffn.down)}
-    else:
-        sources = {"batched_fc1_w": weight_of(ffn.up), "batched_fc2_w": weight_of(ffn.down)}
-        sources |= {"batched_fc1_bias": bias_of(ffn.up), "batched_fc2_bias": bias_of(ffn.down)}
-    for name, source in sources.items():
-        if source is not None:
-            getattr(experts, name).requires_grad_(source.requires_grad)
+    for role, source in _parts(ffn).items():
+        parameter = getattr(layer.experts, layer.experts.dense_names.get(role, ""), None)
+        if parameter is not None and source is not None:
+            parameter.requires_grad_(source.requires_grad)
 
 
 @torch.no_grad()
@@ -208,8 +206,8 @@ def _key_gate(layer: MoELayer, options: Conversion) -> None:
         return
     if options.recipe != "emoe":
         raise ValueError("key_gate = True with recipe 'gmoe': the experts are equal, and so would be their keys")
-    first = layer.experts.W_fc1.mean(dim=2) if isinstance(layer.experts, LlamaFFNExperts) else None
-    keys_ED = cast(FFNExperts, layer.experts).batched_fc1_w.mean(dim=1) if first is None else first
+    first = layer.experts.dense_view("gate" if "gate" in layer.experts.dense_names else "up")
+    keys_ED = first.mean(dim=1)
     if layer.normalize_one_score_gate:
         keys_ED = F.normalize(keys_ED, dim=1)
     gate = cast(Any, layer.gates[0])
@@ -227,13 +225,9 @@ def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[
     origin: Origin = layer._origin  # type: ignore[assignment]
     experts = layer.experts
     active = layer._used_slots().nonzero().flatten().tolist()
-    if isinstance(experts, LlamaFFNExperts):
-        first = [experts.W_fc2.transpose(1, 2), None, experts.W_fc1.transpose(1, 2), None]
-        second_w, second_b = experts.W_fc3, None
-    else:
-        assert isinstance(experts, FFNExperts)
-        first = [experts.batched_fc1_w, experts.batched_fc1_bias]
-        second_w, second_b = experts.batched_fc2_w, experts.batched_fc2_bias
+    gated = ("gate", None) if "gate" in experts.dense_names else ()
+    first = [None if role is None else experts.dense_view(role) for role in ("up", "up_bias", *gated)]
+    second_w, second_b = experts.dense_view("down"), experts.dense_view("down_bias")
     if origin.neurons_EH is None:
         pick = _expert_of(name, [*first, second_w, second_b], active, expert)
         rows, down_HD, bias = [pick(t) for t in first], cast(Tensor, pick(second_w)), pick(second_b)

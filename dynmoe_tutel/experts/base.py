@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,28 @@ from ..routing import Routing
 
 Activation = Callable[[Tensor], Tensor]
 SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the index of the slot's entries in it
+
+
+@dataclass(frozen=True)
+class ExpertKind:
+    """What a name in `experts["type"]` stands for: a class, and the keys of the dict; None: the class checks them."""
+
+    cls: type[Experts]
+    keys: frozenset[str] | None
+
+
+EXPERT_KINDS: dict[str, ExpertKind] = {}
+X = TypeVar("X", bound="type[Experts]")
+
+
+def expert_kind(name: str, keys: Collection[str] | None) -> Callable[[X], X]:
+    """Register a class of expert networks as the kind `name`, with the keys that its dict may have."""
+
+    def register(cls: X) -> X:
+        EXPERT_KINDS[name] = ExpertKind(cls, None if keys is None else frozenset(keys))
+        return cls
+
+    return register
 
 
 class Experts(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..initialization import drawn_from
 from ..routing import PaddedRows, Routing
 from ..validation import describe, warn_once
-from .base import Experts, SlotParameter
+from .base import Experts, SlotParameter, expert_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class ExpertContext:
     dispatch_count: Tensor | None = None  # [E], rows of each expert
 
 
+@expert_kind("custom", keys=None)
 class CustomExperts(Experts):
     """`module` is one of:
 

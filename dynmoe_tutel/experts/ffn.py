@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from ..initialization import fill_uniform
 from ..validation import flag, positive_int
-from .base import Activation, activation_function, check_activation
-from .mlp import GroupedMLP
+from .base import Activation, activation_function, check_activation, expert_kind
+from .mlp import MLP_KEYS, GroupedMLP
+
+_KEYS = ("activation_fn_with_self", "output_dim", "has_fc1_bias", "has_fc2_bias")
 
 
+@expert_kind("ffn", (*MLP_KEYS, *_KEYS))
 class FFNExperts(GroupedMLP):
     """E slots of D -> H -> output_dim.
 
@@ -25,6 +28,12 @@ class FFNExperts(GroupedMLP):
     `kernels.ACTIVATIONS` ("squared_relu" is one) run fused. `recompute` and `engine`: see `GroupedMLP`.
     """
 
+    dense_names: ClassVar[dict[str, str]] = {
+        "up": "batched_fc1_w",
+        "up_bias": "batched_fc1_bias",
+        "down": "batched_fc2_w",
+        "down_bias": "batched_fc2_bias",
+    }
     batched_fc1_bias: nn.Parameter | None
     batched_fc2_bias: nn.Parameter | None
 

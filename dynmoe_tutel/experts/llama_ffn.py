@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import positive_int
-from .base import Activation, activation_function
-from .mlp import GroupedMLP
+from .base import Activation, activation_function, expert_kind
+from .mlp import MLP_KEYS, GroupedMLP
 
 
+@expert_kind("llama_ffn", MLP_KEYS)
 class LlamaFFNExperts(GroupedMLP):
     """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default.
 
     `activation_fn`, `recompute` and `engine` as of `ffn` experts.
     """
+
+    dense_names: ClassVar[dict[str, str]] = {"gate": "W_fc1", "up": "W_fc2", "down": "W_fc3"}
 
     def __init__(
         self,
@@ -49,6 +54,11 @@ class LlamaFFNExperts(GroupedMLP):
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
         """Draw a slot's weights anew."""
         self._draw(slot, generator)
+
+    def dense_view(self, role: str) -> Tensor | None:
+        """As views [E, H, D]."""
+        tensor = super().dense_view(role)
+        return tensor.transpose(1, 2) if tensor is not None and role in ("gate", "up") else tensor
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """In the order of the kernels."""

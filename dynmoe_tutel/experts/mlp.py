@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from ..validation import describe, warn_once
 from .base import Activation, Experts
 
 RECOMPUTE = ("none", "up")
+MLP_KEYS = ("hidden_size_per_expert", "activation_fn", "recompute", "engine")
 
 
 class GroupedMLP(Experts):
@@ -24,6 +27,8 @@ class GroupedMLP(Experts):
     * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
       (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
     """
+
+    dense_names: ClassVar[dict[str, str]]  # gate, up, up_bias, down, down_bias of a dense FFN -> our parameter
 
     def __init__(
         self, model_dim: int, local_slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
@@ -40,6 +45,11 @@ class GroupedMLP(Experts):
             )
         self.activation_fn = activation
         self.recompute, self.engine = recompute, engine
+
+    def dense_view(self, role: str) -> Tensor | None:
+        """What plays the `role` of `dense_names`, to read or fill: [E, H, ...], a row a neuron; of "down_bias" [E, O]."""
+        name = self.dense_names.get(role)
+        return None if name is None else getattr(self, name)
 
     @property
     def activation(self) -> str | None:

@@ -15,9 +15,11 @@ from ..initialization import drawn_from
 from ..kernels import gate_dtype
 from ..routing import Capacity, Routing
 from ..validation import positive_int
+from .base import gate_type
 from .top_k import FixedKGate
 
 
+@gate_type("custom", keys=None)
 class CustomGate(FixedKGate):
     """Wraps `module`: an nn.Module, or a class or function that builds one from model_dim, num_global_experts, options.
 

@@ -13,11 +13,17 @@ from .. import losses
 from ..kernels import gate_dtype, threshold_gate, vector_losses
 from ..routing import Capacity, Router, Routing
 from ..validation import number, warn_once
-from .base import Gate
+from .base import Gate, gate_type
 
 MAX_LOG_SCALE = math.log(100.0)
 
 
+_UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
+
+
+@gate_type("gated_multi_gate_t", ("max_expert_num", "init_t"), {**_UPSTREAM, "init_t": 0.1}, "normalized")
+@gate_type("gated_multi_gate", ("max_expert_num",), _UPSTREAM, "normalized")
+@gate_type("top_any", ("max_expert_num", "init_t"))
 class TopAnyGate(Gate):
     """s[t,e] = sigmoid(tau cos(x_t, w_e)); e is activated where it is active and s[t,e] > sigmoid(tau G_e).
 

@@ -13,7 +13,7 @@ from ..initialization import fill_uniform
 from ..kernels import gate_dtype, pack_bits
 from ..routing import Capacity, Routing
 from ..validation import positive_int
-from .base import Gate
+from .base import Gate, gate_type
 
 
 class FixedKGate(Gate):
@@ -97,6 +97,7 @@ class FixedKGate(Gate):
         return routing
 
 
+@gate_type("top", ("k",))
 class TopKGate(FixedKGate):
     """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
 

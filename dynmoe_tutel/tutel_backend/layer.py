@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import tutel.impls.moe_layer
 
-from ..gates import gate_config
+from ..gates import GATE_TYPES, gate_config
 from ..layer import MoELayer
 from ..layer_config import MoEConfig
 from .exchange import PaddedExchange, tutel_exchange
 
-TOP_ANY = ("top_any", "gated_multi_gate", "gated_multi_gate_t")
+TUTELS_OWN = ("top", "cosine_top", "custom")  # gate types that stay Tutel's
+TOP_ANY = tuple(name for name in GATE_TYPES if name not in TUTELS_OWN)
 _UPSTREAM_OPTIONS = {
     "one_score_gate": False,
     "normalize_one_score_gate": False,
@@ -33,7 +34,7 @@ def _is_ours(gate_type: Any, options: Mapping[str, Any]) -> bool:
         return True
     for gate in gate_type if isinstance(gate_type, list) else [gate_type]:
         config = gate_config(gate) if isinstance(gate, str | Mapping) else {}
-        if config.get("type") in TOP_ANY:
+        if config.get("type") in GATE_TYPES and config["type"] not in TUTELS_OWN:
             return True
     return False
 

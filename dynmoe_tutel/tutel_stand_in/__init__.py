@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from ..gates import GATE_TYPES
+
 __all__ = ["install", "installed", "remove", "tutel_is_importable"]
 
 _OWN = "dynmoe_tutel"
@@ -22,13 +24,6 @@ _WHOLE = {  # every public name of a module
     "tutel.system": f"{_OWN}.tutel_stand_in.system",
     "tutel.net": f"{_OWN}.tutel_stand_in.net",
     "tutel.impls.communicate": f"{_OWN}.tutel_stand_in.net",
-}
-_GATES = {
-    "top": "TopKGate",
-    "cosine_top": "CosineTopKGate",
-    "top_any": "TopAnyGate",
-    "gated_multi_gate": "TopAnyGate",
-    "gated_multi_gate_t": "TopAnyGate",
 }
 _LAYER = {"moe_layer": (f"{_OWN}.tutel_stand_in.layer", "MOELayer")}
 _NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that it is
@@ -40,7 +35,11 @@ _NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, 
         name: (f"{_OWN}.moe", name) for name in ("extract_critical", "fast_decode", "fast_dispatcher", "fast_encode")
     },
     "tutel.gates": {},
-    **{f"tutel.gates.{name}": {"Gate": (f"{_OWN}.gates", gate)} for name, gate in _GATES.items()},
+    **{
+        f"tutel.gates.{name}": {"Gate": (f"{_OWN}.gates", kind.cls.__name__)}
+        for name, kind in GATE_TYPES.items()
+        if name != "custom"
+    },
 }
 
 

@@ -350,7 +350,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"policy": "paper"}, "policy must be 'dynmoe' or a callable .* got 'paper'"),
+            ({"policy": "paper"}, "policy must be one of 'dynmoe', a dict .* or a callable .* got 'paper'"),
             ({"init": "copy"}, "init must be one of nearest, mean, fresh, keep, got 'copy'"),
             ({"schedule": {"every": 0}}, "schedule: every must be an integer of at least 1, got 0"),
             ({"schedule": 0}, "schedule: every must be an integer of at least 1, got 0"),

@@ -218,7 +218,9 @@ class TestArguments:
         own = DynMoEPolicy(patience=2)
         assert make_policy(own) is own
         for wrong in ("paper", 3, None):
-            with pytest.raises(ValueError, match=rf"policy must be 'dynmoe' or a callable .* got {wrong!r}"):
+            with pytest.raises(
+                ValueError, match=rf"policy must be one of 'dynmoe', a dict .* or a callable .* got {wrong!r}"
+            ):
                 make_policy(wrong)  # type: ignore[arg-type]
 
 
