@@ -20,8 +20,9 @@ from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
 from .parallel.collectives import Wire, gathered
-from .parallel.exchange import Call, Exchange, LocalExchange, RankExchange
+from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
+from .parallel.rank_exchange import RankExchange
 from .routing import Capacity, Routing
 from .validation import describe, environment_flag, number, warn_once
 

@@ -67,9 +67,10 @@ class ExpertController:
       in it) takes the parameter's new value, and step counters stay. This suits SGD with momentum, Adam and
       AdamW in all variants. State of another shape (factored, quantised) is left alone, with a warning.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
-    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the "type"
-      of a registered policy and its options; or a callable (record, active bool [E], free_slots, silent_windows) ->
-      `Decision`. For a callable, `max_new_experts` > 1 says only that the records keep unrouted tokens.
+    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
+      "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
+      silent_windows) -> `Decision`. For a callable, `max_new_experts` > 1 says only that the records keep unrouted
+      tokens.
     * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
       direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
       slot is).

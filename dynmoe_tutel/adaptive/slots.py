@@ -19,8 +19,9 @@ from ..experts.base import SlotParameter
 from ..gates import Gate
 from ..layer_state import fit_slots
 from ..parallel.collectives import copy_from_first
-from ..parallel.exchange import Exchange, RankExchange
+from ..parallel.exchange import Exchange
 from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
+from ..parallel.rank_exchange import RankExchange
 from ..parallel.slots import SlotAccess
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord

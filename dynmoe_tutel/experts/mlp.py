@@ -47,7 +47,7 @@ class GroupedMLP(Experts):
         self.recompute, self.engine = recompute, engine
 
     def dense_view(self, role: str) -> Tensor | None:
-        """What plays the `role` of `dense_names`, to read or fill: [E, H, ...], a row a neuron; of "down_bias" [E, O]."""
+        """What plays the `role` of `dense_names`, to read or fill: [E, H, ...], a row a neuron; "down_bias" [E, O]."""
         name = self.dense_names.get(role)
         return None if name is None else getattr(self, name)
 

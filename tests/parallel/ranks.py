@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.capacity import bounded_pairs
-from dynmoe_tutel.parallel.exchange import _Blocks
+from dynmoe_tutel.parallel.rank_exchange import _Blocks
 
 D, H, E = 16, 20, 8
 
