@@ -161,6 +161,43 @@ def capacity_factors() -> None:
         whole(x, capacity_factor=-0.5)  # alone, as for an evaluation
 
 
+def bound_later() -> None:
+    """A layer made in one process, divided by `bind`: the same outputs and gradients, by other slots."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    experts = {"hidden_size_per_expert": H, "num_experts_per_device": E // 2, "activation_fn": F.gelu}
+    for kind, gate in (
+        ({}, TOP_ANY),
+        ({"type": "llama_ffn", "activation_fn": F.silu}, TOP_ANY),
+        ({"num_experts_per_device": E}, {"type": "top", "k": 2}),
+    ):
+        whole = MoELayer(gate, D, {**experts, **kind}, seeds=(1, 2))
+        layer = MoELayer(gate, D, {**experts, **kind}, seeds=(1 + rank, 2 + rank))  # rank 0's experts are all ranks'
+        assert layer.placement.ranks == 1
+        layer.bind(dist.group.WORLD)
+        assert layer.max_num_local_experts == E // ranks
+        assert layer.num_local_experts == whole.num_global_experts // ranks
+        assert all(hasattr(parameter, "_tutel_expert") for parameter in layer.experts.parameters())
+        x, dy = batch()
+        y = whole(x)
+        y.backward(dy)
+        own = layer(x.chunk(ranks)[rank])
+        own.backward(dy.chunk(ranks)[rank])
+        assert relative_rms(own, y.chunk(ranks)[rank]) < FP32
+        for name in ("sim_matrix", "wg.weight"):
+            for one, all_ in zip(layer.gates.named_parameters(), whole.gates.named_parameters(), strict=True):
+                if one[0].endswith(name):
+                    dist.all_reduce(one[1].grad)
+                    norms = [p.grad.norm(dim=0 if name == "sim_matrix" else 1).sort().values for p in (one[1], all_[1])]
+                    assert relative_rms(*norms) < 4 * FP32
+        size = sum(p.grad.double().square().sum() for p in layer.experts.parameters())
+        dist.all_reduce(size)
+        assert abs(size / sum(p.grad.double().square().sum() for p in whole.experts.parameters()) - 1) < 1e-5
+        assert "divided over" in refusal(lambda: layer.bind(dist.group.WORLD))  # noqa: B023
+    recording = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
+    recording.begin_record_routing()
+    assert "a record window is open" in refusal(lambda: recording.bind(dist.group.WORLD))
+
+
 def equal_tokens() -> None:
     """Bounded capacities refuse different numbers of tokens on every rank, and go on afterwards."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -250,6 +287,7 @@ CHECKS = (
     masks,
     modes,
     capacity_factors,
+    bound_later,
     equal_tokens,
     copies_and_states,
     keys_of_one_score,

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmoe_tutel.parallel.placement import imbalance, plan_swaps, rank_loads, slot_order, slot_to_grow
+from dynmoe_tutel.parallel.placement import (
+    Placement,
+    imbalance,
+    plan_swaps,
+    rank_loads,
+    slot_order,
+    slot_to_grow,
+    spread_swaps,
+)
 
 
 def after(load: list[int], swaps: list[tuple[int, int]]) -> list[int]:
@@ -95,3 +103,34 @@ def test_greedy_is_near_the_best_placement(load: list[int], ranks: int) -> None:
     assert best <= found
     if sum(load):
         assert (found - best) * sum(load) / ranks <= max(load)
+
+
+@given(st.sampled_from([1, 2, 3, 4]), st.integers(1, 4), st.data())
+def test_active_experts_are_spread_evenly(ranks: int, local: int, data: st.DataObject) -> None:
+    active = data.draw(st.lists(st.booleans(), min_size=ranks * local, max_size=ranks * local))
+    order = slot_order(spread_swaps(active, ranks), len(active))
+    held = rank_loads([int(active[slot]) for slot in order], ranks)
+    assert max(held) - min(held) <= 1
+    assert sorted(order) == list(range(len(active)))
+    if max(rank_loads([int(a) for a in active], ranks)) - min(rank_loads([int(a) for a in active], ranks)) <= 1:
+        assert order == list(range(len(active)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "ranks", "local", "shards", "owners"),
+    [(8, 1, 8, 1, [[0]] * 8), (4, 2, 2, 1, [[0], [0], [1], [1]]), (2, 4, 1, 2, [[0, 1], [2, 3]])],
+)
+def test_who_holds_what(slots: int, ranks: int, local: int, shards: int, owners: list[list[int]]) -> None:
+    for rank in range(ranks):
+        place = Placement(slots, None, rank, ranks)
+        assert (place.local, place.shards) == (local, shards)
+        assert [place.owners(slot) for slot in range(slots)] == owners
+        assert all(rank in owners[slot] for slot in range(place.first, place.first + local))
+        assert place.blocks == (ranks if shards == 1 else 1)
+
+
+def test_active_at_start_are_the_first_of_every_block() -> None:
+    assert Placement(8, None, 0, 2).at_start(4).int().tolist() == [1, 1, 0, 0] * 2
+    assert Placement(8).at_start(3).int().tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="6 slots cannot be divided over the 4 ranks of group: give a multiple"):
+        Placement(6, None, 0, 4)
