@@ -99,11 +99,11 @@ def test_other_types_do_not_count(summaries: Any) -> None:
     assert [t.value for t in targets.targets(*summaries)][:6] == [None] * 6
 
 
-def test_the_readme_has_these_lines() -> None:
-    """A measured table replaces the README's by copying."""
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_performance_has_these_lines() -> None:
+    """A measured table replaces that of docs/performance.md by copying."""
+    page = (ROOT / "docs" / "performance.md").read_text()
     for target in targets.targets(None, None):
-        assert f"| {target.name} | {target.bounds} |" in readme
+        assert f"| {target.name} | {target.bounds} |" in page
 
 
 def test_report_of_files(tmp_path: Path, summaries: Any, capsys: pytest.CaptureFixture[str]) -> None:

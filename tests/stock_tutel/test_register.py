@@ -331,14 +331,14 @@ def test_the_layer_through_the_functions(registered: None) -> None:
     assert helpers.HAS_GPU or layer.layout == "packed"
 
 
-def test_the_readmes_block() -> None:
+def test_the_block_of_the_documents() -> None:
     from dynmoe_tutel import tutel_backend
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    block = re.findall(r"```python tutel\n(.*?)```", readme, re.DOTALL)[0]
+    page = (Path(__file__).parents[2] / "docs" / "tutel.md").read_text()
+    block = re.findall(r"```python tutel\n(.*?)```", page, re.DOTALL)[0]
     names: dict[str, Any] = {}
     try:
-        exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
+        exec(compile(textwrap.dedent(block), "docs/tutel.md", "exec"), names)
         assert names["layer"](torch.randn(3, 384)).shape == (3, 384)
         assert isinstance(names["layer"], tutel.impls.moe_layer.MOELayer)
     finally:
