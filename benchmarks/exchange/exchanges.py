@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynmoe_tutel import kernels, parallel
+from dynmoe_tutel import kernels
 from dynmoe_tutel.capacity import largest
 from dynmoe_tutel.experts import Experts
 from dynmoe_tutel.gates import Gate
-from dynmoe_tutel.parallel.collectives import Wire
+from dynmoe_tutel.parallel.exchange import Call
+from dynmoe_tutel.parallel.placement import Placement
+from dynmoe_tutel.parallel.rank_exchange import RankExchange
 from dynmoe_tutel.routing import PaddedRows, Routing
 
 
@@ -64,20 +66,21 @@ def _counts(sent_N: Tensor) -> Tensor:
 
 def once_per_rank(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
     """The package's own: a token goes once to each rank with an expert of it, and a partial sum comes back."""
-    wire = Wire(dist.group.WORLD)
-    return parallel.through_ranks(experts, wire, x_TD, gate(x_TD), "mean", "exact")
+    exchange = RankExchange(Placement.over(gate.slots, dist.group.WORLD), gate.num_experts)
+    call = Call("exact", 0.0, "mean", (x_TD.shape[1],))
+    return exchange(experts, x_TD, gate(x_TD), call)
 
 
 def _through(experts: Experts, rows_MD: Tensor, expert_M: Tensor) -> Tensor:
     """Rows through the expert of each, in their own order."""
-    bits = kernels.pack_bits(torch.nn.functional.one_hot(expert_M, experts.slots).bool())
-    here = Routing.from_bits(bits, rows_MD.new_zeros((rows_MD.shape[0], experts.slots)))
+    bits = kernels.pack_bits(torch.nn.functional.one_hot(expert_M, experts.local_slots).bool())
+    here = Routing.from_bits(bits, rows_MD.new_zeros((rows_MD.shape[0], experts.local_slots)))
     return here.sum(experts(rows_MD, here, rows_MD.new_ones(rows_MD.shape[0])))
 
 
 def per_expert(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
     """A row for every assignment there, and its result back."""
-    R, local = dist.get_world_size(), experts.slots
+    R, local = dist.get_world_size(), experts.local_slots
     routing = gate(x_TD)
     sent_RE = routing.counts.long().view(R, local)
     received_RE = _counts(sent_RE)
@@ -90,7 +93,7 @@ def per_expert(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
 
 def padded(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
     """Tutel's: [E, C, D] there and back, C the largest load of all ranks; the experts compute the padding too."""
-    R, local = dist.get_world_size(), experts.slots
+    R, local = dist.get_world_size(), experts.local_slots
     routing = gate(x_TD)
     capacity = max(1, largest(int(routing.counts.max()), dist.group.WORLD))
     place = PaddedRows(routing, capacity)

@@ -37,8 +37,8 @@ class Placement:
 
     @classmethod
     def over(cls, slots: int, group: Any) -> Placement:
-        """Over the ranks of a process group; None, or a group of one rank: all in this process."""
-        if group is None or dist.get_world_size(group) == 1:
+        """Over the ranks of a process group; None: all in this process."""
+        if group is None:
             return cls(slots)
         return cls(slots, group, dist.get_rank(group), dist.get_world_size(group))
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS, Operation, takes_triton
 
-GATE = ("threshold_gate", "ragged_index", "router_losses")
+GATE = ("threshold_gate", "ragged_index", "vector_losses")
 _counts: Counter[str] | None = None  # of calls by name, while the operations of the CPU are switched
 
 
