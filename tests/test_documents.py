@@ -186,6 +186,37 @@ def test_every_page_and_example_is_in_the_contents(contents: str) -> None:
     assert [path.name for path in wanted if path not in found and path != ROOT / "docs/README.md"] == []
 
 
+NAMED = sorted(
+    (page, path)
+    for page, text in PAGES.items()
+    for path in set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|cfg)|(?:[\w-]+/)+)`", text))
+    if not {"table.md"} & {path} and "new" not in re.split(r"[/._]", path) and not path.startswith("DIR/")
+)
+
+
+@pytest.mark.parametrize(("page", "path"), NAMED)
+def test_a_file_that_a_page_names_is_there(page: str, path: str) -> None:
+    """From the checkout's root or in the package; `new` stands for what a recipe adds."""
+    found = [ROOT / path, ROOT / "dynmoe_tutel" / path]
+    runs = [ROOT / "benchmarks" / "results" / path] if path.endswith("/") else []
+    assert any(candidate.exists() for candidate in (*found, *runs)) or path in ("tests-gpu.txt", "targets-gpu.md")
+
+
+def test_the_map_is_the_tree() -> None:
+    """Each folder and file of the map is there, indented under the folder that holds it."""
+    (shown,) = [block for block in fenced("docs/how_it_works.md", "text") if "dynmoe_tutel/" in block]
+    folder = ROOT
+    for line in shown.splitlines():
+        if not line.startswith(" "):
+            folder = ROOT / "dynmoe_tutel" if line.startswith("dynmoe_tutel/") else ROOT
+        missing = [name for name in re.findall(r"\b\w+(?:/(?=\s|$)|\.py)", line) if not (folder / name).exists()]
+        nested = [
+            name for name in missing if any((ROOT / p / name).exists() for p in ("", "kernels", "benchmarks", "tests"))
+        ]
+        nested += [name for name in missing if (ROOT / "dynmoe_tutel" / "experiments" / name).exists()]
+        assert sorted(missing) == sorted(set(nested)), line
+
+
 def test_they_show_plots() -> None:
     assert len(re.findall(r"!\[[^\]]+\]\([^)]+\.png\)", ALL)) >= 5
     assert len(re.findall(r"!\[[^\]]+\]\([^)]+\.png\)", PAGES["README.md"])) >= 1
