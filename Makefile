@@ -3,13 +3,22 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := dynmoe_tutel kernels benchmarks tests
+CODE := dynmoe_tutel kernels benchmarks tests examples
 TRAIN_ARGS ?=
 AOT_ARGS ?= --all
 GPU_ARGS ?=
 RESULTS ?= benchmarks/results
 
-.PHONY: train test lint typecheck gpu aot clean
+# tests of the core, new files too: all but Triton's interpreter, ranks, experiments, hosts, tools and what is slow
+CHECK_TESTS := tests -m 'not slow' $(addprefix --ignore=tests/, \
+	kernels/gpu gpu parallel stock_tutel experiments integrations benchmarks cli test_packaging.py)
+# of these what computes, and a training in the interpreter: under the vector units and sums of other processors
+PROCESSOR_TESTS := $(CHECK_TESTS) --ignore=tests/test_compile.py
+INTERPRETED := tests/kernels/gpu/test_gpu_whole_layer.py::test_training_grows_as_on_the_cpu
+OTHER_UNITS := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+OTHER_UNITS_2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
+.PHONY: train test check test-processors lint typecheck gpu aot clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
@@ -25,6 +34,15 @@ train: $(VENV)/.ready
 
 test: lint typecheck
 	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+check: lint typecheck
+	$(BIN)/python -m pytest -n 2 $(CHECK_TESTS) $(TEST_ARGS)
+
+# threads that wait must not spin: there are as many processes
+test-processors: $(VENV)/.ready
+	$(OTHER_UNITS) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(PROCESSOR_TESTS) $(TEST_ARGS)
+	$(OTHER_UNITS) $(BIN)/python -m pytest $(INTERPRETED) $(TEST_ARGS)
+	$(OTHER_UNITS_2) $(BIN)/python -m pytest -n 2 $(PROCESSOR_TESTS) $(TEST_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check $(CODE)

@@ -2,13 +2,14 @@
 
     python -m benchmarks.aot [--all] [--arch sm_90 ...] [--shape vit-s ...] [--jobs N] [--out FILE.json]
 
-The operations' own host functions run on meta tensors and say what they would launch (`launches`); each form is
+The operations' own host functions run on meta tensors and say what they would launch (`launches.record`); each form is
 compiled once for each architecture. Without --all: a representative set, for `make test`. With it: every shape,
 dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
 
-The exit status is not 0 if a kernel spills registers, needs more shared memory than the architecture has, has a matrix
-product in half precision without matrix instructions, or, in the expert networks, one that stores aligned rows of half
-precision one by one, or on sm_90 one without `wgmma`.
+The exit status is the number of wrong kernels, at most 100: of those that spill registers, need more shared memory than
+the architecture has, have a matrix product in half precision without matrix instructions, or, in the expert networks,
+one that stores aligned rows of half precision one by one, or on sm_90 one without `wgmma`. A kernel whose compiler the
+machine refused to start, at every try, is not judged; where there are such kernels and no wrong one, the status is 101.
 Triton keeps compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
 """
 
@@ -23,9 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from dynmoe_tutel.kernels import configs
+from dynmoe_tutel.kernels.gpu import tiles
 
-from .launches import Launch, recording
-from .operations import FILES, VARIANTS, Variant, run_all
-from .shapes import GPU_SHAPES, Shape
+from .common.patience import NOT_STARTED, PAUSES, NotStartedError, in_processes, patiently
+from .common.shapes import GPU_SHAPES, Shape
+from .launches.operations import FILES, VARIANTS, Variant, run_all
+from .launches.record import Launch, recording
 
 KB = 1024
-MATRIX_MODULES = ("grouped_gemm",)  # of the expert networks: where sm_90 must show wgmma
+MATRIX_MODULES = ("gemm_kernels",)  # of the expert networks: where sm_90 must show wgmma
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,13 @@ class Report:
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by name
     single_stores: int = 0  # of 2 bytes, in the code for rows that are multiples of 16 elements (NVIDIA)
     error: str = ""  # why it did not compile
+    not_started: str = ""  # why a tool could not be started, so that nothing is known of the kernel
 
 
 def judge(report: Report) -> list[str]:
     """What is wrong with a compiled kernel, if anything."""
+    if report.not_started:
+        return []
     if report.error:
         return [f"does not compile: {report.error}"]
     found = []
@@ -140,17 +143,30 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return registers, usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
 
 
-def compile_one(arch: str, launch: Launch) -> Report:
-    """Compile a launch for an architecture and read its code."""
-    about = (arch, launch.module.rsplit(".", 1)[-1], launch.kernel, launch.types(), launch.configuration)
-    architecture = ARCHITECTURES[arch]
+def _about(arch: str, launch: Launch) -> tuple[str, str, str, str, str]:
+    return arch, launch.module.rsplit(".", 1)[-1], launch.kernel, launch.types(), launch.configuration
+
+
+def compile_one(arch: str, launch: Launch, pauses: Sequence[float] = PAUSES) -> Report:
+    """Compile a launch for an architecture and read its code; with those pauses where the machine refuses a tool."""
     try:
-        compiled: Any = launch.compile(architecture.target)
+        return _compile(arch, launch, pauses)
+    except NotStartedError as error:
+        return Report(*_about(arch, launch), not_started=str(error))
+
+
+def _compile(arch: str, launch: Launch, pauses: Sequence[float]) -> Report:
+    about, architecture = _about(arch, launch), ARCHITECTURES[arch]
+    try:
+        compiled: Any = patiently(lambda: launch.compile(architecture.target), pauses)
+    except NotStartedError:
+        raise
     except Exception as error:  # whatever a compiler throws is the finding, and the other kernels are still compiled
         return Report(*about, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     hip = architecture.target.backend == "hip"
     assembly = compiled.asm["amdgcn" if hip else "ptx"]
-    registers, spilled = _amd_usage(assembly) if hip else _nvidia_usage(compiled.asm["cubin"])
+    usage = _amd_usage(assembly) if hip else patiently(lambda: _nvidia_usage(compiled.asm["cubin"]), pauses)
+    registers, spilled = usage
     aligned = "N" in {launch.signature[i][0] for i, _ in launch.attributes}
     return Report(
         *about,
@@ -193,7 +209,7 @@ def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:
     """For every entry of the tuned table, a shape whose operations use it."""
-    for key in configs.tuned(arch):
+    for key in tiles.tuned(arch):
         kind, dtype, *sizes = key.split("/")
         rows, K, N = (int(re.sub(r"\D", "", size)) for size in sizes)
         D, H = (N, K) if kind in ("linear", "activation_gradient", "activation_gradient_gated") else (K, N)
@@ -206,7 +222,7 @@ def record(arch: str, cases: Sequence[Case], large_gate: bool = False) -> list[L
     """The distinct launches of the operations for an architecture."""
     hip = ARCHITECTURES[arch].target.backend == "hip"
     before = torch.get_float32_matmul_precision()
-    with configs.assume(arch), recording(hip) as launches:
+    with tiles.assume(arch), recording(hip) as launches:
         try:
             for shape, dtype, variant, tf32 in cases:
                 torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -222,11 +238,14 @@ def record(arch: str, cases: Sequence[Case], large_gate: bool = False) -> list[L
 def compile_all(tasks: Sequence[tuple[str, Launch]], jobs: int) -> Iterator[Report]:
     """Reports in the order of the tasks, from `jobs` processes."""
     if jobs <= 1 or len(tasks) < 4:
-        yield from (compile_one(*task) for task in tasks)
+        pauses = PAUSES
+        for task in tasks:
+            report = compile_one(*task, pauses)
+            pauses = () if report.not_started else PAUSES  # who waited in vain asks once, until the machine gives again
+            yield report
         return
-    # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(compile_one, *zip(*tasks, strict=True))
+    for task, found in zip(tasks, in_processes(compile_one, tasks, jobs), strict=True):
+        yield found if isinstance(found, Report) else Report(*_about(*task), not_started=str(found))
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -245,13 +264,13 @@ def table(reports: Sequence[Report]) -> str:
             matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items() if n)
             lines.append(
                 f"| {r.kernel} | {r.types} | {r.configuration} | {r.registers} | {r.shared_memory / KB:.1f} "
-                f"| {r.spilled} | {matrix or '-'} | {'; '.join(judge(r))} |"
+                f"| {r.spilled} | {matrix or '-'} | {'; '.join(judge(r)) or ('not judged' if r.not_started else '')} |"
             )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the number of kernels that are judged wrong, at most 100."""
+    """Command line; the number of kernels that are judged wrong, at most 100, or 101 where some could not be judged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shape, dtype, activation and variant")
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), help="default: all")
@@ -275,12 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = list(compile_all(tasks, args.jobs))
     print(table(reports))
     wrong = [(report, judge(report)) for report in reports if judge(report)]
-    print(f"\n{len(reports)} kernels in {time.perf_counter() - started:.0f} s, {len(wrong)} wrong")
+    unknown = [report for report in reports if report.not_started]
+    not_judged = f", {len(unknown)} not judged: a tool could not be started" if unknown else ""
+    print(f"\n{len(reports)} kernels in {time.perf_counter() - started:.0f} s, {len(wrong)} wrong{not_judged}")
     for report, problems in wrong:
         print(f"WRONG {report.arch} {report.kernel} ({report.configuration}): {'; '.join(problems)}")
+    for report in unknown:
+        print(f"NOT STARTED {report.arch} {report.kernel} ({report.configuration}): {report.not_started}")
     if args.out:
         args.out.write_text(json.dumps([asdict(report) | {"problems": judge(report)} for report in reports], indent=1))
-    return min(len(wrong), 100)
+    return min(len(wrong), 100) or (NOT_STARTED if unknown else 0)
 
 
 if __name__ == "__main__":

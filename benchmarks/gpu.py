@@ -27,12 +27,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import targets
-from .timing import beside, check_outputs, duration, interpreted
+from .common.patience import NOT_STARTED, NotStartedError, patiently
+from .common.timing import beside, check_outputs, duration, interpreted
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
 GRACE = 15.0  # seconds that tests have for their summary, after an interrupt and before they are killed
-DEVICE_LOST = 3  # exit status, as in `progress`, which imports torch
+DEVICE_LOST = 3  # exit status, as in `common.results`, which imports torch
 RESTARTS = 3
 LEAST_SECONDS = 15.0  # for which a benchmark is started again
 
@@ -102,18 +103,34 @@ def _end(process: subprocess.Popen[str], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[str, int]:
-    """Run a part to its end or its limit: "passed", "failed (status)" or "ended after N s"; and the exit status."""
-    command = _command(part, limit, again)
-    print(f"\n== {part.name}: {' '.join(command)}", flush=True)
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """The process of a command, in a session of its own, with its output in one pipe."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in a shell's background job; children inherit it
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    )
-    if ignored:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[str, int]:
+    """Run a part to its end or its limit: "passed", "failed (status)", "ended after N s" or "could not be started";
+    and the exit status."""
+    command = _command(part, limit, again)
+    print(f"\n== {part.name}: {' '.join(command)}", flush=True)
+    try:
+        process = patiently(lambda: _start(command))
+    except NotStartedError as error:
+        return f"could not be started: {error}", NOT_STARTED
     assert process.stdout is not None
     overran = threading.Event()
 
@@ -150,6 +167,8 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
             (results / part.log).write_text("".join(lines))
     if overran.is_set():
         return f"ended after {limit:.0f} s", status
+    if status == NOT_STARTED:
+        return "failed: a tool could not be started", status
     return (f"failed ({status})" if status else "passed"), status
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_calls import TINY, Inputs, Kernel, kernels_of
-from .progress import DEVICE_LOST, Progress, reason, usable
-from .shapes import GPU_SHAPES, Shape
-from .timing import beside, bounds, check_outputs, duration, environment, seconds, spread, unable, whole
+from .common.results import DEVICE_LOST, Progress, reason, usable
+from .common.shapes import GPU_SHAPES, Shape
+from .common.timing import beside, bounds, check_outputs, duration, environment, seconds, spread, unable, whole
+from .launches.kernel_calls import TINY, Inputs, Kernel, kernels_of
 
 L2_BYTES = 128 << 20  # more than any cache on a GPU holds
 MOST_SETS = 8

@@ -36,8 +36,8 @@ from torch import Tensor
 from dynmoe_tutel import MoELayer
 
 from . import layer_gpu
-from .shapes import CPU_SHAPES, Shape
-from .timing import beside, check_outputs, duration, spread, unable, whole, write
+from .common.shapes import CPU_SHAPES, Shape
+from .common.timing import beside, check_outputs, duration, spread, unable, whole, write
 
 SHAPES = CPU_SHAPES
 

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from dynmoe_tutel import MoELayer
 
 from . import peers
-from .progress import DEVICE_LOST, Progress, reason, usable
-from .shapes import GPU_SHAPES, Shape
-from .timing import bounds, environment, peak_bytes, seconds, spread
+from .common.results import DEVICE_LOST, Progress, reason, usable
+from .common.shapes import GPU_SHAPES, Shape
+from .common.timing import bounds, environment, peak_bytes, seconds, spread
 
 TARGETS = ("vit-s", "vit-b", "bert-l", "llm-4k")  # the shapes that the design has targets for
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.parallel [--processes 2 4] [--count 8] [--repeats 9] [--out FILE.json]
 
-Three exchanges of the same routed tokens (`exchanges`), checked against the package's layer on one process (outputs,
+Three exchanges of the same routed tokens, checked against the package's layer on one process (outputs,
 gradients of tokens, router and experts), with their bytes counted in the calls of torch.distributed and compared with
-the cost model (`wire`): equal whole numbers, or the command fails. Then times, in turn; a time is the slowest rank's.
+the cost model: equal whole numbers, or the command fails. Then times, in turn; a time is the slowest rank's.
 `--count` counts on as many processes and takes no time. Last, what the model expects on 8, 64 and 512 ranks, on links
 that are assumed (`--inside-rate` and its like), and whether the two limits on bytes hold. Processes talk over Gloo on
 one machine: ratios of these times say nothing of a network.
@@ -32,12 +32,12 @@ from torch import Tensor
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.experts.ffn import FFNExperts
 
-from . import parallel_report
-from .choices import Choice, fixed, skewed_loads, tokens_of
-from .exchanges import RUN, WireCounter
-from .shapes import Shape
-from .timing import beside, check_outputs, environment, spread, whole, write
-from .wire import EXCHANGES, Format, Network, demand, traffic
+from .common.shapes import Shape
+from .common.timing import beside, check_outputs, environment, spread, whole, write
+from .exchange import report as parallel_report
+from .exchange.cost_model import EXCHANGES, Format, Network, demand, traffic
+from .exchange.exchanges import RUN, WireCounter
+from .exchange.token_choices import Choice, fixed, skewed_loads, tokens_of
 
 SHAPE = Shape(512, 256, 128, 64, 6)  # T a rank
 RESULTS = Path(__file__).parent / "results" / "parallel" / "cpu.json"

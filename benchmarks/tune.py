@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from dynmoe_tutel.kernels import configs
-from dynmoe_tutel.kernels.configs import GemmConfig
+from dynmoe_tutel.kernels.gpu import tiles
+from dynmoe_tutel.kernels.gpu.tiles import GemmConfig
 
+from .common.shapes import GPU_SHAPES, Shape
+from .common.timing import check_outputs, environment, seconds, unable, whole, write
 from .kernels import TINY, Inputs
-from .shapes import GPU_SHAPES, Shape
-from .timing import check_outputs, environment, seconds, unable, whole, write
 
 
 def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
@@ -54,17 +54,15 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
     from dynmoe_tutel.kernels.gpu import grouped_ffn
 
     i, s = inputs, inputs.shape
-    index = grouped_ffn.Index(*i.index)
     gated = "_gated" if s.gated else ""
     mean_rows = -(-i.A // s.E)
 
     def key(kind: str, K: int, N: int) -> str:
-        return configs.gemm_key(kind, i.dtype, mean_rows, K, N)
+        return tiles.gemm_key(kind, i.dtype, mean_rows, K, N)
 
-    h, u, a = grouped_ffn.up(i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
-
+    up = (i.x_TD, i.index, i.weights, i.activation, True, True)
+    h, u, a = grouped_ffn.up(*up)
     kept = i.activation_gradient(h, u)
-    up = (i.x_TD, index, i.w1, i.b1, i.w3, None, i.activation, True, True)
     return {
         f"up{gated}": (lambda: grouped_ffn.up(*up), key(f"up{gated}", s.D, s.H)),
         "linear": (lambda: grouped_ffn.linear(a, i.w2, i.index[0], bias_EN=i.b2), key("linear", s.H, s.D)),
@@ -73,7 +71,7 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
             key(f"activation_gradient{gated}", s.D, s.H),
         ),
         "weight_gradient": (
-            lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, index, i.w2, b_from_tokens=True),
+            lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, i.index, i.w2, b_from_tokens=True),
             key("weight_gradient", s.H, s.D),
         ),
         **(
@@ -83,7 +81,7 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
                     key("linear_pair", s.H, s.D),
                 ),
                 "weight_gradient of the first": (
-                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, index, i.w1, a_from_tokens=True),
+                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, a_from_tokens=True),
                     key("weight_gradient", s.D, s.H),
                 ),
             }
@@ -97,10 +95,10 @@ def best(
     run: Callable[[], Any], key: str, start: GemmConfig, device: torch.device, repeats: int, few: int | None = None
 ) -> tuple[GemmConfig, float, float]:
     """The fastest candidate, its seconds, and those of the rule."""
-    original, found = configs.tuned, []
+    original, found = tiles.tuned, []
     try:
         for candidate in list(dict.fromkeys(candidates(start)))[:few]:
-            configs.tuned = lambda _, c=candidate: {key: c}  # type: ignore[assignment,misc]
+            tiles.tuned = lambda _, c=candidate: {key: c}  # type: ignore[assignment,misc]
             try:
                 found.append((statistics.median(seconds([run], device, repeats)), candidate))
             except Exception as error:  # whatever a compiler or a launch throws rules the candidate out
@@ -108,7 +106,7 @@ def best(
                     raise
                 print(f"  {candidate} does not run: {type(error).__name__}")
     finally:
-        configs.tuned = original
+        tiles.tuned = original
     seconds_of_best, config = min(found, key=lambda pair: pair[0])
     return config, seconds_of_best, found[0][0]
 
@@ -121,7 +119,7 @@ def tune(
     for shape in shapes:
         inputs = Inputs(shape, dtype, device, 0)
         for kind, (run, key) in products(inputs).items():
-            start = configs.gemm(key.split("/")[0], device, dtype, -(-inputs.A // shape.E), *map(int, _sizes(key)))
+            start = tiles.gemm(key.split("/")[0], device, dtype, -(-inputs.A // shape.E), *map(int, _sizes(key)))
             config, fastest, rule = best(run, key, start, device, repeats, few)
             table[key] = asdict(config)
             print(f"{shape}: {kind} {1e6 * rule:.1f} us by rule, {1e6 * fastest:.1f} us with {config}", flush=True)
@@ -166,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         device, shapes, few = torch.device("cuda"), [GPU_SHAPES[name] for name in args.shape], None
         dtype = getattr(torch, args.dtype)
-    chip = configs.architecture(device)
-    out = args.out or Path(configs.__file__).parent / "tuned" / f"{chip}.json"
+    chip = tiles.architecture(device)
+    out = args.out or tiles.TABLES / f"{chip}.json"
     check_outputs(parser, "--out", [out])
     try:
         known = read_table(out) if out.exists() else {}

@@ -5,7 +5,8 @@
 A benchmark compiles one kernel after another, a second or two each, which would take the time that there is to measure.
 Here each process lets Triton compile its share of the launches that `benchmarks.launches` lists, for meta tensors and
 without launching, so that what is asked for later is in the cache. It needs no GPU. What does not compile is named and
-left to the benchmark, and makes the exit status 1.
+left to the benchmark, and makes the exit status 1; where the machine refused to start a tool, at every try, and nothing
+else failed, the status is 101.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -27,13 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dynmoe_tutel.kernels import configs
+from dynmoe_tutel.kernels.gpu import tiles
 
-from .launches import Launch, launch_of, recording
-from .operations import VARIANTS, run_all
-from .progress import reason
-from .shapes import GPU_SHAPES, Shape
-from .timing import duration, whole
+from .common.patience import NOT_STARTED, NotStartedError, in_processes, patiently
+from .common.results import reason
+from .common.shapes import GPU_SHAPES, Shape
+from .common.timing import duration, whole
+from .launches.operations import VARIANTS, run_all
+from .launches.record import Launch, launch_of, recording
 
 
 class _Driver:
@@ -60,21 +60,22 @@ def lengths(shape: Shape) -> Iterator[Shape]:
 
 def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
     """Every operation on meta tensors, as the benchmarks call them in bf16."""
-    with configs.assume(architecture):
+    with tiles.assume(architecture):
         for shape in shapes:
             for length in lengths(shape):
                 run_all(length, torch.bfloat16, VARIANTS["default"])
 
 
 @contextmanager
-def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Launch], list[str]]]:
+def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Launch], list[str], list[str]]]:
     """Inside, those launches are compiled when they come, until `end` of the monotonic clock.
 
-    Gives which were, and why others failed; both grow.
+    Gives which were, why others failed, and for which a tool could not be started; all grow.
     """
     left = set(launches)
     done: list[Launch] = []
     wrong: list[str] = []
+    refused: list[str] = []
     run: Callable[..., Any] = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -83,29 +84,32 @@ def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Lau
             return
         left.remove(launch)
         try:
-            run(self, *args, grid=grid, warmup=True, **kwargs)
+            patiently(lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
             done.append(launch)
+        except NotStartedError as error:
+            refused.append(f"{launch.kernel} ({launch.configuration}): {error}")
         except Exception as error:  # whatever a compiler throws
             wrong.append(f"{launch.kernel} ({launch.configuration}): {reason(error)}")
 
     JITFunction.run = compile_instead
     try:
-        yield done, wrong
+        yield done, wrong, refused
     finally:
         JITFunction.run = run
 
 
 def compile_share(
     architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float
-) -> tuple[int, int, list[str]]:
-    """Compile every `shares`-th launch from `share` on: how many were to be, how many were, and why others failed."""
+) -> tuple[int, int, list[str], list[str]]:
+    """Compile every `shares`-th launch from `share` on: how many were to be, how many were, why others failed, and for
+    which a tool could not be started."""
     driver.set_active(_Driver(architecture))
     with recording() as launches:
         call_all(architecture, shapes)
     own = launches[share::shares]
-    with compiling(own, end) as (done, wrong):
+    with compiling(own, end) as (done, wrong, refused):
         call_all(architecture, shapes)
-    return len(own), len(done), wrong
+    return len(own), len(done), wrong, refused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,22 +123,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.arch is None and not torch.cuda.is_available():
         parser.error("argument --arch: needed where torch sees no GPU")
     started = time.monotonic()
-    architecture = args.arch or configs.architecture(torch.device("cuda"))
+    architecture = args.arch or tiles.architecture(torch.device("cuda"))
     if not architecture.startswith("sm_"):
         print(f"nothing is compiled ahead for {architecture}")
         return 0
     shapes = [GPU_SHAPES[name] for name in args.shape]
     end = started + args.seconds  # of a clock that the processes share
     shares = [(architecture, shapes, i, args.jobs, end) for i in range(args.jobs)]
-    # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(compile_share, *zip(*shares, strict=True)))
-    wrong = [why for _, _, reasons in found for why in reasons]
+    results = list(in_processes(compile_share, shares, args.jobs))
+    found = [result for result in results if not isinstance(result, NotStartedError)]
+    refused = [f"a share of the kernels: {result}" for result in results if isinstance(result, NotStartedError)]
+    wrong = [why for _, _, reasons, _ in found for why in reasons]
+    refused += [why for *_, reasons in found for why in reasons]
     for why in wrong:
         print(f"FAILED {why}")
-    planned, compiled = sum(n for n, _, _ in found), sum(n for _, n, _ in found)
+    for why in refused:
+        print(f"NOT STARTED {why}")
+    planned, compiled = sum(n for n, *_ in found), sum(n for _, n, *_ in found)
     print(f"{compiled} of {planned} kernels compiled in {time.monotonic() - started:.0f} s")
-    return 1 if wrong else 0
+    return 1 if wrong else NOT_STARTED if refused else 0
 
 
 if __name__ == "__main__":

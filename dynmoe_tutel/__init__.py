@@ -1,11 +1,13 @@
 """Dynamic mixture of experts (DynMoE, arXiv 2405.14297) as a plug-in for Tutel and plain torch."""
 
-from . import moe
-from .controller import ExpertController, ExpertEvent, Schedule
+from types import ModuleType
+
+from . import moe, old_paths
+from .adaptive.controller import ExpertController, ExpertEvent, Schedule
+from .adaptive.policy import Decision, DynMoEPolicy, ExpertChange
+from .adaptive.records import RoutingRecord
 from .gates import TopAnyGate
 from .layer import MoELayer
-from .policy import Decision, DynMoEPolicy, ExpertChange
-from .records import RoutingRecord
 from .routing import Routing
 from .version import __version__
 
@@ -23,3 +25,8 @@ __all__ = [
     "__version__",
     "moe",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules by the paths of before."""
+    return old_paths.moved(name)

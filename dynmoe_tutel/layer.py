@@ -1,77 +1,52 @@
-"""`MoELayer`: gate -> routing -> dispatch -> experts -> combine, nothing else.
+"""`MoELayer`: gate -> routing -> exchange -> experts -> combine, nothing else.
 
-The arguments and tensor names are those of Tutel's layer and of upstream DynMoE's; what is recorded, grown and pruned
-is in `records`, `policy` and `adaptive`.
+What is recorded, grown and pruned is in `adaptive`; how rows reach experts on other ranks is the exchange's.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import parallel
-from .adaptive import AdaptiveExperts
-from .expert_capacity import drop_beyond_capacity, expert_capacity
-from .experts import CustomExperts, Experts, experts_at_start, make_block, make_experts
-from .experts.base import has_hooks
-from .gates import Gate, gate_config, make_gate
-from .late_count import LateCount
-from .layer_options import (
-    aux_weights,
-    chosen_factor,
-    combine_gradients,
-    generators_of,
-    overlap_degree,
-    slots_of,
-)
-from .options import environment_flag, flag, number, positive_int, refuse_unknown, warn_once
-from .records import RoutingRecord
-from .routing import Capacity, Routing, check_capacity
-from .sharded_slots import ShardedSlots
-from .slot_loading import fit_slots
-from .tokens import real_tokens
-from .wire import Wire, check_alike, copy_from_first, shared_seed
+from .adaptive.slots import AdaptiveExperts
+from .capacity import LateCount
+from .experts import FFNExperts
+from .gates import Gate, TopKGate, make_gate
+from .initialization import generators_of
+from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
+from .parallel.collectives import Wire, gathered
+from .parallel.exchange import Call, Exchange, LocalExchange
+from .parallel.placement import Placement
+from .parallel.rank_exchange import RankExchange
+from .routing import Capacity, Routing
+from .validation import describe, environment_flag, number, warn_once
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class MoELayer(AdaptiveExperts, nn.Module):
-    """A mixture of experts layer, [..., D] to [..., D].
+def exchange_of(config: MoEConfig) -> Exchange:
+    """Over the ranks of `config.group`; without one, or with a group of one rank, within this process."""
+    if not config.is_postscore:
+        raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
+    ranks = 1 if config.group is None else dist.get_world_size(config.group)
+    start = config.experts_per_rank * ranks
+    placement = Placement.over(config.slots(start), config.group)
+    return LocalExchange(placement, start) if ranks == 1 else RankExchange(placement, start)
 
-    Args:
-        gate_type: a dict such as ``{"type": "top_any", "max_expert_num": 16}``, a name, or a list of them (chosen by
-            ``gate_index`` in forward). Types: top_any, gated_multi_gate, gated_multi_gate_t, top, cosine_top, custom.
-        model_dim: D.
-        experts: a dict such as ``{"type": "ffn", "num_experts_per_device": 8, "hidden_size_per_expert": 1536}``; types
-            ffn, llama_ffn, custom. ``num_experts_per_device`` (or ``count_per_node``) experts are active at start.
-        scan_expert_func: called with (name, parameter) for every expert parameter.
-        result_func: applied to the output, which carries ``l_aux``.
-        group: process group whose ranks divide the experts: slot e is on rank e // (E / ranks), and
-            ``num_experts_per_device`` are active on each at start. None: this process holds them all.
-        seeds: (gates, experts) seeds of private generators; the global random state is never reseeded.
-        normalize_gate: fixed k > 1: weights normalised over the chosen experts.
-        is_gshard_loss: None: the loss of the gate's kind; True: GShard's; False: diversity and simplicity (top-any) or
-            load and importance (fixed k).
-        one_score_gate, normalize_one_score_gate, value_norm_weighted, update_momentum: EMoE's avg-k gate, see
-            `update_one_score_gate`.
-        capacity: rows of memory: "exact" (one an assignment), a factor of T (static shapes; the assignments of smallest
-            margin are dropped, counted in ``dropped_assignments`` since construction, and warned about once; what a
-            token gets then depends on its batch, and records count what is left), or "full" (T * E).
-        combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
-            ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
-        aux_losses: weights by name of the terms of ``l_aux``, instead of the default of is_gshard_loss.
-        check_finite: refuse non-finite tokens by ValueError (waits for the device).
-        record_group: process group of the ranks whose records are summed; None: all ranks.
 
-    With `group`, every rank of it must call the same forwards and backwards in the same order; exact capacity takes any
-    number of tokens on each, a bounded one the same number. A factor then allows ceil(factor * T / ranks) assignments
-    from one rank to another. ``a2a_ffn_overlap_degree`` chunks of tokens (exact only) travel while others are computed.
-    ``wire.traffic`` counts bytes. Not needed and accepted for scripts: parallel_type, use_2dh. Environment variables
-    SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the identity, as in Tutel.
+class MoELayer(AdaptiveExperts):
+    """A mixture of experts layer, [..., D] to [..., D]; its arguments are the fields of `MoEConfig`.
+
+    Arguments and tensor names are those of Tutel's layer and of upstream DynMoE's. With `group`, every rank of it must
+    call the same forwards and backwards in the same order. Exact capacity takes any number of tokens on each rank, a
+    bounded one the same number; a factor then allows ceil(factor * T / ranks) assignments from one rank to another.
+    ``wire.traffic`` counts bytes. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the
+    identity, as in Tutel.
 
     After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
     unweighted terms by name.
@@ -80,183 +55,48 @@ class MoELayer(AdaptiveExperts, nn.Module):
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     dropped_assignments: Tensor
-    world_size: int
-    rank: int
-    _num_global_experts: Tensor
-    _max_num_global_experts: Tensor
+    # of the configuration
+    capacity: Capacity
+    result_func: Callable[[Tensor], Any] | None
+    a2a_ffn_overlap_degree: int
+    batch_prioritized_routing: bool
+    check_finite: bool
+    one_score_gate: bool
+    value_norm_weighted: bool
+    update_momentum: float
 
-    def __init__(
-        self,
-        gate_type: str | Mapping[str, Any] | list[Any],
-        model_dim: int,
-        experts: Mapping[str, Any] | None = None,
-        scan_expert_func: Callable[[str, nn.Parameter], Any] | None = None,
-        result_func: Callable[[Tensor], Any] | None = None,
-        group: Any = None,
-        seeds: tuple[int | None, ...] | None = None,
-        a2a_ffn_overlap_degree: int = 1,
-        is_postscore: bool = True,
-        batch_prioritized_routing: bool = False,
-        normalize_gate: bool = True,
-        is_gshard_loss: bool | None = None,
-        parallel_type: str = "adaptive:1",
-        use_2dh: bool = False,
-        one_score_gate: bool = False,
-        normalize_one_score_gate: bool = False,
-        value_norm_weighted: bool = False,
-        update_momentum: float = 0.0,
-        *,
-        capacity: Capacity = "exact",
-        combine_gradient: str | None = None,
-        aux_losses: Mapping[str, float] | None = None,
-        check_finite: bool = False,
-        record_group: Any = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__()
-        refuse_unknown("moe_layer", unknown, _ARGUMENTS)
-        check_capacity(capacity)
-        if not isinstance(experts, Mapping):
-            raise ValueError(f"experts must be a dict, got {type(experts).__name__}")
-        for name, function in (("scan_expert_func", scan_expert_func), ("result_func", result_func)):
-            if function is not None and not callable(function):
-                raise ValueError(f"{name} = {function!r}: give a function or None")
-        if not flag("is_postscore", is_postscore):
-            raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
-        self.model_dim = positive_int("model_dim", model_dim)
-        for name, value in (("group", group), ("record_group", record_group)):
-            if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
-                raise ValueError(f"{name} = {value!r}: give a process group of torch.distributed, or None")
-        self.group, self.result_func, self.capacity = group, result_func, capacity
-        self.wire: Wire | None = None  # where ranks divide the experts
-        self.check_finite = flag("check_finite", check_finite)
-        self.record_group = record_group  # the ranks whose records are summed
+    @takes_arguments_of(MoEConfig)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        config = MoEConfig.of(*arguments, **options)
+        exchange: Exchange = (config.exchange or exchange_of)(config)
+        assert config.experts is not None
+        generators = generators_of(config.seeds, len(config.gates))
+        weights = config.aux_weights()
+        gates = nn.ModuleList()
+        for gate, terms, generator in zip(config.gates, weights, generators, strict=False):
+            gates.append(_made_gate(gate, config, exchange, tuple(terms), generator))
+        exchange.agree(gates, config.described(exchange.placement.slots, gates))
+        experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
+        super().__init__(gates, experts, exchange, config.model_dim, config.record_group)
+        for name in config.attributes:
+            setattr(self, name, getattr(config, name))
+        self.combine_gradients, self._aux_weights = config.combine_gradients(), weights
         self.skip_moe = environment_flag("SKIP_MOE")
-        self.normalize_gate = flag("normalize_gate", normalize_gate)
-        self.is_gshard_loss = None if is_gshard_loss is None else flag("is_gshard_loss", is_gshard_loss)
-        self.one_score_gate = flag("one_score_gate", one_score_gate)
-        self.normalize_one_score_gate = flag("normalize_one_score_gate", normalize_one_score_gate)
-        self.value_norm_weighted = flag("value_norm_weighted", value_norm_weighted)
-        self.update_momentum = number("update_momentum", update_momentum, 0, 1)
-        self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
-        self.use_2dh, self.parallel_type = flag("use_2dh", use_2dh), parallel_type
-        self.batch_prioritized_routing = flag("batch_prioritized_routing", batch_prioritized_routing)
-
-        configs = [gate_config(g) for g in (gate_type if isinstance(gate_type, list) else [gate_type])]
-        if not configs:
-            raise ValueError("gate_type = []: give at least one gate")
-        start = self._start(experts)
-        slots = self.slots = slots_of(configs, start)
-        generators = generators_of(seeds, len(configs))
-        self._aux_weights: list[dict[str, float]] = []
-        gates = []
-        for config, generator in zip(configs, generators, strict=False):
-            gates.append(self._make_gate(config, start, slots, generator, aux_losses))
-        self.gates = nn.ModuleList(gates)
-        self.combine_gradients = combine_gradients(combine_gradient, configs)
-        self.experts: Experts = self._make_experts(experts, generators[-1])
-
-        self.register_buffer("_num_global_experts", torch.tensor(start))
-        self.register_buffer("_max_num_global_experts", torch.tensor(slots))
-        self.records = [RoutingRecord(slots, model_dim) for _ in gates]
-        self.record_routing, self.record_eval = False, False
+        self.experts.skip_expert = environment_flag("SKIP_EXPERT")
         self.l_aux, self.aux_terms = None, {}
         self.register_buffer("dropped_assignments", torch.tensor(0), persistent=False)
         self._dropped_late = LateCount()  # a GPU's count of them, for the warning
-        if scan_expert_func is not None:
+        if config.scan_expert_func is not None:
             for name, parameter in self.experts.named_parameters():
-                scan_expert_func(name, parameter)
-        self._mark_experts()
-        if one_score_gate:
-            for gate in gates:
-                gate.freeze_keys()
-
-    def _start(self, experts: Mapping[str, Any]) -> int:
-        """Experts active at start, of all ranks."""
-        self.sharded_count = 1
-        self.world_size, self.rank = (1, 0) if self.group is None else (self.group.size(), self.group.rank())
-        return experts_at_start(experts) * self.world_size
-
-    def _make_experts(self, config: Mapping[str, Any], generator: torch.Generator | None) -> Any:
-        if self.world_size == 1:
-            self.local_slots = self.slots
-            experts = make_experts(config, self.model_dim, self.slots, generator=generator)
-        else:
-            experts = self._divided_experts(config, generator)
-        experts.skip_expert = environment_flag("SKIP_EXPERT")
-        return experts
-
-    def _divided_experts(self, config: Mapping[str, Any], generator: torch.Generator | None) -> Experts:
-        """This rank's block of slots, drawn as one process draws them, with as many active on every rank."""
-        if self.slots % self.world_size:
-            raise ValueError(
-                f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.world_size} ranks "
-                "of group: give a multiple"
-            )
-        self.local_slots = self.slots // self.world_size
-        self.wire = Wire(self.group)
-        own = {
-            "max_expert_num": self.slots,
-            "model_dim": self.model_dim,
-            "experts": {name: value for name, value in config.items() if isinstance(value, int | str)},
-            "gates": [type(gate).__name__ for gate in self.gates],
-            "capacity": self.capacity,
-            "a2a_ffn_overlap_degree": self.a2a_ffn_overlap_degree,
-        }
-        check_alike("moe_layer over the ranks of group", own, self.group)
-        if generator is None:
-            generator = torch.Generator().manual_seed(shared_seed(self.group))
-        per_rank = experts_at_start(config)
-        for gate in self.gates:
-            if gate.adaptive:
-                slot_E = torch.arange(self.slots, device=gate.experts_mask.device)  # type: ignore[arg-type]
-                gate.experts_mask.copy_(slot_E % self.local_slots < per_rank)  # type: ignore[operator]
-        copy_from_first(self.gates, self.group)
-        return make_block(config, self.model_dim, self.slots, self.first_slot, self.local_slots, generator)
-
-    @property
-    def first_slot(self) -> int:
-        """The first of this rank's slots, which are `local_slots` in a row."""
-        return 0 if self.wire is None else self.rank * self.local_slots
-
-    @property
-    def expert_slots(self) -> Any:
-        """What reads and writes the slots of `experts`: `slot_parameters`, `copy_slot`, `reset_slot`."""
-        if self.wire is None:
-            return self.experts
-        return ShardedSlots(self.experts, self.group, self.rank, self.local_slots)
-
-    def _mark_experts(self) -> None:
-        """Tutel's mark, by which optimizers and gradient reductions tell experts."""
-        for parameter in self.experts.parameters():
-            parameter._tutel_expert = True  # type: ignore[attr-defined]
-
-    def _make_gate(
-        self,
-        config: dict[str, Any],
-        start: int,
-        slots: int,
-        generator: torch.Generator | None,
-        aux_losses: Mapping[str, float] | None,
-    ) -> Gate:
-        weights = aux_weights(aux_losses, config, self.is_gshard_loss)
-        self._aux_weights.append(weights)
-        return make_gate(
-            config,
-            model_dim=self.model_dim,
-            num_experts=start,
-            slots=slots,
-            aux_names=tuple(weights),
-            generator=generator,
-            normalize_gate=self.normalize_gate,
-            one_score_gate=self.one_score_gate,
-            normalize_one_score_gate=self.normalize_one_score_gate,
-        )
+                config.scan_expert_func(name, parameter)
+        if config.one_score_gate:
+            for made in gates:
+                made.freeze_keys()  # type: ignore[operator]
 
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
-        x_TD, mask_T = real_tokens(self, x, 1, token_mask)
+        x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
             return gate(x_TD, self.capacity, None, mask_T)
 
@@ -270,16 +110,21 @@ class MoELayer(AdaptiveExperts, nn.Module):
         reserve_dims: int = 1,
         inequivalent_tokens: bool = False,
         adaptive_r: int | None = None,
+        megablocks_size: int = 0,
         *,
         token_mask: Tensor | None = None,
     ) -> Any:
         """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or what `result_func` makes of it.
 
+        1. The gate routes the tokens; 2. a capacity may drop assignments; 3. an open window records the routing;
+        4. the exchange dispatches rows to their experts, wherever they are, and combines what comes back.
+
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
         Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
         expert, output 0, in no record and no loss.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
-        `a2a_ffn_overlap_degree` stays for later calls. The other arguments are Tutel's and change nothing here.
+        `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls. `inequivalent_tokens` and `adaptive_r` matter
+        inside Tutel only; `megablocks_size` nowhere: packed rows have no padding to skip.
         """
         if self.skip_moe:
             y = input.view_as(input)  # the caller's tensor stays as it is
@@ -291,18 +136,25 @@ class MoELayer(AdaptiveExperts, nn.Module):
             )
         if a2a_ffn_overlap_degree is not None:
             self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
-        x_TD, mask_T = real_tokens(self, input, reserve_dims, token_mask)
-        if isinstance(self.experts, CustomExperts):
-            self.experts.reserve_shape = tuple(input.shape[input.dim() - reserve_dims :])
-        gate = self._gate(gate_index)
-        recompute = in_backward()
+        if adaptive_r is not None:
+            self.exchange.use_adaptive_degree(adaptive_r)
+        x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
+        gate, recompute = self._gate(gate_index), in_backward()
+        call = Call(
+            self.capacity,
+            self._capacity_factor(capacity_factor, gate),
+            self.combine_gradients[gate_index],
+            tuple(input.shape[input.dim() - reserve_dims :]),
+            self.a2a_ffn_overlap_degree,
+            self.batch_prioritized_routing,
+            inequivalent_tokens,
+        )
         with torch.autocast(input.device.type, enabled=False):
-            routing = gate(x_TD, self.capacity, top_k, mask_T)
-            routing = self._within_capacity(routing, gate, gate_index, capacity_factor)
+            routing = self.exchange.bounded(gate(x_TD, self.capacity, top_k, mask_T), call)
         if self.record_routing and (self.training or self.record_eval) and not recompute:
             self.records[gate_index].add(x_TD, routing)
-        y_TO = self._through_experts(x_TD, routing, self.combine_gradients[gate_index])
-        y = y_TO.reshape(self._output_shape(input, reserve_dims, y_TO.shape[1])).to(input.dtype)
+        y = self.exchange(self.experts, x_TD, routing, call)
+        y = y.reshape(*input.shape[: input.dim() - reserve_dims], *y.shape[1:]).to(input.dtype)
         l_aux = self._weighted_aux(routing, gate_index)
         if not recompute:
             self.l_aux, self.aux_terms = l_aux, routing.aux
@@ -311,54 +163,57 @@ class MoELayer(AdaptiveExperts, nn.Module):
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
 
-    def _within_capacity(self, routing: Routing, gate: Gate, gate_index: int, capacity_factor: float | None) -> Routing:
-        """The routing without what Tutel's capacity factor, the call's or the gate's, drops."""
-        factor = chosen_factor(capacity_factor, gate)
-        if factor == 0:
-            if self.wire is None or isinstance(self.capacity, str):
-                return routing
-            return parallel.bounded_pairs(routing, self.world_size, self.capacity)
-        if self.capacity != "exact":
+    def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
+        self._check_tokens(x, reserve_dims)
+        x_TD = x.reshape(-1, self.model_dim)
+        mask_T = None
+        if token_mask is not None:
+            expected = (torch.bool, x.shape[: x.dim() - reserve_dims], x.device)
+            if (
+                not isinstance(token_mask, Tensor)
+                or (token_mask.dtype, token_mask.shape, token_mask.device) != expected
+            ):
+                raise ValueError(
+                    f"token_mask must be bool {list(expected[1])} on {x.device}, True for real tokens, got "
+                    f"{describe(token_mask)}"
+                )
+            mask_T = token_mask.reshape(-1)
+            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
+        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
+            raise ValueError(
+                f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
+                f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
+            )
+        return x_TD, mask_T
+
+    def _check_tokens(self, x: Tensor, reserve_dims: int) -> None:
+        """ValueError unless x is [..., D], its D in `reserve_dims` trailing dimensions, where the layer is."""
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
+        if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
+            raise ValueError(f"reserve_dims = {reserve_dims!r}: give an integer from 1 to {x.dim() - 1} for this input")
+        if x.shape[-reserve_dims:].numel() != self.model_dim:
+            raise ValueError(
+                f"input has shape {list(x.shape)}: its last {reserve_dims} dimension(s) must "
+                f"be model_dim = {self.model_dim}"
+            )
+        device = self._num_global_experts.device
+        if x.device != device:
+            raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
+
+    def _capacity_factor(self, of_call: object, gate: Gate) -> float:
+        """The capacity factor of a call, or of the gate where the call has None or 0, as in Tutel."""
+        factor = 0.0 if of_call is None else number("capacity_factor", of_call, -math.inf)
+        factor = factor or gate.capacity_factor
+        if factor and self.capacity != "exact":
             raise ValueError(
                 f"capacity_factor = {factor} and capacity = {self.capacity!r} both bound the rows: give one of them"
             )
-        k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
-        capacity = expert_capacity(
-            factor,
-            routing.num_tokens,
-            self.slots,
-            k,
-            load,
-            alignment=self.a2a_ffn_overlap_degree,
-            group=None if self.wire is None else self.group,
-        )
-        return drop_beyond_capacity(
-            routing,
-            capacity,
-            self.combine_gradients[gate_index],
-            batch_prioritized=self.batch_prioritized_routing,
-        )
-
-    def _through_experts(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
-        """Dispatch, experts, combine: [T, output_dim]."""
-        if self.wire is not None:
-            degree = self.a2a_ffn_overlap_degree
-            return parallel.through_ranks(
-                self.experts, self.wire, x_TD, routing, combine_gradient, self.capacity, degree
-            )
-        if self.experts.fuses(routing) and not has_hooks(self.experts):
-            return self.experts.mean(x_TD, routing, combine_gradient)
-        return routing.combine(self.experts(x_TD, routing, routing.row_gates(combine_gradient)))
-
-    def _gate(self, gate_index: int) -> Gate:
-        if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
-            raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
-        return self.gates[gate_index]  # type: ignore[return-value]
-
-    def _output_shape(self, x: Tensor, reserve_dims: int, output_dim: int) -> tuple[int, ...]:
-        if output_dim == self.model_dim:
-            return tuple(x.shape)
-        return (*x.shape[: x.dim() - reserve_dims], output_dim)
+        return factor
 
     def _weighted_aux(self, routing: Routing, gate_index: int) -> Tensor:
         weights = self._aux_weights[gate_index]
@@ -378,25 +233,34 @@ class MoELayer(AdaptiveExperts, nn.Module):
                 "layer.dropped_assignments counts them"
             )
 
-    @property
-    def num_global_experts(self) -> int:
-        """Experts active now, by any gate."""
-        return int(self._num_global_experts)
+    def update_one_score_gate(self) -> None:
+        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options; on all ranks.
+
+        `value_norm_weighted`: the mean is weighted by the norms of fc2_w's rows; `normalize_one_score_gate`: unit rows;
+        `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv 2310.10908).
+        """
+        gate, experts = self._gate(0), self.experts
+        if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
+            raise ValueError(
+                "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
+            )
+        keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
+        gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
 
     @property
-    def max_num_global_experts(self) -> int:
-        """E: slots."""
-        return self.slots
+    def wire(self) -> Wire | None:
+        """The collectives between the ranks that divide the experts, and what they counted; None in one process."""
+        return getattr(self.exchange, "wire", None)
 
     @property
-    def num_local_experts(self) -> int:
-        """Experts active on this rank."""
-        return int(self._used_slots().view(self.world_size, -1)[self.rank].sum())
+    def adaptive_degree(self) -> int:
+        """Tutel's r of the exchange; 1 outside Tutel."""
+        return self.exchange.adaptive_degree
 
     @property
-    def max_num_local_experts(self) -> int:
-        """Slots on this rank."""
-        return self.local_slots
+    def valid_rs(self) -> list[int]:
+        """The values of r that the exchange takes."""
+        return self.exchange.valid_rs
 
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:
@@ -417,39 +281,16 @@ class MoELayer(AdaptiveExperts, nn.Module):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        moved = super()._apply(*args, **options)
-        for record in self.records:  # no tensors of the module, which would be in its state
-            record.move(self._num_global_experts.device)
-        return moved
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.wire is not None and hasattr(destination, "_metadata"):  # whose block it is, or it would fit any rank
-            destination._metadata[prefix[:-1]]["slots"] = (self.first_slot, self.first_slot + self.local_slots)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
-        fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.dropped_assignments.device == self._num_global_experts.device:
             self.dropped_assignments.zero_()  # in no state dict: maybe uninitialised
         else:
             self.dropped_assignments = torch.zeros_like(self._num_global_experts)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
-        memo.update({id(group): group for group in (self.group, self.record_group)})
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
         return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark_experts()
 
 
 def in_backward() -> bool:
@@ -457,8 +298,24 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-_ARGUMENTS = [
-    name
-    for name, parameter in inspect.signature(MoELayer.__init__).parameters.items()
-    if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-]
+def _made_gate(
+    gate: dict[str, Any],
+    config: MoEConfig,
+    exchange: Exchange,
+    aux_names: tuple[str, ...],
+    generator: torch.Generator | None,
+) -> Gate:
+    made = make_gate(
+        gate,
+        model_dim=config.model_dim,
+        num_experts=exchange.start,
+        slots=exchange.placement.slots,
+        aux_names=aux_names,
+        generator=generator,
+        normalize_gate=config.normalize_gate,
+        one_score_gate=config.one_score_gate,
+        normalize_one_score_gate=config.normalize_one_score_gate,
+    )
+    if made.adaptive:
+        made.experts_mask.copy_(exchange.placement.at_start(exchange.start))  # type: ignore[operator]
+    return made

@@ -15,13 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, losses
-from .expert_capacity import CriticalData, critical_data, expert_capacity, locations
-from .kernels.checks import FLOATS
+from . import losses
+from .capacity import combine_weights, expert_capacity, locations, picks
+from .kernels import gate_dtype, threshold_gate
+from .kernels.operation import FLOATS
 from .layer import MoELayer
-from .options import number, positive_int
-from .padded_rows import PaddedRows
-from .routing import Capacity, Routing, check_capacity, describe
+from .routing import Capacity, PaddedRows, Routing, check_capacity
+from .validation import describe, number, positive_int
+
+CriticalData = tuple[int, list[Tensor], list[Tensor], list[Tensor], int, Tensor]
 
 __all__ = [
     "FastDispatcher",
@@ -70,9 +72,9 @@ def top_any_routing(
     if fallback and not torch.compiler.is_compiling() and not (mask > 0).any():
         raise ValueError("experts_mask has no active expert to fall back to")
     check_capacity(capacity)
-    dtype = kernels.gate_dtype(x)
+    dtype = gate_dtype(x)
     tau = _scale(scale).to(x.device, dtype)
-    score_TE, bits_TW, unrouted_T, *_ = kernels.threshold_gate(x, sim_matrix, gates.detach(), mask > 0, tau, fallback)
+    score_TE, bits_TW, unrouted_T, *_ = threshold_gate(x, sim_matrix, gates.detach(), mask > 0, tau, fallback)
     thresholds = torch.sigmoid(tau * gates.to(dtype))
     return Routing.from_bits(bits_TW, score_TE, unrouted=unrouted_T, thresholds=thresholds, capacity=capacity)
 
@@ -288,3 +290,22 @@ def _dispatcher(
     dispatcher = FastDispatcher(critical_data[0], critical_data[4], data.shape[-1], data.dtype)
     dispatcher.update(*critical_data[1:5], is_postscore=is_postscore)
     return dispatcher
+
+
+def critical_data(routing: Routing, capacity: int | None = None, combine_gradient: str = "mean") -> CriticalData:
+    """Tutel's tuple of a ragged assignment, for Tutel's own `fast_encode` and `fast_decode`.
+
+    (E, indices, locations, gates, capacity, loads [E]): K tensors [T] in each list, one a pick, int32, int32 and
+    floating point; index -1 where a token has fewer picks. By default capacity is the largest load: nothing is dropped.
+    """
+    expert_TK = picks(routing)
+    E = routing.num_experts
+    if expert_TK.shape[1] == 0:  # not one assignment: Tutel wants a column
+        expert_TK = expert_TK.new_full((routing.num_tokens, 1), -1)
+    weight_TK = combine_weights(routing, combine_gradient).gather(1, expert_TK.clamp(min=0))
+    weight_TK = weight_TK.masked_fill(expert_TK < 0, 0)
+    place_TK = locations(expert_TK, E)
+    if capacity is None:
+        capacity = max(int(routing.counts.max()), 1)
+    columns = [[c.contiguous() for c in x.unbind(dim=1)] for x in (expert_TK.int(), place_TK.int(), weight_TK)]
+    return (E, *columns, positive_int("capacity", capacity), routing.counts)  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """`Routing`: the ragged token-to-expert assignment of one batch, in both CSR directions.
 
-Every gate returns one, and everything after a gate consumes one. Depends on kernels only.
+Every gate returns one, and everything after a gate consumes one.
 
 T tokens, D model dim, E expert slots, A = sum of k_t assignments; a row is one assignment, in expert-major order.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .validation import describe
 
 Capacity = str | float
 COMBINE_GRADIENTS = ("mean", "normalized")
@@ -26,13 +27,6 @@ def check_capacity(capacity: Capacity) -> None:
         return
     if isinstance(capacity, bool | str) or not isinstance(capacity, Real) or not 0 < capacity < math.inf:
         raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
-
-
-def describe(value: object) -> str:
-    """Type, shape and device of what a caller gave, for messages."""
-    if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {value!r}"[:80]
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,7 @@ class Routing:
     dropped: Tensor | None = None  # [] int64 assignments that a bounded capacity dropped
     token_mask: Tensor | None = None  # [T] bool, False for padding: no expert, not unrouted; None: all are tokens
     router: Router | None = None  # of a top-any gate
+    room: int | None = None  # C: rows of an expert in Tutel's padded layout, where one was chosen for this batch
     aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted auxiliary loss terms by name
 
     @classmethod
@@ -190,19 +185,23 @@ class Routing:
         margin = (self.scores - self.thresholds) * passed
         return passed + (margin - margin.detach())
 
+    @property
+    def index(self) -> kernels.Index:
+        """The four index arrays."""
+        return kernels.Index(self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
+
     def row_gates(self, combine_gradient: str = "mean") -> Tensor:
         """The gate value of each row, [rows]: what the router learns through; see `kernels.row_gates`."""
         if combine_gradient not in COMBINE_GRADIENTS:
             raise ValueError(f"combine_gradient = {combine_gradient!r}: allowed are 'mean' and 'normalized'")
-        index = (self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
         if self.weights is not None:
-            return kernels.row_gates(self.weights, None, self.unrouted, *index, False)
+            return kernels.row_gates(self.weights, None, self.unrouted, self.index, False)
         centred = combine_gradient == "normalized"
         thresholds = self.thresholds
         if thresholds is None:  # a custom gate with uniform weights: nothing to learn through
             scores, thresholds = self.scores.detach(), self.scores.new_zeros(self.num_experts)
-            return kernels.row_gates(scores, thresholds, self.unrouted, *index, centred)
-        return kernels.row_gates(self.scores, thresholds, self.unrouted, *index, centred)
+            return kernels.row_gates(scores, thresholds, self.unrouted, self.index, centred)
+        return kernels.row_gates(self.scores, thresholds, self.unrouted, self.index, centred)
 
     def dispatch(self, x_TD: Tensor) -> Tensor:
         """Token rows to expert rows, [T, D] to [rows, D]."""
@@ -225,3 +224,35 @@ class Routing:
         device = self.token_offsets.device
         if not isinstance(tensor, Tensor) or tensor.device != device:
             raise ValueError(f"{name} must be a tensor on {device}, as the routing, got {describe(tensor)}")
+
+
+class PaddedRows:
+    """Where the rows of `routing` stand in [E, C, ...]; C is `capacity`, by default the largest load (at least 1).
+
+    Waits for the device. ValueError where an expert has more rows than `capacity`.
+    """
+
+    def __init__(self, routing: Routing, capacity: int | None = None) -> None:
+        self.num_experts = routing.num_experts
+        load = int(routing.counts.max()) if routing.num_experts else 0
+        self.capacity = max(load, 1) if capacity is None else capacity
+        if load > self.capacity:
+            raise ValueError(f"capacity = {capacity} rows, but an expert has {load}: drop the surplus first")
+        expert_A = routing.expert_of_row
+        self.num_rows = expert_A.shape[0]
+        self.behind = routing.token_of_row.shape[0] - self.num_rows
+        own_A = torch.arange(self.num_rows, device=expert_A.device) - routing.expert_offsets[expert_A]
+        self.place_A = expert_A * self.capacity + own_A
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[rows, D] to [E, C, D]; what lies behind the A-th row is left out."""
+        padded = rows.new_zeros((self.num_experts * self.capacity, rows.shape[1]))
+        padded = padded.index_copy(0, self.place_A, rows[: self.num_rows])
+        return padded.view(self.num_experts, self.capacity, rows.shape[1])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[E, C, D] to [rows, D], zeros behind the A-th row where a capacity makes room for more."""
+        if padded.dim() != 3 or padded.shape[:2] != (self.num_experts, self.capacity):
+            raise ValueError(f"padded rows must be [{self.num_experts}, {self.capacity}, D], got {describe(padded)}")
+        rows = padded.flatten(0, 1).index_select(0, self.place_A)
+        return rows if self.behind == 0 else torch.cat([rows, rows.new_zeros((self.behind, rows.shape[1]))])

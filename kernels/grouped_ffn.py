@@ -10,7 +10,7 @@ computed again, with the same bits. The gate gradient needs no expert output: wi
 d_gate = <d_row, row / gate> = rowsum(dA * a) + <d_row, b2>.
 
 Half precision: where the processor has no GEMM of that type, products are taken in fp32 and rounded once.
-What stands here is the engine "torch"; see `engine` for the others.
+What stands here is the engine "torch"; see `operation` for the others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
-from .autocast import without_autocast
-from .checks import checked, expect, expect_experts, expect_index, expect_matrix
-from .engine import on_gpu, with_engines
-from .rows import segment_sum
+from .dispatch_combine import segment_sum
+from .operands import ExpertWeights, Index
+from .operation import expect, expect_matrix, keep, kept, operation
+
+MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
 
 
 @lru_cache
@@ -108,51 +109,68 @@ def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tenso
     return like.new_empty((first + size,))[first:].view(-1, width)
 
 
-def _check_ffn(x_TD, gate_A, *args) -> None:  # type: ignore[no-untyped-def]
-    index, params, activation = args[:4], args[4:10], args[10]
-    E = expect_experts(x_TD, params, activation)
-    rows = expect_index(x_TD.shape[0], E, index)
-    expect("gate_A", gate_A, (rows,), "[rows]")
+def _check_ffn(x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights, activation: str, *_: Any) -> None:
+    index.check(x_TD.shape[0], weights.check(x_TD, activation))
+    expect("gate_A", gate_A, (index.rows,), "[rows]")
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_ffn", mutates_args=())
-@checked(_check_ffn)
-@without_autocast
-@with_engines("grouped_ffn")
-def grouped_ffn(
-    x_TD: Tensor,
-    gate_A: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
-    activation: str,
-    apply_gate: bool,
-    save: bool,
+def _ffn_shapes(
+    x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights, activation: str, apply_gate: bool, save: bool,
     engine: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without `w3_EDH`).
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows_AO = x_TD.new_empty((index.rows, weights.w2_EHO.shape[2]))
+    return rows_AO, *weights.pre_activations(x_TD, index.rows if save else 0)
 
-    Without `save`, the backward computes h and u again, with the same bits. `engine`: one of `ENGINES`.
+
+def _ffn_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x_TD, gate_A, index, weights, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
+    ctx.gate_dtype = gate_A.dtype
+    gate = gate_A if ctx.apply_gate else None  # else only its gradient is wanted, not its values
+    keep(ctx, *output[1:], x_TD, gate, index, weights)
+
+
+def _ffn_backward(ctx: Any, d_rows_AO: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
+    if d_rows_AO is None:
+        return None
+    h_AH, u_AH, x_TD, gate_A, index, weights = kept(ctx)
+    if gate_A is None:
+        gate_A = d_rows_AO.new_empty((index.rows,), dtype=ctx.gate_dtype)
+    wanted = ctx.wanted["weights"]
+    options = (ctx.activation, ctx.apply_gate, wanted, ctx.engine)
+    d_x_TD, d_gate_A, *d_weights = grouped_ffn_backward(
+        d_rows_AO.contiguous(), h_AH, u_AH, x_TD, gate_A, index, weights, *options
+    )
+    return d_x_TD, d_gate_A, None, d_weights if wanted else None
+
+
+@operation(
+    check=_check_ffn,
+    fake=_ffn_shapes,
+    engines=MODULES,
+    autocast=False,
+    context=_ffn_context,
+    backward=_ffn_backward,
+)
+def grouped_ffn(
+    x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights, activation: str, apply_gate: bool, save: bool,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without w3).
+
+    Without `save`, the backward computes h and u again, with the same bits. `engine`: one of `operation.ENGINES`.
     """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
-    (R,), (E, _, H) = token_of_row.shape, w1_EDH.shape
-    rows_AO = x_TD.new_empty((R, w2_EHO.shape[2]))
-    h_AH = x_TD.new_empty((R if save else 0, H))
-    u_AH = x_TD.new_empty((R if save and w3_EDH is not None else 0, H))
-    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO))
-    for rows, segments in _blocks(expert_offsets, H):
-        x = x_TD.index_select(0, token_of_row[rows]).to(dtype)
+    E, _, H = weights.w1_EDH.shape
+    rows_AO = x_TD.new_empty((index.rows, weights.w2_EHO.shape[2]))
+    h_AH, u_AH = weights.pre_activations(x_TD, index.rows if save else 0)
+    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
+    for rows, segments in _blocks(index.expert_offsets, H):
+        x = x_TD.index_select(0, index.token_of_row[rows]).to(dtype)
         h = _linear_block(x, w1, b1, segments, _block_rows(h_AH, rows, x_TD, H)).to(dtype)
         u = None
-        if w3_EDH is not None:
+        if weights.w3_EDH is not None:
             u = _linear_block(x, w3, b3, segments, _block_rows(u_AH, rows, x_TD, H)).to(dtype)
         _, a = hidden_rows(act, h, u)
         for e, own, part in segments:
@@ -160,33 +178,6 @@ def grouped_ffn(
         if apply_gate:
             rows_AO[rows].mul_(gate_A[rows].unsqueeze(1))
     return rows_AO, h_AH, u_AH
-
-
-@grouped_ffn.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x_TD,
-    gate_A,
-    expert_offsets,
-    token_offsets,
-    token_of_row,
-    row_of_assignment,
-    w1_EDH,
-    b1_EH,
-    w3_EDH,
-    b3_EH,
-    w2_EHO,
-    b2_EO,
-    activation,
-    apply_gate,
-    save,
-    engine="auto",
-):
-    R, H = token_of_row.shape[0], w1_EDH.shape[2]
-    return (
-        x_TD.new_empty((R, w2_EHO.shape[2])),
-        x_TD.new_empty((R if save else 0, H)),
-        x_TD.new_empty((R if save and w3_EDH is not None else 0, H)),
-    )
 
 
 def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
@@ -199,52 +190,39 @@ def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tenso
     return grad_E
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_ffn_backward", mutates_args=())
-@without_autocast
-@with_engines("grouped_ffn")
+def _ffn_backward_shapes(
+    d_rows_AO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights,
+    activation: str, apply_gate: bool, wanted: bool, engine: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return x_TD.new_empty(x_TD.shape), torch.empty_like(gate_A), *weights.gradients(wanted)
+
+
+@operation(fake=_ffn_backward_shapes, engines=MODULES, autocast=False)
 def grouped_ffn_backward(
-    d_rows_AO: Tensor,
-    h_AH: Tensor,
-    u_AH: Tensor,
-    x_TD: Tensor,
-    gate_A: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
-    activation: str,
-    apply_gate: bool,
-    weights: bool,
-    engine: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `weights`.
+    d_rows_AO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights,
+    activation: str, apply_gate: bool, wanted: bool, engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `wanted`.
 
     `h_AH` and `u_AH` are those of the forward, or empty: then they are computed again.
     """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
-    saved = h_AH.shape[0] == token_of_row.shape[0]
-    E, _, H = w1_EDH.shape
-    d_xs_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
+    saved = h_AH.shape[0] == index.rows
+    E, _, H = weights.w1_EDH.shape
+    d_xs_AD = x_TD.new_empty((index.rows, x_TD.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
     d_gate_A = torch.empty_like(gate_A)
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    w1, b1, w3, b3, w2, b2 = (_unbind(p, E) for p in params)
-    grads = [_zeroed_where_silent(p if weights else None, expert_offsets) for p in params]
+    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
+    grads = [_zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (g.unbind(0) for g in grads)
-    for rows, segments in _blocks(expert_offsets, H):
+    for rows, segments in _blocks(index.expert_offsets, H):
         d_row = d_rows_AO[rows].to(dtype)
-        x = x_TD.index_select(0, token_of_row[rows if weights or not saved else slice(0)]).to(dtype)
+        x = x_TD.index_select(0, index.token_of_row[rows if wanted or not saved else slice(0)]).to(dtype)
         h = _block_rows(h_AH, rows, x_TD, H)
         if not saved:
             _linear_block(x, w1, b1, segments, h)
         h, u = h.to(dtype), None
-        if w3_EDH is not None:
+        if weights.w3_EDH is not None:
             u = _block_rows(u_AH, rows, x_TD, H)
             if not saved:
                 _linear_block(x, w3, b3, segments, u)
@@ -254,7 +232,7 @@ def grouped_ffn_backward(
         for e, _, part in segments:
             _linear(d_row[part], w2[e].t(), None, d_a[part])
         d_gate = (d_a * a).sum(dim=1, dtype=d_xs_AD.dtype)
-        if b2_EO is not None:
+        if weights.b2_EO is not None:
             for e, _, part in segments:
                 d_gate[part].add_(torch.mv(d_row[part], b2[e].to(dtype)))
         d_gate_A[rows] = d_gate
@@ -267,84 +245,21 @@ def grouped_ffn_backward(
             _linear(d_h[part], w1[e].t(), None, d_x[part])
             if d_u is not None:
                 _add_product(d_u[part], w3[e].t(), d_x[part])
-        if not weights:
+        if not wanted:
             continue
         for e, _, part in segments:
             _linear(a[part].t(), d_row[part], None, d_w2[e])
             _linear(x[part].t(), d_h[part], None, d_w1[e])
-            if b1_EH is not None:
+            if weights.b1_EH is not None:
                 d_b1[e].copy_(d_h[part].sum(dim=0))
-            if b2_EO is not None:
+            if weights.b2_EO is not None:
                 d_b2[e].copy_(d_row[part].sum(dim=0))
             if d_u is not None:
                 _linear(x[part].t(), d_u[part], None, d_w3[e])
-                if b3_EH is not None:
+                if weights.b3_EH is not None:
                     d_b3[e].copy_(d_u[part].sum(dim=0))
-    d_x_TD = segment_sum(d_xs_AD, token_offsets, row_of_assignment).to(x_TD.dtype)
+    d_x_TD = segment_sum(d_xs_AD, index.token_offsets, index.row_of_assignment).to(x_TD.dtype)
     return d_x_TD, d_gate_A, *grads  # type: ignore[return-value]
-
-
-@grouped_ffn_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    d_rows_AO,
-    h_AH,
-    u_AH,
-    x_TD,
-    gate_A,
-    expert_offsets,
-    token_offsets,
-    token_of_row,
-    row_of_assignment,
-    w1_EDH,
-    b1_EH,
-    w3_EDH,
-    b3_EH,
-    w2_EHO,
-    b2_EO,
-    activation,
-    apply_gate,
-    weights,
-    engine="auto",
-):
-    def grad(p: Tensor | None) -> Tensor:
-        return torch.empty_like(p) if weights and p is not None else x_TD.new_empty((0,), dtype=torch.float32)
-
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    return x_TD.new_empty(x_TD.shape), torch.empty_like(gate_A), *(grad(p) for p in params)
-
-
-def _ffn_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    x_TD, gate_A, *tensors, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
-    ctx.gate_dtype = gate_A.dtype
-    gate = gate_A if ctx.apply_gate else None  # else only its gradient is wanted, not its values
-    ctx.save_for_backward(output[1], output[2], x_TD, gate, *tensors)
-
-
-def _ffn_backward(ctx, d_rows_AO, d_h, d_u):  # type: ignore[no-untyped-def]
-    if d_rows_AO is None:
-        return (None,) * 16
-    h_AH, u_AH, x_TD, gate_A, *tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-    if gate_A is None:
-        gate_A = d_rows_AO.new_empty((d_rows_AO.shape[0],), dtype=ctx.gate_dtype)
-    weights, params = any(ctx.needs_input_grad[6:12]), tensors[4:]
-    d_x, d_gate, *d_params = grouped_ffn_backward(
-        d_rows_AO.contiguous(),
-        h_AH,
-        u_AH,
-        x_TD,
-        gate_A,
-        *tensors,
-        ctx.activation,
-        ctx.apply_gate,
-        weights,
-        ctx.engine,
-    )
-    d_params = [d if weights and p is not None else None for p, d in zip(params, d_params, strict=True)]
-    return d_x, d_gate, None, None, None, None, *d_params, None, None, None, None
-
-
-grouped_ffn.register_autograd(_ffn_backward, setup_context=_ffn_context)
 
 
 def _check_linear(
@@ -358,16 +273,35 @@ def _check_linear(
     expect("expert_offsets", expert_offsets, (E + 1,), "[E + 1]", torch.int32)
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_linear", mutates_args=())
-@checked(_check_linear)
-@without_autocast
-@with_engines("grouped_ffn")
+def _linear_shape(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, *_: Any) -> Tensor:
+    return rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
+
+
+def _linear_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.engine = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx: Any, d_out_AO: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    d_rows_AD, d_w_EDO, d_b_EO = grouped_linear_backward(d_out_AO.contiguous(), *saved, ctx.engine)
+    return d_rows_AD, None, d_w_EDO, d_b_EO if saved[3] is not None else None
+
+
+@operation(
+    check=_check_linear,
+    fake=_linear_shape,
+    engines=MODULES,
+    autocast=False,
+    context=_linear_context,
+    backward=_linear_backward,
+)
 def grouped_linear(
     rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto"
 ) -> Tensor:
     """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O], 0 behind the last expert's.
 
-    For the unfused path. `engine`: one of `ENGINES`.
+    For the unfused path. `engine`: one of `MODULES`.
     """
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
@@ -378,14 +312,14 @@ def grouped_linear(
     return out_AO
 
 
-@grouped_linear.register_fake
-def _(rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto") -> Tensor:
-    return rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
+def _linear_backward_shapes(
+    d_out_AO: Tensor, rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_b_EO = torch.empty_like(b_EO) if b_EO is not None else rows_AD.new_empty((0,), dtype=torch.float32)
+    return torch.empty_like(rows_AD), torch.empty_like(w_EDO), d_b_EO
 
 
-@torch.library.custom_op("dynmoe_tutel::grouped_linear_backward", mutates_args=())
-@without_autocast
-@with_engines("grouped_ffn")
+@operation(fake=_linear_backward_shapes, engines=MODULES, autocast=False)
 def grouped_linear_backward(
     d_out_AO: Tensor,
     rows_AD: Tensor,
@@ -408,32 +342,3 @@ def grouped_linear_backward(
                 d_b[e].copy_(d_out.sum(dim=0))
     d_rows_AD[int(expert_offsets[-1]) :].zero_()
     return d_rows_AD, d_w, d_b
-
-
-@grouped_linear_backward.register_fake
-def _(
-    d_out_AO: Tensor,
-    rows_AD: Tensor,
-    expert_offsets: Tensor,
-    w_EDO: Tensor,
-    b_EO: Tensor | None,
-    engine: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_b = torch.empty_like(b_EO) if b_EO is not None else rows_AD.new_empty((0,), dtype=torch.float32)
-    return torch.empty_like(rows_AD), torch.empty_like(w_EDO), d_b
-
-
-def _linear_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.engine = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _linear_backward(ctx, d_out_AO):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    d_rows, d_w, d_b = grouped_linear_backward(d_out_AO.contiguous(), *saved, ctx.engine)
-    return d_rows, None, d_w, d_b if saved[3] is not None else None, None
-
-
-grouped_linear.register_autograd(_linear_backward, setup_context=_linear_context)
-for _operation in (grouped_ffn, grouped_ffn_backward, grouped_linear, grouped_linear_backward):
-    on_gpu(_operation, "grouped_ffn")

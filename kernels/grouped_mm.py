@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS, hidden_gradients, hidden_rows
+from .operands import ExpertWeights, Index
 
 ALIGNMENT = 16  # bytes
 
@@ -127,9 +128,9 @@ def _gather(x_TD: Tensor, token_of_row: Tensor, one: bool) -> Tensor:
     return _operand(x_TD, x_TD.dtype, rows=True).index_select(0, token_of_row.clamp(min=0))
 
 
-def _has_one(x_TD: Tensor, b1_EH: Tensor | None, b3_EH: Tensor | None) -> bool:
+def _has_one(x_TD: Tensor, weights: ExpertWeights) -> bool:
     """Whether biases are a row of the weights."""
-    return x_TD.dtype != torch.float32 and not (b1_EH is None and b3_EH is None)
+    return x_TD.dtype != torch.float32 and not (weights.b1_EH is None and weights.b3_EH is None)
 
 
 def _pre_activation(groups: _Groups, x: Tensor, w_EDH: Tensor, b_EH: Tensor | None, one: bool) -> Tensor:
@@ -144,47 +145,32 @@ def _pre_activation(groups: _Groups, x: Tensor, w_EDH: Tensor, b_EH: Tensor | No
     return groups.linear(x, w)
 
 
-def _token_sum(rows_RD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
+def _token_sum(rows_RD: Tensor, index: Index) -> Tensor:
     """Each token's sum of rows, [T, D], in fp32."""
     in_order = rows_RD.to(torch.promote_types(rows_RD.dtype, torch.float32))
-    in_order = in_order.index_select(0, row_of_assignment.clamp(min=0))
-    return torch.segment_reduce(in_order, "sum", offsets=token_offsets, axis=0, unsafe=True)  # checks would wait
+    in_order = in_order.index_select(0, index.row_of_assignment.clamp(min=0))
+    return torch.segment_reduce(in_order, "sum", offsets=index.token_offsets, axis=0, unsafe=True)  # checks would wait
 
 
-def _empty_like(p: Tensor | None, x_TD: Tensor) -> Tensor:
-    """Instead of a gradient that is not wanted, or zeros."""
-    return x_TD.new_empty((0,), dtype=torch.float32) if p is None else torch.zeros_like(p)
+def _pre_activations(groups: _Groups, x: Tensor, weights: ExpertWeights, one: bool) -> tuple[Tensor, Tensor | None]:
+    """h, and u of gated experts."""
+    w1, b1, w3, b3, _, _ = weights
+    return _pre_activation(groups, x, w1, b1, one), None if w3 is None else _pre_activation(groups, x, w3, b3, one)
 
 
 def grouped_ffn(
-    x_TD: Tensor,
-    gate_A: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
-    activation: str,
-    apply_gate: bool,
-    save: bool,
-    engine: str = "grouped_mm",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation `grouped_ffn`."""
-    (R,), T, (_, H, O) = token_of_row.shape, x_TD.shape[0], w2_EHO.shape
+    x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights, activation: str, apply_gate: bool, save: bool,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    w2_EHO, b2_EO = weights[4:]
+    R, T, (_, H, O) = index.rows, x_TD.shape[0], w2_EHO.shape
     none = x_TD.new_empty((0, H))
     if R == 0 or T == 0:
-        h = x_TD.new_zeros((R if save else 0, H))
-        return x_TD.new_zeros((R, O)), h, none if w3_EDH is None else h.clone()
-    dtype, groups = x_TD.dtype, _Groups(expert_offsets, R)
-    one = _has_one(x_TD, b1_EH, b3_EH)
-    x = _gather(x_TD, token_of_row, one)
-    h = _pre_activation(groups, x, w1_EDH, b1_EH, one)
-    u = None if w3_EDH is None else _pre_activation(groups, x, w3_EDH, b3_EH, one)
+        h_AH, u_AH = weights.pre_activations(x_TD, R if save else 0)
+        return x_TD.new_zeros((R, O)), h_AH.zero_(), u_AH.zero_()
+    dtype, groups = x_TD.dtype, _Groups(index.expert_offsets, R)
+    one = _has_one(x_TD, weights)
+    h, u = _pre_activations(groups, _gather(x_TD, index.token_of_row, one), weights, one)
     _, a = hidden_rows(ACTIVATIONS[activation], h, u)
     rows = _columns(groups.linear(a, _operand(w2_EHO, dtype), b2_EO), O)
     if apply_gate:
@@ -193,42 +179,21 @@ def grouped_ffn(
 
 
 def grouped_ffn_backward(
-    d_rows_AO: Tensor,
-    h_AH: Tensor,
-    u_AH: Tensor,
-    x_TD: Tensor,
-    gate_A: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
-    activation: str,
-    apply_gate: bool,
-    weights: bool,
-    engine: str = "grouped_mm",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the operation `grouped_ffn_backward`."""
-    (R,), (T, D), dtype = token_of_row.shape, x_TD.shape, x_TD.dtype
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    grads = [_empty_like(p if weights and (R == 0 or T == 0) else None, x_TD) for p in params]
+    d_rows_AO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights,
+    activation: str, apply_gate: bool, wanted: bool, engine: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    R, (T, D), dtype = index.rows, x_TD.shape, x_TD.dtype
     if R == 0 or T == 0:
-        return torch.zeros_like(x_TD), torch.zeros_like(gate_A), *grads  # type: ignore[return-value]
-    act, groups = ACTIVATIONS[activation], _Groups(expert_offsets, R)
-    saved, one = h_AH.shape[0] == R, _has_one(x_TD, b1_EH, b3_EH)
-    x = _gather(x_TD, token_of_row if weights or not saved else token_of_row[:0], one and not saved)
-    u = None
+        return torch.zeros_like(x_TD), torch.zeros_like(gate_A), *(g.zero_() for g in weights.gradients(wanted))
+    w1_EDH, _, w3_EDH, _, w2_EHO, b2_EO = weights
+    act, groups = ACTIVATIONS[activation], _Groups(index.expert_offsets, R)
+    saved, one = h_AH.shape[0] == R, _has_one(x_TD, weights)
+    x = _gather(x_TD, index.token_of_row if wanted or not saved else index.token_of_row[:0], one and not saved)
     if saved:
         h = _operand(h_AH, dtype, rows=True)
         u = None if w3_EDH is None else _operand(u_AH, dtype, rows=True)
     else:
-        h = _pre_activation(groups, x, w1_EDH, b1_EH, one)
-        u = None if w3_EDH is None else _pre_activation(groups, x, w3_EDH, b3_EH, one)
+        h, u = _pre_activations(groups, x, weights, one)
     x = x[:, : _aligned_size(D, dtype)]
     act_h, a = hidden_rows(act, h, u)
     d_row = _operand(d_rows_AO, dtype, rows=True)
@@ -244,22 +209,22 @@ def grouped_ffn_backward(
     d_xs = groups.linear(d_h, _operand(w1_EDH, dtype).transpose(1, 2))
     if d_u is not None and w3_EDH is not None:
         d_xs = d_xs.to(wide) + groups.linear(d_u, _operand(w3_EDH, dtype).transpose(1, 2))
-    if weights:
+    grads = weights.gradients(False)
+    if wanted:
         d_rows: tuple[Tensor | None, ...] = (d_h, d_u, d_row)
         for i, (left, d) in enumerate(zip((x, x, a), d_rows, strict=True)):
-            w, b = params[2 * i], params[2 * i + 1]
+            w, b = weights[2 * i], weights[2 * i + 1]
             if w is not None and d is not None:
                 grads[2 * i] = groups.weight_gradient(left, d, w)
             if b is not None and d is not None:
                 grads[2 * i + 1] = groups.bias_gradient(d, b)
-    d_x_TD = _columns(_token_sum(d_xs, token_offsets, row_of_assignment).to(dtype), D)
-    return d_x_TD, d_gate.to(gate_A.dtype), *grads  # type: ignore[return-value]
+    d_x_TD = _columns(_token_sum(d_xs, index).to(dtype), D)
+    return d_x_TD, d_gate.to(gate_A.dtype), *grads
 
 
 def grouped_linear(
     rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "grouped_mm"
 ) -> Tensor:
-    """As the operation `grouped_linear`."""
     (R, _), O, dtype = rows_AD.shape, w_EDO.shape[2], rows_AD.dtype
     if R == 0:
         return rows_AD.new_zeros((0, O))
@@ -276,13 +241,13 @@ def grouped_linear_backward(
     b_EO: Tensor | None,
     engine: str = "grouped_mm",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation `grouped_linear_backward`."""
     (R, D), dtype = rows_AD.shape, rows_AD.dtype
+    none = rows_AD.new_empty((0,), dtype=torch.float32)
     if R == 0:
-        return torch.zeros_like(rows_AD), torch.zeros_like(w_EDO), _empty_like(b_EO, rows_AD)
+        return torch.zeros_like(rows_AD), torch.zeros_like(w_EDO), none if b_EO is None else torch.zeros_like(b_EO)
     groups = _Groups(expert_offsets, R)
     d_out = _operand(d_out_AO, dtype, rows=True)
     d_rows = groups.zero_behind(groups.linear(d_out, _operand(w_EDO, dtype).transpose(1, 2)))
     d_w = groups.weight_gradient(_operand(rows_AD, dtype, rows=True), d_out, w_EDO)
-    d_b = _empty_like(None, rows_AD) if b_EO is None else groups.bias_gradient(d_out, b_EO)
+    d_b = none if b_EO is None else groups.bias_gradient(d_out, b_EO)
     return torch.empty_like(rows_AD).copy_(d_rows[:, :D]), d_w, d_b

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import checked, expect, expect_matrix
-from .engine import on_gpu
+from .operation import expect, expect_matrix, operation
 
+MODULES = {"triton": "gpu.ragged_index"}
 WORD = 64
 MOST_ROWS = 2**31 - 1  # an index of int32 holds
 # eight 0/1 bytes times this hold their low bits, in order, in the top byte
@@ -101,8 +101,18 @@ def _check_bound(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> None:
         raise ValueError(f"capacity = {capacity}: give a number of assignments, 0 or more")
 
 
-@torch.library.custom_op("dynmoe_tutel::ragged_index", mutates_args=())
-@checked(_check_index)
+def _index_shapes(
+    bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+    shapes = ((num_experts + 1,), (bits_TW.shape[0] + 1,), (rows,), (rows,))
+    expert_offsets, token_offsets, token_of_row, row_of_assignment = (
+        bits_TW.new_empty(shape, dtype=torch.int32) for shape in shapes
+    )
+    return expert_offsets, token_offsets, token_of_row, row_of_assignment
+
+
+@operation(check=_check_index, fake=_index_shapes, engines=MODULES)
 def ragged_index(
     bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,20 +142,11 @@ def ragged_index(
     return expert_offsets, token_offsets, token_of_row, row_of_assignment
 
 
-@ragged_index.register_fake
-def _(
-    bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
-    shapes = ((num_experts + 1,), (bits_TW.shape[0] + 1,), (rows,), (rows,))
-    expert_offsets, token_offsets, token_of_row, row_of_assignment = (
-        bits_TW.new_empty(shape, dtype=torch.int32) for shape in shapes
-    )
-    return expert_offsets, token_offsets, token_of_row, row_of_assignment
+def _bound_shapes(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(bits_TW), bits_TW.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("dynmoe_tutel::bound_assignments", mutates_args=())
-@checked(_check_bound)
+@operation(check=_check_bound, fake=_bound_shapes, engines=MODULES)
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """At most `capacity` assignments: those of the smallest margins go, later ones first among equals.
 
@@ -166,12 +167,3 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
     assigned_TE.view(-1)[pair_A[below]] = False
     assigned_TE.view(-1)[pair_A[equal[equal.shape[0] - (excess - int(below.sum())) :]]] = False
     return pack_bits(assigned_TE), dropped
-
-
-@bound_assignments.register_fake
-def _(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(bits_TW), bits_TW.new_empty((), dtype=torch.int64)
-
-
-on_gpu(ragged_index, "ragged_index")
-on_gpu(bound_assignments, "ragged_index")

@@ -6,10 +6,12 @@ number is drawn, and the result does not depend on how the rows came in batches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import checked, expect, expect_matrix
+from .operation import expect, expect_matrix, operation
 
 SIZE, STRIDE, SEEN = range(3)  # entries of `state`
 
@@ -25,8 +27,11 @@ def _check(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> 
     expect("chosen_T", chosen_T, (T,), "[T]", torch.bool)
 
 
-@torch.library.custom_op("dynmoe_tutel::keep_strided", mutates_args=("sample_ND", "state"))
-@checked(_check)
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@operation(check=_check, fake=_nothing, mutates=("sample_ND", "state"))
 def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
     """Add the rows of x_TD where chosen_T to sample_ND [N + 1, D], whose last row is scratch; at most N are kept.
 
@@ -44,11 +49,6 @@ def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tenso
     kept_T = chosen_T & (index_T % stride == 0)
     sample_ND.index_copy_(0, torch.where(kept_T, index_T // stride, most), x_TD.to(sample_ND.dtype))
     state.copy_(torch.stack([(total + stride - 1) // stride, stride, total]))
-
-
-@keep_strided.register_fake
-def _(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
-    return None
 
 
 def thinned(rows_ND: Tensor, stride: int, most: int) -> tuple[Tensor, int]:

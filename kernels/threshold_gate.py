@@ -12,16 +12,17 @@ tokens, whatever the dtype of the inputs. With `fallback`, an unrouted token get
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import without_autocast
-from .checks import checked, expect, expect_matrix
-from .engine import on_gpu
+from .operation import expect, expect_matrix, operation
 from .ragged_index import block_tokens, count_blocks, pack_bits, words
 
 NORM_EPS = 1e-12
+MODULES = {"triton": "gpu.threshold_gate"}
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
@@ -35,9 +36,10 @@ def inverse_norm(v: Tensor, dim: int) -> Tensor:
     return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
 
-def _check(  # type: ignore[no-untyped-def]
-    x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T=None
-) -> None:
+def _check(
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
+    token_mask_T: Tensor | None = None,
+) -> None:  # fmt: skip
     expect_matrix("x_TD", x_TD, "[T, D]")
     expect_matrix("w_DE", w_DE, "[D, E]")
     (T, D), E = x_TD.shape, w_DE.shape[1]
@@ -52,18 +54,37 @@ def _check(  # type: ignore[no-untyped-def]
         raise ValueError(f"scale must be one number of a floating type, got {scale.dtype} {list(scale.shape)}")
 
 
-@torch.library.custom_op("dynmoe_tutel::threshold_gate", mutates_args=())
-@checked(_check)
-@without_autocast
+def _shapes(x_TD: Tensor, w_DE: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, E = x_TD.shape[0], w_DE.shape[1]
+    dtype = gate_dtype(x_TD)
+    return (
+        x_TD.new_empty((T, E), dtype=dtype),
+        x_TD.new_empty((T, words(E)), dtype=torch.int64),
+        x_TD.new_empty((T,), dtype=torch.bool),
+        x_TD.new_empty((T,), dtype=dtype),
+        x_TD.new_empty((-(-T // block_tokens(E)) * E,), dtype=torch.int32),
+    )
+
+
+def _context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x_TD, w_DE, _, _, scale, *_ = inputs
+    score_TE, _, _, inv_norm_T, _ = output
+    ctx.save_for_backward(score_TE, x_TD, w_DE, inv_norm_T, scale)
+
+
+def _backward(ctx: Any, d_score_TE: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
+    if d_score_TE is None:
+        return None
+    d_x_TD, d_w_DE, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
+    return d_x_TD, d_w_DE, None, None, d_scale
+
+
+@operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def threshold_gate(
-    x_TD: Tensor,
-    w_DE: Tensor,
-    threshold_E: Tensor,
-    active_E: Tensor,
-    scale: Tensor,
-    fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
     token_mask_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
     dtype = gate_dtype(x_TD)
     x, w = x_TD.to(dtype), w_DE.to(dtype)
@@ -88,29 +109,13 @@ def threshold_gate(
     return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
-@threshold_gate.register_fake
-def _(
-    x_TD: Tensor,
-    w_DE: Tensor,
-    threshold_E: Tensor,
-    active_E: Tensor,
-    scale: Tensor,
-    fallback: bool,
-    token_mask_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, E = x_TD.shape[0], w_DE.shape[1]
-    dtype = gate_dtype(x_TD)
-    return (
-        x_TD.new_empty((T, E), dtype=dtype),
-        x_TD.new_empty((T, words(E)), dtype=torch.int64),
-        x_TD.new_empty((T,), dtype=torch.bool),
-        x_TD.new_empty((T,), dtype=dtype),
-        x_TD.new_empty((-(-T // block_tokens(E)) * E,), dtype=torch.int32),
-    )
+def _backward_shapes(
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), torch.empty_like(scale)
 
 
-@torch.library.custom_op("dynmoe_tutel::threshold_gate_backward", mutates_args=())
-@without_autocast
+@operation(fake=_backward_shapes, engines=MODULES, autocast=False)
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,29 +143,3 @@ def threshold_gate_backward(
     radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inv_norm_T.square())
     d_x_TD.addcmul_(x, radial_T.unsqueeze(1), value=-1)
     return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)
-
-
-@threshold_gate_backward.register_fake
-def _(
-    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), torch.empty_like(scale)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    x_TD, w_DE, _, _, scale, *_ = inputs
-    score_TE, _, _, inv_norm_T, _ = output
-    ctx.save_for_backward(score_TE, x_TD, w_DE, inv_norm_T, scale)
-
-
-def _backward(ctx, d_score_TE, *_):  # type: ignore[no-untyped-def]
-    if d_score_TE is None:
-        return (None,) * 7
-    d_x, d_w, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
-    return d_x, d_w, None, None, d_scale, None, None
-
-
-threshold_gate.register_autograd(_backward, setup_context=_setup_context)
-on_gpu(threshold_gate, "threshold_gate")
-on_gpu(threshold_gate_backward, "threshold_gate")

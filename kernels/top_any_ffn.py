@@ -15,140 +15,98 @@ The gradient of the thresholds G, `thresholds_E`, is minus that of the scores, t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import checked, expect, expect_experts, expect_index
-from .engine import on_gpu
+from .dispatch_combine import combine, combine_backward, row_gates_backward
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
-from .rows import combine, combine_backward, row_gates_backward
+from .operands import ExpertWeights, Index, Router
+from .operation import keep, kept, operation
 from .threshold_gate import threshold_gate_backward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MODULES = {"triton": "gpu.top_any_ffn"}
 
 
-def _check(x_TD, w_DE, thresholds_E, scale, score_TE, inv_norm_T, unrouted_T, bits_TW, *args) -> None:  # type: ignore[no-untyped-def]
-    E, T = expect_experts(x_TD, args[4:10], args[10]), x_TD.shape[0]
-    expect_index(T, E, args[:4])
-    expect("w_DE", w_DE, (x_TD.shape[1], E), "[D, E]")
-    expect("thresholds_E", thresholds_E, (E,), "[E]")
-    if scale.numel() != 1:
-        raise ValueError(f"scale must be one number, got shape {list(scale.shape)}")
-    expect("score_TE", score_TE, (T, E), "[T, E]")
-    expect("inv_norm_T", inv_norm_T, (T,), "[T]")
-    expect("unrouted_T", unrouted_T, (T,), "[T]", torch.bool)
-    expect("bits_TW", bits_TW, (T, -(-E // 64)), "[T, W], 64 experts a word,", torch.int64)
-    if args[12] not in DTYPES:
-        raise ValueError(f"dtype = {args[12]}: allowed are {', '.join(str(dtype) for dtype in DTYPES)}")
-
-
-@torch.library.custom_op("dynmoe_tutel::top_any_ffn", mutates_args=())
-@checked(_check)
-def top_any_ffn(
+def _check(
     x_TD: Tensor,
-    w_DE: Tensor,
-    thresholds_E: Tensor,
-    scale: Tensor,
-    score_TE: Tensor,
-    inv_norm_T: Tensor,
-    unrouted_T: Tensor,
-    bits_TW: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
+    router: Router,
+    index: Index,
+    weights: ExpertWeights,
     activation: str,
     centred: bool,
-    dtype: torch.dtype,
-    save: bool,
-    engine: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+    dtype: Any,
+    *_: Any,
+) -> None:
+    E = weights.check(x_TD, activation)
+    index.check(x_TD.shape[0], E)
+    router.check(x_TD, E)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype}: allowed are {', '.join(str(dtype) for dtype in DTYPES)}")
+
+
+def _shapes(
+    x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights, activation: str, centred: bool,
+    dtype: torch.dtype, save: bool, engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x_TD = x_TD.new_empty(x_TD.shape, dtype=dtype)
+    y_TO = x_TD.new_empty((x_TD.shape[0], weights.w2_EHO.shape[2]))
+    return y_TO, *weights.pre_activations(x_TD, index.rows if save else 0)
+
+
+def _backward_shapes(
+    d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
+    activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    w_DE, thresholds_E, scale, *_ = router
+    d_router = w_DE.new_empty(w_DE.shape), torch.empty_like(thresholds_E), torch.empty_like(scale)
+    return x_TD.new_empty(x_TD.shape), *d_router, *weights.gradients(wanted)
+
+
+def _context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x_TD, router, index, weights, ctx.activation, ctx.centred, ctx.dtype, _, ctx.engine = inputs
+    keep(ctx, *output[1:], x_TD, router, index, weights)
+
+
+def _backward(ctx: Any, d_y_TO: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
+    if d_y_TO is None:
+        return None
+    *kept_rows, x_TD, router, index, weights = kept(ctx)
+    wanted = ctx.wanted["weights"]
+    options = (ctx.activation, ctx.centred, ctx.dtype, wanted, ctx.engine)
+    d_x_TD, d_w_DE, d_thresholds_E, d_scale, *d_weights = top_any_ffn_backward(
+        d_y_TO.contiguous(), *kept_rows, x_TD, router, index, weights, *options
+    )
+    return d_x_TD, (d_w_DE, d_thresholds_E, d_scale), None, d_weights if wanted else None
+
+
+@operation(check=_check, fake=_shapes, engines=MODULES, context=_context, backward=_backward)
+def top_any_ffn(
+    x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights, activation: str, centred: bool,
+    dtype: torch.dtype, save: bool, engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Tokens [T, O] in `dtype`, that of the products; h and u [rows, H] for the backward, empty unless `save`."""
-    index = (expert_offsets, token_offsets, token_of_row, row_of_assignment)
-    gate_A = score_TE.new_empty((token_of_row.shape[0],))  # not applied
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    rows_AO, h_AH, u_AH = grouped_ffn(x_TD.to(dtype), gate_A, *index, *params, activation, False, save, engine)
+    gate_A = router.score_TE.new_empty((index.rows,))  # not applied
+    rows_AO, h_AH, u_AH = grouped_ffn(x_TD.to(dtype), gate_A, index, weights, activation, False, save, engine)
     return combine(rows_AO, *index[1:], True), h_AH, u_AH
 
 
-@top_any_ffn.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x_TD,
-    w_DE,
-    thresholds_E,
-    scale,
-    score_TE,
-    inv_norm_T,
-    unrouted_T,
-    bits_TW,
-    expert_offsets,
-    token_offsets,
-    token_of_row,
-    row_of_assignment,
-    w1_EDH,
-    b1_EH,
-    w3_EDH,
-    b3_EH,
-    w2_EHO,
-    b2_EO,
-    activation,
-    centred,
-    dtype,
-    save,
-    engine="auto",
-):
-    R, H = token_of_row.shape[0], w1_EDH.shape[2]
-    return (
-        x_TD.new_empty((x_TD.shape[0], w2_EHO.shape[2]), dtype=dtype),
-        x_TD.new_empty((R if save else 0, H), dtype=dtype),
-        x_TD.new_empty((R if save and w3_EDH is not None else 0, H), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("dynmoe_tutel::top_any_ffn_backward", mutates_args=())
+@operation(fake=_backward_shapes, engines=MODULES)
 def top_any_ffn_backward(
-    d_y_TO: Tensor,
-    h_AH: Tensor,
-    u_AH: Tensor,
-    x_TD: Tensor,
-    w_DE: Tensor,
-    thresholds_E: Tensor,
-    scale: Tensor,
-    score_TE: Tensor,
-    inv_norm_T: Tensor,
-    unrouted_T: Tensor,
-    bits_TW: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    token_of_row: Tensor,
-    row_of_assignment: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor | None,
-    w3_EDH: Tensor | None,
-    b3_EH: Tensor | None,
-    w2_EHO: Tensor,
-    b2_EO: Tensor | None,
-    activation: str,
-    centred: bool,
-    dtype: torch.dtype,
-    weights: bool,
-    engine: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; the last six empty unless `weights`."""
-    index = (expert_offsets, token_offsets, token_of_row, row_of_assignment)
-    gate_A = score_TE.new_empty((token_of_row.shape[0],))
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    d_rows_AO = combine_backward(d_y_TO.to(dtype), token_offsets, token_of_row, True)
+    d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
+    activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; those of weights empty unless `wanted`."""
+    w_DE, thresholds_E, scale, score_TE, inv_norm_T, unrouted_T, _ = router
+    gate_A = score_TE.new_empty((index.rows,))
+    d_rows_AO = combine_backward(d_y_TO.to(dtype), index.token_offsets, index.token_of_row, True)
     d_x_TD, d_gate_A, *grads = grouped_ffn_backward(
-        d_rows_AO, h_AH, u_AH, x_TD.to(dtype), gate_A, *index, *params, activation, False, weights, engine
+        d_rows_AO, h_AH, u_AH, x_TD.to(dtype), gate_A, index, weights, activation, False, wanted, engine
     )
-    d_score_TE = row_gates_backward(d_gate_A, unrouted_T, *index, True, centred)
+    d_score_TE = row_gates_backward(d_gate_A, unrouted_T, index, True, centred)
     through_gate_TD, d_w_DE, d_scale = threshold_gate_backward(d_score_TE, score_TE, x_TD, w_DE, inv_norm_T, scale)
     # theta = sigmoid(tau G): d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G
     G_E, tau = thresholds_E.to(score_TE.dtype), scale.to(score_TE.dtype)
@@ -159,64 +117,3 @@ def top_any_ffn_backward(
     d_thresholds_E = (through_theta_E * tau).to(thresholds_E.dtype)
     d_scale = d_scale + (through_theta_E * G_E).masked_fill_(silent_E, 0).sum().to(scale.dtype)
     return d_x_TD.to(x_TD.dtype) + through_gate_TD, d_w_DE, d_thresholds_E, d_scale, *grads
-
-
-@top_any_ffn_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    d_y_TO,
-    h_AH,
-    u_AH,
-    x_TD,
-    w_DE,
-    thresholds_E,
-    scale,
-    score_TE,
-    inv_norm_T,
-    unrouted_T,
-    bits_TW,
-    expert_offsets,
-    token_offsets,
-    token_of_row,
-    row_of_assignment,
-    w1_EDH,
-    b1_EH,
-    w3_EDH,
-    b3_EH,
-    w2_EHO,
-    b2_EO,
-    activation,
-    centred,
-    dtype,
-    weights,
-    engine="auto",
-):
-    def grad(p: Tensor | None) -> Tensor:
-        return torch.empty_like(p) if weights and p is not None else x_TD.new_empty((0,), dtype=torch.float32)
-
-    params = (w1_EDH, b1_EH, w3_EDH, b3_EH, w2_EHO, b2_EO)
-    router = (w_DE.new_empty(w_DE.shape), torch.empty_like(thresholds_E), torch.empty_like(scale))
-    return x_TD.new_empty(x_TD.shape), *router, *(grad(p) for p in params)
-
-
-def _context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    *tensors, ctx.activation, ctx.centred, ctx.dtype, _, ctx.engine = inputs
-    ctx.save_for_backward(output[1], output[2], *tensors)
-
-
-def _backward(ctx, d_y_TO, d_h, d_u):  # type: ignore[no-untyped-def]
-    if d_y_TO is None:
-        return (None,) * 23
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-    params = saved[14:]
-    weights = any(ctx.needs_input_grad[12:18])
-    d_x, d_w, d_thresholds, d_scale, *d_params = top_any_ffn_backward(
-        d_y_TO.contiguous(), *saved, ctx.activation, ctx.centred, ctx.dtype, weights, ctx.engine
-    )
-    d_params = [d if weights and p is not None else None for p, d in zip(params, d_params, strict=True)]
-    return d_x, d_w, d_thresholds, d_scale, *(None,) * 8, *d_params, *(None,) * 5
-
-
-top_any_ffn.register_autograd(_backward, setup_context=_context)
-on_gpu(top_any_ffn, "top_any_ffn")
-on_gpu(top_any_ffn_backward, "top_any_ffn")

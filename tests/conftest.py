@@ -25,7 +25,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seeded() -> None:
-    """torch's global random state is that of seed 0."""
+    """torch's global random state is that of seed 0: what a test draws does not depend on the tests before it."""
     torch.manual_seed(0)

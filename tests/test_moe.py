@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe_tutel import MoELayer, Routing, moe, options
+from dynmoe_tutel import MoELayer, Routing, moe, validation
 
 D, H, E, START = 16, 24, 6, 4
 KINDS: dict[str, Any] = {
@@ -71,7 +71,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What the package warns of, from here on, as if it had not warned before."""
-    monkeypatch.setattr(options, "_warned", set())
+    monkeypatch.setattr(validation, "_warned", set())
     caplog.set_level(logging.WARNING, "dynmoe_tutel")
     return caplog
 

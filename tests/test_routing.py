@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynmoe_tutel import Routing, moe
-from dynmoe_tutel.padded_rows import PaddedRows
+from dynmoe_tutel.routing import PaddedRows
 
 EXPERTS = (1, 63, 64, 65, 200)
 D = 8

@@ -23,7 +23,7 @@ def layer_with(gate: str = "top_any", experts: dict[str, Any] | None = None, **o
 
 
 def tokens() -> Tensor:
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(32))  # no cosine is near 0, the thresholds
 
 
 @pytest.mark.parametrize("gate", ["top_any", "top"])

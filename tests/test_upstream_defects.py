@@ -1,8 +1,8 @@
 """One regression test for each defect of the public DynMoE code that could occur here, by the id of our survey of it.
 
 Elsewhere: D7, S4 (ranks decide as one) in test_controller.py; D9 (optimizer rows) and S5 (fp32 master copies) in
-test_optimizer_rows.py; D13 and several experts of one update (D8) also in test_policy.py. Cannot occur: D6 (dead code),
-D15, D17, D26 (nothing is sharded yet), D21 (no kernel launches of our own on CPU), S1, S2, S9, S10, S12 to S14
+test_optimizer_state.py; D13 and several experts of one update (D8) also in test_policy.py. Cannot occur: D6 (dead
+code), D15, D17, D26 (nothing is sharded yet), D21 (no kernel launches of our own on CPU), S1, S2, S9, S10, S12 to S14
 (DeepSpeed's engine, its users).
 """
 

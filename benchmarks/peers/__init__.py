@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shapes import Shape
+from ..common.shapes import Shape
 
 # name in the table -> module here
 ADAPTERS = {
@@ -100,8 +100,9 @@ def ours(case: PeerCase) -> Peer:
     assert name is not None
 
     def forward(x_TD: Tensor) -> Tensor:
-        index = kernels.ragged_index(bits_TW, case.shape.E, rows)
-        out, _, _ = kernels.grouped_ffn(x_TD, gate_A, *index, w1, None, w3, None, w2, None, name, False, True)
+        index = kernels.Index(*kernels.ragged_index(bits_TW, case.shape.E, rows))
+        weights = kernels.ExpertWeights(w1, None, w3, None, w2, None)
+        out, _, _ = kernels.grouped_ffn(x_TD, gate_A, index, weights, name, False, True)
         return kernels.combine(out, *index[1:], True)
 
     return Peer(forward, [w for w in (w1, w2, w3) if w is not None])

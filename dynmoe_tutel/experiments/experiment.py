@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 
 from dynmoe_tutel.checkpoint import write_file
-from dynmoe_tutel.experiments import comparison, plots, results, scalars
 from dynmoe_tutel.experiments.job import Several, warn_of_other_versions
-from dynmoe_tutel.experiments.progress import ProgressBar
+from dynmoe_tutel.experiments.report import comparison, plots, results, tensorboard
+from dynmoe_tutel.experiments.report.progress import ProgressBar
 from dynmoe_tutel.experiments.rows import row_order
 from dynmoe_tutel.experiments.run_folder import (
     CONFIG,
@@ -169,8 +169,8 @@ def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int
                     raise Interrupted(signum)
                 with RunFolder.resume(path / RUNS / key.name) as folder:
                     reporters = Several([bar])
-                    if scalars.available():
-                        reporters.add(scalars.ScalarWriter(folder.path))
+                    if tensorboard.available():
+                        reporters.add(tensorboard.ScalarWriter(folder.path))
                     try:
                         run_all(task, [key], folder, reporters, stop_request)
                     finally:

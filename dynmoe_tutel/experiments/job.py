@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dynmoe_tutel.experiments import results, scalars, table
-from dynmoe_tutel.experiments.progress import ProgressBar
+from dynmoe_tutel.experiments.report import results, table, tensorboard
+from dynmoe_tutel.experiments.report.progress import ProgressBar
 from dynmoe_tutel.experiments.run_folder import RunFolder, read_config
 from dynmoe_tutel.experiments.runner import Interrupted, Reporter
 from dynmoe_tutel.experiments.train import TrainConfig, train
@@ -55,8 +55,8 @@ def _finish(config: TrainConfig, folder: RunFolder, console: Console) -> int:
     try:
         with ProgressBar(console, len(config.plan), config.steps) as bar:
             reporters.add(bar)
-            if scalars.available():
-                reporters.add(scalars.ScalarWriter(folder.path))
+            if tensorboard.available():
+                reporters.add(tensorboard.ScalarWriter(folder.path))
             train(config, folder, reporters)
     except Interrupted as interrupted:
         console.print(
@@ -112,5 +112,5 @@ class Several:
 
     def close(self) -> None:
         for reporter in self._all:
-            if isinstance(reporter, scalars.ScalarWriter):
+            if isinstance(reporter, tensorboard.ScalarWriter):
                 reporter.close()

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynmoe_tutel import meters
-from dynmoe_tutel.controller import ExpertController, Schedule
+from dynmoe_tutel import metrics
+from dynmoe_tutel.adaptive.controller import ExpertController, Schedule
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 from dynmoe_tutel.experiments.task import KINDS, Part, RunKey, Task
 
@@ -99,7 +99,7 @@ class Run:
         self.settings, self.row, self.name = task.settings, key.row, key.name
         self.model = task.build(key).to(task.device).train()  # libraries hand over models in eval mode
         self.optimizer = task.optimizer(self.model)
-        self.meter = meters.RoutingMeter(self.model)
+        self.meter = metrics.RoutingMeter(self.model)
         self.controller: ExpertController | None = None
         if task.adaptive(key.row):
             every = self.settings.update_every
@@ -209,12 +209,12 @@ class Run:
         self.model.train()
         layers = {}
         for kind in KINDS:
-            self.meter.load_state_dict(meters.total(sums[kind]) if sums[kind] else meters.total([kept], scale=0))
+            self.meter.load_state_dict(metrics.total(sums[kind]) if sums[kind] else metrics.total([kept], scale=0))
             layers[kind] = self.meter.read()
         self.meter.load_state_dict(kept)
         inside = layers["in"] if sums["in"] else layers["validation"]
         self.layers_at_eval = inside
-        activated, total = meters.parameter_counts(self.model, {name: layer["k"] for name, layer in inside.items()})
+        activated, total = metrics.parameter_counts(self.model, {name: layer["k"] for name, layer in inside.items()})
         line = {
             "kind": "eval",
             **self.key.fields,

@@ -1,6 +1,6 @@
 """What a job trains: its settings, the keys of its runs, the parts of its data, and the `Task` over them.
 
-`train` and the experiments are tasks; `runner` trains them. Depends on torch alone.
+`train` and the experiments are tasks; `runner` trains them.
 """
 
 from __future__ import annotations

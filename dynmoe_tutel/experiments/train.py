@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynmoe_tutel import moe
-from dynmoe_tutel.experiments import digits
 from dynmoe_tutel.experiments.run_folder import RunFolder
 from dynmoe_tutel.experiments.runner import Reporter, run_all
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
-from dynmoe_tutel.experiments.vit import ViT, ViTConfig
+from dynmoe_tutel.experiments.vision import digits
+from dynmoe_tutel.experiments.vision.vit import ViT, ViTConfig
 
 ROWS = ("dense", "top-1", "top-2", "dynmoe")
 

@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 
-from ..options import refuse_unknown
-from .base import Experts
-from .custom import CustomExperts
+from ..validation import refuse_unknown
+from .base import EXPERT_KINDS, Experts, expert_kind
 from .ffn import FFNExperts
 from .llama_ffn import LlamaFFNExperts
 
-__all__ = ["CustomExperts", "Experts", "FFNExperts", "LlamaFFNExperts", "make_block", "make_experts"]
+from .custom import CustomExperts  # isort: skip
+
+__all__ = [
+    "EXPERT_KINDS",
+    "CustomExperts",
+    "Experts",
+    "FFNExperts",
+    "LlamaFFNExperts",
+    "expert_kind",
+    "make_block",
+    "make_experts",
+]
 
 COUNT_KEYS = ("num_experts_per_device", "count_per_node")
-_MLP_KEYS = {"hidden_size_per_expert", "activation_fn", "recompute", "engine"}
-_FFN_KEYS = {
-    *_MLP_KEYS,
-    "activation_fn_with_self",
-    "output_dim",
-    "has_fc1_bias",
-    "has_fc2_bias",
-}
 
 
 def experts_at_start(config: Mapping[str, Any]) -> int:
@@ -46,16 +48,13 @@ def experts_at_start(config: Mapping[str, Any]) -> int:
 def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common: Any) -> Experts:
     """Build the experts that `config` describes; ValueError for an unknown type or key. `config` is not changed."""
     options = {key: value for key, value in config.items() if key not in COUNT_KEYS}
-    kind = options.pop("type", "ffn")
-    if kind == "custom":
-        return CustomExperts(model_dim, slots, **common, **options)
-    if kind == "ffn":
-        refuse_unknown("experts of type 'ffn'", options, _FFN_KEYS)
-        return FFNExperts(model_dim, slots, **common, **options)
-    if kind == "llama_ffn":
-        refuse_unknown("experts of type 'llama_ffn'", options, _MLP_KEYS)
-        return LlamaFFNExperts(model_dim, slots, **common, **options)
-    raise ValueError(f"experts['type'] = {kind!r}: allowed are ffn, llama_ffn, custom")
+    name = options.pop("type", "ffn")
+    if not isinstance(name, str) or name not in EXPERT_KINDS:
+        raise ValueError(f"experts['type'] = {name!r}: allowed are {', '.join(EXPERT_KINDS)}")
+    kind = EXPERT_KINDS[name]
+    if kind.keys is not None:
+        refuse_unknown(f"experts of type {name!r}", options, kind.keys)
+    return kind.cls(model_dim, slots, **common, **options)
 
 
 def make_block(
@@ -72,7 +71,7 @@ def make_block(
             if len(module) != slots:
                 raise ValueError(f"experts['module'] holds {len(module)} modules: give one for each of {slots} slots")
             config = {**config, "module": list(module)[first : first + count]}
-        for _ in range(first):  # what the slots before the block are drawn from
+        for _ in range(first):  # advance the generator past the slots of lower ranks
             torch.randint(2**62, (1,), generator=generator, device="cpu")
         return make_experts(config, model_dim, count, generator=generator)
     experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..kernels.activations import has_hooks
-from ..kernels.engine import ENGINES
-from ..options import warn_once
-from ..routing import Routing, describe
-
-__all__ = ["Experts", "GroupedMLP", "has_hooks"]
+from ..kernels import ACTIVATIONS
+from ..routing import Routing
 
 Activation = Callable[[Tensor], Tensor]
-RECOMPUTE = ("none", "up")
 SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the index of the slot's entries in it
 
 
-class Experts(nn.Module):
-    """Base of all expert networks: E slots of networks D -> output_dim."""
+@dataclass(frozen=True)
+class ExpertKind:
+    """What a name in `experts["type"]` stands for: a class, and the keys of the dict; None: the class checks them."""
 
-    def __init__(self, model_dim: int, slots: int) -> None:
+    cls: type[Experts]
+    keys: frozenset[str] | None
+
+
+EXPERT_KINDS: dict[str, ExpertKind] = {}
+X = TypeVar("X", bound="type[Experts]")
+
+
+def expert_kind(name: str, keys: Collection[str] | None) -> Callable[[X], X]:
+    """Register a class of expert networks as the kind `name`, with the keys that its dict may have."""
+
+    def register(cls: X) -> X:
+        EXPERT_KINDS[name] = ExpertKind(cls, None if keys is None else frozenset(keys))
+        return cls
+
+    return register
+
+
+class Experts(nn.Module):
+    """Base of all expert networks: this rank's slots of networks D -> output_dim."""
+
+    def __init__(self, model_dim: int, local_slots: int) -> None:
         super().__init__()
-        self.model_dim, self.slots = model_dim, slots
+        self.model_dim, self.local_slots = model_dim, local_slots
         self.output_dim = model_dim
         self.skip_expert = False  # Tutel's SKIP_EXPERT: experts are the identity
 
-    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
-        """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`."""
+    def forward(
+        self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`.
+
+        `token_shape` is a token's as the layer was given it (its product is D), for modules that want it so.
+        """
         raise NotImplementedError
 
     def fuses(self, routing: Routing) -> bool:
@@ -54,7 +75,17 @@ class Experts(nn.Module):
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """The parameters that hold a slot, each with the index of its entries; all have the slots first."""
-        return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.slots,)]
+        return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.local_slots,)]
+
+    @torch.no_grad()
+    def keep_slots(self, first: int, count: int) -> None:
+        """Become the `count` slots from `first` on, in new parameters."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.shape[:1] == (self.local_slots,):
+                    kept = parameter.detach()[first : first + count].clone()
+                    setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        self.local_slots = count
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:
@@ -72,10 +103,10 @@ class Experts(nn.Module):
 def activation_function(name: str, value: Activation | str | None, default: Activation) -> Activation:
     """The function that the option `name` means: a callable, or a name of `kernels.ACTIVATIONS`; else ValueError."""
     if isinstance(value, str):
-        if value not in kernels.ACTIVATIONS:
-            names = ", ".join(kernels.ACTIVATIONS)
+        if value not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
             raise ValueError(f"experts[{name!r}] = {value!r}: allowed names are {names}; or give a function or module")
-        return kernels.ACTIVATIONS[value].value
+        return ACTIVATIONS[value].value
     check_activation(name, value)
     return default if value is None else value
 
@@ -85,142 +116,3 @@ def check_activation(name: str, function: object) -> None:
     if function is not None and (not callable(function) or isinstance(function, type)):
         hint = " (an instance, not the class)" if isinstance(function, type) else ""
         raise ValueError(f"experts[{name!r}] = {function!r}: give a function or module, [rows, H] to [rows, H]{hint}")
-
-
-@torch.no_grad()
-def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """U(-bound, bound) in place, drawn on the CPU where a private generator is given."""
-    if p.is_meta:
-        return
-    if generator is None:
-        p.uniform_(-bound, bound)
-    else:
-        p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
-
-
-@contextmanager
-def drawn_from(generator: torch.Generator | None) -> Iterator[None]:
-    """The global random state seeded from `generator`, and given back as it was; None: as it is."""
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device="cpu")))
-        yield
-
-
-class GroupedMLP(Experts):
-    """The common forward of `ffn` and `llama_ffn`: fused where the activation is known, else by stages.
-
-    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2). The options that both share:
-
-    * `recompute`: "none" keeps x and the pre-activations for the backward, "up" only x: the backward multiplies by the
-      first weights (and the gated ones) again, for the same gradients bit by bit. Needs an activation that runs fused.
-    * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
-      (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
-    """
-
-    def __init__(
-        self, model_dim: int, slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
-    ) -> None:
-        super().__init__(model_dim, slots)
-        for name, value, allowed in (("recompute", recompute, RECOMPUTE), ("engine", engine, ENGINES)):
-            if value not in allowed:
-                raise ValueError(f"experts[{name!r}] = {value!r}: allowed are {', '.join(map(repr, allowed))}")
-        if recompute == "up" and kernels.activation_name(activation) is None:
-            function = getattr(activation, "__name__", type(activation).__name__)
-            raise ValueError(
-                f"experts['recompute'] = 'up' with the activation {function}, which does not run fused: give one of "
-                f"{', '.join(kernels.ACTIVATIONS)}, or 'none' (and torch.utils.checkpoint, to save memory)"
-            )
-        self.activation_fn = activation
-        self.recompute, self.engine = recompute, engine
-
-    @property
-    def activation(self) -> str | None:
-        """The name of `activation_fn` where it runs fused, else None."""
-        return kernels.activation_name(self.activation_fn)
-
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        raise NotImplementedError
-
-    def _keeps(self, *tensors: Tensor | None) -> bool:
-        """Whether a forward of `tensors` keeps pre-activations for its backward."""
-        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return learns and self.recompute == "none"
-
-    def fuses(self, routing: Routing) -> bool:
-        """A top-any gate and an activation that the kernels know."""
-        return routing.router is not None and self.activation is not None and not self.skip_expert
-
-    def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
-        """The mean of each token's experts, [T, output_dim]."""
-        router, activation = routing.router, self.activation
-        assert router is not None
-        assert activation is not None
-        weights = self.weights()
-        y_TO, _, _ = kernels.top_any_ffn(
-            x_TD,
-            router.vectors,
-            router.thresholds,
-            router.scale,
-            routing.scores.detach(),
-            router.inv_norm,
-            routing.unrouted,
-            routing.bits,
-            routing.expert_offsets,
-            routing.token_offsets,
-            routing.token_of_row,
-            routing.row_of_assignment,
-            *weights,
-            activation,
-            combine_gradient == "normalized",
-            self.compute_dtype(x_TD),
-            self._keeps(x_TD, router.vectors, router.thresholds, router.scale, *weights),
-            self.engine,
-        )
-        return y_TO
-
-    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
-        """Rows [rows, output_dim], those of fixed-k gates times their weights."""
-        dtype = self.compute_dtype(x_TD)
-        apply_gate = routing.weights is not None
-        x = x_TD.to(dtype)
-        if self.skip_expert:
-            rows = routing.dispatch(x)
-            return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
-        w1, b1, w3, b3, w2, b2 = self.weights()
-        activation = self.activation
-        if activation is None:
-            if self.recompute != "none" and not torch.compiler.is_compiling():
-                warn_once("experts['recompute'] is ignored: activation_fn was changed to one that does not run fused")
-            rows = routing.dispatch(x)
-            w1, w2 = w1.to(dtype), w2.to(dtype)
-            b1, w3, b3, b2 = (None if w is None else w.to(dtype) for w in (b1, w3, b3, b2))
-            h = kernels.grouped_linear(rows, routing.expert_offsets, w1, b1, self.engine)
-            a = self.activation_fn(h)
-            if not isinstance(a, Tensor) or a.shape != h.shape:
-                raise ValueError(f"activation_fn made {describe(a)} of {list(h.shape)}: it must keep the shape")
-            if w3 is not None:
-                a = a * kernels.grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
-            rows = kernels.grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)
-            return rows * gate_A.unsqueeze(1).to(dtype)
-        rows, _, _ = kernels.grouped_ffn(
-            x,
-            gate_A,
-            routing.expert_offsets,
-            routing.token_offsets,
-            routing.token_of_row,
-            routing.row_of_assignment,
-            w1,
-            b1,
-            w3,
-            b3,
-            w2,
-            b2,
-            activation,
-            apply_gate,
-            self._keeps(x, gate_A, w1, b1, w3, b3, w2, b2),
-            self.engine,
-        )
-        return rows

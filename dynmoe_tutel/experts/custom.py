@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..options import warn_once
-from ..padded_rows import PaddedRows
-from ..routing import Routing, describe
-from .base import Experts, SlotParameter, drawn_from
+from ..initialization import drawn_from
+from ..routing import PaddedRows, Routing
+from ..validation import describe, warn_once
+from .base import Experts, SlotParameter, expert_kind
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertContext:
+    """What modules of Tutel's kind read of their layer in a forward; experts are counted by slots."""
+
+    num_global_experts: int
+    num_local_experts: int
+    group: Any = None
+    world_size: int = 1
+    sharded_count: int = 1  # ranks that share an expert
+    adaptive_degree: int = 1  # Tutel's r
+    megablocks_size: int = 0
+    dispatch_count: Tensor | None = None  # [E], rows of each expert
+
+
+@expert_kind("custom", keys=None)
 class CustomExperts(Experts):
     """`module` is one of:
 
@@ -22,7 +38,7 @@ class CustomExperts(Experts):
     * a class or function that makes one such module (called E times with the remaining options);
     * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D], made
       from (model_dim, num_experts_per_device, sharded_count, its options). Its parameters of leading size E are the
-      slots; `ctx` are these experts, with what Tutel's layer has there on one device.
+      slots; `ctx` is an `ExpertContext`.
 
     With a seed for experts, a class draws from it, slot by slot where it makes one module, on a forked random state.
 
@@ -33,17 +49,13 @@ class CustomExperts(Experts):
     def __init__(
         self,
         model_dim: int,
-        slots: int,
+        local_slots: int,
         *,
         module: Any = None,
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model_dim, slots)
-        self.reserve_shape: tuple[int, ...] = (model_dim,)  # of a token, as the layer was given it
-        self.num_global_experts, self.num_local_experts = slots, slots
-        self.world_size, self.sharded_count, self.adaptive_degree, self.megablocks_size = 1, 1, 1, 0
-        self.group = None
+        super().__init__(model_dim, local_slots)
         if module is None:
             raise ValueError("experts of type 'custom' need 'module': a list of modules, or a class that makes one")
         self.padded = takes_context(module)
@@ -55,10 +67,10 @@ class CustomExperts(Experts):
                 self.module = module
             else:
                 with drawn_from(generator):
-                    self.module = make_batched(module, model_dim, slots, options)
+                    self.module = make_batched(module, model_dim, local_slots, options)
             if not super().slot_parameters(0):
                 warn_once(
-                    f"experts['module']: {type(self.module).__name__} has no parameter [{slots}, ...]: "
+                    f"experts['module']: {type(self.module).__name__} has no parameter [{local_slots}, ...]: "
                     "a grown expert cannot be initialised"
                 )
             return
@@ -67,15 +79,18 @@ class CustomExperts(Experts):
                 "experts['module'] is one module: give a list of one a slot, a class that makes one, or a module whose "
                 "forward takes (x, ctx) with x [E, C, D]"
             )
-        built = list(module) if isinstance(module, Iterable) else _make_each(module, slots, options, generator)
-        if len(built) != slots or not all(isinstance(m, nn.Module) for m in built):
+        built = list(module) if isinstance(module, Iterable) else _make_each(module, local_slots, options, generator)
+        if len(built) != local_slots or not all(isinstance(m, nn.Module) for m in built):
             kinds = ", ".join(sorted({type(m).__name__ for m in built}))
             raise ValueError(
-                f"experts['module'] holds {len(built)} entries ({kinds}): give one nn.Module for each of {slots} slots"
+                f"experts['module'] holds {len(built)} entries ({kinds}): give one nn.Module for each of {local_slots} "
+                "slots"
             )
         self.module = nn.ModuleList(built)
 
-    def forward(self, x_TD: Tensor, routing: Routing, gate_A: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Rows [rows, output_dim] times their gate."""
         dtype = self.compute_dtype(x_TD)
         A = int(routing.num_assignments)
@@ -83,7 +98,7 @@ class CustomExperts(Experts):
         if self.skip_expert:
             out = rows
         elif self.padded:
-            out = self._padded(rows, routing)
+            out = self._padded(rows, routing, token_shape or (self.model_dim,))
         else:
             experts = list(cast(nn.ModuleList, self.module))  # one module may serve several slots
             parts = rows.split(routing.counts.tolist())
@@ -102,14 +117,15 @@ class CustomExperts(Experts):
         behind = gate_A.shape[0] - out.shape[0]
         return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
 
-    def _padded(self, rows_AD: Tensor, routing: Routing) -> Tensor:
+    def _padded(self, rows_AD: Tensor, routing: Routing, token_shape: tuple[int, ...]) -> Tensor:
         """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
         places = PaddedRows(routing)
         E, C = places.num_experts, places.capacity
-        out = self.module(places.pad(rows_AD).view(E, C, *self.reserve_shape), self)
+        context = ExpertContext(num_global_experts=E, num_local_experts=E, dispatch_count=routing.counts)
+        out = self.module(places.pad(rows_AD).view(E, C, *token_shape), context)
         if not isinstance(out, Tensor) or out.dim() < 3 or out.shape[:2] != (E, C):
             raise ValueError(
-                f"the custom expert made {describe(out)} of {[E, C, *self.reserve_shape]}: give [{E}, {C}, D_out]"
+                f"the custom expert made {describe(out)} of {[E, C, *token_shape]}: give [{E}, {C}, D_out]"
             )
         return places.unpad(out.flatten(2))
 
@@ -127,6 +143,14 @@ class CustomExperts(Experts):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             if not key.startswith(f"{prefix}module."):
                 state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+    def keep_slots(self, first: int, count: int) -> None:
+        """Become the `count` slots from `first` on: those modules of a list, or new parameters of a batched one."""
+        if isinstance(self.module, nn.ModuleList) and not self.padded:
+            self.module = self.module[first : first + count]
+            self.local_slots = count
+        else:
+            super().keep_slots(first, count)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """Of a list of modules, all parameters of the slot's; of a batched one, the slot's entries."""
@@ -157,7 +181,7 @@ def takes_context(module: Any) -> bool:
     return bool(arguments) and arguments[0].name == "ctx" and arguments[0].default is inspect.Parameter.empty
 
 
-def _make_each(cls: Any, slots: int, options: dict[str, Any], generator: torch.Generator | None) -> list[Any]:
+def _make_each(cls: Any, local_slots: int, options: dict[str, Any], generator: torch.Generator | None) -> list[Any]:
     """One module a slot, made by `cls` from `options`."""
     if not callable(cls):
         raise ValueError(f"experts['module'] = {cls!r}: give a list of modules, or a class that makes one")
@@ -166,24 +190,26 @@ def _make_each(cls: Any, slots: int, options: dict[str, Any], generator: torch.G
     except TypeError as error:
         raise ValueError(f"experts of type 'custom': {sorted(options)} do not fit 'module': {error}") from None
     made = []
-    for _ in range(slots):
+    for _ in range(local_slots):
         with drawn_from(generator):
             made.append(cls(**options))
     return made
 
 
-def make_batched(cls: Any, model_dim: int, slots: int, options: dict[str, Any], sharded_count: int = 1) -> nn.Module:
+def make_batched(
+    cls: Any, model_dim: int, local_slots: int, options: dict[str, Any], sharded_count: int = 1
+) -> nn.Module:
     """Build Tutel's kind with those of its arguments that it takes; local_experts is an old name."""
     given = {
         "model_dim": model_dim,
-        "num_experts_per_device": slots,
+        "num_experts_per_device": local_slots,
         "sharded_count": sharded_count,
         **options,
     }
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return cls(**given)
-    given["local_experts"] = slots
+    given["local_experts"] = local_slots
     missing = [key for key in options if key not in parameters]
     if missing:
         raise ValueError(f"unknown key {missing[0]!r} in experts: {cls.__name__} takes {', '.join(parameters)}")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import flag, positive_int
-from .base import Activation, GroupedMLP, activation_function, check_activation, fill_uniform
+from ..initialization import fill_uniform
+from ..validation import flag, positive_int
+from .base import Activation, activation_function, check_activation, expert_kind
+from .mlp import MLP_KEYS, GroupedMLP
+
+_KEYS = ("activation_fn_with_self", "output_dim", "has_fc1_bias", "has_fc2_bias")
 
 
+@expert_kind("ffn", (*MLP_KEYS, *_KEYS))
 class FFNExperts(GroupedMLP):
     """E slots of D -> H -> output_dim.
 
@@ -23,13 +28,19 @@ class FFNExperts(GroupedMLP):
     `kernels.ACTIVATIONS` ("squared_relu" is one) run fused. `recompute` and `engine`: see `GroupedMLP`.
     """
 
+    dense_names: ClassVar[dict[str, str]] = {
+        "up": "batched_fc1_w",
+        "up_bias": "batched_fc1_bias",
+        "down": "batched_fc2_w",
+        "down_bias": "batched_fc2_bias",
+    }
     batched_fc1_bias: nn.Parameter | None
     batched_fc2_bias: nn.Parameter | None
 
     def __init__(
         self,
         model_dim: int,
-        slots: int,
+        local_slots: int,
         *,
         hidden_size_per_expert: int = 0,
         activation_fn: Activation | str | None = None,
@@ -48,19 +59,20 @@ class FFNExperts(GroupedMLP):
         activation = activation_function("activation_fn", activation_fn, F.relu)
         if activation_fn_with_self is not None:
             activation = partial(_with_self, activation_fn_with_self, self)
-        super().__init__(model_dim, slots, activation, recompute, engine)
+        super().__init__(model_dim, local_slots, activation, recompute, engine)
         self.output_dim = model_dim if output_dim is None else positive_int("experts['output_dim']", output_dim)
         self.hidden_size_per_expert = hidden
-        self.batched_fc1_w = nn.Parameter(torch.empty(slots, hidden, model_dim))
-        self.batched_fc2_w = nn.Parameter(torch.empty(slots, hidden, self.output_dim))
+        self.batched_fc1_w = nn.Parameter(torch.empty(local_slots, hidden, model_dim))
+        self.batched_fc2_w = nn.Parameter(torch.empty(local_slots, hidden, self.output_dim))
         has_fc1_bias, has_fc2_bias = (
             flag(f"experts['has_fc{i}_bias']", value) for i, value in ((1, has_fc1_bias), (2, has_fc2_bias))
         )
-        self.register_parameter("batched_fc1_bias", nn.Parameter(torch.empty(slots, hidden)) if has_fc1_bias else None)
-        self.register_parameter(
-            "batched_fc2_bias", nn.Parameter(torch.empty(slots, self.output_dim)) if has_fc2_bias else None
-        )
-        for slot in range(slots):
+        for name, width, wanted in (
+            ("batched_fc1_bias", hidden, has_fc1_bias),
+            ("batched_fc2_bias", self.output_dim, has_fc2_bias),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(local_slots, width)) if wanted else None)
+        for slot in range(local_slots):
             self._draw(slot, generator)
 
     def _draw(self, slot: int, generator: torch.Generator | None) -> None:
@@ -83,10 +95,18 @@ class FFNExperts(GroupedMLP):
         w1 = self.batched_fc1_w.transpose(1, 2)
         return w1, self.batched_fc1_bias, None, None, self.batched_fc2_w, self.batched_fc2_bias
 
+    def mean_keys(self, value_norm_weighted: bool) -> Tensor:
+        """The mean over H of fc1_w, [E, D] fp32; or weighted by the norms of fc2_w's rows."""
+        fc1_w = self.batched_fc1_w.float()
+        if not value_norm_weighted:
+            return fc1_w.mean(dim=1)
+        norm_EH1 = torch.linalg.vector_norm(self.batched_fc2_w.float(), dim=2, keepdim=True)
+        return (fc1_w * F.normalize(norm_EH1, p=1, dim=1)).sum(dim=1)
+
     def extra_repr(self) -> str:
         return (
-            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, "
-            f"output_dim={self.output_dim}, slots={self.slots}, activation={self.activation or self.activation_fn}"
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, output_dim={self.output_dim}, "
+            f"slots={self.local_slots}, activation={self.activation or self.activation_fn}"
         )
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options import positive_int
-from .base import Activation, GroupedMLP, activation_function
+from ..validation import positive_int
+from .base import Activation, activation_function, expert_kind
+from .mlp import MLP_KEYS, GroupedMLP
 
 
+@expert_kind("llama_ffn", MLP_KEYS)
 class LlamaFFNExperts(GroupedMLP):
     """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default.
 
     `activation_fn`, `recompute` and `engine` as of `ffn` experts.
     """
 
+    dense_names: ClassVar[dict[str, str]] = {"gate": "W_fc1", "up": "W_fc2", "down": "W_fc3"}
+
     def __init__(
         self,
         model_dim: int,
-        slots: int,
+        local_slots: int,
         *,
         hidden_size_per_expert: int = 0,
         activation_fn: Activation | str | None = None,
@@ -29,13 +35,13 @@ class LlamaFFNExperts(GroupedMLP):
     ) -> None:
         hidden = positive_int("experts['hidden_size_per_expert']", hidden_size_per_expert)
         super().__init__(
-            model_dim, slots, activation_function("activation_fn", activation_fn, F.silu), recompute, engine
+            model_dim, local_slots, activation_function("activation_fn", activation_fn, F.silu), recompute, engine
         )
         self.hidden_size_per_expert = hidden
-        self.W_fc1 = nn.Parameter(torch.empty(slots, model_dim, hidden))
-        self.W_fc2 = nn.Parameter(torch.empty(slots, model_dim, hidden))
-        self.W_fc3 = nn.Parameter(torch.empty(slots, hidden, model_dim))
-        for slot in range(slots):
+        self.W_fc1 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
+        self.W_fc2 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
+        self.W_fc3 = nn.Parameter(torch.empty(local_slots, hidden, model_dim))
+        for slot in range(local_slots):
             self._draw(slot, generator)
 
     @torch.no_grad()
@@ -49,12 +55,17 @@ class LlamaFFNExperts(GroupedMLP):
         """Draw a slot's weights anew."""
         self._draw(slot, generator)
 
+    def dense_view(self, role: str) -> Tensor | None:
+        """As views [E, H, D]."""
+        tensor = super().dense_view(role)
+        return tensor.transpose(1, 2) if tensor is not None and role in ("gate", "up") else tensor
+
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """In the order of the kernels."""
         return self.W_fc1, None, self.W_fc2, None, self.W_fc3, None
 
     def extra_repr(self) -> str:
         return (
-            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.slots}, "
+            f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.local_slots}, "
             f"activation={self.activation or self.activation_fn}"
         )

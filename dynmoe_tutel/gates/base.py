@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import ClassVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..options import environment_number, number, positive_int, warn_once
 from ..routing import Capacity, Routing
+from ..validation import environment_number, number, positive_int, warn_once
+
+
+@dataclass(frozen=True)
+class GateType:
+    """What a name in `gate_type` stands for."""
+
+    cls: type[Gate]
+    keys: frozenset[str] | None  # that the dict may have beside "type"; None: the class checks them
+    defaults: Mapping[str, Any]  # what the name sets where the dict does not
+    combine_gradient: str
+
+
+GATE_TYPES: dict[str, GateType] = {}
+COMMON_KEYS = frozenset({"fp32_gate", "adaptive_experts", "gate_noise", "capacity_factor"})
+G = TypeVar("G", bound="type[Gate]")
+
+
+def gate_type(
+    name: str,
+    keys: Collection[str] | None = (),
+    defaults: Mapping[str, Any] | None = None,
+    combine_gradient: str = "mean",
+) -> Callable[[G], G]:
+    """Register a class of gates as the type `name`: of layers, of registered Tutel, of its stand-in.
+
+    `keys` are those of the dict beside `COMMON_KEYS`; None: the class takes what it likes.
+    """
+
+    def register(cls: G) -> G:
+        allowed = None if keys is None else COMMON_KEYS | frozenset(keys)
+        GATE_TYPES[name] = GateType(cls, allowed, defaults or {}, combine_gradient)
+        return cls
+
+    return register
 
 
 class Gate(nn.Module):

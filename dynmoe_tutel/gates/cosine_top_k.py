@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts.base import fill_uniform
-from ..options import number, positive_int
+from ..initialization import fill_uniform
+from ..validation import number, positive_int
+from .base import gate_type
 from .top_any import MAX_LOG_SCALE
 from .top_k import FixedKGate
 
 
+@gate_type("cosine_top", ("k", "proj_dim", "init_t"))
 class CosineTopKGate(FixedKGate):
     """logits = tau cos(P x, w_e), tau = exp(min(temperature, log 100)), starting at 1 / init_t.
 

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels, losses
-from ..experts.base import drawn_from
-from ..options import positive_int
+from .. import losses
+from ..initialization import drawn_from
+from ..kernels import gate_dtype
 from ..routing import Capacity, Routing
+from ..validation import positive_int
+from .base import gate_type
 from .top_k import FixedKGate
 
 
+@gate_type("custom", keys=None)
 class CustomGate(FixedKGate):
     """Wraps `module`: an nn.Module, or a class or function that builds one from model_dim, num_global_experts, options.
 
@@ -91,7 +94,7 @@ class CustomGate(FixedKGate):
             raise ValueError(
                 f"a custom gate must return a Routing or logits [T, E] = [{x_TD.shape[0]}, {self.slots}], got {got}"
             )
-        return self.route_logits(result.to(kernels.gate_dtype(result)), capacity, top_k, token_mask)
+        return self.route_logits(result.to(gate_dtype(result)), capacity, top_k, token_mask)
 
     def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity, token_mask: Tensor | None) -> Routing:
         """The user's routing, checked, within the layer's capacity, with the auxiliary terms; theirs is not changed."""

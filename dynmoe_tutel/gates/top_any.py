@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels, losses
-from ..options import number, warn_once
+from .. import losses
+from ..kernels import gate_dtype, threshold_gate, vector_losses
 from ..routing import Capacity, Router, Routing
-from .base import Gate
+from ..validation import number, warn_once
+from .base import Gate, gate_type
 
 MAX_LOG_SCALE = math.log(100.0)
 
 
+_UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
+
+
+@gate_type("gated_multi_gate_t", ("max_expert_num", "init_t"), {**_UPSTREAM, "init_t": 0.1}, "normalized")
+@gate_type("gated_multi_gate", ("max_expert_num",), _UPSTREAM, "normalized")
+@gate_type("top_any", ("max_expert_num", "init_t"))
 class TopAnyGate(Gate):
     """s[t,e] = sigmoid(tau cos(x_t, w_e)); e is activated where it is active and s[t,e] > sigmoid(tau G_e).
 
@@ -100,10 +107,10 @@ class TopAnyGate(Gate):
         """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` is ignored."""
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
-        dtype = kernels.gate_dtype(x_TD)
+        dtype = gate_dtype(x_TD)
         tau = self.scale(dtype)
         active_E = self.active()
-        score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = kernels.threshold_gate(
+        score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
             x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask
         )
         threshold_E = torch.sigmoid(tau * self.gates.to(dtype))
@@ -119,7 +126,7 @@ class TopAnyGate(Gate):
         routing.router = Router(self.sim_matrix, self.gates, tau, inv_norm_T)
         of_vectors: dict[str, Tensor] = {}
         if {"diversity", "simplicity"} & set(self.aux_names):
-            diversity, simplicity, *_ = kernels.vector_losses(self.sim_matrix, active_E)
+            diversity, simplicity, *_ = vector_losses(self.sim_matrix, active_E)
             of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
@@ -148,6 +155,13 @@ class TopAnyGate(Gate):
     def deactivate(self, slot: int) -> None:
         """Prune: no token reaches the slot."""
         self.experts_mask[slot] = 0
+
+    @torch.no_grad()
+    def permute_slots(self, order: list[int]) -> None:
+        """Slot i becomes what slot order[i] was."""
+        order_E = torch.tensor(order, device=self.experts_mask.device)
+        for tensor, axis in ((self.sim_matrix, 1), (self.gates, 0), (self.experts_mask, 0)):
+            tensor.copy_(tensor.index_select(axis, order_E))
 
     def extra_repr(self) -> str:
         temperature = "" if self.temperature is None else ", temperature"

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels, losses
-from ..experts.base import fill_uniform
-from ..options import positive_int
+from .. import losses
+from ..initialization import fill_uniform
+from ..kernels import gate_dtype, pack_bits
 from ..routing import Capacity, Routing
-from .base import Gate
+from ..validation import positive_int
+from .base import Gate, gate_type
 
 
 class FixedKGate(Gate):
@@ -53,7 +54,7 @@ class FixedKGate(Gate):
         token_mask: Tensor | None = None,
     ) -> Routing:
         """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` overrides k for this call."""
-        logits_TE = self.logits(x_TD.to(kernels.gate_dtype(x_TD)))
+        logits_TE = self.logits(x_TD.to(gate_dtype(x_TD)))
         return self.route_logits(logits_TE, capacity, top_k, token_mask)
 
     def route_logits(
@@ -79,7 +80,7 @@ class FixedKGate(Gate):
         if token_mask is not None:
             assigned_TE &= token_mask.unsqueeze(1)
         routing = Routing.from_bits(
-            kernels.pack_bits(assigned_TE), score_TE, weights=weight_TE, token_mask=token_mask, capacity=capacity
+            pack_bits(assigned_TE), score_TE, weights=weight_TE, token_mask=token_mask, capacity=capacity
         )
         for name in self.aux_names:
             if name == "gshard":
@@ -96,6 +97,7 @@ class FixedKGate(Gate):
         return routing
 
 
+@gate_type("top", ("k",))
 class TopKGate(FixedKGate):
     """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
 
@@ -108,6 +110,13 @@ class TopKGate(FixedKGate):
     def freeze_keys(self) -> None:
         """For one_score_gate: keys that only `update_one_score_gate` changes."""
         self.wg.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def set_keys(self, keys_ED: Tensor, momentum: float) -> None:
+        """`wg.weight` becomes momentum * itself + (1 - momentum) * `keys_ED`, made unit rows where tokens are."""
+        if self.normalize_one_score_gate:
+            keys_ED = F.normalize(keys_ED, dim=1)
+        self.wg.weight.lerp_(keys_ED.to(self.wg.weight), 1 - momentum)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

@@ -2,7 +2,7 @@
 
 Each call of a layer in training gets the gradient of weight * l_aux at the layer's output. The loss that the host
 computes, scales and logs stays the task's alone, whichever way it is computed, and nothing is kept from one forward to
-the next: a layer that is called twice counts twice, one that is not called counts nothing. Depends on the layer.
+the next: a layer that is called twice counts twice, one that is not called counts nothing.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dynmoe_tutel.integrations import require
-from dynmoe_tutel.integrations.moe_training import MoECallback, MoETraining, refuse_without_layers
+from dynmoe_tutel.integrations.training import MoECallback, MoETraining, refuse_without_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, write_checkpoint
 from dynmoe_tutel.integrations import require
-from dynmoe_tutel.integrations.moe_training import MoECallback, MoETraining, refuse_without_layers
+from dynmoe_tutel.integrations.training import MoECallback, MoETraining, refuse_without_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

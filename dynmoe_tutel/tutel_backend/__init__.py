@@ -16,7 +16,8 @@ except ImportError as error:
 
 from .checkpoint_tools import checkpoint_tool
 from .dispatch import FastDispatcher
-from .layer import LAYOUTS, TOP_ANY, MOELayer, TopAnyMOELayer
+from .exchange import LAYOUTS
+from .layer import TOP_ANY, MOELayer, TopAnyMOELayer
 from .registration import register, registered, unregister
 
 __all__ = [

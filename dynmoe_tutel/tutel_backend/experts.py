@@ -1,7 +1,4 @@
-"""Tutel's expert modules, or the user's of Tutel's kind: built for a rank's slots, and read and written slot by slot.
-
-Depends on experts and sharded_slots.
-"""
+"""Tutel's expert modules, or the user's of Tutel's kind: built for a rank's slots, read and written slot by slot."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from torch import nn
 from ..experts import COUNT_KEYS
 from ..experts.base import SlotParameter, activation_function, check_activation
 from ..experts.custom import make_batched
-from ..options import refuse_unknown
-from ..sharded_slots import ShardedSlots
+from ..parallel.slots import ShardedSlots
+from ..validation import refuse_unknown
 
 
 def tutel_experts(
@@ -66,29 +63,20 @@ def _argument_names(cls: Any) -> set[str]:
 
 
 class TutelSlots(ShardedSlots):
-    """Slots of Tutel's expert modules, over the ranks of the layer's group: every rank must make the same calls."""
-
-    def __init__(self, layer: Any) -> None:
-        group = layer.group if layer.world_size > 1 else None
-        super().__init__(layer.experts, group, layer.rank, layer.local_slots)
-        self._shards = layer.sharded_count
-
-    def _owners(self, slot: int) -> list[int]:
-        """The ranks that hold the slot: one, or the shards of it in order."""
-        first = slot // self._local if self._shards == 1 else slot * self._shards
-        return list(range(first, first + self._shards))
+    """Slots of Tutel's expert modules, over the ranks of a placement: every rank must make the same calls."""
 
     def _entries(self, slot: int) -> list[SlotParameter]:
         """Every parameter of the experts with the index that `slot` would have on its own rank."""
-        own = slot % self._local
+        local = self._placement.local
+        own = slot % local
         found: list[SlotParameter] = []
         for parameter in self._experts.parameters():
-            rows = parameter.shape[0] // self._local if parameter.dim() else 0
-            if self._shards > 1:
+            rows = parameter.shape[0] // local if parameter.dim() else 0
+            if self._placement.shards > 1:
                 found.append((parameter, (slice(None),)))
-            elif parameter.dim() > 1 and parameter.shape[0] == self._local:
+            elif parameter.dim() > 1 and parameter.shape[0] == local:
                 found.append((parameter, (slice(own, own + 1),)))
-            elif parameter.dim() == 1 and parameter.shape[0] % self._local == 0:  # one row of all slots
+            elif parameter.dim() == 1 and parameter.shape[0] % local == 0:  # one row of all slots
                 found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
         return found
 
@@ -99,11 +87,11 @@ class TutelSlots(ShardedSlots):
         reset = getattr(self._experts, "reset_parameters", None)
         if not callable(reset):
             raise ValueError("init = 'fresh' cannot draw these experts (no reset_parameters): use 'nearest' or 'mean'")
-        if self._rank not in self._owners(slot):
+        if not self._holds(slot):
             return
         before = [p.clone() for p in self._experts.parameters()]
         with torch.random.fork_rng():
-            torch.manual_seed(seed + self._rank)
+            torch.manual_seed(seed + self._placement.rank)
             reset()
         drawn = [(p, index, p[index].clone()) for p, index in self._entries(slot)]
         for parameter, old in zip(self._experts.parameters(), before, strict=True):

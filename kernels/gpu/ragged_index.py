@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operation import OPERATIONS
 from ..ragged_index import block_tokens
-from ..ragged_index import bound_assignments as torch_bound_assignments
-from ..ragged_index import ragged_index as torch_ragged_index
 
 MOST_EXPERTS = 512  # of a tile of 16 tokens in registers; beyond, torch operations run on the device
 SCAN_BLOCKS, SCAN_EXPERTS = 128, 16  # tile of the scan
@@ -288,13 +287,13 @@ class _Total:
 def ragged_index(
     bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operation `ragged_index`; without a capacity, waits for the number of assignments.
+    """Without a capacity, waits for the number of assignments.
 
     A capacity is not checked against the assignments, which would be to wait: what is beyond it is cut off, and the
     offsets end at it.
     """
     if num_experts > MOST_EXPERTS:
-        return torch_ragged_index._init_fn(bits_TW, num_experts, capacity, block_counts)
+        return OPERATIONS["ragged_index"].run(bits_TW, num_experts, capacity, block_counts)
     T, E = bits_TW.shape[0], num_experts
     i32: dict[str, Any] = {"dtype": torch.int32, "device": bits_TW.device}
     if T == 0:
@@ -352,11 +351,11 @@ def ragged_index(
 
 
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """As the operation `bound_assignments`; waits for nothing."""
+    """Waits for nothing."""
     T, E = margin_TE.shape
     device = bits_TW.device
     if E > MOST_EXPERTS:
-        return torch_bound_assignments._init_fn(bits_TW, margin_TE, capacity)
+        return OPERATIONS["bound_assignments"].run(bits_TW, margin_TE, capacity)
     if T == 0:
         return bits_TW.clone(), torch.zeros((), dtype=torch.int64, device=device)
     block_e = max(64, triton.next_power_of_2(E))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Index, Router
 from ..threshold_gate import NORM_EPS
 
 
@@ -192,51 +193,21 @@ def direction_gradient(
 
 
 def token_gradient(
-    d_rows_AD: Tensor,
-    x_TD: Tensor,
-    d_y_TO: Tensor,
-    b2_EO: Tensor | None,
-    parts_AN: Tensor,
-    score_TE: Tensor,
-    inv_norm_T: Tensor,
-    unrouted_T: Tensor,
-    bits_TW: Tensor,
-    unit_ED: Tensor,
-    scale: Tensor,
-    token_offsets: Tensor,
-    row_of_assignment: Tensor,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_rows_AD: Tensor, x_TD: Tensor, d_y_TO: Tensor, b2_EO: Tensor | None, parts_AN: Tensor, router: Router,
+    index: Index, unit_ED: Tensor, centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines over ||x|| [T, E]."""
+    score_TE, inv_norm_T, unrouted_T, bits_TW = (t.contiguous() for t in router[3:])
     (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_score_TE, d_cos_TE = score_TE.new_empty((T, E)), score_TE.new_empty((T, E))
     if T:
         block_d = triton.next_power_of_2(max(D, 16))
         token_gradient_kernel[(T,)](
-            d_rows_AD,
-            x_TD,
-            d_y_TO,
-            d_y_TO if b2_EO is None else b2_EO,
-            parts_AN,
-            score_TE.contiguous(),
-            inv_norm_T.contiguous(),
-            unrouted_T.contiguous(),
-            bits_TW.contiguous(),
-            unit_ED,
-            scale,
-            token_offsets,
-            row_of_assignment,
-            d_x_TD,
-            d_score_TE,
-            d_cos_TE,
-            D,
-            O,
-            E,
-            bits_TW.shape[1],
-            parts_AN.shape[1],
-            x_TD.stride(0),
-            d_y_TO.stride(0),
+            d_rows_AD, x_TD, d_y_TO, d_y_TO if b2_EO is None else b2_EO, parts_AN, score_TE, inv_norm_T, unrouted_T,
+            bits_TW, unit_ED, router.scale, index.token_offsets, index.row_of_assignment,
+            d_x_TD, d_score_TE, d_cos_TE,
+            D, O, E, bits_TW.shape[1], parts_AN.shape[1], x_TD.stride(0), d_y_TO.stride(0),
             CENTRED=centred,
             BIAS=b2_EO is not None,
             UNROLL=2 if block_d <= 2048 else 1,
@@ -245,5 +216,5 @@ def token_gradient(
             BLOCK_E=max(2, triton.next_power_of_2(E)),
             BLOCK_T=min(8, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
             num_warps=min(16, max(1, block_d // 256)),
-        )
+        )  # fmt: skip
     return d_x_TD, d_score_TE, d_cos_TE

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from .grouped_gemm import Index, block_experts, expert_rows, pointer, row_tiles
+from ..operands import Index
+from . import tiles
+from .gemm_kernels import block_experts, expert_rows, pointer, row_tiles
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128
@@ -137,7 +138,7 @@ def bias_gradient(
     most = triton.cdiv(R, BLOCK_ROWS) + E
     parts_MN = d_rows.new_empty((most if R else 0, N), dtype=torch.float32)
     if R and N:
-        tile_rows_sum_kernel[(min(most, 4 * configs.processors(d_rows.device)), triton.cdiv(N, BLOCK_COLUMNS))](
+        tile_rows_sum_kernel[(min(most, 4 * tiles.processors(d_rows.device)), triton.cdiv(N, BLOCK_COLUMNS))](
             d_rows,
             index.token_of_row,
             index.token_offsets,
@@ -165,7 +166,7 @@ def row_gate_gradient(
     (R, O), E = d_rows_AO.shape, expert_offsets.shape[0] - 1
     if R:
         most = triton.cdiv(R, BLOCK_ROWS) + E
-        row_gate_gradient_kernel[(min(most, 4 * configs.processors(like_A.device)),)](
+        row_gate_gradient_kernel[(min(most, 4 * tiles.processors(like_A.device)),)](
             parts_AN,
             d_rows_AO,
             pointer(bias_EO, d_rows_AO),

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
+from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from ..threshold_gate import NORM_EPS
-from ..threshold_gate import threshold_gate as torch_threshold_gate
+from . import tiles
 from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
@@ -342,18 +342,12 @@ def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: 
 
 
 def threshold_gate(
-    x_TD: Tensor,
-    w_DE: Tensor,
-    threshold_E: Tensor,
-    active_E: Tensor,
-    scale: Tensor,
-    fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
     token_mask_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the operation `threshold_gate`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, D), E = x_TD.shape, w_DE.shape[1]
     if E > MOST_EXPERTS:
-        return torch_threshold_gate._init_fn(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
+        return OPERATIONS["threshold_gate"].run(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
     count_t = block_tokens(E)
     score_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
@@ -361,7 +355,7 @@ def threshold_gate(
     inv_norm_T = x_TD.new_empty((T,), dtype=torch.float32)
     block_counts = x_TD.new_empty((triton.cdiv(T, count_t) * E,), dtype=torch.int32)
     if T:
-        x_TD, chip = _rows_contiguous(x_TD), configs.architecture(x_TD.device)
+        x_TD, chip = _rows_contiguous(x_TD), tiles.architecture(x_TD.device)
         parts = _number_of_parts(x_TD.dtype, w_DE.dtype)
         tile = _tile(max(16, triton.next_power_of_2(E)), x_TD.dtype, parts, chip)
         parts_PED, inv_norm_E = _routing_vectors(w_DE, x_TD.dtype, tile, parts)
@@ -405,7 +399,7 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
     if T == 0 or D == 0:
         return d_cos_TE.new_zeros((E, D))
     x_TD, d_cos_TE = _rows_contiguous(x_TD), d_cos_TE.contiguous()
-    chip = configs.architecture(x_TD.device)
+    chip = tiles.architecture(x_TD.device)
     split = x_TD.dtype == torch.bfloat16
     block_e = min(128, max(16, triton.next_power_of_2(E)))
     tile = _gradient_tile(block_e, split, chip)
@@ -445,14 +439,13 @@ def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation `threshold_gate_backward`."""
     (T, D), E = x_TD.shape, w_DE.shape[1]
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
     unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
     x_TD = _rows_contiguous(x_TD)
     if T:
-        chip = configs.architecture(x_TD.device)
+        chip = tiles.architecture(x_TD.device)
         block_e = min(64, max(16, triton.next_power_of_2(E)))
         score_gradient_kernel[(triton.cdiv(T, 2048 // block_e), triton.cdiv(E, block_e))](
             d_score_TE,

@@ -18,13 +18,14 @@ import tiny_job
 from matplotlib import image
 
 from dynmoe_tutel.checkpoint import read_checkpoint
-from dynmoe_tutel.experiments import comparison, experiment, plots, results
-from dynmoe_tutel.experiments.comparison import Comparison
+from dynmoe_tutel.experiments import experiment
 from dynmoe_tutel.experiments.experiment import RUNS
+from dynmoe_tutel.experiments.report import comparison, plots, results
+from dynmoe_tutel.experiments.report.comparison import Comparison
+from dynmoe_tutel.experiments.report.table import Spread
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options, row_order
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 from dynmoe_tutel.experiments.runner import Run
-from dynmoe_tutel.experiments.table import Spread
 from dynmoe_tutel.experiments.train import DigitsTask, TrainConfig
 
 CONFIG = replace(tiny_job.CONFIG, rows=("dense", "dynmoe"), seeds=(0, 1), steps=8)
@@ -189,7 +190,7 @@ def test_a_run_that_is_not_finished_is_in_no_plot(whole: Path, monkeypatch: pyte
 
 
 def test_a_finished_run_keeps_its_gates_alone_and_can_be_inspected(whole: Path) -> None:
-    from dynmoe_tutel.experiments.inspection import inspect
+    from dynmoe_tutel.cli.inspection import inspect
 
     state = read_checkpoint(checkpoints_of(whole / RUNS / "dynmoe-seed0", "dynmoe-seed0")[-1])
     assert "optimizer" not in state

@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import tiny_job
 import torch
+from helpers import PATIENCE
 
-from dynmoe_tutel import checkpoint
-from dynmoe_tutel.checkpoint import read_checkpoint
-from dynmoe_tutel.experiments import job, results
+from dynmoe_tutel.checkpoint import files, read_checkpoint
+from dynmoe_tutel.experiments import job
+from dynmoe_tutel.experiments.report import results
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder, checkpoints_of, read_log, runs_of
 from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.train import TrainConfig, build_model, train
-from dynmoe_tutel.experiments.vit import ViTConfig
+from dynmoe_tutel.experiments.vision.vit import ViTConfig
 
 RUNS = ["dense-seed0", "dynmoe-seed0", "top-2-seed0"]
 PROGRAM = [sys.executable, str(Path(tiny_job.__file__))]
@@ -118,7 +119,7 @@ def test_job_adapts_experts_and_logs_every_change(whole: Path) -> None:
 def test_resume_after_sigkill_is_bitwise_the_uninterrupted_job(whole: Path, tmp_path: Path) -> None:
     """Killed while a checkpoint is written, when the logs hold lines that no checkpoint covers."""
     folder = tmp_path / "run"
-    killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=120)
+    killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in checkpoints_of(folder, "dynmoe-seed0")] == ["step-000004"]
     assert list(folder.glob("checkpoints/dynmoe-seed0/.tmp*"))
@@ -141,7 +142,7 @@ def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert_interrupted(folder, said)
     assert job.resume(folder, tiny_job.quiet()) == 0
@@ -186,16 +187,16 @@ def test_resume_of_a_finished_job_changes_nothing_and_draws_again(whole: Path, t
 def test_no_space_keeps_the_last_checkpoint_and_says_so(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = tmp_path / "run", checkpoint.write_synced
+    folder, write = tmp_path / "run", files.write_synced
 
     def full(path: Path, content: bytes) -> None:
-        if "step-000008" in str(path) and path.name == checkpoint.TENSORS:
+        if "step-000008" in str(path) and path.name == files.TENSORS:
             write(path, content[: len(content) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 
     config = replace(tiny_job.CONFIG, rows=("dynmoe",))
-    monkeypatch.setattr(checkpoint, "write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
     with pytest.raises(ValueError, match=r"No space left on device.*step-000004, is whole.*--resume"):
         job.start(config, folder, tiny_job.quiet())
     assert [path.name for path in (folder / "checkpoints" / "dynmoe-seed0").iterdir()] == ["step-000004"]
@@ -232,7 +233,7 @@ def test_damaged_checkpoint_is_refused_by_name(whole: Path, tmp_path: Path) -> N
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     damaged = checkpoints_of(folder, "top-2-seed0")[-1]
-    tensors = damaged / checkpoint.TENSORS
+    tensors = damaged / files.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"truncated.*Remove .*top-2-seed0.*to repeat"):
         job.resume(folder, tiny_job.quiet())
@@ -348,7 +349,7 @@ def test_train_refuses_a_checkpoint_of_another_run(whole: Path, tmp_path: Path) 
     shutil.rmtree(runs / "dynmoe-seed0")
     first = checkpoints_of(folder, "dense-seed0")[-1]
     state = {**read_checkpoint(first), "step": 4}
-    checkpoint.write_checkpoint(runs / "dynmoe-seed0" / "step-000004", state)
+    files.write_checkpoint(runs / "dynmoe-seed0" / "step-000004", state)
 
     class Silent:
         def __getattr__(self, _name: str) -> Any:

@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dynmoe_tutel.experiments import job, results
+from dynmoe_tutel.experiments import job
+from dynmoe_tutel.experiments.report import results
 from dynmoe_tutel.experiments.run_folder import read_log
 from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.train import TrainConfig
-from dynmoe_tutel.experiments.vit import ViTConfig
+from dynmoe_tutel.experiments.vision.vit import ViTConfig
 
 CONFIG = TrainConfig(
     rows=("dense", "top-2", "dynmoe"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dynmoe_tutel.experiments.sentiment import FILES
+from dynmoe_tutel.experiments.language.sentiment import FILES
 
 WORDS = [f"w{n}" for n in range(40)] + ["good", "bad"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -12,7 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from dynmoe_tutel import options
+from dynmoe_tutel import validation
 
 DEVICE = os.environ.get("DYNMOE_TEST_DEVICE", "cuda")
 
@@ -38,10 +38,10 @@ def device(request: pytest.FixtureRequest) -> str:
 def _own_state() -> Iterator[None]:
     """fp32 products are fp32 unless a test asks for tf32, and warnings come anew; both as before afterwards."""
     matmul = torch.backends.cuda.matmul  # its flag is read, since torch's older getter raises where that was set
-    precision, warned = matmul.fp32_precision, set(options._warned)
+    precision, warned = matmul.fp32_precision, set(validation._warned)
     torch.set_float32_matmul_precision("highest")
-    options._warned.clear()
+    validation._warned.clear()
     yield
     matmul.fp32_precision = precision
-    options._warned.clear()
-    options._warned.update(warned)
+    validation._warned.clear()
+    validation._warned.update(warned)

@@ -301,10 +301,12 @@ def operations(device: str) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     threshold, active = torch.zeros(E, device=device), torch.ones(E, dtype=torch.bool, device=device)
     gate = kernels.threshold_gate(x.detach(), w.detach(), threshold, active, tau, False)
     score, bits, unrouted, inv_norm = gate[:4]
-    index = kernels.ragged_index(bits, E)
-    rows = index[2].shape[0]
+    index = kernels.Index(*kernels.ragged_index(bits, E))
+    rows = index.rows
     theta = torch.sigmoid(threshold).requires_grad_()
-    router = (x, w, theta, tau, score, inv_norm, unrouted, bits, *index)
+    router = kernels.Router(w, theta, tau, score, inv_norm, unrouted, bits)
+    weights = kernels.ExpertWeights(w1, b1, None, None, w2, b2)
+    gated = kernels.ExpertWeights(w1, None, normal(E, D, H), None, w2, None)
     return {
         "threshold_gate": [(kernels.threshold_gate, (x, w, threshold, active, tau, e)) for e in (False, True)],
         "ragged_index": [(kernels.ragged_index, (bits, E, capacity)) for capacity in (-1, rows + 3)],
@@ -313,14 +315,11 @@ def operations(device: str) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         "rows": [
             (kernels.dispatch, (x, *index[1:])),
             (kernels.combine, (normal(rows, D), *index[1:], True)),
-            (kernels.row_gates, (score.detach().requires_grad_(), theta, unrouted, *index, True)),
+            (kernels.row_gates, (score.detach().requires_grad_(), theta, unrouted, index, True)),
         ],
         "top_any_ffn": [
-            (kernels.top_any_ffn, (*router, w1, b1, None, None, w2, b2, "gelu", False, torch.float32, True)),
-            (
-                kernels.grouped_ffn,
-                (x, normal(rows), *index, w1, None, normal(E, D, H), None, w2, None, "silu", True, True),
-            ),
+            (kernels.top_any_ffn, (x, router, index, weights, "gelu", False, torch.float32, True)),
+            (kernels.grouped_ffn, (x, normal(rows), index, gated, "silu", True, True)),
         ],
     }
 
@@ -403,10 +402,11 @@ class TestMemory:
 
         def run(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             T = x.shape[0]
-            index = kernels.ragged_index(torch.ones(T, 1, dtype=torch.int64, device=device), 1, T)
+            index = kernels.Index(*kernels.ragged_index(torch.ones(T, 1, dtype=torch.int64, device=device), 1, T))
             x = x.detach().requires_grad_()
             gate = torch.ones(T, device=device)
-            rows, *_ = kernels.grouped_ffn(x, gate, *index, w1, None, None, None, w2, None, "relu", False, True)
+            weights = kernels.ExpertWeights(w1, None, None, None, w2, None)
+            rows, *_ = kernels.grouped_ffn(x, gate, index, weights, "relu", False, True)
             return rows.detach(), torch.autograd.grad(rows, x, dy)[0]
 
         whole, alone = run(x, dy), run(x[-128:], dy[-128:])

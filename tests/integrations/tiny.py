@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import MARGIN, assert_margin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
@@ -84,11 +85,21 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def expected_gradients(model: nn.Module, weight: float, items: Dataset[Any]) -> dict[str, Tensor]:
-    """Of the loss of all items in one batch, plus `weight` times the sum of the layers' l_aux."""
+    """Of the loss of all items in one batch, plus `weight` times the sum of the layers' l_aux.
+
+    Asserts the margin of every decision of a top-any gate: the callbacks' runs divide the batch, and round otherwise.
+    """
     model.train().zero_grad()
+    watches = [layer.register_forward_pre_hook(_assert_margin) for layer in (model.first, model.second)]
     loss = model(x=items.x, labels=items.labels)["loss"]  # type: ignore[attr-defined]
     (loss + weight * (model.first.l_aux + model.second.l_aux)).backward()  # type: ignore[operator,union-attr]
+    for watch in watches:
+        watch.remove()
     return gradients(model)
+
+
+def _assert_margin(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+    assert_margin(layer, arguments[0], least=10 * MARGIN)  # the second layer's tokens are rounded too
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from helpers import conditions
 from torch import Tensor
 
-from dynmoe_tutel.kernels import grouped_ffn, pack_bits, ragged_index
+from dynmoe_tutel.kernels import ExpertWeights, Index, grouped_ffn, pack_bits, ragged_index
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -49,6 +51,7 @@ class Case:
     activation: str = "gelu"
     apply_gate: bool = False
     engine: str = "auto"
+    unit: Tensor | None = None  # [A, H] of ones, for `scales`
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.T + self.D + self.E)
@@ -58,7 +61,7 @@ class Case:
         self.pairs = [(t, e) for e in range(self.E) for t in range(self.T) if assigned_TE[t, e]]
         self.A = len(self.pairs)
         rows = -1 if self.spare is None else self.A + self.spare
-        self.index = ragged_index(pack_bits(assigned_TE), self.E, rows)
+        self.index = Index(*ragged_index(pack_bits(assigned_TE), self.E, rows))
         self.num_rows = self.A if self.spare is None else rows
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -84,8 +87,8 @@ class Case:
         return {name: None if t is None else t.detach().requires_grad_() for name, t in self.tensors.items()}
 
     def arguments(self, t: dict[str, Any], save: bool = True) -> tuple:
-        weights = tuple(t[name] for name in NAMES[2:])
-        return (t["x"], t["gate"], *self.index, *weights, self.activation, self.apply_gate, save)
+        weights = ExpertWeights(*(t[name] for name in NAMES[2:]))
+        return (t["x"], t["gate"], self.index, weights, self.activation, self.apply_gate, save)
 
     def run(self, t: dict[str, Any], save: bool = True) -> Tensor:
         """Rows [rows, O]."""
@@ -96,7 +99,8 @@ class Case:
         x, gate, w1, b1, w3, b3, w2, b2 = (None if t[n] is None else t[n].double().unbind(0) for n in NAMES)
         act, rows = NAIVE_ACTIVATIONS[self.activation], []
         for row, (token, e) in enumerate(self.pairs):
-            a = act(x[token] @ w1[e] + (0 if b1 is None else b1[e]))
+            h = x[token] @ w1[e] + (0 if b1 is None else b1[e])
+            a = act(h) if self.unit is None else act(h) + (self.unit[row] - 1) * h
             if w3 is not None:
                 a = a * (x[token] @ w3[e] + (0 if b3 is None else b3[e]))
             rows.append((a @ w2[e] + (0 if b2 is None else b2[e])) * gate[row])
@@ -117,14 +121,21 @@ class Case:
                     assert variable.grad.dtype == variable.dtype
         return found
 
+    def scales(self, d_rows_AO: Tensor) -> dict[str, float]:
+        """What the "rows" and their gradients, by name, are made of: see `conditions`.
 
-def distance(value: Tensor, reference: Tensor) -> float:
-    assert value.shape == reference.shape
-    if not bool(value.isfinite().all()):
-        return float("inf")
-    value, reference = value.detach().double(), reference.detach().double()
-    error, size = (value - reference).norm(), reference.norm()
-    return float(error / size) if size > 0 else float(error)
+        An activation is h times a sum such as 1 + erf(h), which is rounded where it is near 0 as the 1 in it is.
+        """
+        names = [name for name, t in self.tensors.items() if t is not None]
+
+        def results(unit: Tensor, d_rows_AO: Tensor, *tensors: Tensor) -> list[Tensor]:
+            given = copy.copy(self)
+            given.unit = unit
+            given.tensors = {**self.tensors, **dict(zip(names, tensors, strict=True))}
+            return [given.naive(given.tensors), *given.grads("naive", d_rows_AO).values()]
+
+        tensors = (torch.ones(self.A, self.H), d_rows_AO[: self.A], *(self.tensors[name].detach() for name in names))
+        return dict(zip(("rows", *names), conditions(results, *tensors), strict=True))
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -10,12 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HALF, NAMES, SHAPES, Case, distance, tolerance
+from cases import HALF, NAMES, SHAPES, Case, tolerance
+from helpers import FP32, relative_rms
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-from dynmoe_tutel.kernels import ACTIVATIONS, combine, grouped_ffn, grouped_linear, grouped_mm, pack_bits, ragged_index
-from dynmoe_tutel.kernels import engine as engines
+from dynmoe_tutel.kernels import (
+    ACTIVATIONS,
+    ExpertWeights,
+    Index,
+    combine,
+    grouped_ffn,
+    grouped_linear,
+    grouped_mm,
+    pack_bits,
+    ragged_index,
+)
+from dynmoe_tutel.kernels import operation as engines
 from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linear_backward
 
 DTYPES = (torch.float32, *HALF)
@@ -46,15 +58,16 @@ class TestFFN:
             case.tensors["gate"] = case.tensors["gate"].clone()
             case.tensors["gate"][case.A if apply_gate else 0 :] = float("nan")  # not read
             rows, h, u = grouped_ffn(*case.arguments(case.tensors), "grouped_mm")
-            assert distance(rows[: case.A], exact.naive(exact.tensors)) < 2e-6
+            d_rows_AO = torch.randn(case.num_rows, case.Dout, dtype=torch.float64)
+            scales = exact.scales(d_rows_AO)
+            assert relative_rms(rows[: case.A], exact.naive(exact.tensors), scales["rows"]) < 1e-6
             assert h.shape == (case.num_rows, case.H)
             assert u.shape == (case.num_rows if gated else 0, case.H)
-            d_rows_AO = torch.randn(case.num_rows, case.Dout, dtype=torch.float64)
             d_rows_AO[case.A :] = float("nan")
             grads = case.grads("run", d_rows_AO)
             for name, reference in exact.grads("naive", d_rows_AO).items():
                 rows_or_all = slice(case.A) if name == "gate" else slice(None)
-                assert distance(grads[name][rows_or_all], reference[rows_or_all]) < 1e-5, name
+                assert relative_rms(grads[name][rows_or_all], reference[rows_or_all], scales[name]) < 1e-6, name
 
     @pytest.mark.parametrize("shape", [(33, 17, 23, 9, 4), ALIGNED])
     @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -64,11 +77,11 @@ class TestFFN:
             case = case_of(*shape, dtype=dtype, activation=activation, gated=gated, apply_gate=True)
             rows = case.run(case.tensors)
             assert rows.dtype == dtype
-            assert distance(rows, case.naive(case.tensors)) < tolerance(dtype)
+            assert relative_rms(rows, case.naive(case.tensors)) < tolerance(dtype)
             d_rows_AO = torch.randn(case.A, case.Dout, dtype=torch.float64).to(dtype).double()
             grads, exact = case.grads("run", d_rows_AO), case.grads("naive", d_rows_AO)
             for name, reference in exact.items():
-                assert distance(grads[name], reference) < 1.5 * tolerance(dtype), name
+                assert relative_rms(grads[name], reference) < 1.5 * tolerance(dtype), name
 
     def test_silent_experts_get_zero_gradients(self) -> None:
         case = case_of(7, 5, 4, 5, 3, gated=True)
@@ -99,13 +112,13 @@ class TestFFN:
             assert torch.equal(grad.to(dtype), same.to(dtype)), name
 
     def test_parameters_at_any_address(self) -> None:
-        """Views into one flat buffer, as sharded training keeps them."""
+        """Views into one flat buffer, as sharded training keeps them. Bits may depend on the address: MKL says so."""
         case, flat = case_of(*ALIGNED), case_of(*ALIGNED)
         for name in ("w1", "w2", "b1"):
             t = case.tensors[name].contiguous()
             buffer = torch.cat([torch.zeros(1), t.flatten()])
             flat.tensors[name] = buffer[1:].view(t.shape)
-        assert torch.equal(flat.run(flat.tensors), case.run(case.tensors))
+        assert relative_rms(flat.run(flat.tensors), case.run(case.tensors)) < FP32
 
     def test_frozen_weights_get_no_gradient(self) -> None:
         case = case_of(7, 5, 4, 5, 3, apply_gate=True)
@@ -125,17 +138,16 @@ class TestFFN:
             assigned_TE[t, e] = True
 
         def layer(some_T: Tensor) -> Tensor:
-            index = ragged_index(pack_bits(assigned_TE[some_T]), E)
-            weights = (case.tensors[name] for name in NAMES[2:])
-            gate_A = torch.ones(index[2].shape[0])
-            x_TD = case.tensors["x"][some_T]
-            rows = grouped_ffn(x_TD, gate_A, *index, *weights, "gelu", False, False, "grouped_mm")[0]
+            index = Index(*ragged_index(pack_bits(assigned_TE[some_T]), E))
+            weights = ExpertWeights(*(case.tensors[name] for name in NAMES[2:]))
+            x_TD, gate_A = case.tensors["x"][some_T], torch.ones(index.rows)
+            rows = grouped_ffn(x_TD, gate_A, index, weights, "gelu", False, False, "grouped_mm")[0]
             return combine(rows, *index[1:], True)
 
         together = layer(torch.arange(T))
         order_T = torch.randperm(T, generator=torch.Generator().manual_seed(1))
         for some_T in (order_T, order_T[:7], order_T[:1]):
-            assert distance(layer(some_T), together[some_T]) < (4e-3 if dtype in HALF else 1e-6)
+            assert relative_rms(layer(some_T), together[some_T]) < (4e-3 if dtype in HALF else 1e-6)
 
     def test_two_runs_are_bitwise_equal(self) -> None:
         case = case_of(200, 64, 96, 64, 9)
@@ -175,15 +187,17 @@ def test_opcheck(T: int, gated: bool, biases: bool) -> None:
 def test_no_value_is_asked_of_the_device(gated: bool, D: int, H: int, O: int) -> None:
     """On a GPU that would wait for it: meta tensors have none."""
     case = Case(9, D, H, O, 4, dtype=torch.bfloat16, gated=gated, apply_gate=True, spare=3)
-    arguments = [a.to("meta") if isinstance(a, Tensor) else a for a in case.arguments(case.tensors)]
+    arguments = tree_map_only(Tensor, lambda t: t.to("meta"), case.arguments(case.tensors))
+    _, _, index, weights, *_ = arguments
     rows, h, u = grouped_mm.grouped_ffn(*arguments)
     assert (rows.shape, h.shape) == ((case.num_rows, O), (case.num_rows, H))
     for kept in ((h, u), (h[:0], u[:0])):
         grads = grouped_mm.grouped_ffn_backward(rows, *kept, *arguments[:-1], True)
-        assert [g.shape for g in grads[:3]] == [arguments[i].shape for i in (0, 1, 6)]
+        assert [g.shape for g in grads[:3]] == [t.shape for t in (*arguments[:2], weights.w1_EDH)]
     rows_AD = torch.empty(case.num_rows, D, dtype=torch.bfloat16, device="meta")
-    out_AH = grouped_mm.grouped_linear(rows_AD, arguments[2], *arguments[6:8])
-    assert grouped_mm.grouped_linear_backward(out_AH, rows_AD, arguments[2], *arguments[6:8])[0].shape == rows_AD.shape
+    linear = (rows_AD, index.expert_offsets, *weights[:2])
+    out_AH = grouped_mm.grouped_linear(*linear)
+    assert grouped_mm.grouped_linear_backward(out_AH, *linear)[0].shape == rows_AD.shape
 
 
 @pytest.mark.usefixtures("loop_is_refused", "poisoned")
@@ -207,7 +221,7 @@ class TestLinear:
         rows = [leaves[0][i] @ leaves[1][e] + (leaves[2][e] if bias else 0) for i, (_, e) in enumerate(case.pairs)]
         exact = torch.stack(rows) if rows else torch.zeros(0, case.H, dtype=torch.float64)
         limit = 4e-3 if dtype in HALF else 1e-6
-        assert distance(out_AH[: case.A], exact) < limit
+        assert relative_rms(out_AH[: case.A], exact) < limit
         assert (out_AH[case.A :] == 0).all()
         assert rows_AD.grad is not None
         assert (rows_AD.grad[case.A :] == 0).all()
@@ -216,7 +230,7 @@ class TestLinear:
         found = (rows_AD.grad, w.grad, *([b.grad] if bias else []))
         for grad, leaf in zip(found, leaves, strict=True):
             reference = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            assert distance(grad, reference) < limit
+            assert relative_rms(grad, reference) < limit
             assert grad.dtype == dtype
 
     def test_rows_and_gradients_of_any_strides(self) -> None:
@@ -228,7 +242,7 @@ class TestLinear:
         out_AO.sum().backward()
         assert wide.grad is not None
         expected = torch.stack([case.tensors["w1"][e].sum(1) for _, e in case.pairs])
-        assert distance(wide.grad[:, ::2], expected) < 1e-6
+        assert relative_rms(wide.grad[:, ::2], expected) < 1e-6
 
 
 class TestChoice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import relative_rms
 from torch import Tensor
 
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
@@ -53,11 +54,6 @@ def naive_decision(cos_TE: Tensor, threshold_E: Tensor, active_E: Tensor, fallba
     return torch.tensor(assigned, dtype=torch.bool).view(T, E), torch.tensor(unrouted, dtype=torch.bool)
 
 
-def distance(value: Tensor, reference: Tensor) -> float:
-    error, size = (value.double() - reference.double()).norm(), reference.double().norm()
-    return float(error / size) if size > 0 else float(error)
-
-
 class TestForward:
     @pytest.mark.parametrize("fallback", [False, True])
     @pytest.mark.parametrize("tau", [1.0, 10.0])
@@ -72,8 +68,8 @@ class TestForward:
         gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         assert score_TE.dtype == inv_norm_T.dtype == gate_dtype
         assert bits.shape == (T, -(-E // 64))
-        assert distance(score_TE, torch.sigmoid(tau * cos_TE)) < 1e-6
-        assert distance(inv_norm_T * x_TD.double().norm(dim=1), torch.ones(T)) < 1e-5
+        assert relative_rms(score_TE, torch.sigmoid(tau * cos_TE)) < 1e-6
+        assert relative_rms(inv_norm_T * x_TD.double().norm(dim=1), torch.ones(T)) < 1e-5
         assigned_TE, lost_T = naive_decision(cos_TE, threshold_E, active_E, fallback)
         assert torch.equal(unpack_bits(bits, E), assigned_TE)
         assert torch.equal(unrouted_T, lost_T)
@@ -86,7 +82,7 @@ class TestForward:
         half = (w_DE.to(dtype), threshold_E.to(dtype))
         score_TE, bits, _, *_ = threshold_gate(x_TD, *half, active_E, ONE.to(dtype), True)
         assert score_TE.dtype == torch.float32
-        assert distance(score_TE, torch.sigmoid(cosine(x_TD, half[0]))) < 1e-6
+        assert relative_rms(score_TE, torch.sigmoid(cosine(x_TD, half[0]))) < 1e-6
         assert torch.equal(
             unpack_bits(bits, 65), naive_decision(cosine(x_TD, half[0]), half[1].double(), active_E, True)[0]
         )
@@ -96,7 +92,7 @@ class TestForward:
         score_TE, _, _, inv_norm_T, *_ = threshold_gate(
             x_TD, torch.ones(97, 3), torch.zeros(3), torch.ones(3).bool(), ONE, False
         )
-        assert distance(score_TE, torch.full((2, 3), 1.0).sigmoid()) < 1e-6
+        assert relative_rms(score_TE, torch.full((2, 3), 1.0).sigmoid()) < 1e-6
         assert (inv_norm_T > 0).all()
 
     def test_the_decision_is_taken_before_the_sigmoid_which_saturates(self) -> None:
@@ -180,7 +176,7 @@ class TestForward:
             w = w.t().contiguous().t()
             strided = threshold_gate(x, w, threshold_E, active_E, ONE, True)
             contiguous = threshold_gate(x.contiguous(), w.contiguous(), threshold_E, active_E, ONE, True)
-            assert distance(strided[0], contiguous[0]) < 1e-6
+            assert relative_rms(strided[0], contiguous[0]) < 1e-6
             assert torch.equal(strided[1], contiguous[1])
 
     def test_two_runs_are_bitwise_equal(self) -> None:
@@ -195,7 +191,7 @@ class TestForward:
         order_T = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for some_T in (order_T, order_T[:13], order_T[:1]):
             own = threshold_gate(x_TD[some_T], *rest, ONE, fallback)
-            assert distance(own[0], score_TE[some_T]) < 1e-6
+            assert relative_rms(own[0], score_TE[some_T]) < 1e-6
             assert torch.equal(own[1], bits[some_T])
             assert torch.equal(own[2], unrouted_T[some_T])
 
@@ -250,10 +246,10 @@ class TestMask:
         mask_T = torch.arange(T) % 3 > 0
         score_TE, bits, unrouted_T, inv_norm_T, block_counts = threshold_gate(x_TD, *rest, ONE, fallback, mask_T)
         own = threshold_gate(x_TD[mask_T], *rest, ONE, fallback)
-        assert distance(score_TE[mask_T], own[0]) < 1e-6
+        assert relative_rms(score_TE[mask_T], own[0]) < 1e-6
         assert torch.equal(bits[mask_T], own[1])
         assert torch.equal(unrouted_T[mask_T], own[2])
-        assert distance(inv_norm_T[mask_T], own[3]) < 1e-6
+        assert relative_rms(inv_norm_T[mask_T], own[3]) < 1e-6
         assert torch.equal(block_counts.view(-1, E).sum(dim=0), own[4].view(-1, E).sum(dim=0))
         assert not bits[~mask_T].any()
         assert not unrouted_T[~mask_T].any()
@@ -295,7 +291,7 @@ class TestMask:
         assert not found[0][0][~mask_T].any()
         found[0][0] = found[0][0][mask_T]
         for one, other in zip(*found, strict=True):
-            assert distance(one, other) < 1e-6
+            assert relative_rms(one, other) < 1e-6
 
 
 class TestBackward:
@@ -364,7 +360,7 @@ class TestBackward:
         threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)[0].backward(torch.ones(3, 6).t())
         assert expanded is not None
         assert x_TD.grad is not None
-        assert distance(x_TD.grad, expanded) < 1e-6
+        assert relative_rms(x_TD.grad, expanded) < 1e-6
 
     @pytest.mark.parametrize("T", [0, 7])
     def test_opcheck(self, T: int) -> None:

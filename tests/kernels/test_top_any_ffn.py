@@ -1,4 +1,7 @@
-"""What the operation from tokens to tokens refuses, by name; its results are tested with the layer and in `gpu`."""
+"""What the operation from tokens to tokens refuses, by name, and how it is registered.
+
+Its results are tested with the layer and in `gpu`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from dynmoe_tutel import kernels
+from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn_backward
 
 T, D, H, E, O = 6, 8, 5, 3, 4
 
@@ -25,6 +29,13 @@ def inputs() -> dict[str, Any]:
         "w2_EHO": torch.randn(E, H, O), "b2_EO": torch.randn(E, O), "activation": "gelu", "centred": False,
         "dtype": torch.float32, "save": True,
     }  # fmt: skip
+
+
+def arguments(given: dict[str, Any]) -> list[Any]:
+    groups = (kernels.Router, kernels.Index, kernels.ExpertWeights)
+    grouped = {name for group in groups for name in group._fields}
+    x_TD, *options = (value for name, value in given.items() if name not in grouped)
+    return [x_TD, *(group(*(given[name] for name in group._fields)) for group in groups), *options]
 
 
 BAD = [
@@ -52,7 +63,24 @@ BAD = [
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, said: str) -> None:
     """Kernels take sizes on trust: what is too short would be read behind its end."""
     good = inputs()
-    kernels.top_any_ffn(*good.values())
+    kernels.top_any_ffn(*arguments(good))
     with pytest.raises(ValueError, match=name) as refused:
-        kernels.top_any_ffn(*(good | {name: value}).values())
+        kernels.top_any_ffn(*arguments(good | {name: value}))
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("there", [("w3_EDH", "b1_EH"), ("b1_EH", "b2_EO"), ()])
+def test_opcheck(there: tuple[str, ...], save: bool) -> None:
+    """With some of the optional weights, forward and backward."""
+    optional = {"b1_EH": (E, H), "w3_EDH": (E, D, H), "b3_EH": (E, H), "b2_EO": (E, O)}
+    drawn = {name: torch.randn(shape) if name in there else None for name, shape in optional.items()}
+    x, *groups, activation, centred, dtype, _ = arguments(inputs() | drawn)
+    y, h, u = kernels.top_any_ffn(x, *groups, activation, centred, dtype, save)
+    backward = (torch.randn_like(y), h, u, x, *groups, activation, centred, dtype, True)
+    torch.library.opcheck(top_any_ffn_backward, backward)
+    router, _, weights = groups
+    for leaf in (x, router.w_DE, router.thresholds_E, *weights):
+        if leaf is not None:
+            leaf.requires_grad_()
+    torch.library.opcheck(kernels.top_any_ffn, (x, *groups, activation, centred, dtype, save))

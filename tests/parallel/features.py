@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms
+from helpers import FP32, assert_margin, make_case, relative_rms
 from ranks import D, E, H, compare, divided, load_block, tokens_of_ranks
 from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer
-from dynmoe_tutel.wire import gathered
+from dynmoe_tutel.parallel.collectives import gathered
 
 TOP_ANY = {"type": "top_any", "max_expert_num": E}
 
@@ -66,9 +66,10 @@ def custom_experts() -> None:
         before = torch.get_rng_state()
         layer, whole = pair(TOP_ANY, {"type": "custom", "module": copy.deepcopy(module)})
         assert torch.equal(torch.get_rng_state(), before)
-        own = list(whole.experts.module)[layer.first_slot :][: layer.local_slots]
+        own = list(whole.experts.module)[layer.placement.first :][: layer.placement.local]
         for mine, theirs in zip(layer.experts.module, own, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
+        assert_margin(whole, x)
         sizes = tokens_of_ranks(24, "unequal")
         mine = layer(x.split(sizes)[dist.get_rank()])
         y = whole(x)
@@ -92,6 +93,7 @@ def gate_lists() -> None:
     layer, whole = pair(gates, {"hidden_size_per_expert": H})
     for index, gate in enumerate(layer.gates):
         x, dy = batch(index)
+        assert_margin(whole, x, index)
         sizes, rank = tokens_of_ranks(24, "unequal"), dist.get_rank()
         y, expected = layer(x.split(sizes)[rank], gate_index=index), whole(x, gate_index=index)
         assert relative_rms(y, expected.split(sizes)[rank]) < FP32
@@ -159,6 +161,43 @@ def capacity_factors() -> None:
         whole(x, capacity_factor=-0.5)  # alone, as for an evaluation
 
 
+def bound_later() -> None:
+    """A layer made in one process, divided by `bind`: the same outputs and gradients, by other slots."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    experts = {"hidden_size_per_expert": H, "num_experts_per_device": E // 2, "activation_fn": F.gelu}
+    for kind, gate in (
+        ({}, TOP_ANY),
+        ({"type": "llama_ffn", "activation_fn": F.silu}, TOP_ANY),
+        ({"num_experts_per_device": E}, {"type": "top", "k": 2}),
+    ):
+        whole = MoELayer(gate, D, {**experts, **kind}, seeds=(1, 2))
+        layer = MoELayer(gate, D, {**experts, **kind}, seeds=(1 + rank, 2 + rank))  # rank 0's experts are all ranks'
+        assert layer.placement.ranks == 1
+        layer.bind(dist.group.WORLD)
+        assert layer.max_num_local_experts == E // ranks
+        assert layer.num_local_experts == whole.num_global_experts // ranks
+        assert all(hasattr(parameter, "_tutel_expert") for parameter in layer.experts.parameters())
+        x, dy = batch()
+        y = whole(x)
+        y.backward(dy)
+        own = layer(x.chunk(ranks)[rank])
+        own.backward(dy.chunk(ranks)[rank])
+        assert relative_rms(own, y.chunk(ranks)[rank]) < FP32
+        for name in ("sim_matrix", "wg.weight"):
+            for one, all_ in zip(layer.gates.named_parameters(), whole.gates.named_parameters(), strict=True):
+                if one[0].endswith(name):
+                    dist.all_reduce(one[1].grad)
+                    norms = [p.grad.norm(dim=0 if name == "sim_matrix" else 1).sort().values for p in (one[1], all_[1])]
+                    assert relative_rms(*norms) < 4 * FP32
+        size = sum(p.grad.double().square().sum() for p in layer.experts.parameters())
+        dist.all_reduce(size)
+        assert abs(size / sum(p.grad.double().square().sum() for p in whole.experts.parameters()) - 1) < 1e-5
+        assert "divided over" in refusal(lambda: layer.bind(dist.group.WORLD))  # noqa: B023
+    recording = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
+    recording.begin_record_routing()
+    assert "a record window is open" in refusal(lambda: recording.bind(dist.group.WORLD))
+
+
 def equal_tokens() -> None:
     """Bounded capacities refuse different numbers of tokens on every rank, and go on afterwards."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -190,7 +229,7 @@ def copies_and_states() -> None:
     said = refusal(lambda: layer.load_state_dict(state))
     assert ("nothing was refused" in said) == (dist.get_rank() == 0)
     if dist.get_rank():
-        assert f"slots 0 to {layer.local_slots - 1}, and this rank holds slots {layer.first_slot} to" in said
+        assert f"slots 0 to {layer.placement.local - 1}, and this rank holds slots {layer.placement.first} to" in said
     for experts, start in (
         ({"hidden_size_per_expert": H}, E),
         ({"type": "llama_ffn", "hidden_size_per_expert": H}, E // 2),
@@ -202,6 +241,7 @@ def copies_and_states() -> None:
         layer, _ = pair(TOP_ANY, experts)
         layer.load_state_dict(whole.state_dict())
         assert layer.num_global_experts == start
+        assert_margin(whole, x)
         assert relative_rms(layer(x), whole(x)) < FP32
     assert "this rank holds all slots" in refusal(lambda: whole.load_state_dict(layer.state_dict()))
 
@@ -247,6 +287,7 @@ CHECKS = (
     masks,
     modes,
     capacity_factors,
+    bound_later,
     equal_tokens,
     copies_and_states,
     keys_of_one_score,

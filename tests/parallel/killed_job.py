@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import leave
 from training import STEPS, Job
 
-from dynmoe_tutel import distributed_checkpoint
+from dynmoe_tutel.checkpoint import distributed
 
 KILLED_AFTER = 12
 
@@ -29,7 +29,7 @@ def _die(*_: object) -> None:
 def main(folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, job, begun = dist.get_rank(), Job(max_new_experts=2), distributed_checkpoint.latest(folder)
+    rank, job, begun = dist.get_rank(), Job(max_new_experts=2), distributed.latest(folder)
     if begun is not None:
         job.load(begun)
     (folder / f"{what}-{rank}").write_text(begun.name if begun else "nothing")

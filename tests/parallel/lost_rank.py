@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from helpers import GROUP_PATIENCE
 
 from dynmoe_tutel import MoELayer
 
 
 def main(rank: int, ranks: int, store: str, lost: int, end: str) -> None:
-    dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=GROUP_PATIENCE)
     gate = {"type": "top_any", "max_expert_num": 2 * ranks}
     layer = MoELayer(gate, 8, {"num_experts_per_device": 2, "hidden_size_per_expert": 8}, group=dist.group.WORLD)
     layer(torch.randn(4, 8)).sum().backward()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FP32, make_case, relative_rms
+from helpers import FP32, GROUP_PATIENCE, assert_margin, make_case, relative_rms
 from torch import Tensor
 
-from dynmoe_tutel import MoELayer, parallel
-from dynmoe_tutel.parallel import _Blocks
+from dynmoe_tutel import MoELayer
+from dynmoe_tutel.capacity import bounded_pairs
+from dynmoe_tutel.parallel.rank_exchange import _Blocks
 
 D, H, E = 16, 20, 8
 
@@ -22,7 +22,7 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[Callable[[], None]]
     """`checks` on one rank, over a file store."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=GROUP_PATIENCE
     )
     for check in checks:
         try:
@@ -63,6 +63,7 @@ def compare(
 ) -> None:
     """Output, token gradients, gate gradients (summed over ranks) and expert gradients, against one process."""
     rank = dist.get_rank()
+    assert_margin(whole, x)
     full = x.clone().requires_grad_()
     y_full = whole(full, **call)
     y_full.backward(dy)
@@ -166,7 +167,7 @@ def bounded() -> None:
     load_block(layer, case.layer)
     x, R = case.x.split(sizes)[dist.get_rank()], dist.get_world_size()
     routing = layer.gates[0](x)
-    kept = parallel.bounded_pairs(routing, R, 1.0)
+    kept = bounded_pairs(routing, R, 1.0)
     room = -(-len(x) // R)
     margin_TE, expected = routing.scores - routing.thresholds, 0
     for a, before, margin in zip(
@@ -236,7 +237,7 @@ def slots() -> None:
     for own, full in zip(layer.experts.parameters(), whole.experts.parameters(), strict=True):
         assert torch.equal(own, full.chunk(layer.world_size)[layer.rank])
     held = [bool(layer.expert_slots.slot_parameters(slot)) for slot in range(E)]
-    assert held == [slot // layer.local_slots == layer.rank for slot in range(E)]
+    assert held == [slot // layer.placement.local == layer.rank for slot in range(E)]
     torch.manual_seed(dist.get_rank())  # without seeds, gates are those of the first rank, experts differ
     layer = divided({}, {"type": "top_any", "max_expert_num": 2 * E}, "ffn", F.gelu)
     w = layer.gates[0].sim_matrix.detach().clone()

@@ -5,17 +5,17 @@ The processes report, the test compares: equal to one process, the same on every
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import spawn_ranks
+from helpers import GROUP_PATIENCE, spawn_ranks
 from torch.distributed.fsdp import fully_shard
 from training import EVERY, SLOTS, STEPS, Job, Net, gathered, global_batch, same
 
-from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint, parallel
+from dynmoe_tutel import ExpertController, MoELayer, parallel
+from dynmoe_tutel.checkpoint import distributed
 
 WORLDS = (4, 2, 1)
 INITS = ("nearest", "mean", "fresh", "keep")
@@ -33,7 +33,7 @@ def _process(rank: int, folder: str) -> None:
         if rank >= world:
             return
         store = f"file://{folder}/store-{world}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=GROUP_PATIENCE)
         try:
             torch.save(_report(Path(folder), world), f"{folder}/{world}-{rank}.pt")
         finally:
@@ -69,7 +69,7 @@ def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
     moves.save(folder / f"rebalanced-{world}")
     resumed = Job()
     resumed.load(folder / f"rebalanced-{world}")
-    loads = [[list(site.load) for site in job.controller._sites] for job in (moves, resumed)]
+    loads = [[list(site.load) for site in job.controller._histories] for job in (moves, resumed)]
     found |= {"again": again.moves, "loads": loads}
     for job in (stays, moves, resumed):
         job.train(STEPS)
@@ -95,9 +95,9 @@ def _checkpoints(folder: Path, world: int) -> dict[str, Any]:
     if world == 4:
         job = Job(**SAMPLED).train(SAVED)
         job.save(target)
-        found["samples"] = int(job.controller._sites[0].record.unrouted_sample.shape[0])
+        found["samples"] = int(job.controller._histories[0].record.unrouted_sample.shape[0])
         found["refused"] = [_refusal(lambda: job.save(target))]
-        found["refused"].append(_refusal(lambda: distributed_checkpoint.save(folder / "x", job.model, extra=_refusal)))
+        found["refused"].append(_refusal(lambda: distributed.save(folder / "x", job.model, extra=_refusal)))
         found["written"] = sorted(path.name for path in folder.iterdir() if "x" in path.name)
         whole = job.train(STEPS)
         found["whole"], state = whole.result(), whole.state()
@@ -109,10 +109,10 @@ def _checkpoints(folder: Path, world: int) -> dict[str, Any]:
     if world == 4:
         found["bitwise"] = same(resumed.state(), state)
         other = Net(None, slots=4)
-        found["refused"].append(_refusal(lambda: distributed_checkpoint.load(target, other)))
-        found["refused"].append(_refusal(lambda: distributed_checkpoint.load(folder, other)))
+        found["refused"].append(_refusal(lambda: distributed.load(target, other)))
+        found["refused"].append(_refusal(lambda: distributed.load(folder, other)))
         alone = torch.optim.SGD(resumed.model.head.parameters(), lr=0.1)
-        found["refused"].append(_refusal(lambda: distributed_checkpoint.load(target, resumed.model, alone)))
+        found["refused"].append(_refusal(lambda: distributed.load(target, resumed.model, alone)))
         found["unchanged"] = same(resumed.state(), state)
     return found
 
@@ -153,7 +153,7 @@ def _refused_kinds() -> list[str]:
     )
     return [
         _refusal(lambda: ExpertController(sharded)),
-        _refusal(lambda: distributed_checkpoint.save("nowhere", custom)),
+        _refusal(lambda: distributed.save("nowhere", custom)),
     ]
 
 

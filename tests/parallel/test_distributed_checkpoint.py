@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PATIENCE
 from killed_job import KILLED_AFTER
 from torch import Tensor, nn
 from training import STEPS, same
 
-from dynmoe_tutel import ExpertController, distributed_checkpoint, moe
+from dynmoe_tutel import ExpertController, moe
+from dynmoe_tutel.checkpoint import distributed
 
 FOLDER = Path(__file__).parent
 D = 8
@@ -30,7 +32,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(FOLDER / "killed_job.py"), str(tmp_path)]
     kill, resume = (
-        subprocess.run([*command, *script, what], env=environment, timeout=100, capture_output=True, text=True)
+        subprocess.run([*command, *script, what], env=environment, timeout=PATIENCE, capture_output=True, text=True)
         for what in ("kill", "resume")
     )
     assert kill.returncode != 0
@@ -85,10 +87,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_process_resumes_bitwise(name: str, tmp_path: Path) -> None:
     job = Alone(OPTIMIZERS[name]).train(4)
-    distributed_checkpoint.save(tmp_path / "step-4", *job.parts())
+    distributed.save(tmp_path / "step-4", *job.parts())
     before = [_copied(state) for state in job.state()]
     resumed = Alone(OPTIMIZERS[name]).train(1, start=50)
-    distributed_checkpoint.load(tmp_path / "step-4", *resumed.parts())
+    distributed.load(tmp_path / "step-4", *resumed.parts())
     assert same(resumed.state(), before)
     assert same(resumed.train(5, start=4).state(), job.train(5, start=4).state())
     assert job.controller.events, "the resumed part must have something to get wrong"
@@ -104,40 +106,40 @@ def _copied(value: Any) -> Any:
 
 def test_model_alone_and_what_was_saved_beside_it(tmp_path: Path) -> None:
     job = Alone().train(2)
-    distributed_checkpoint.save(tmp_path / "a", job.model, extra=[1, torch.ones(2)], rank_state="mine")
+    distributed.save(tmp_path / "a", job.model, extra=[1, torch.ones(2)], rank_state="mine")
     other = Alone()
-    restored = distributed_checkpoint.load(tmp_path / "a", other.model)
+    restored = distributed.load(tmp_path / "a", other.model)
     assert same(other.model.state_dict(), job.model.state_dict())
     assert same(restored.extra, [1, torch.ones(2)])
     assert (restored.rank_state, restored.ranks) == ("mine", 1)
     with pytest.raises(ValueError, match="was saved without a controller"):
-        distributed_checkpoint.load(tmp_path / "a", other.model, None, other.controller)
+        distributed.load(tmp_path / "a", other.model, None, other.controller)
     with pytest.raises(ValueError, match="the checkpoint has 0 optimizers, given are 1"):
-        distributed_checkpoint.load(tmp_path / "a", other.model, other.optimizer)
+        distributed.load(tmp_path / "a", other.model, other.optimizer)
 
 
 def test_the_latest_is_the_highest_number_that_is_whole(tmp_path: Path) -> None:
-    assert distributed_checkpoint.latest(tmp_path / "nowhere") is None
+    assert distributed.latest(tmp_path / "nowhere") is None
     for name in ("step-900", "step-1000", "step-2000", ".tmp-step-3000"):
         (tmp_path / name).mkdir()
         (tmp_path / name / (".metadata" if name != "step-2000" else "__0_0.distcp")).touch()
-    found = distributed_checkpoint.latest(tmp_path)
+    found = distributed.latest(tmp_path)
     assert found is not None
     assert found.name == "step-1000"
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     job = Alone().train(1)
-    distributed_checkpoint.save(tmp_path / "a", *job.parts())
+    distributed.save(tmp_path / "a", *job.parts())
     before = [_copied(state) for state in job.state()]
     data = tmp_path / "a" / "__0_0.distcp"
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RuntimeError, match="could not be read"):
-        distributed_checkpoint.load(tmp_path / "a", *job.parts())
+        distributed.load(tmp_path / "a", *job.parts())
     (tmp_path / "a" / ".metadata").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match="metadata cannot be read"):
-        distributed_checkpoint.load(tmp_path / "a", *job.parts())
+        distributed.load(tmp_path / "a", *job.parts())
     assert same(job.state(), before)
 
 
@@ -145,5 +147,5 @@ def test_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
     job = Alone()
     foreign = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
     with pytest.raises(ValueError, match=r"optimizer 0 holds a parameter of shape \[3\] that is not the model's"):
-        distributed_checkpoint.save(tmp_path / "a", job.model, foreign)
+        distributed.save(tmp_path / "a", job.model, foreign)
     assert not (tmp_path / "a").exists()

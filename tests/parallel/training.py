@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import TRAINED_MARGIN, assert_margin
 from torch import Tensor, nn
 
-from dynmoe_tutel import ExpertController, MoELayer, distributed_checkpoint
+from dynmoe_tutel import ExpertController, MoELayer
+from dynmoe_tutel.checkpoint import distributed
 
 D, H, SLOTS, ACTIVE, EVERY, STEPS = 8, 6, 8, 4, 8, 20
 
@@ -69,6 +71,7 @@ class Job:
         for step in range(self.step, until):
             batch = global_batch(step)
             x = batch.chunk(world)[rank]
+            assert_margin(self.model.mlp, batch, least=TRAINED_MARGIN)
             y = self.model(x)
             loss = (y - x.roll(1, dims=1)).square().sum() / batch.numel() + 0.01 * self.model.mlp.l_aux / world
             self.optimizer.zero_grad()
@@ -86,10 +89,10 @@ class Job:
     def save(self, folder: Path) -> None:
         extra = {"step": self.step, "note": ("any", 1.5, None)}
         mine = {"rank": dist.get_rank()}
-        distributed_checkpoint.save(folder, self.model, self.optimizer, self.controller, extra=extra, rank_state=mine)
+        distributed.save(folder, self.model, self.optimizer, self.controller, extra=extra, rank_state=mine)
 
-    def load(self, folder: Path) -> distributed_checkpoint.Restored:
-        restored = distributed_checkpoint.load(folder, self.model, self.optimizer, self.controller)
+    def load(self, folder: Path) -> distributed.Restored:
+        restored = distributed.load(folder, self.model, self.optimizer, self.controller)
         self.step = restored.extra["step"]
         return restored
 

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from helpers import FP32, relative_rms
 from torch import Tensor, nn
+from tutel_twin import draw
 
 from dynmoe_tutel import Routing
-from dynmoe_tutel.expert_capacity import critical_data
+from dynmoe_tutel.moe import critical_data
 
 tutel = pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
 D, H, E = 16, 20, 4
@@ -250,6 +251,7 @@ class TestCheckpoints:
 
         experts = {"type": kind, "num_experts_per_device": E, "hidden_size_per_expert": H, "activation_fn": F.silu}
         stock = moe.moe_layer(gate_type={"type": "top"}, experts=dict(experts), model_dim=D)
+        draw(stock.experts)
         slots = E if layout == "padded" and kind == "llama_ffn" else E + 2
         ours = moe.moe_layer(
             gate_type={"type": "top_any", "max_expert_num": slots}, experts=experts, model_dim=D, layout=layout
@@ -276,6 +278,7 @@ class TestCheckpoints:
                 experts={"type": "ffn", "num_experts_per_device": 4, "hidden_size_per_expert": H},
                 model_dim=D,
             )
+            draw(layer.experts)
             return nn.ModuleDict({"mlp": layer, "head": nn.Linear(D, 2)})
 
         torch.manual_seed(0)
@@ -317,6 +320,7 @@ def test_the_layer_through_the_functions(registered: None) -> None:
         experts={"type": "ffn", "num_experts_per_device": E, "hidden_size_per_expert": H, "activation_fn": F.gelu},
         model_dim=D,
     )
+    draw(layer.experts)
     x = torch.randn(30, D)
     gate, experts = layer.gates[0], layer.experts
     routing = moe.top_any_routing(x, gate.sim_matrix, gate.gates, gate.experts_mask)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FP32, FP64, assert_gradients, make_case, relative_rms
-from tutel_twin import LAYOUTS, D, H, run, tutel_twin
+from tutel_twin import LAYOUTS, D, H, draw, run, tutel_twin
 
 from dynmoe_tutel import MoELayer
 
@@ -137,6 +137,7 @@ def test_drops_are_tutels(k: int, factor: float, prioritized: bool, normalize: b
         )
         for module in (moe, ours)
     ]
+    draw(layers[0].experts)
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(37, D)
     found = []
@@ -157,7 +158,7 @@ def test_the_dropped_pairs_are_those_of_extract_critical(factor: float, k: int) 
     from tutel import moe
 
     from dynmoe_tutel import Routing
-    from dynmoe_tutel.expert_capacity import drop_beyond_capacity
+    from dynmoe_tutel.capacity import drop_beyond_capacity
 
     score_TE = torch.rand(50, 6, generator=torch.Generator().manual_seed(k))
     assigned_TE = torch.zeros(50, 6, dtype=torch.bool).scatter(1, score_TE.topk(k, dim=1).indices, True)

@@ -39,6 +39,15 @@ def tutel_twin(native: MoELayer, **options: Any) -> Any:
     return layer
 
 
+@torch.no_grad()
+def draw(module: nn.Module, seed: int = 0) -> None:
+    """Every parameter from a normal distribution: what an expert module starts at is Tutel's affair, which from some
+    version on starts all biases at 0, and equal numbers tell no two experts apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.normal_(0, 0.3, generator=generator)
+
+
 def run(layer: nn.Module, case: Case, **call: Any) -> dict[str, Tensor]:
     """Output, loss and gradients by name, llama_ffn's as this package shapes them."""
     x = case.x.clone().requires_grad_()

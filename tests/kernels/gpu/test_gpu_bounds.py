@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="guards the interpreter's memory
 SAMPLE = (
     "test_gpu_grouped_ffn.py::test_edges_of_tiles",
     "test_gpu_row_sums.py",
-    "test_gpu_rows.py::test_strides",
-    "test_gpu_rows.py::test_gate_gradients",
+    "test_gpu_dispatch_combine.py::test_strides",
+    "test_gpu_dispatch_combine.py::test_gate_gradients",
     "test_gpu_ragged_index.py::test_many_blocks",
     "test_gpu_ragged_index.py::test_the_smallest_margins_go",
     "test_gpu_threshold_gate.py::test_strides",
     "test_gpu_threshold_gate.py::test_sum_over_the_tokens",
-    "test_gpu_vector_losses.py::test_values_and_gradient",
+    "test_gpu_router_losses.py::test_values_and_gradient",
 )
 
 

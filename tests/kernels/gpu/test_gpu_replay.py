@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from dynmoe_tutel.kernels import strided_sample
+from dynmoe_tutel.kernels.operation import OPERATIONS
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs")
-FILES = ("threshold_gate", "ragged_index", "rows", "grouped_ffn", "top_any_ffn", "vector_losses")
 aten = torch.ops.aten
 # on a GPU each waits for a value or a size, or copies from the host's memory
 WAITING = (
@@ -41,12 +39,9 @@ WAITING = (
 @lru_cache
 def implementation(name: str) -> Callable[..., Any]:
     """What a GPU runs for the operation: its Triton kernels, or else torch operations."""
-    for file in FILES:
-        if hasattr(import_module(f"dynmoe_tutel.kernels.{file}"), name):
-            found = getattr(import_module(f"dynmoe_tutel.kernels.gpu.{file}"), name, None)
-            if found is not None:
-                return found
-    return getattr(strided_sample, name)._init_fn
+    declared = OPERATIONS[name]
+    triton = declared.engines.get("triton")
+    return declared.run if triton is None else lambda *args: triton(*declared.grouped(args))
 
 
 class Tape(TorchDispatchMode):

@@ -7,9 +7,8 @@ import torch
 from helpers import relative_rms
 from torch import Tensor
 
-from dynmoe_tutel.kernels import pack_bits, ragged_index
+from dynmoe_tutel.kernels import Index, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import row_sums
-from dynmoe_tutel.kernels.gpu.grouped_gemm import Index
 
 T, E = 70, 24  # the interpreter has 16 programs, and every expert fills two tiles, the second in part
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import HAS_GPU, relative_rms
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dynmoe_tutel import kernels
 from dynmoe_tutel.kernels.gpu import router_gradient as router
@@ -64,19 +65,19 @@ class Call:
         scale = torch.tensor(1.7)
         score, bits, unrouted, inv_norm, *_ = kernels.threshold_gate(x, w, thresholds, active, scale, fallback)
         self.A = int(kernels.unpack_bits(bits, E).sum())
-        index = kernels.ragged_index(bits, E, -1 if spare < 0 else self.A + spare)
+        index = kernels.Index(*kernels.ragged_index(bits, E, -1 if spare < 0 else self.A + spare))
         b1, w3 = draw(E, H) if biases else None, draw(E, D, H, scale=D**-0.5) if gated else None
         b3, b2 = draw(E, H) if gated and biases else None, draw(E, O) if biases else None
         w1, w2 = draw(E, H, D, scale=D**-0.5).transpose(1, 2), draw(E, H, O, scale=H**-0.5)
-        gate = (x, w, thresholds, scale, score, inv_norm, unrouted, bits)
-        self.tensors = (*gate, *index, w1, b1, w3, b3, w2, b2)
+        router = kernels.Router(w, thresholds, scale, score, inv_norm, unrouted, bits)
+        self.tensors = (x, router, index, kernels.ExpertWeights(w1, b1, w3, b3, w2, b2))
         self.activation, self.d_y = activation, draw(T, O)
 
     def on(self, device: str) -> tuple[Any, ...]:
-        return tuple(None if t is None else t.to(device) for t in self.tensors)
+        return tree_map_only(Tensor, lambda t: t.to(device), self.tensors)
 
     def in_fp64(self) -> tuple[Any, ...]:
-        return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.tensors)
+        return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self.tensors)
 
 
 def compare(call: Call, device: str, centred: bool, dtype: torch.dtype, limit: float) -> None:
@@ -96,7 +97,7 @@ def compare(call: Call, device: str, centred: bool, dtype: torch.dtype, limit: f
     for name, f, e in zip(NAMES, gradients, wanted, strict=True):
         # that of the scale is one number, a difference of larger ones: they add up to the thresholds' gradient too
         assert relative_rms(f, e, scale=float(wanted[2].norm()) if name == "scale" else 0.0) < limit, name
-    for f, given in zip(gradients[:4], call.tensors, strict=False):
+    for f, given in zip(gradients[:4], (call.tensors[0], *call.tensors[1]), strict=False):
         assert (f.shape, f.dtype) == (given.shape, given.dtype)
 
 
@@ -186,23 +187,22 @@ def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned
 def test_the_gradient_of_a_token_from_many_parts(device: str, poisoned: None) -> None:
     """More partial sums of a row than are added at once, as of H > 1,024; experts of every word; a NaN score."""
     call = Call(6, 16, 8, 16, 65, 0.1, biases=False)
-    x, w, _, scale, score, inv_norm, unrouted, bits, *index = call.on(device)[:12]
-    score[:, 1] = float("nan")  # an inactive slot
+    x, gate, index, _ = call.on(device)
+    gate.score_TE[:, 1] = float("nan")  # an inactive slot
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(call.A, 20, generator=generator).to(device)
     rows, d_y = (torch.randn(n, 16, generator=generator).to(device) for n in (call.A, 6))
-    unit, _ = router.unit_vectors(w)
+    unit, _ = router.unit_vectors(gate.w_DE)
     found, whole = (
-        router.token_gradient(
-            rows, x, d_y, None, p, score, inv_norm, unrouted, bits, unit, scale, index[1], index[3], False
-        )
+        router.token_gradient(rows, x, d_y, None, p, gate, index, unit, False)
         for p in (parts, parts.sum(dim=1, keepdim=True))
     )
     d_gate = (
         parts.double().sum(dim=1).cpu()
         / index[1].diff().cpu().double().repeat_interleave(index[1].diff().cpu())[index[3].cpu().long().argsort()]
     )
-    expected = kernels.rows.row_gates_backward(d_gate, unrouted.cpu(), *(i.cpu() for i in index), True, False)
+    on_cpu = kernels.Index(*(i.cpu() for i in index))
+    expected = kernels.dispatch_combine.row_gates_backward(d_gate, gate.unrouted_T.cpu(), on_cpu, True, False)
     assert relative_rms(found[1], expected) < 1e-6
     for one, other in zip(found, whole, strict=True):
         assert relative_rms(one, other) < 1e-6

@@ -1,0 +1,168 @@
+"""The cost model of three exchanges between experts on R ranks: bytes from a routing, exactly, or from a law, expected.
+
+R ranks, E slots in R contiguous blocks, T tokens a rank, D model dim. Matrices [R, R] are bytes from row to column;
+what a rank keeps is on no wire. A pass is a list of collectives in the order in which they run. Pure functions.
+
+* once per rank: a row and its bitmask to every rank that holds one of its experts, one partial sum back; in the
+  backward the gradient of the sum, and back the gradient of the row and one fp32 number an assignment.
+* per expert: a row for every assignment each way, in both passes; the numbers of rows of each expert ahead.
+* padded: [E, C, D] each way, in both passes; C, the largest load of any expert on any rank, is agreed on ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .token_choices import Choice
+
+EXCHANGES = ("once per rank", "per expert", "padded")
+COUNT = 8  # bytes of an int64
+WORD = 64  # experts a word of a bitmask
+SCORE = 4  # bytes of the gradient of a score
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a batch asks of the wire; whole numbers (int64) of a routing, float64 in expectation."""
+
+    tokens: Tensor  # [R, R]: tokens of a rank with an expert on the other
+    rows: Tensor  # [R, R]: assignments of a rank's tokens to experts of the other
+    capacity: float  # C: the largest number of rows of an expert from one rank, at least 1
+    slots: int  # E
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return len(self.tokens)
+
+
+def demand(assigned: Sequence[Tensor]) -> Demand:
+    """Of a routing: `assigned[r]` is bool [T_r, E] of the tokens of rank r."""
+    R, E = len(assigned), assigned[0].shape[1]
+    if E % R:
+        raise ValueError(f"{E} slots over {R} ranks: give a multiple")
+    blocks = [a.view(len(a), R, E // R) for a in assigned]
+    return Demand(
+        torch.stack([b.any(dim=2).sum(dim=0) for b in blocks]),
+        torch.stack([b.sum(dim=(0, 2)) for b in blocks]),
+        max(1, max(int(a.sum(dim=0).max()) for a in assigned)),
+        E,
+    )
+
+
+def expected_demand(choice: Choice, tokens: int, ranks: int) -> Demand:
+    """In expectation over batches of `tokens` tokens a rank.
+
+    C supposes independent loads of different experts, which they are where experts are; with a fixed k nearly.
+    """
+    load_E = choice.loads()
+    rows_R = tokens * load_E.view(ranks, -1).sum(dim=1)
+    return Demand(
+        (tokens * choice.touched(ranks)).expand(ranks, -1),
+        rows_R.expand(ranks, -1),
+        expected_largest(load_E, tokens, ranks),
+        choice.num_experts,
+    )
+
+
+def expected_largest(load_E: Tensor, tokens: int, ranks: int) -> float:
+    """E[max] of R independent binomial counts of `tokens` trials for every p in load_E."""
+    n = torch.arange(tokens + 1, dtype=torch.float64)
+    factorial = torch.lgamma(n + 1)
+    ways = factorial[-1] - factorial - factorial.flip(0)
+    log_below = torch.zeros(tokens + 1, dtype=torch.float64)
+    for p in load_E.clamp(1e-300, 1 - 1e-15).unique():
+        pmf = torch.exp(ways + n * torch.log(p) + (tokens - n) * torch.log1p(-p))
+        times = ranks * int((load_E == p).sum())
+        log_below += times * pmf.cumsum(0).clamp(max=1).log()
+    below = log_below.exp()
+    return max(1.0, float((1 - below).sum()))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a row travels: D elements of `itemsize` bytes, the same number back."""
+
+    D: int
+    itemsize: int
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return self.D * self.itemsize
+
+
+def _off_rank(bytes_RR: Tensor) -> Tensor:
+    return bytes_RR * (1 - torch.eye(len(bytes_RR), dtype=bytes_RR.dtype))
+
+
+def collectives(exchange: str, d: Demand, f: Format, backward: bool) -> dict[str, Tensor]:
+    """Bytes [R, R] of each collective of the forward or of the backward alone, by what it carries."""
+    one_RR = torch.ones_like(d.tokens)
+    local = d.slots // d.ranks
+    if exchange == "once per rank":
+        row, words = d.tokens * f.row, -(-local // WORD)
+        if backward:
+            found = {"sum gradients": row, "row gradients": row.t(), "score gradients": d.rows.t() * SCORE}
+        else:
+            found = {"counts": one_RR * COUNT, "bitmasks": d.tokens * (8 * words), "rows": row, "partial sums": row.t()}
+    elif exchange == "per expert":
+        row = d.rows * f.row
+        if backward:
+            found = {"result gradients": row, "row gradients": row.t()}
+        else:
+            found = {"counts": one_RR * (COUNT * local), "rows": row, "results": row.t()}
+    elif exchange == "padded":
+        row = one_RR * (d.capacity * local * f.row)
+        found = {"rows": row, "results": row} if not backward else {"result gradients": row, "row gradients": row}
+        if not backward:
+            found = {"capacity": one_RR * COUNT, **found}
+    else:
+        raise ValueError(f"exchange = {exchange!r}: allowed are {', '.join(EXCHANGES)}")
+    return {name: _off_rank(bytes_RR) for name, bytes_RR in found.items()}
+
+
+def traffic(exchange: str, d: Demand, f: Format, backward: bool) -> Tensor:
+    """Bytes [R, R] of a forward, or of a forward and a backward."""
+    passes = (False, True) if backward else (False,)
+    return torch.stack([b for p in passes for b in collectives(exchange, d, f, p).values()]).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Assumed, not measured: bytes a second of a rank in each direction and seconds of a message, in a node and out."""
+
+    node: int = 8
+    inside_rate: float = 300e9
+    inside_latency: float = 2e-6
+    between_rate: float = 40e9
+    between_latency: float = 10e-6
+
+    def seconds(self, bytes_RR: Tensor) -> float:
+        """One collective: the slowest rank; both kinds of link and both directions at once, messages one by one."""
+        R = len(bytes_RR)
+        node_R = torch.arange(R) // self.node
+        inside_RR = node_R.unsqueeze(0) == node_R.unsqueeze(1)
+        found = []
+        for link_RR, rate, latency in (
+            (inside_RR & ~torch.eye(R, dtype=torch.bool), self.inside_rate, self.inside_latency),
+            (~inside_RR, self.between_rate, self.between_latency),
+        ):
+            through_RR = bytes_RR.double() * link_RR
+            busiest_R = torch.maximum(through_RR.sum(dim=1), through_RR.sum(dim=0))
+            found.append(float((busiest_R / rate + link_RR.sum(dim=1) * latency).max()))
+        return max(found)
+
+    def pass_seconds(self, exchange: str, d: Demand, f: Format, backward: bool) -> float:
+        """The collectives one after the other, without what could run beside them."""
+        passes = (False, True) if backward else (False,)
+        return sum(self.seconds(b) for p in passes for b in collectives(exchange, d, f, p).values())
+
+    def share_between(self, bytes_RR: Tensor) -> float:
+        """Of the bytes, the part that leaves its node."""
+        node_R = torch.arange(len(bytes_RR)) // self.node
+        return float(bytes_RR[node_R.unsqueeze(0) != node_R.unsqueeze(1)].sum() / bytes_RR.sum().clamp(min=1))

@@ -1,0 +1,1 @@
+"""Which kernels the operations launch, with what, recorded without a GPU."""

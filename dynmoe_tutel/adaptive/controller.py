@@ -1,0 +1,354 @@
+"""ExpertController: when record windows open and close, and what an update does to the optimizer.
+
+The policy (policy.py) decides, the layer (slots.py) applies; here are the schedule in optimizer steps, the
+reduction over ranks, the reset of optimizer state, the event log and the state that makes a resumed run
+bitwise the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..validation import number
+from .gate_history import GateHistory, gate_histories
+from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
+from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
+from .rebalance import RebalanceReport, rebalance_layer
+from .schedule import Schedule
+from .slots import INITS
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExpertEvent:
+    """One slot grown or pruned: after which optimizer step, where, why, and how many were active then.
+
+    `layer` is the qualified name of the layer in the model without wrapper prefixes, `gate` the index of the
+    gate, `experts` the number of active experts of that gate once this change was made.
+    """
+
+    step: int
+    layer: str
+    gate: int
+    slot: int
+    action: str
+    reason: str
+    experts: int
+
+    def __str__(self) -> str:
+        where = self.layer or "the layer"
+        gate = f", gate {self.gate}" if self.gate else ""
+        return (
+            f"step {self.step}: {self.action} expert {self.slot} of {where}{gate}, "
+            f"now {self.experts} active: {self.reason}"
+        )
+
+
+class ExpertController:
+    """Grows and prunes the experts of every adaptive MoE layer of a model while it trains.
+
+    Call `step()` once after every `optimizer.step()`: gradient accumulation then counts once. Layers are
+    found also where DistributedDataParallel or torch.compile wraps the model, and are named without those
+    prefixes, so that state moves between them. `model` keeps its parameters: slots are storage, shapes never
+    change.
+
+    * `optimizer`: one, a list of them, or None. The rows of a grown or pruned slot are reset in it: every
+      state tensor of the parameter's shape goes to zero there, an fp32 master copy (a state key with "master"
+      in it) takes the parameter's new value, and step counters stay. This suits SGD with momentum, Adam and
+      AdamW in all variants. State of another shape (factored, quantised) is left alone, with a warning.
+    * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
+    * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
+      "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
+      silent_windows) -> `Decision`. For a callable, `max_new_experts` > 1 says only that the records keep unrouted
+      tokens.
+    * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
+      direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
+      slot is).
+    * `group`: the data-parallel process group over which records are summed; None is the layer's.
+
+    Raises ValueError for a model without an adaptive MoE layer and for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizers = None,
+        schedule: Schedule | Mapping[str, Any] | int | None = None,
+        policy: str | Mapping[str, Any] | Policy = "dynmoe",
+        *,
+        max_new_experts: int = 1,
+        min_experts: int = 1,
+        patience: int = 1,
+        init: str = "nearest",
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if type(seed) is not int or abs(seed) >= 2**63:
+            raise ValueError(f"seed must be an integer below 2**63, got {seed!r}")
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(f"group must be a process group of torch.distributed or None, got {group!r}")
+        self.schedule = Schedule.of(schedule)
+        self.policy = _configured_policy(policy, max_new_experts, min_experts, patience)
+        self.init = init
+        self.group = group
+        self.events: list[ExpertEvent] = []
+        self._rows = OptimizerRows(optimizer_list(optimizer))
+        self._histories = gate_histories(model)
+        self._layers = list({id(history.layer): history.layer for history in self._histories}.values())
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        self._window_open = False
+
+        floor = getattr(self.policy, "min_experts", 1)
+        keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if max_new_experts > 1 else 0)
+        for history in self._histories:
+            history.check_whole()
+            if floor > len(history.silent_windows):
+                raise ValueError(
+                    f"min_experts must be at most the slots of every layer, got {floor} "
+                    f"and {history.key} has {len(history.silent_windows)}"
+                )
+            history.record.keep_tokens = max(history.record.keep_tokens, keeps)
+        if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
+            logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
+        self._set_window(self.schedule.opens_at(0))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps counted so far."""
+        return self._step
+
+    @torch.no_grad()
+    def step(self) -> list[ExpertEvent]:
+        """Count one optimizer step; open or close windows and update experts where the schedule says so.
+
+        Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
+        ranks of `group` must call it equally often. Raises ValueError where a custom policy's decision does
+        not fit its layer; no expert is changed then.
+        """
+        self._step += 1
+        events: list[ExpertEvent] = []
+        if self.schedule.updates_at(self._step):
+            if self._window_open:
+                events = self._update()
+            else:
+                logger.warning("step %d: no update, the state loaded had no window open for it", self._step)
+            self._set_window(False)
+        if self.schedule.opens_at(self._step):
+            self._set_window(True)
+        return events
+
+    @torch.no_grad()
+    def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
+        """Exchange experts between ranks where the load of the last window has drifted.
+
+        In each layer whose most loaded rank had more than `threshold` (at least 1) times the mean of the ranks, as few
+        slots as a greedy search finds are swapped between ranks: expert weights, optimizer rows, gate columns, records
+        and counts of silence. The layer computes what it did, but for the order of sums. Nothing moves without a gain
+        or on one rank. All ranks must call it alike, after `step()`; a layer that also has gates of fixed k stays.
+
+        Returns what moved and the load before and expected after; its lines are logged at level INFO.
+        """
+        threshold = number("threshold", threshold, 1)
+        for history in self._histories:
+            history.check_whole()
+        layers = [
+            rebalance_layer([history for history in self._histories if history.layer is layer], self._rows, threshold)
+            for layer in self._layers
+        ]
+        report = RebalanceReport(self._step, tuple(layers))
+        for line in str(report).splitlines():
+            logger.info("%s", line)
+        return report
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run needs beside the states of model and optimizer, also in the middle of a window.
+
+        `{"tensors": {name: Tensor}, "values": {...}}`: the first is what safetensors stores, the second what
+        JSON does (numbers, strings, lists, dicts). Tensors are copies.
+        """
+        tensors: dict[str, Tensor] = {"generator": self._generator.get_state()}
+        gates: dict[str, Any] = {}
+        for history in self._histories:
+            record: dict[str, Any] = {}
+            for name, value in history.record.state_dict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{history.key}:{name}"] = value
+                else:
+                    record[name] = value
+            gates[history.key] = {**history.state_values(), "record": record}
+        values = {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "window_open": self._window_open,
+            "events": [asdict(event) for event in self.events],
+            "gates": gates,
+        }
+        return {"tensors": tensors, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from a `state_dict()`; model and optimizer load their own states.
+
+        Raises ValueError, and changes nothing, where the state is of other layers or slot counts, or
+        incomplete.
+        """
+        values, records, events, generator = self._checked_state(state)
+        self._step, self.events, self._generator = int(values["step"]), events, generator
+        # A window that the schedule given now does not know would end at no update of its own.
+        self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
+        for history in self._histories:
+            history.load_state_values(values["gates"][history.key])
+            history.record.load_state_dict(records[history.key])
+
+    def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
+        self._checked_state(state)
+
+    def record_groups(self) -> dict[str, Any]:
+        """By gate, the process group over whose ranks its record is summed."""
+        return {history.key: self._record_group(history) for history in self._histories}
+
+    def merged_records(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """By gate, one record's state from those of several ranks, empty from none."""
+        return {history.key: history.record.merged(records[history.key]) for history in self._histories}
+
+    def _record_group(self, history: GateHistory) -> Any:
+        return history.layer.record_group if self.group is None else self.group
+
+    def _set_window(self, is_open: bool) -> None:
+        for layer in self._layers:
+            if is_open:
+                layer.begin_record_routing()
+            else:
+                layer.end_record_routing()
+        self._window_open = is_open
+
+    def _update(self) -> list[ExpertEvent]:
+        for history in self._histories:
+            history.check_whole()
+        # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
+        for history in self._histories:
+            history.record.all_reduce(self._record_group(history))
+        decisions = [self._decide(history) for history in self._histories]
+        events = []
+        for history, decision in zip(self._histories, decisions, strict=True):
+            events += self._apply(history, decision)
+        self.events += events
+        for event in events:
+            logger.info("%s", event)
+        return events
+
+    def _load(self, layer: nn.Module) -> list[int]:
+        """Assignments of each slot in the last window, by all adaptive gates of the layer."""
+        loads = [history.load for history in self._histories if history.layer is layer]
+        return [sum(counts) for counts in zip(*loads, strict=True)]
+
+    def _decide(self, history: GateHistory) -> Decision:
+        record, active = history.record, history.active
+        if int(record.tokens) == 0:
+            logger.info("step %d: no token in the window of %s", self._step, history.key)
+            return Decision()
+        busy, alive = (record.counts > 0).tolist(), active.tolist()
+        free = int((~active.cpu() & ~history.used_elsewhere).sum())
+        history.silent_windows = [
+            n + 1 if alive[slot] and not busy[slot] else 0 for slot, n in enumerate(history.silent_windows)
+        ]
+        history.load = record.counts.tolist()
+        decision = self.policy(record, active, free, list(history.silent_windows))
+        return checked_decision(decision, alive, record.unrouted_sum, history.key)
+
+    def _apply(self, history: GateHistory, decision: Decision) -> list[ExpertEvent]:
+        if not decision.prune and not decision.grow:
+            return []
+        experts = int(history.active.sum())
+        changes: list[ExpertChange] = history.layer.update_experts(
+            decision, gate_index=history.gate, init=self.init, generator=self._generator, load=self._load(history.layer)
+        )
+        events = []
+        for change in changes:
+            experts += 1 if change.action == "grown" else -1
+            events.append(
+                ExpertEvent(self._step, history.name, history.gate, change.slot, change.action, change.reason, experts)
+            )
+        for slot in sorted({change.slot for change in changes}):
+            history.silent_windows[slot] = history.load[slot] = 0
+            for param, index in history.reset_parameters(slot):
+                self._rows.reset(param, index)
+        return events
+
+    def _checked_state(
+        self, state: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]], list[ExpertEvent], torch.Generator]:
+        """Plain values, what the record of each gate loads, events, generator; ValueError where it does not fit."""
+        parts = [state.get(name) if isinstance(state, Mapping) else None for name in ("tensors", "values")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError("state must be a controller's state_dict() with the dicts 'tensors' and 'values'")
+        tensors, values = state["tensors"], state["values"]
+        missing = {"version", "step", "window_open", "events", "gates"} - set(values)
+        if missing or "generator" not in tensors:
+            raise ValueError(f"state lacks {', '.join(sorted(missing)) or 'the tensor generator'}")
+        if values["version"] != STATE_VERSION:
+            raise ValueError(f"state has version {values['version']!r}, this package reads {STATE_VERSION}")
+        if type(values["step"]) is not int or values["step"] < 0:
+            raise ValueError(f"state has step {values['step']!r}, must be an integer of at least 0")
+        gates = values["gates"]
+        unexpected = sorted(set(gates) - {history.key for history in self._histories})
+        absent = sorted({history.key for history in self._histories} - set(gates))
+        if unexpected or absent:
+            raise ValueError(f"state is of other layers: only it has {unexpected}, only the model has {absent}")
+        records = {history.key: history.checked_state(gates[history.key], tensors) for history in self._histories}
+        try:
+            events = [ExpertEvent(**event) for event in values["events"]]
+            generator = torch.Generator()
+            generator.set_state(tensors["generator"].cpu())
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"state has events or a generator that cannot be read: {error}") from error
+        return values, records, events, generator
+
+
+def records_of(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By gate, the records in a controller's `state_dict()`."""
+    records = {key: dict(gate["record"]) for key, gate in state["values"]["gates"].items()}
+    for name, tensor in state["tensors"].items():
+        key, _, field = name.rpartition(":")
+        if key in records:
+            records[key][field] = tensor
+    return records
+
+
+def with_records(
+    state: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """A controller's `state_dict()` with these records, by gate, in the place of its own; others stay."""
+    tensors, gates = dict(state["tensors"]), dict(state["values"]["gates"])
+    for key, record in records.items():
+        if key in gates:
+            plain = {name: value for name, value in record.items() if not isinstance(value, Tensor)}
+            gates[key] = {**gates[key], "record": plain}
+            tensors |= {f"{key}:{name}": value for name, value in record.items() if isinstance(value, Tensor)}
+    return {"tensors": tensors, "values": {**state["values"], "gates": gates}}
+
+
+def _configured_policy(
+    policy: str | Mapping[str, Any] | Policy, max_new_experts: int, min_experts: int, patience: int
+) -> Policy:
+    options = {"max_new_experts": max_new_experts, "min_experts": min_experts, "patience": patience}
+    DynMoEPolicy(**options)  # refuses values out of range
+    if policy == "dynmoe":
+        return make_policy(policy, **options)
+    for name, value in (("min_experts", min_experts), ("patience", patience)):
+        if value != 1:
+            raise ValueError(f"{name}={value} configures policy 'dynmoe'; give it to {policy!r} itself")
+    return make_policy(policy)

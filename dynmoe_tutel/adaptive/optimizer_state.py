@@ -1,0 +1,87 @@
+"""The entries of one expert in the state of optimizers: reset where it changes, moved where it moves.
+
+Knows torch optimizers by their `state` mapping only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("dynmoe_tutel.adaptive.controller")
+
+# State that is a value of the parameter's kind and not a sum of its gradients: averages of it, points beside it.
+_COPIES = ("ax", "z", "slow_buffer", "slow_param", "slow_weights", "shadow")
+_MOMENTS = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_slow", "exp_inf"),
+    *("sum", "square_avg", "grad_avg", "acc_delta", "prev", "variance"),
+)
+
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
+
+
+def optimizer_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    """One optimizer, several or None as a list; ValueError for anything else."""
+    if optimizer is None:
+        return []
+    several: list[Any] = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    for each in several:
+        if not isinstance(getattr(each, "state", None), Mapping):
+            raise ValueError(f"optimizer must be a torch optimizer, a list of them or None, got {each!r}")
+    return several
+
+
+class OptimizerRows:
+    """State tensors of a parameter's shape, over all of `optimizers`.
+
+    State of another shape (factored, quantised) is left alone, with one warning a kind: which of its entries belong to
+    an expert is unknown.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self._warned: set[str] = set()
+
+    def of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """The state tensors of the parameter's shape, by optimizer and name: the same order on every rank."""
+        return [value for _, value in sorted(self._state(parameter, "moved"), key=lambda entry: entry[0])]
+
+    @torch.no_grad()
+    def reset(self, parameter: nn.Parameter, index: tuple[Any, ...]) -> None:
+        """Zero at `index`; a copy or average of the parameter ("master" in its name, and some others) takes its value.
+
+        Of a name that is not known, what it holds is unknown: zero, with a warning.
+        """
+        for (_, name), value in self._state(parameter, "reset"):
+            if "master" in name or name in _COPIES:
+                value[index] = parameter.detach()[index].to(value.dtype)
+                continue
+            if name not in _MOMENTS:
+                self._warn_once(
+                    f"optimizer state {name!r} is not known here: its entries of a changed expert are set to zero, as "
+                    "those of a moment"
+                )
+            value[index] = 0
+
+    def _state(self, parameter: nn.Parameter, verb: str) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        for number, optimizer in enumerate(self.optimizers):
+            # `.get`: the state is a defaultdict, and an empty entry would count as an initialised parameter.
+            for name, value in (optimizer.state.get(parameter) or {}).items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue
+                if value.shape == parameter.shape:
+                    yield (number, str(name)), value
+                else:
+                    self._warn_once(
+                        f"optimizer state {name!r} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(parameter.shape)}: the entries of one expert are unknown and not {verb}"
+                    )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)

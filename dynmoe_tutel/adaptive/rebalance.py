@@ -1,0 +1,146 @@
+"""Experts that change places between ranks: weights, optimizer rows, gate columns and records, and what is said of it.
+
+The layer computes the same function afterwards. Which slots swap is planned in `placement`, from numbers that are equal
+on every rank; here it is carried out and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..parallel.collectives import check_alike
+from ..parallel.placement import Placement, imbalance, plan_swaps, slot_order
+from .gate_history import GateHistory
+from .optimizer_state import OptimizerRows
+from .slots import AdaptiveExperts
+
+
+@dataclass(frozen=True)
+class ExpertMove:
+    """One active expert that went from a slot and rank (of the layer's group) to others."""
+
+    slot: int
+    rank: int
+    to_slot: int
+    to_rank: int
+
+    def __str__(self) -> str:
+        return f"expert {self.slot} to slot {self.to_slot} (rank {self.rank} to {self.to_rank})"
+
+
+@dataclass(frozen=True)
+class LayerBalance:
+    """One layer: max / mean of its ranks' loads in the last window, what is expected of the next, and what moved."""
+
+    layer: str
+    ranks: int
+    before: float
+    expected: float
+    moves: tuple[ExpertMove, ...] = ()
+
+    def __str__(self) -> str:
+        name = self.layer or "the layer"
+        if not self.moves:
+            return f"{name}: nothing moved, load max/mean over {self.ranks} ranks is {self.before:.2f}"
+        moved = ", ".join(map(str, self.moves))
+        return (
+            f"{name}: moved {moved}; load max/mean over {self.ranks} ranks was {self.before:.2f}, "
+            f"expected is {self.expected:.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class RebalanceReport:
+    """What `ExpertController.rebalance` did after which optimizer step; its str is a line a layer."""
+
+    step: int
+    layers: tuple[LayerBalance, ...]
+
+    @property
+    def moves(self) -> int:
+        """Experts moved, of all layers."""
+        return sum(len(layer.moves) for layer in self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join(f"step {self.step}: {layer}" for layer in self.layers)
+
+
+@torch.no_grad()
+def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, threshold: float) -> LayerBalance:
+    """Swap experts of the layer of `histories`, all its adaptive gates; every rank of its group must call it."""
+    layer, name = histories[0].layer, histories[0].name
+    place = layer.placement
+    load = [sum(counts) for counts in zip(*(history.load for history in histories), strict=True)]
+    before = imbalance(load, place.blocks)
+    # The experts of a gate of fixed k cannot be told apart from their columns, which only the gate knows.
+    swaps = plan_swaps(load, place.blocks, threshold) if len(histories) == len(layer.gates) else []
+    if not swaps:
+        return LayerBalance(name, place.blocks, before, before)
+    order = slot_order(swaps, layer.slots)
+    used = torch.stack([history.active for history in histories]).any(dim=0).tolist()
+    _exchange_experts(layer, place, rows, order)
+    for history in histories:
+        _permute_gate(layer.gates[history.gate], rows, order)
+        history.permute_slots(order)
+    moves = [
+        ExpertMove(source, source // place.local, slot, slot // place.local)
+        for slot, source in sorted(enumerate(order), key=lambda pair: pair[1])
+        if source != slot and used[source]
+    ]
+    return LayerBalance(
+        name, place.blocks, before, imbalance([load[slot] for slot in order], place.blocks), tuple(moves)
+    )
+
+
+def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
+    """Column i of the gate becomes what column order[i] was, in the optimizers too."""
+    order_E = torch.tensor(order, device=gate.experts_mask.device)
+    for parameter, axis in ((gate.sim_matrix, 1), (gate.gates, 0)):
+        for tensor in (parameter.detach(), *rows.of(parameter)):
+            tensor.copy_(tensor.index_select(axis, order_E))
+    gate.experts_mask.copy_(gate.experts_mask[order_E])
+
+
+def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerRows, order: list[int]) -> None:
+    """Slot i gets the expert that slot order[i] holds, with its optimizer rows, wherever the two are.
+
+    One message an expert, of its bytes as they are. ValueError on every rank where ranks hold other tensors.
+    """
+
+    def tensors(slot: int) -> list[Tensor]:
+        """Views of all that belongs to a slot of this rank."""
+        entries = layer.expert_slots.slot_parameters(slot)
+        return [t[index] for parameter, index in entries for t in (parameter.detach(), *rows.of(parameter))]
+
+    first = tensors(place.first)
+    alike = {"an expert with its optimizer state": [(str(t.dtype), tuple(t.shape)) for t in first]}
+    check_alike("rebalance", alike, place.group, "give every rank the same optimizer, and take its first step on all")
+    moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
+    leaving = {source: _bytes(tensors(source)) for _, source in moved if source // place.local == place.rank}
+    arriving: dict[int, Tensor] = {}
+    transfers = []
+    for slot, source in moved:
+        here, there = slot // place.local, source // place.local
+        if place.rank == here:
+            arriving[slot] = leaving[source] if here == there else torch.empty_like(_bytes(first))
+            if here != there:
+                transfers.append(dist.P2POp(dist.irecv, arriving[slot], place.global_rank(there), place.group, slot))
+        elif place.rank == there:
+            transfers.append(dist.P2POp(dist.isend, leaving[source], place.global_rank(here), place.group, slot))
+    for request in dist.batch_isend_irecv(transfers) if transfers else []:
+        request.wait()
+    for slot, packed in arriving.items():
+        views = tensors(slot)
+        for view, part in zip(views, packed.split([t.numel() * t.element_size() for t in views]), strict=True):
+            view.copy_(part.clone().view(view.dtype).view(view.shape))  # a clone is aligned for any dtype
+
+
+def _bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """All of them behind one another, uint8."""
+    return torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors])

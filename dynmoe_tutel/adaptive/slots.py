@@ -1,0 +1,326 @@
+"""`AdaptiveExperts`: gates, expert networks, their records and placement, and slots that are grown and pruned in place.
+
+What a window decides is in `policy`; the schedule and the optimizer's rows are the controller's; how tokens flow is
+`MoELayer`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..experts.base import SlotParameter
+from ..gates import Gate
+from ..layer_state import fit_slots
+from ..parallel.collectives import copy_from_first
+from ..parallel.exchange import Exchange
+from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
+from ..parallel.rank_exchange import RankExchange
+from ..parallel.slots import SlotAccess
+from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
+from .records import RoutingRecord
+
+_log = logging.getLogger("dynmoe_tutel")
+INITS = ("nearest", "mean", "fresh", "keep")
+
+
+class AdaptiveExperts(nn.Module):
+    """Gates [D -> Routing], the expert networks they share, one record a gate, and who holds which slot.
+
+    Of `exchange` it uses the placement and the access to the slots. Buffers, by upstream's names:
+    `_num_global_experts` [], active experts, and `_max_num_global_experts` [], slots.
+
+    nn.Module's methods are called by name: inside stock Tutel the next class in line is Tutel's own layer.
+    """
+
+    _num_global_experts: Tensor
+    _max_num_global_experts: Tensor
+
+    def __init__(
+        self, gates: nn.ModuleList, experts: Any, exchange: Exchange, model_dim: int, record_group: Any = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.model_dim, self.exchange = model_dim, exchange
+        self.gates, self.experts = gates, experts
+        self.register_buffer("_num_global_experts", torch.tensor(exchange.start))
+        self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
+        self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
+        self.record_routing, self.record_eval = False, False
+        self.record_group = record_group  # the ranks whose records are summed; None: all
+        self._mark_experts()
+
+    def _mark_experts(self) -> None:
+        """Tutel's mark, by which optimizers and gradient reductions tell experts."""
+        for parameter in self.experts.parameters():
+            parameter._tutel_expert = True
+
+    @property
+    def placement(self) -> Placement:
+        """Which rank holds which slot."""
+        return self.exchange.placement
+
+    @property
+    def expert_slots(self) -> SlotAccess:
+        """What reads and writes the slots of the experts, on whichever rank they are."""
+        return self.exchange.slots(self.experts)
+
+    @property
+    def slots(self) -> int:
+        """E: expert slots, over all ranks."""
+        return self.placement.slots
+
+    @property
+    def group(self) -> Any:
+        """The process group whose ranks divide the slots; None in one process."""
+        return self.placement.group
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that divide the slots."""
+        return self.placement.ranks
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among them."""
+        return self.placement.rank
+
+    @property
+    def sharded_count(self) -> int:
+        """Ranks that share one expert."""
+        return self.placement.shards
+
+    @property
+    def num_global_experts(self) -> int:
+        """Experts active now, by any gate."""
+        return int(self._num_global_experts)
+
+    @property
+    def max_num_global_experts(self) -> int:
+        """E: slots."""
+        return self.slots
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts active on this rank."""
+        first = self.placement.first
+        return int(self._used_slots()[first : first + self.placement.local].sum())
+
+    @property
+    def max_num_local_experts(self) -> int:
+        """Slots on this rank."""
+        return self.placement.local
+
+    @property
+    def record(self) -> RoutingRecord:
+        """The record of the first gate; `records` has one for each."""
+        return self.records[0]
+
+    def begin_record_routing(self, record_eval: bool = False) -> None:
+        """Open an empty record window. Only training forwards are recorded, unless `record_eval`."""
+        self.reset_record_routing()
+        self.record_routing, self.record_eval = True, record_eval
+
+    def end_record_routing(self) -> None:
+        """Close the window; the record stays to be read."""
+        self.record_routing = False
+
+    def reset_record_routing(self) -> None:
+        """Empty the records of all gates."""
+        for record in self.records:
+            record.reset(self._num_global_experts.device)
+
+    def get_routing_records(self) -> Tensor:
+        """Assignments of each slot in the window, [E] int64, of the first gate."""
+        return self.record.counts.clone()
+
+    def get_sample_records(self) -> Tensor | None:
+        """Sum of the unrouted tokens of the window, [D] fp32, or None if there was none."""
+        return self.record.unrouted_sum.clone() if int(self.record.unrouted_tokens) else None
+
+    def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
+        """Prune and grow by the default policy from the record, summed over `record_group`'s ranks.
+
+        Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched:
+        with one that has state, use `ExpertController`. ValueError where no window is open, or the gate has no
+        thresholds.
+        """
+        gate = self._adaptive_gate(gate_index)
+        if not self.record_routing:
+            raise ValueError("no record window is open: call begin_record_routing() before the forwards to judge by")
+        record = self.records[gate_index]
+        record.all_reduce(self.record_group)
+        active_E = gate.active()
+        decision = DynMoEPolicy()(record, active_E, int((~active_E).sum()), [1] * gate.slots)
+        load = record.counts.tolist()
+        record.reset()
+        changes = self.update_experts(decision, gate_index, load=load)
+        after = int(gate.active().sum())
+        _log.info("adaptive update: from %d to %d experts%s", int(active_E.sum()), after, _summary(changes))
+        return changes
+
+    def update_experts(
+        self,
+        decision: Decision,
+        gate_index: int = 0,
+        init: str = "nearest",
+        generator: torch.Generator | None = None,
+        load: Sequence[int] | None = None,
+    ) -> list[ExpertChange]:
+        """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
+
+        Where ranks divide the slots, growth takes the lowest free slot of the rank that is least loaded by `load`
+        (assignments of each slot; None: none), an expert grown before it in this update counting as the mean of all.
+
+        `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
+        ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last
+        active expert is never pruned; growth without a free slot is left out. Call it after the optimizer's step.
+        """
+        if init not in INITS:
+            raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
+        if init == "fresh" and generator is None:
+            raise ValueError("init = 'fresh' draws weights: give a torch.Generator as generator")
+        gate = self._adaptive_gate(gate_index)
+        for slot, _ in decision.prune:
+            self._check_slot("the decision prunes slot", slot)
+        grow = [(unit_direction(w_D, gate.sim_matrix[:, 0], "the layer"), why) for w_D, why in decision.grow]
+        load_E = [0] * self.slots if load is None else list(load)
+        if len(load_E) != self.slots:
+            raise ValueError(f"load has {len(load_E)} entries: give one for each of {self.slots} slots")
+        changes = []
+        for slot, reason in decision.prune:
+            if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
+                gate.deactivate(slot)
+                load_E[slot] = 0
+                changes.append(ExpertChange(slot, "pruned", reason))
+        sources_E = gate.active()  # copy from experts that existed before this update
+        mean_load = sum(load_E) // max(1, int(sources_E.sum()))
+        for w_D, reason in grow:
+            free = self._free_slot(load_E)
+            if free is None:
+                break
+            load_E[free] = mean_load
+            self._fill_slot(gate, free, w_D, init, sources_E, generator)
+            gate.activate(free, w_D)
+            changes.append(ExpertChange(free, "grown", reason))
+        self._num_global_experts.fill_(int(self._used_slots().sum()))
+        return changes
+
+    def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
+        """Every parameter that holds the slot, with the index of its entries: routing vector, threshold, expert."""
+        gate = self._adaptive_gate(gate_index)
+        self._check_slot("slot", slot)
+        router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
+        return router + self.expert_slots.slot_parameters(slot)
+
+    def _adaptive_gate(self, gate_index: int) -> Any:
+        gate = self._gate(gate_index)
+        if not gate.adaptive:
+            raise ValueError(
+                f"gate {gate_index} is a {type(gate).__name__}, whose number of experts is fixed: experts grow and are "
+                "pruned with gates of type top_any, gated_multi_gate or gated_multi_gate_t"
+            )
+        return gate
+
+    def _gate(self, gate_index: int) -> Gate:
+        if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
+            raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
+        return self.gates[gate_index]  # type: ignore[return-value]
+
+    def _check_slot(self, name: str, slot: object) -> None:
+        if type(slot) is not int or not 0 <= slot < self.slots:
+            raise ValueError(f"{name} = {slot!r}: this layer has {self.slots} slots, 0 to {self.slots - 1}")
+
+    def _used_slots(self) -> Tensor:
+        """[E] bool: slots that some gate has active; gates share the experts."""
+        return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
+
+    def _free_slot(self, load_E: Sequence[int]) -> int | None:
+        """The slot to grow into, of those that no gate uses."""
+        free = (~self._used_slots()).nonzero().flatten().tolist()
+        return slot_to_grow(free, load_E, self.placement.blocks)
+
+    def _fill_slot(
+        self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None
+    ) -> None:
+        if init == "nearest":
+            cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
+            self.expert_slots.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
+        elif init == "mean":
+            self.expert_slots.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
+        elif init == "fresh":
+            assert generator is not None
+            self.expert_slots.reset_slot(slot, generator)
+
+    @torch.no_grad()
+    def bind(self, group: Any) -> None:
+        """Divide the experts, all of them in this process so far, over the ranks of `group`.
+
+        Every rank gets the experts and gates of rank 0 and keeps its block of slots, in new parameters: call it on all
+        ranks, before an optimizer is made. Active experts change places first where ranks would get unequal numbers,
+        so the layer computes what it did, by other slots. ValueError where the experts are divided already, a record
+        window is open, or the slots cannot be divided.
+        """
+        if self.placement.ranks > 1:
+            raise ValueError(f"group: the experts are divided over {self.placement.ranks} ranks already")
+        if self.record_routing:
+            raise ValueError("group: a record window is open: call end_record_routing() first")
+        placement = Placement.over(self.slots, group)
+        if placement.ranks == 1:
+            return
+        copy_from_first(self.gates, group)
+        copy_from_first(self.experts, group)
+        self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
+        self.experts.keep_slots(placement.first, placement.local)
+        self.exchange = RankExchange(placement, self.exchange.start)
+        self._mark_experts()
+
+    def _permute(self, order: list[int]) -> None:
+        """Slot i gets the expert, and its entries of all gates, that slot order[i] held."""
+        if order == sorted(order):
+            return
+        if not all(gate.adaptive for gate in self.gates):
+            raise ValueError("group: active experts of a layer with a fixed-k gate cannot be spread over the ranks")
+        old = [[p.detach()[i].clone() for p, i in self.experts.slot_parameters(slot)] for slot in range(self.slots)]
+        for slot, source in enumerate(order):
+            for (parameter, index), value in zip(self.experts.slot_parameters(slot), old[source], strict=True):
+                parameter[index] = value
+        for gate in self.gates:
+            gate.permute_slots(order)  # type: ignore[operator]
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        moved = nn.Module._apply(self, *args, **options)
+        for record in self.records:  # no tensors of the module, which would be in its state
+            record.move(self._num_global_experts.device)
+        return moved
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if isinstance(self.exchange, RankExchange) and hasattr(destination, "_metadata"):
+            # records which slots these are: any rank's block would fit by shape
+            first = self.placement.first
+            destination._metadata[prefix[:-1]]["slots"] = (first, first + self.placement.local)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
+        memo[id(self.record_group)] = self.record_group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._mark_experts()
+
+
+def _summary(changes: list[ExpertChange]) -> str:
+    return "".join(f", slot {change.slot} {change.action}" for change in changes)

@@ -1,0 +1,221 @@
+"""`dynmoe-tutel run`: an unedited training script finds `tutel` with this package's gate types.
+
+With Tutel installed, they are registered with it; without, `tutel_stand_in` stands in. The script then runs as python
+would run it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib.util
+import logging
+import os
+import runpy
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
+
+from .. import tutel_stand_in
+
+__all__ = ["run"]
+
+_TOOLS = {"tutel.checkpoint.gather": "gather", "tutel.checkpoint.scatter": "scatter"}
+_USAGE = "give SCRIPT ARGS..., or -m MODULE ARGS..."
+
+
+def run(arguments: list[str]) -> int:
+    """Run SCRIPT ARGS..., or -m MODULE ARGS..., as `__main__`; its exit code.
+
+    An uncaught exception is printed as python prints it. `sys.argv`, `sys.path`, `__main__` and Tutel's modules are put
+    back afterwards. ValueError where there is no such script or module.
+    """
+    target, is_module, rest = _split(arguments)
+    tool = _TOOLS.get(target) if is_module else None
+    with _restored(), _logging_shown():
+        sys.argv[:] = [target, *rest]
+        _set_first_path("" if is_module else target)
+        with _tutel(needed=tool is not None), _threads_joined():
+            if tool is not None:
+                from .. import tutel_backend
+
+                return _exit_code(lambda: tutel_backend.checkpoint_tool(tool))
+            if is_module:
+                return _exit_code(lambda: _run_module(target))
+            return _exit_code(lambda: _run_file(target))
+
+
+def _split(arguments: list[str]) -> tuple[str, bool, list[str]]:
+    """The script or module, whether it is a module, and its arguments."""
+    if not arguments:
+        raise ValueError(f"nothing to run: {_USAGE}")
+    first, *rest = arguments
+    if first.startswith("-m"):
+        module, rest = (first[2:], rest) if len(first) > 2 else (rest[0] if rest else "", rest[1:])
+        if not module or not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"-m {module!r} is not the name of a module: {_USAGE}")
+        return module, True, rest
+    if first.startswith("-"):
+        raise ValueError(f"unknown option {first!r} before the script: {_USAGE}")
+    if not os.path.exists(first):
+        raise ValueError(f"script {first!r} does not exist: {_USAGE}")
+    if os.path.isdir(first) and not os.path.isfile(os.path.join(first, "__main__.py")):
+        raise ValueError(f"script {first!r} is a folder without __main__.py: {_USAGE}")
+    return first, False, rest
+
+
+def _is_archive(path: str) -> bool:
+    """Whether python would look for `__main__` in it, or for bytecode: runpy's part."""
+    return os.path.isdir(path) or path.endswith(".pyc") or zipfile.is_zipfile(path)
+
+
+def _run_file(path: str) -> None:
+    if _is_archive(path):
+        runpy.run_path(path, run_name="__main__")
+        return
+    path = os.path.abspath(path)
+    main = ModuleType("__main__")  # runpy's would have the relative path, and sys.argv[0] the absolute one
+    main.__dict__.update(__file__=path, __builtins__=builtins, __loader__=SourceFileLoader("__main__", path))
+    sys.modules["__main__"] = main
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    exec(code, main.__dict__)
+
+
+class _NoModule(Exception):
+    """There is no module of that name; becomes a ValueError of `run`."""
+
+
+def _run_module(name: str) -> None:
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # what one of its packages imports is missing
+        found = None
+    except ValueError:  # __main__ and other modules without a spec
+        found = None
+    if found is None:
+        raise _NoModule(f"module {name!r} does not exist: {_USAGE}")
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _set_first_path(script: str) -> None:
+    """What python puts first: the script's folder, links followed; for a module (""), the current folder."""
+    if sys.flags.isolated or getattr(sys.flags, "safe_path", False):
+        return
+    if not script:
+        first = os.getcwd()
+    elif _is_archive(script) and not script.endswith(".pyc"):
+        first = os.path.abspath(script)
+    else:
+        first = os.path.dirname(os.path.realpath(script))
+    sys.path[:1] = [first]
+
+
+@contextlib.contextmanager
+def _tutel(needed: bool) -> Iterator[None]:
+    """Tutel with this package's gate types, or the stand-in unless Tutel itself is `needed`."""
+    if tutel_stand_in.tutel_is_importable():
+        from .. import tutel_backend
+
+        before = tutel_backend.registered()
+        tutel_backend.register()
+        try:
+            yield
+        finally:
+            if not before:
+                tutel_backend.unregister()
+        return
+    before = tutel_stand_in.installed()
+    if not needed:
+        tutel_stand_in.install()
+    try:
+        yield
+    finally:
+        if not before:
+            tutel_stand_in.remove()
+
+
+@contextlib.contextmanager
+def _threads_joined() -> Iterator[None]:
+    """Wait for the threads that the script leaves, as python does before it ends."""
+    threads = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - threads:
+            if not thread.daemon:
+                thread.join()
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """`sys.argv`, `sys.path` and `__main__` as they were."""
+    argv, path, main = list(sys.argv), list(sys.path), sys.modules.get("__main__")
+    try:
+        yield
+    finally:
+        sys.argv[:], sys.path[:] = argv, path
+        if main is not None:
+            sys.modules["__main__"] = main
+
+
+def _exit_code(script: Callable[[], object]) -> int:
+    """Call `script` and give the exit code that python would end with."""
+    try:
+        script()
+    except _NoModule as error:
+        raise ValueError(str(error)) from None
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return int(stop.code or 0)
+        sys.stderr.write(f"{stop.code}\n")
+        return 1
+    except BaseException as error:
+        error.__traceback__ = _frames_of_script(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _frames_of_script(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of this file and of runpy that lead to the script."""
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__") not in (__name__, "runpy", "importlib._bootstrap"):
+            break
+        traceback = traceback.tb_next
+    return traceback
+
+
+class _Shown(logging.Handler):
+    """Writes this package's records to stderr until the script has configured logging, then hands them to its root."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root = logging.getLogger()
+        if root.handlers:
+            if record.levelno >= root.level:
+                root.handle(record)
+        elif logging.getLogger("dynmoe_tutel").handlers == [self]:
+            sys.stderr.write(f"{self.format(record)}\n")
+
+
+@contextlib.contextmanager
+def _logging_shown() -> Iterator[None]:
+    """INFO of "dynmoe_tutel" on stderr unless the script configures logging."""
+    logger, handler = logging.getLogger("dynmoe_tutel"), _Shown()
+    handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False  # the handler does it, by the level that the script gave to the root
+    if level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -1,0 +1,132 @@
+"""Attention masks of a host model reach its MoE layers: padding is no token there.
+
+The module that is nearest above a layer and takes `attention_mask` beside `input_ids` or `inputs_embeds` keeps the mask
+of the forward under way (the decoder of a T5 its own, not the encoder's); a hook on the layer hands it on as
+`token_mask`. It is kept for the backward, so that recomputes of gradient checkpointing see it: run the backward before
+the next forward, as training loops do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layer import MoELayer, in_backward
+
+_MASK, _INPUTS = "attention_mask", ("input_ids", "inputs_embeds")
+
+
+class _Mask:
+    """The mask of the last forward of a module, [B, L] bool, or None."""
+
+    def __init__(self) -> None:
+        self.tokens_BL: Tensor | None = None
+        self.running = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tokens_BL": None, "running": False}
+
+
+class _Keep:
+    """Forward pre-hook of the module that is given the mask."""
+
+    def __init__(self, mask: _Mask) -> None:
+        self.mask = mask
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.mask.tokens_BL, self.mask.running = None, True
+        names = _parameters(module)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = given.get(_MASK)
+        inputs = (given.get(name) for name in (*_INPUTS, *names[:1]))
+        shape = next((x.shape[:2] for x in inputs if isinstance(x, Tensor)), None)
+        if shape is None or not isinstance(mask, Tensor) or mask.dim() != 2 or len(shape) != 2:
+            return
+        B, L = shape
+        if mask.shape[0] in (1, B) and mask.shape[1] >= L:
+            real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask is of the past too
+            self.mask.tokens_BL = real.expand(B, L)
+
+
+def _real(mask: Tensor) -> Tensor:
+    """bool, True at tokens: where a mask is not 0, or, where one is added to scores (none positive), where it is 0."""
+    if not mask.is_floating_point() or mask.numel() == 0:
+        return mask != 0
+    return (mask == 0) == (mask.max() <= 0)  # without waiting for the device
+
+
+class _Over:
+    """Forward hook of the module that is given the mask."""
+
+    def __init__(self, mask: _Mask) -> None:
+        self.mask = mask
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.mask.running = False
+
+
+class _HandOn:
+    """Forward pre-hook of a layer: `token_mask` where the mask is one of its tokens."""
+
+    def __init__(self, mask: _Mask) -> None:
+        self.mask = mask
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask_BL = self.mask.tokens_BL
+        x = args[0] if args else kwargs.get("input")
+        if mask_BL is None or not (self.mask.running or in_backward()) or kwargs.get("token_mask") is not None:
+            return None
+        if not isinstance(x, Tensor) or x.shape[:-1] not in (mask_BL.shape, (mask_BL.numel(),)):
+            return None
+        return args, {**kwargs, "token_mask": mask_BL.reshape(x.shape[:-1]).to(x.device)}
+
+
+def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Hand the host's `attention_mask` [B, L] (0: padding) to `layers`, where a module above them takes one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in layers:
+        host = _host(model, names[id(layer)])
+        if host is None:
+            continue
+        mask = next((hook.mask for hook in host._forward_pre_hooks.values() if isinstance(hook, _Keep)), None)
+        if mask is None:
+            mask = _Mask()
+            host.register_forward_pre_hook(_Keep(mask), with_kwargs=True)
+            host.register_forward_hook(_Over(mask), always_call=True)
+        layer.register_forward_pre_hook(_HandOn(mask), with_kwargs=True)
+
+
+def forget_padding_of(model: nn.Module) -> None:
+    """Take the hooks of `mask_padding_of` away from all modules but the layers."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Keep):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, after in list(module._forward_hooks.items()):
+            if isinstance(after, _Over):
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _host(model: nn.Module, name: str) -> nn.Module | None:
+    """The nearest module above `name` whose forward takes a mask beside tokens; else the outermost that takes one."""
+    outermost = None
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        taken = _parameters(module)
+        if _MASK not in taken:
+            continue
+        if any(each in taken for each in _INPUTS):
+            return module
+        outermost = module
+    return outermost
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """The names of the arguments of the module's forward, in order."""
+    return list(inspect.signature(module.forward).parameters)

@@ -1,0 +1,1 @@
+"""Language: a pretrained BERT on rated sentences or GLUE tasks."""

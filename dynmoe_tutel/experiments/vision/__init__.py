@@ -1,0 +1,1 @@
+"""Vision: rotated digits and trees of images, trained by a ViT."""

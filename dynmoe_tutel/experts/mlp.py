@@ -1,0 +1,128 @@
+"""The forward that `ffn` and `llama_ffn` experts share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import ACTIVATIONS, ExpertWeights, Router, activation_name, grouped_ffn, grouped_linear, top_any_ffn
+from ..kernels.operation import ENGINES
+from ..routing import Routing
+from ..validation import describe, warn_once
+from .base import Activation, Experts
+
+RECOMPUTE = ("none", "up")
+MLP_KEYS = ("hidden_size_per_expert", "activation_fn", "recompute", "engine")
+
+
+class GroupedMLP(Experts):
+    """The common forward of `ffn` and `llama_ffn`: fused where the activation is known, else by stages.
+
+    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2). The options that both share:
+
+    * `recompute`: "none" keeps x and the pre-activations for the backward, "up" only x: the backward multiplies by the
+      first weights (and the gated ones) again, for the same gradients bit by bit. Needs an activation that runs fused.
+    * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
+      (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
+    """
+
+    dense_names: ClassVar[dict[str, str]]  # gate, up, up_bias, down, down_bias of a dense FFN -> our parameter
+
+    def __init__(
+        self, model_dim: int, local_slots: int, activation: Activation, recompute: str = "none", engine: str = "auto"
+    ) -> None:
+        super().__init__(model_dim, local_slots)
+        for name, value, allowed in (("recompute", recompute, RECOMPUTE), ("engine", engine, ENGINES)):
+            if value not in allowed:
+                raise ValueError(f"experts[{name!r}] = {value!r}: allowed are {', '.join(map(repr, allowed))}")
+        if recompute == "up" and activation_name(activation) is None:
+            function = getattr(activation, "__name__", type(activation).__name__)
+            raise ValueError(
+                f"experts['recompute'] = 'up' with the activation {function}, which does not run fused: give one of "
+                f"{', '.join(ACTIVATIONS)}, or 'none' (and torch.utils.checkpoint, to save memory)"
+            )
+        self.activation_fn = activation
+        self.recompute, self.engine = recompute, engine
+
+    def dense_view(self, role: str) -> Tensor | None:
+        """What plays the `role` of `dense_names`, to read or fill: [E, H, ...], a row a neuron; "down_bias" [E, O]."""
+        name = self.dense_names.get(role)
+        return None if name is None else getattr(self, name)
+
+    @property
+    def activation(self) -> str | None:
+        """The name of `activation_fn` where it runs fused, else None."""
+        return activation_name(self.activation_fn)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def _keeps(self, *tensors: Tensor | None) -> bool:
+        """Whether a forward of `tensors` keeps pre-activations for its backward."""
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return learns and self.recompute == "none"
+
+    def fuses(self, routing: Routing) -> bool:
+        """A top-any gate and an activation that the kernels know."""
+        return routing.router is not None and self.activation is not None and not self.skip_expert
+
+    def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
+        """The mean of each token's experts, [T, output_dim]."""
+        router, activation = routing.router, self.activation
+        assert router is not None
+        assert activation is not None
+        weights = ExpertWeights(*self.weights())
+        gate = Router(
+            router.vectors,
+            router.thresholds,
+            router.scale,
+            routing.scores.detach(),
+            router.inv_norm,
+            routing.unrouted,
+            routing.bits,
+        )
+        y_TO, _, _ = top_any_ffn(
+            x_TD,
+            gate,
+            routing.index,
+            weights,
+            activation,
+            combine_gradient == "normalized",
+            self.compute_dtype(x_TD),
+            self._keeps(x_TD, router.vectors, router.thresholds, router.scale, *weights),
+            self.engine,
+        )
+        return y_TO
+
+    def forward(
+        self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Rows [rows, output_dim], those of fixed-k gates times their weights."""
+        dtype = self.compute_dtype(x_TD)
+        apply_gate = routing.weights is not None
+        x = x_TD.to(dtype)
+        if self.skip_expert:
+            rows = routing.dispatch(x)
+            return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
+        weights = ExpertWeights(*self.weights())
+        activation = self.activation
+        if activation is None:
+            w1, b1, w3, b3, w2, b2 = weights
+            if self.recompute != "none" and not torch.compiler.is_compiling():
+                warn_once("experts['recompute'] is ignored: activation_fn was changed to one that does not run fused")
+            rows = routing.dispatch(x)
+            w1, w2 = w1.to(dtype), w2.to(dtype)
+            b1, w3, b3, b2 = (None if w is None else w.to(dtype) for w in (b1, w3, b3, b2))
+            h = grouped_linear(rows, routing.expert_offsets, w1, b1, self.engine)
+            a = self.activation_fn(h)
+            if not isinstance(a, Tensor) or a.shape != h.shape:
+                raise ValueError(f"activation_fn made {describe(a)} of {list(h.shape)}: it must keep the shape")
+            if w3 is not None:
+                a = a * grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
+            rows = grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)
+            return rows * gate_A.unsqueeze(1).to(dtype)
+        keeps = self._keeps(x, gate_A, *weights)
+        rows, _, _ = grouped_ffn(x, gate_A, routing.index, weights, activation, apply_gate, keeps, self.engine)
+        return rows

@@ -1,0 +1,170 @@
+"""Fitting a layer's saved state to its slots: other counts of them, this rank's block, other shapes of equal size.
+
+Called by `MoELayer._load_from_state_dict` with a state dict that torch has copied, so it may be edited.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_log = logging.getLogger("dynmoe_tutel")
+
+
+def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[int, int] | None = None) -> None:
+    """Make the entries under `prefix` fit `layer`, in place; ValueError where active experts would be lost.
+
+    More slots here than there: the saved ones come first, the rest keep their values and are inactive. Fewer: the
+    surplus slots are dropped if none of them is active. Missing counts (dense or stock checkpoints) are filled in.
+    A layer whose slots ranks divide takes its own out of a whole state. `block` is (first, end) of the slots where the
+    state is one rank's: ValueError unless they are this rank's.
+    """
+    _check_block(layer, prefix, block)
+    slots = layer.slots
+    if hasattr(layer.experts, "name_module"):
+        layer.experts.name_module(state_dict, f"{prefix}experts.")
+    own = {f"{prefix}{name}": tensor for name, tensor in _tensors(layer).items()}
+    saved = _saved_slots(own, state_dict, prefix, slots)
+    if any(key.startswith(prefix) for key in state_dict):
+        _fill_counts(layer, state_dict, prefix)
+    if not getattr(layer.experts, "padded", True):
+        _fit_modules(layer, state_dict, prefix, own)
+    for key, target in own.items():
+        value = state_dict.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if layer.wire is not None and key.startswith(f"{prefix}experts."):
+            value = _own_block(layer, value, target, saved, key)
+        elif saved != slots:
+            value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
+        if _fits(key, value, target):
+            value = value.reshape(target.shape)
+        state_dict[key] = value
+
+
+def _fits(key: str, value: Tensor, target: Tensor) -> bool:
+    """Whether the two are one but for axes of one entry: upstream's converters save biases as [E, 1, H], and Tutel's
+    llama_ffn holds its weights as one row."""
+    return _without_ones(value) == _without_ones(target) or _is_flat(key, value, target)
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [n for n in tensor.shape if n != 1]
+
+
+def _is_flat(key: str, value: Tensor, target: Tensor) -> bool:
+    of_llama = key.rpartition(".")[2] in ("W_fc1", "W_fc2", "W_fc3")
+    return of_llama and 1 in (value.dim(), target.dim()) and value.numel() == target.numel()
+
+
+def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None:
+    """ValueError where a state is of slots that this rank does not hold."""
+    own = None if layer.wire is None else (layer.placement.first, layer.placement.first + layer.placement.local)
+    if block is not None and tuple(block) != own:
+        held = "all slots" if own is None else f"slots {own[0]} to {own[1] - 1}"
+        raise ValueError(
+            f"the checkpoint has at {prefix or 'top level'} the experts of one rank, slots {block[0]} to "
+            f"{block[1] - 1}, and this rank holds {held}: load what the same rank of as many saved, or use "
+            "dynmoe_tutel.checkpoint.distributed"
+        )
+
+
+def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
+    """This rank's slots of a tensor of all `saved` ones; those that it lacks keep their values."""
+    whole = torch.empty([saved, *target.shape[1:]], device="meta")
+    if target.shape[:1] != (layer.placement.local,) or not _fits(key, value, whole):
+        return value
+    block = value.reshape(whole.shape)[layer.placement.first : layer.placement.first + layer.placement.local]
+    return torch.cat([block, target.detach()[len(block) :].to(block)])
+
+
+def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor]) -> None:
+    """Custom experts of one module a slot: keep those of this rank's slots, and the layer's where the file has none."""
+    stem = f"{prefix}experts.module."
+    number = re.compile(re.escape(stem) + r"(\d+)\.")
+    found = {key: int(match[1]) for key in state_dict if (match := number.match(key))}
+    count = max(found.values(), default=-1) + 1
+    first = layer.placement.first if count > layer.placement.local else 0  # a block is numbered from 0
+    values = {key: state_dict.pop(key) for key in found}
+    for key, slot in found.items():
+        if first <= slot < first + layer.placement.local:
+            state_dict[f"{stem}{slot - first}.{key[number.match(key).end() :]}"] = values[key]  # type: ignore[union-attr]
+    for key, tensor in own.items():
+        if count and (match := number.match(key)) and int(match[1]) + first >= count:
+            state_dict.setdefault(key, tensor.detach())
+
+
+def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """The counts that the layer will have: slots are its own, active experts by the saved mask where there is one."""
+    count, slots = prefix + "_num_global_experts", prefix + "_max_num_global_experts"
+    for key in (count, slots):
+        if key not in state_dict:
+            _log.warning("%s is missing in the checkpoint and is filled in", key)
+    masks = [v for k, v in state_dict.items() if k.startswith(f"{prefix}gates.") and k.endswith(".experts_mask")]
+    if masks:  # what the masks say, whatever count was saved beside them
+        state_dict[count] = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0).sum()
+    elif count not in state_dict:
+        state_dict[count] = layer.gates[0].active().sum()
+    state_dict[slots] = torch.tensor(layer.slots)
+
+
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
+def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
+    """The axis of a tensor that counts slots, by its name and shape in the layer."""
+    if key.endswith(".sim_matrix"):
+        return 1
+    in_slots = ".gates." in f".{key}" or ".experts." in f".{key}"
+    return 0 if in_slots and target.shape[:1] == (slots,) else None
+
+
+def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:
+    """Slots of the checkpoint; ValueError if they are more than `slots` and a surplus one is active."""
+    own_masks = [key for key in own if key.endswith(".experts_mask")]
+    masks = [key for key in own_masks if key in state_dict]
+    if not masks:  # of a fixed-k gate: all its experts are active
+        count = state_dict.get(f"{prefix}_num_global_experts")
+        if count is None or not own_masks:
+            return slots
+        if int(count) > slots:
+            raise ValueError(
+                f"the checkpoint has {int(count)} active experts at {prefix or 'top level'} and this layer {slots} "
+                f"slots: build the layer with max_expert_num >= {int(count)}"
+            )
+        return int(count)
+    saved = int(state_dict[masks[0]].numel())
+    for key in masks:
+        active = state_dict[key].reshape(-1) > 0
+        if not active.any():
+            raise ValueError(f"{key} of the checkpoint has no active expert: a layer has at least one")
+        lost = active[slots:].nonzero().squeeze(1).tolist()
+        if lost:
+            raise ValueError(
+                f"the checkpoint has {saved} slots at {prefix or 'top level'} and this layer {slots}: active experts "
+                f"in slots {[slots + i for i in lost]} would be lost: build the layer with max_expert_num >= "
+                f"{slots + max(lost) + 1}"
+            )
+    return saved
+
+
+def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots: int, key: str) -> Tensor:
+    """`value` with `slots` instead of `saved` entries along `axis`; as it is where it does not fit otherwise."""
+    if axis is None:
+        return value
+    expected = [*target.shape]
+    expected[axis] = saved
+    if not _fits(key, value, torch.empty(expected, device="meta")):
+        return value
+    value = value.reshape(expected)
+    if saved > slots:
+        return value.narrow(axis, 0, slots)
+    rest = target.detach().narrow(axis, saved, slots - saved).to(value)
+    if key.endswith(".experts_mask"):
+        rest = torch.zeros_like(rest)
+    return torch.cat([value, rest], dim=axis)

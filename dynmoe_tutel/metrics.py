@@ -1,0 +1,169 @@
+"""Counting what a model's MoE layers did: experts, mean k, load, and the parameters that a token activates.
+
+Works for every gate type, in training and in eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynmoe_tutel.gates import Gate
+from dynmoe_tutel.layer import MoELayer, in_backward
+from dynmoe_tutel.routing import Routing
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a model by qualified name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def active_slots(layer: MoELayer) -> list[int]:
+    """The slots of gate 0 that hold an expert."""
+    return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
+
+
+def _device(layer: MoELayer) -> torch.device:
+    return layer._num_global_experts.device
+
+
+class RoutingMeter:
+    """Sums over what gate 0 of every MoE layer routed since `reset`, gathered by forward hooks until `close`.
+
+    The sums stay on the layers' devices, and only `read` waits for them. Padding (a `token_mask`) is not counted, nor
+    is a recompute of gradient checkpointing; with `training_only`, nor is a forward in eval.
+    """
+
+    def __init__(self, model: nn.Module, training_only: bool = False) -> None:
+        self.layers = moe_layers(model)
+        self.training_only = training_only
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self.reset()
+        self._hooks = [
+            layer.gates[0].register_forward_hook(self._hook(name, layer.max_num_global_experts))
+            for name, layer in self.layers.items()
+        ]
+
+    def close(self) -> None:
+        """Count no more; what was counted stays to be read."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for name, layer in self.layers.items():
+            slots, device = layer.max_num_global_experts, _device(layer)
+            self._sums[name] = {
+                "counts": torch.zeros(slots, dtype=torch.int64, device=device),
+                "k_histogram": torch.zeros(slots + 1, dtype=torch.int64, device=device),
+                "unrouted": torch.zeros((), dtype=torch.int64, device=device),
+            }
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The sums, copied."""
+        return {name: {key: value.clone() for key, value in sums.items()} for name, sums in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from sums saved before."""
+        for name, sums in state.items():
+            self._sums[name] = {key: value.to(_device(self.layers[name]), copy=True) for key, value in sums.items()}
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over the ranks of `group`, all of which must call it; nothing where torch.distributed is not in use."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+            return
+        values = [value for sums in self._sums.values() for value in sums.values()]
+        flat = torch.cat([value.reshape(-1) for value in values])
+        dist.all_reduce(flat, group=group)
+        for value, total in zip(values, flat.split([value.numel() for value in values]), strict=True):
+            value.copy_(total.reshape(value.shape))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """By layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
+        tokens by the number of experts that passed: at 0 those that none did), `unrouted` (that share), `load`
+        (by slot, share of tokens that it got). Shares are None where no token came."""
+        return {name: self._read(self.layers[name], sums) for name, sums in self._sums.items()}
+
+    def _read(self, layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Any]:
+        active = active_slots(layer)
+        result: dict[str, Any] = {"experts": len(active), "active": active}
+        tokens = int(sums["k_histogram"].sum())
+        if tokens == 0:
+            return {**result, "k": None, "k_histogram": None, "unrouted": None, "load": None}
+        result["k"] = int(sums["counts"].sum()) / tokens
+        result["k_histogram"] = [n / tokens for n in sums["k_histogram"].tolist()]
+        result["unrouted"] = int(sums["unrouted"]) / tokens
+        result["load"] = [n / tokens for n in sums["counts"].tolist()]
+        return result
+
+    def _hook(self, name: str, slots: int) -> Any:
+        @torch.no_grad()
+        def add(gate: nn.Module, _inputs: Any, routing: Routing) -> None:
+            if (self.training_only and not gate.training) or in_backward():
+                return
+            sums = self._sums[name]
+            # In eval an unrouted token has its best expert; it still belongs at 0 of the histogram.
+            passed_T = routing.k_per_token.masked_fill(routing.unrouted, 0)
+            if routing.token_mask is not None:
+                passed_T = passed_T.masked_fill(~routing.token_mask, slots + 1)  # beyond the bins
+            bins = sums["k_histogram"].new_zeros(slots + 2)
+            bins.index_add_(0, passed_T, bins.new_ones(passed_T.shape))  # bincount would wait for the device
+            sums["k_histogram"].add_(bins[:-1])
+            sums["counts"].add_(routing.counts)
+            sums["unrouted"].add_(routing.unrouted.sum())
+
+        return add
+
+
+def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) -> dict[str, dict[str, Tensor]]:
+    """The sum of `RoutingMeter.state_dict()`s of one model, times `scale`."""
+    return {
+        name: {key: scale * torch.stack([state[name][key] for state in states]).sum(0) for key in sums}
+        for name, sums in states[0].items()
+    }
+
+
+def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """(layer/name, value) of every number that `RoutingMeter.read` gave and that is worth a curve.
+
+    `experts`, `k`, `unrouted`; `load_max_over_mean`, over the active slots, 1 where all have the same load; and
+    `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or had.
+    """
+    for name, layer in layers.items():
+        for key in ("experts", "k", "unrouted"):
+            if layer[key] is not None:
+                yield f"{name}/{key}", layer[key]
+        if layer["k_histogram"] is None:
+            continue
+        load = [layer["load"][slot] for slot in layer["active"]]
+        if sum(load) > 0:
+            yield f"{name}/load_max_over_mean", max(load) * len(load) / sum(load)
+        most = max(layer["experts"], *(k for k, share in enumerate(layer["k_histogram"]) if share > 0))
+        for k, share in enumerate(layer["k_histogram"][: most + 1]):
+            yield f"{name}/k_histogram/{k}", share
+
+
+def parameter_counts(model: nn.Module, mean_k: Mapping[str, float]) -> tuple[float, int]:
+    """(parameters that a token activates on average, parameters of the model), from the mean k of every MoE layer.
+
+    Both count experts that are active now and not the storage of free slots. A token activates everything
+    outside the experts, the gate's entries of all active experts, and k experts.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    activated = float(total)
+    for name, layer in moe_layers(model).items():
+        slots = layer.max_num_global_experts
+        active = active_slots(layer)
+        expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // slots
+        free = sum(_slot_size(layer, slot) for slot in range(slots) if slot not in active)
+        total -= free
+        activated += (mean_k[name] - len(active)) * expert - free
+    return activated, total
+
+
+def _slot_size(layer: MoELayer, slot: int) -> int:
+    return sum(parameter[index].numel() for parameter, index in layer.slot_parameters(slot))

@@ -1,0 +1,52 @@
+"""Gradients where ranks divide the experts: recipes for DDP, FSDP2 and plain all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .placement import Placement
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters of experts that are divided over ranks: no other rank of their group has them."""
+    for prefix, module in model.named_modules():
+        placement = getattr(module, "placement", None)
+        if isinstance(placement, Placement) and placement.ranks > 1:
+            for name, parameter in module.experts.named_parameters():
+                yield f"{prefix}.experts.{name}".lstrip("."), parameter
+
+
+def ignore_experts_in_ddp(model: nn.Module) -> None:
+    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone, and what else it was told to.
+
+    Then `average_gradients(..., dense=False)` after the backward.
+    """
+    names = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in expert_parameters(model))]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+@torch.no_grad()
+def average_gradients(
+    model: nn.Module, group: Any = None, expert_data_group: Any = None, *, dense: bool = True
+) -> None:
+    """Make gradients those of the mean of the losses of all ranks of `group` (None: all ranks).
+
+    Parameters that all ranks hold are averaged over `group` (not where `dense` is False: DDP or FSDP did it). Those of
+    divided experts, which have the sum over their own group already, are summed over `expert_data_group`, the ranks
+    that hold the same experts (None: no others do), and divided by the number of ranks of `group`.
+    """
+    experts = {id(parameter) for _, parameter in expert_parameters(model)}
+    ranks = dist.get_world_size(group)
+    for parameter in model.parameters():
+        if parameter.grad is None or not (dense or id(parameter) in experts):
+            continue
+        if id(parameter) not in experts:
+            dist.all_reduce(parameter.grad, group=group)
+        elif expert_data_group is not None:
+            dist.all_reduce(parameter.grad, group=expert_data_group)
+        parameter.grad /= ranks

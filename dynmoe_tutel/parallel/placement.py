@@ -1,0 +1,158 @@
+"""Which rank holds which slot, the load of ranks, the slot that a grown expert takes, and swaps against drift.
+
+`Placement` is the one place that divides slots over ranks. The functions are pure, of integers that are equal on every
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`slots` expert slots over the `ranks` ranks of `group`, in order; `rank` is this process's rank in it.
+
+    A rank holds `local` whole slots in a row from `first`; or, with more ranks than slots, `shards` ranks share a slot.
+    Raises ValueError where neither number divides the other.
+    """
+
+    slots: int
+    group: Any = None
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if max(self.slots, self.ranks) % min(self.slots, self.ranks):
+            raise ValueError(
+                f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.ranks} ranks of "
+                "group: give a multiple (or, inside Tutel, a divisor)"
+            )
+
+    @classmethod
+    def over(cls, slots: int, group: Any) -> Placement:
+        """Over the ranks of a process group; None, or a group of one rank: all in this process."""
+        if group is None or dist.get_world_size(group) == 1:
+            return cls(slots)
+        return cls(slots, group, dist.get_rank(group), dist.get_world_size(group))
+
+    @property
+    def local(self) -> int:
+        """Slots of which this rank holds something."""
+        return max(1, self.slots // self.ranks)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one slot."""
+        return max(1, self.ranks // self.slots)
+
+    @property
+    def first(self) -> int:
+        """The first of this rank's slots."""
+        return self.rank // self.shards * self.local
+
+    @property
+    def blocks(self) -> int:
+        """Parts of whole slots between which experts can move: the ranks, or 1 where ranks share slots."""
+        return self.ranks if self.shards == 1 else 1
+
+    def owners(self, slot: int) -> list[int]:
+        """The ranks of `group` that hold the slot: one, or its shards in order."""
+        first = slot // self.local * self.shards
+        return list(range(first, first + self.shards))
+
+    def global_rank(self, rank: int) -> int:
+        """A rank of `group` as a rank of the whole job."""
+        return dist.get_global_rank(self.group, rank)
+
+    def at_start(self, experts: int) -> Tensor:
+        """bool [slots]: which slots are active when `experts` are, as many in every block and its first ones."""
+        return torch.arange(self.slots) % (self.slots // self.blocks) < experts // self.blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """Itself: it never changes, and a process group cannot be copied."""
+        return self
+
+
+def rank_loads(load_E: Sequence[int], ranks: int) -> list[int]:
+    """The assignments on each rank, from those of each slot."""
+    local = len(load_E) // ranks
+    return [sum(load_E[first : first + local]) for first in range(0, ranks * local, local)]
+
+
+def imbalance(load_E: Sequence[int], ranks: int) -> float:
+    """max / mean of the ranks' loads: 1.0 at best, and where there is no load."""
+    total = sum(load_E)
+    return max(rank_loads(load_E, ranks)) * ranks / total if total else 1.0
+
+
+def slot_to_grow(free: Sequence[int], load_E: Sequence[int], ranks: int) -> int | None:
+    """The free slot of the least loaded rank that has one, of equals the lowest; None where none is free."""
+    load_R, local = rank_loads(load_E, ranks), len(load_E) // ranks
+    return min(free, key=lambda slot: (load_R[slot // local], slot), default=None)
+
+
+def plan_swaps(load_E: Sequence[int], ranks: int, threshold: float) -> list[tuple[int, int]]:
+    """Pairs of slots to swap, in this order, until the imbalance is at most `threshold` or no swap lowers it.
+
+    Greedy: each swap is between the most loaded rank and another, the one after which the more loaded of the two has
+    least (of equals the lowest slots). Each lowers the sum of the squared loads, so the search ends. Swaps at the end
+    that did not lower the imbalance are left out, so that nothing moves without a gain.
+    """
+    load, local = list(load_E), len(load_E) // ranks
+    swaps: list[tuple[int, int]] = []
+    least, kept = imbalance(load, ranks), 0
+    while least > threshold and (swap := _best_swap(load, local)) is not None:
+        a, b = swap
+        load[a], load[b] = load[b], load[a]
+        swaps.append(swap)
+        if (now := imbalance(load, ranks)) < least:
+            least, kept = now, len(swaps)
+    return swaps[:kept]
+
+
+def _best_swap(load: list[int], local: int) -> tuple[int, int] | None:
+    """The slots (of the most loaded rank, of another) whose swap leaves the lower peak; None where none gains."""
+    load_R = rank_loads(load, len(load) // local)
+    heavy = load_R.index(max(load_R))
+    best: tuple[int, int, int] | None = None
+    for a in range(heavy * local, (heavy + 1) * local):
+        for b, other in enumerate(load):
+            less, rank = load[a] - other, b // local
+            if rank == heavy or not 0 < less < load_R[heavy] - load_R[rank]:
+                continue
+            found = (max(load_R[heavy] - less, load_R[rank] + less), a, b)
+            best = found if best is None else min(best, found)
+    return best and best[1:]
+
+
+def slot_order(swaps: Sequence[tuple[int, int]], slots: int) -> list[int]:
+    """The swaps as one permutation: slot i then holds what slot order[i] held."""
+    order = list(range(slots))
+    for a, b in swaps:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def spread_swaps(active: Sequence[bool], ranks: int) -> list[tuple[int, int]]:
+    """Pairs of slots to swap, in this order, so that ranks hold numbers of active slots that differ by at most one.
+
+    Each swap is of the last active slot of the fullest rank and the first inactive one of the emptiest.
+    """
+    held, local = list(active), len(active) // ranks
+    swaps: list[tuple[int, int]] = []
+    while True:
+        count_R = rank_loads([int(a) for a in held], ranks)
+        full, empty = count_R.index(max(count_R)), count_R.index(min(count_R))
+        if count_R[full] - count_R[empty] <= 1:
+            return swaps
+        a = max(slot for slot in range(full * local, (full + 1) * local) if held[slot])
+        b = min(slot for slot in range(empty * local, (empty + 1) * local) if not held[slot])
+        held[a], held[b] = held[b], held[a]
+        swaps.append((a, b))

@@ -1,0 +1,308 @@
+"""`RankExchange`: experts divided over the ranks of a process group, and what travels between them.
+
+A token travels once to every rank that holds one of its experts, as its row and a bitmask of its experts there. That
+rank returns one partial sum a row, and the sender adds the partial sums in the order of the ranks. In the backward, the
+gradient of a row comes back with the gradients of the gate values of its assignments.
+
+R ranks, L slots a rank, N rows sent, M rows received, A assignments. Every rank must run the same forwards and
+backwards in the same order; a rank without a token, or without an active expert, takes part with nothing to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..capacity import bounded_pairs, pair_capacity
+from ..experts import make_block
+from ..kernels import pack_bits, ragged_index
+from ..routing import Routing
+from .collectives import Pending, Wire, check_alike, copy_from_first, shared_seed
+from .exchange import Call, as_tokens, within_factor
+from .placement import Placement
+from .slots import ShardedSlots, SlotAccess
+
+
+class RankExchange:
+    """Experts divided over the ranks of a process group; `wire` counts what travels."""
+
+    adaptive_degree, valid_rs = 1, [0, 1]
+
+    def __init__(self, placement: Placement, start: int) -> None:
+        self.placement, self.start = placement, start
+        self.wire = Wire(placement.group)
+
+    def use_adaptive_degree(self, degree: int) -> None:
+        """No expert is split here."""
+
+    def agree(self, gates: nn.ModuleList, own: dict[str, Any]) -> None:
+        """Gates as rank 0 has them; ValueError where ranks build different layers."""
+        check_alike("moe_layer over the ranks of group", own, self.placement.group)
+        copy_from_first(gates, self.placement.group)
+
+    def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
+        """This rank's block of slots."""
+        place = self.placement
+        if generator is None:
+            generator = torch.Generator().manual_seed(shared_seed(place.group))
+        return make_block(config, model_dim, place.slots, place.first, place.local, generator)
+
+    def bounded(self, routing: Routing, call: Call) -> Routing:
+        """At most so many assignments from one rank to another, or what Tutel's factor leaves."""
+        if call.capacity_factor:
+            return within_factor(routing, call, self.placement.group)
+        if isinstance(call.capacity, str):
+            return routing
+        return bounded_pairs(routing, self.placement.ranks, call.capacity)
+
+    def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
+        """Each token's experts, wherever they are. Collective over the ranks.
+
+        In `call.degree` chunks of tokens, the rows of later chunks travel while those of one are computed; a bounded
+        capacity has one chunk.
+        """
+        x_TD, exact = x_TD.to(experts.compute_dtype(x_TD)), call.capacity == "exact"
+        if not exact:
+            self.wire.check_tokens(x_TD.shape[0], x_TD.device)
+        bounds = _bounds(x_TD.shape[0], call.degree if exact else 1)
+        gate_A, count_NR = _gates_by_rank(routing, call.combine_gradient, self.placement.ranks, bounds)
+        bound = pair_capacity(call.capacity, routing, self.placement.ranks)
+        flight = _InFlight(_chunks(self.placement.local, self.wire, routing, bounds, count_NR, bound))
+        anchor = torch.zeros((), device=x_TD.device, requires_grad=torch.is_grad_enabled())
+        tensors: list[Tensor] = []
+        gates = gate_A.split([sum(chunk.gates.sent) for chunk in flight.chunks])
+        for chunk, gate, (first, last) in zip(flight.chunks, gates, bounds, strict=True):
+            tensors += [chunk.by_rank.dispatch(x_TD[first:last]), gate]
+        arrived = _Dispatch.apply(anchor, flight, *tensors)
+        sums = []
+        for i, chunk in enumerate(flight.chunks):
+            for pending in flight.dispatched[i]:
+                pending.wait()
+            rows, gates_j = arrived[2 * i], chunk.gates.unblocked(arrived[2 * i + 1])
+            sums.append(_partial_sums(experts, chunk.here, rows, gates_j, call.token_shape))
+            flight.returning.append(chunk.rows.send_back(sums[-1].detach()))
+        returned = _Combine.apply(anchor, flight, *sums)
+        dtype = torch.promote_types(returned[0].dtype, torch.float32)  # rounded once
+        parts = [chunk.by_rank.sum(rows.to(dtype)) for chunk, rows in zip(flight.chunks, returned, strict=True)]
+        y_TO = torch.cat(parts)
+        if routing.weights is None:
+            y_TO = y_TO / routing.k_per_token.clamp(min=1).unsqueeze(1)
+        return as_tokens(y_TO.to(returned[0].dtype), x_TD.shape[1], call.token_shape)
+
+    def slots(self, experts: Any) -> SlotAccess:
+        """Through messages between the ranks."""
+        return ShardedSlots(experts, self.placement)
+
+
+class _Blocks:
+    """A packed list of items by rank, `counts` of each, and the same in equal blocks of `size` with zeros behind."""
+
+    def __init__(self, count_R: Tensor, size: int) -> None:
+        R = count_R.shape[0]
+        start_R = count_R.cumsum(0) - count_R
+        place_C = torch.arange(size, device=count_R.device)
+        self._held = (place_C < count_R.unsqueeze(1)).flatten()
+        self._source = (start_R.unsqueeze(1) + place_C).flatten().masked_fill(~self._held, 0)
+        item_N = torch.arange(R * size, device=count_R.device)
+        rank_N = torch.searchsorted(start_R + count_R, item_N, right=True)
+        self._packed = rank_N < R
+        rank_N = rank_N.clamp(max=R - 1)
+        self._target = (rank_N * size + item_N - start_R[rank_N]).masked_fill(~self._packed, 0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Packed [R * size, ...] to blocks."""
+        return _taken(x, self._source, self._held)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Blocks [R * size, ...] to packed."""
+        return _taken(x, self._target, self._packed)
+
+
+def _taken(x: Tensor, index_N: Tensor, held_N: Tensor) -> Tensor:
+    if not len(x):
+        return x
+    return x.index_select(0, index_N).masked_fill(~held_N.view(-1, *[1] * (x.dim() - 1)), 0)
+
+
+@dataclass
+class _Splits:
+    """How many items go to each rank and come from it; `own` and `theirs` lay out equal blocks on the two sides."""
+
+    wire: Wire
+    sent: list[int]
+    received: list[int]
+    own: _Blocks | None = None
+    theirs: _Blocks | None = None
+
+    def send(self, x: Tensor, backward: bool = False) -> Pending:
+        """Items to the ranks of their experts."""
+        x = x if self.own is None else self.own.spread(x)
+        return self.wire.start(x, self.sent, self.received, backward=backward)
+
+    def unblocked(self, x: Tensor) -> Tensor:
+        """What was received, packed."""
+        return x if self.theirs is None else self.theirs.pack(x)
+
+    def send_back(self, x: Tensor, backward: bool = False) -> Pending:
+        """What was received, or belongs to it, to its senders."""
+        return self.wire.start(x, self.received, self.sent, backward=backward)
+
+    def received_back(self, x: Tensor) -> Tensor:
+        """What `send_back` brought, packed."""
+        return x if self.own is None else self.own.pack(x)
+
+
+@dataclass
+class _Chunk:
+    """Tokens that travel together."""
+
+    by_rank: Routing  # with ranks in the place of experts
+    here: Routing  # of the received rows to the slots of this rank
+    rows: _Splits
+    gates: _Splits
+
+
+@dataclass
+class _InFlight:
+    """The chunks of one forward and the collectives that may still run: what both autograd functions share."""
+
+    chunks: list[_Chunk]
+    dispatched: list[list[Pending]] = field(default_factory=list)
+    returning: list[Pending] = field(default_factory=list)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows and gate values of all chunks to their experts; one node, so that all ranks come back in one order.
+
+    The results hold values once `flight.dispatched` was waited for. Gate values of top-any gates are ones, and only
+    their gradients travel. `anchor` wants a gradient, so that the backward runs where nothing else does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Any, flight: _InFlight, *tensors: Tensor) -> Any:
+        ctx.chunks, results = flight.chunks, []
+        for i, chunk in enumerate(flight.chunks):
+            rows, gates = tensors[2 * i : 2 * i + 2]
+            pending = [chunk.rows.send(rows)]
+            results.append(pending[0].out)
+            if chunk.here.weights is None:
+                results.append(gates.new_ones(sum(chunk.gates.received)))
+            else:
+                pending.append(chunk.gates.send(gates))
+                results.append(pending[1].out)
+            flight.dispatched.append(pending)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        splits = [each for chunk in ctx.chunks for each in (chunk.rows, chunk.gates)]
+        pending = [each.send_back(grad, True) for each, grad in zip(splits, grads, strict=True)]
+        found = [each.received_back(p.wait()) for each, p in zip(splits, pending, strict=True)]
+        return None, None, *found
+
+
+class _Combine(torch.autograd.Function):
+    """Partial sums of all chunks at their senders; `flight.returning` are their collectives, started before."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Any, flight: _InFlight, *sums: Tensor) -> Any:
+        ctx.chunks = flight.chunks
+        pairs = zip(flight.chunks, flight.returning, strict=True)
+        return tuple(chunk.rows.received_back(p.wait()) for chunk, p in pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        pending = [chunk.rows.send(grad, True) for chunk, grad in zip(ctx.chunks, grads, strict=True)]
+        return None, None, *[p.wait() for p in pending]
+
+
+def _partial_sums(experts: Any, here: Routing, rows_MD: Tensor, gate_J: Tensor, token_shape: tuple[int, ...]) -> Tensor:
+    """One sum a received row of its experts here, [M, output_dim]; gate values by row and expert."""
+    order_J = here.row_of_assignment.long()
+    order_J = order_J.masked_fill(order_J < 0, gate_J.shape[0])  # -1 (unused capacity) -> spare place at the end
+    gate_B = gate_J.new_zeros(gate_J.shape[0] + 1).index_copy(0, order_J, gate_J)
+    return here.sum(experts(rows_MD, here, gate_B[:-1], token_shape))
+
+
+def _bounds(T: int, chunks: int) -> list[tuple[int, int]]:
+    """First and last token of each chunk; every rank has as many chunks, some of them empty."""
+    edges = [T * i // chunks for i in range(chunks + 1)]
+    return list(pairwise(edges))
+
+
+def _gates_by_rank(
+    routing: Routing, combine_gradient: str, ranks: int, bounds: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Gate values by (chunk, rank, token, expert), the order in which their receivers have them; counts [chunks, R]."""
+    gate_A = routing.row_gates(combine_gradient)
+    T, E = routing.scores.shape
+    row_A = torch.arange(gate_A.shape[0], device=gate_A.device)
+    expert_A = torch.searchsorted(routing.expert_offsets[1:].long(), row_A, right=True)
+    token_A = routing.token_of_row.long().clamp(min=0)
+    last_N = torch.tensor([last for _, last in bounds], device=gate_A.device)
+    chunk_A = torch.searchsorted(last_N, token_A, right=True)
+    pair_A = chunk_A * ranks + expert_A // (E // ranks)
+    end = len(bounds) * ranks
+    pair_A = pair_A.masked_fill(expert_A >= E, end)  # rows without an assignment
+    order_A = ((pair_A * max(T, 1) + token_A) * (E + 1) + expert_A).argsort()
+    count = torch.zeros(end + 1, dtype=torch.int64, device=gate_A.device)
+    count = count.index_add_(0, pair_A, torch.ones_like(pair_A))
+    return gate_A.index_select(0, order_A), count[:end].view(len(bounds), ranks)
+
+
+def _chunks(
+    local: int, wire: Wire, routing: Routing, bounds: list[tuple[int, int]], count_NR: Tensor, bound: int | None
+) -> list[_Chunk]:
+    """Who sends what to whom: the bitmasks travel here, and, unless `bound` fixes them, the counts before them."""
+    R = wire.size
+    block_TRL = routing.assigned.view(-1, R, local)
+    rank_bits_TW = pack_bits(block_TRL.any(dim=2))
+    fixed_rows = None if bound is None else min(bound, routing.num_tokens)
+    room = None if fixed_rows is None else R * fixed_rows
+    by_ranks = [_indexed(rank_bits_TW[first:last], R, routing, room) for first, last in bounds]
+    if bound is None:
+        rows_NR = torch.stack([by_rank.counts for by_rank in by_ranks])
+        own = torch.stack([rows_NR, count_NR.int()], dim=2).transpose(0, 1).contiguous()  # [R, chunks, 2] int32
+        theirs = wire.start(own, [1] * R, [1] * R).wait()
+        sent, received = torch.stack([own, theirs]).permute(0, 2, 3, 1).tolist()  # [chunks][2][R]
+    else:
+        sent = received = [[[fixed_rows] * R, [bound] * R]]
+    pending = []
+    for i, (by_rank, (first, last)) in enumerate(zip(by_ranks, bounds, strict=True)):
+        blocks = None if fixed_rows is None else _Blocks(by_rank.counts.long(), fixed_rows)
+        rows = _Splits(wire, sent[i][0], received[i][0], blocks)
+        wire.traffic.rows += sum(sent[i][0]) - sent[i][0][wire.rank]
+        n_N = torch.arange(by_rank.token_of_row.shape[0], device=rank_bits_TW.device)
+        rank_N = torch.searchsorted(by_rank.expert_offsets[1:].long(), n_N, right=True).clamp(max=R - 1)
+        token_N = by_rank.token_of_row.long().clamp(min=0)
+        bits_NW = pack_bits(block_TRL[first:last][token_N, rank_N])
+        pending.append((rows, rows.send(bits_NW)))
+    found = []
+    for i, (by_rank, (rows, bits)) in enumerate(zip(by_ranks, pending, strict=True)):
+        here = _indexed(bits.wait(), local, routing, None if bound is None else R * bound, weighted=True)
+        own_gates = their_gates = None
+        if bound is not None:
+            assert fixed_rows is not None
+            from_R = here.token_offsets[::fixed_rows].diff().long() if fixed_rows else count_NR[0] * 0
+            own_gates, their_gates = _Blocks(count_NR[i], bound), _Blocks(from_R, bound)
+        found.append(_Chunk(by_rank, here, rows, _Splits(wire, sent[i][1], received[i][1], own_gates, their_gates)))
+    return found
+
+
+def _indexed(bits_NW: Tensor, experts: int, routing: Routing, capacity: int | None, weighted: bool = False) -> Routing:
+    """Tokens by bitmask alone; `weighted`, where the combine weights of `routing` come as gate values of rows."""
+    offsets, token_offsets, token_of_row, row_of_assignment = ragged_index(
+        bits_NW, experts, -1 if capacity is None else capacity
+    )
+    scores = routing.scores.new_zeros(len(bits_NW), experts)
+    unrouted = torch.zeros(len(bits_NW), dtype=torch.bool, device=bits_NW.device)
+    weights = scores if weighted and routing.weights is not None else None
+    return Routing(bits_NW, scores, offsets, token_offsets, token_of_row, row_of_assignment, unrouted, weights=weights)

@@ -1,0 +1,267 @@
+"""The products that `grouped_ffn` and its backward are made of: each launches a kernel of `gemm_kernels`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..operands import ExpertWeights, Index
+from . import gemm_kernels, tiles
+from .gemm_kernels import block_experts, pointer
+from .row_sums import bias_gradient, sum_parts, sum_tiles
+
+
+def _precision(dtype: torch.dtype, chip: str) -> str:
+    """How fp32 operands are multiplied: as torch's own flag says, whichever of its names it was set by."""
+    if dtype != torch.float32 or (chip.startswith("gfx") and chip != "gfx942"):  # AMD's one chip with tf32
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # the older getter raises after the newer flags were set
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product over rows is cut: its configuration, the columns' tiles, and the most row tiles there can be."""
+
+    config: tiles.GemmConfig
+    n: int
+    most_m: int
+
+    def meta(self, E: int, K: int, N: int, x: Tensor) -> dict[str, Any]:
+        """The arguments of a row kernel on `x` that do not depend on what it computes."""
+        c = self.config
+        return {
+            "BLOCK_M": c.block_m,
+            "BLOCK_N": c.block_n,
+            "BLOCK_K": c.block_k,
+            "BLOCK_E": block_experts(E),
+            "GROUP_M": c.group_m,
+            "EVEN_K": K % c.block_k == 0,
+            "EVEN_N": N % c.block_n == 0,
+            "PRECISION": _precision(x.dtype, tiles.architecture(x.device)),
+            **launch_options(c),
+        }
+
+    def grid(self, device: torch.device) -> tuple[int]:
+        """Programs of a persistent kernel: no more than tiles there can be."""
+        return (max(1, min(self.most_m * self.n, tiles.processors(device) * self.config.programs)),)
+
+
+def launch_options(config: tiles.GemmConfig, gathers: bool = False) -> dict[str, int]:
+    """What the compiler is told beside the tile.
+
+    A product that `gathers` as it goes loads the tokens' numbers one step before their rows: a stage of its own.
+    """
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages + gathers}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def cut_of(kind: str, x: Tensor, rows: int, E: int, K: int, N: int) -> Tiles:
+    """The cut of a product of `rows` rows over E experts, [rows, K] by [K, N]."""
+    config = tiles.gemm(kind, x.device, x.dtype, -(-rows // E), K, N)
+    return Tiles(config, triton.cdiv(N, config.block_n), triton.cdiv(rows, config.block_m) + E)
+
+
+def up(
+    x_TD: Tensor, index: Index, weights: ExpertWeights, activation: str, save: bool, activate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h, u (both empty unless `save`) and a (empty unless `activate`), rows [R, H]; see `gemm_kernels.up_kernel`."""
+    w1, b1, w3, b3, _, _ = weights
+    R, (E, D, H), gated = index.rows, w1.shape, w3 is not None
+    h_AH, u_AH = weights.pre_activations(x_TD, R if save else 0)
+    a_AH = x_TD.new_empty((R if activate else 0, H))
+    if R == 0 or H == 0:
+        return h_AH, u_AH, a_AH
+    cut = cut_of("up_gated" if gated else "up", x_TD, R, E, D, H)
+    w3 = pointer(w3, w1)
+    gemm_kernels.up_kernel[cut.grid(x_TD.device)](
+        x_TD, index.token_of_row, index.expert_offsets, w1, pointer(b1, w1), w3, pointer(b3, w1), h_AH, u_AH, a_AH,
+        E, D, H, x_TD.stride(0), *w1.stride(), *w3.stride(),
+        GATED=gated,
+        BIAS=b1 is not None,
+        BIAS3=b3 is not None,
+        SAVE=save,
+        ACTIVATE=activate,
+        ACTIVATION=activation,
+        PIECES=cut.config.pieces,
+        **cut.meta(E, D, H, x_TD),
+    )  # fmt: skip
+    return h_AH, u_AH, a_AH
+
+
+def linear(
+    a_AK: Tensor,
+    w_EKN: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias_EN: Tensor | None = None,
+    gate_A: Tensor | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
+    zero_tail: bool = False,
+) -> Tensor:
+    """a w[e] + bias[e], times the gate; `second` is a further pair (a2, w2) of the sum; rows [R, N]."""
+    (R, K), (E, _, N) = a_AK.shape, w_EKN.shape
+    out_AN = a_AK.new_empty((R, N))
+    if R == 0 or N == 0:
+        return out_AN
+    a2, w2 = second or (a_AK, w_EKN)
+    cut = cut_of("linear" if second is None and not zero_tail else "linear_pair", a_AK, R, E, K, N)
+    gemm_kernels.linear_kernel[cut.grid(a_AK.device)](
+        a_AK, a2, expert_offsets, w_EKN, w2, pointer(bias_EN, w_EKN), pointer(gate_A, a_AK), out_AN,
+        E, R, K, N, *w_EKN.stride(), *w2.stride(),
+        PAIR=second is not None,
+        BIAS=bias_EN is not None,
+        GATE=gate_A is not None,
+        ZERO_TAIL=zero_tail,
+        **cut.meta(E, K, N, a_AK),
+    )  # fmt: skip
+    return out_AN
+
+
+@dataclass(frozen=True)
+class ActivationGradient:
+    """What `activation_gradient` makes: rows d_h, d_u, a [R, H], and partial sums for the gate and the biases, fp32."""
+
+    d_h_AH: Tensor
+    d_u_AH: Tensor
+    a_AH: Tensor
+    d_gate_parts_AN: Tensor
+    d_b1_parts_MH: Tensor
+    d_b3_parts_MH: Tensor
+    block_m: int  # rows a tile of the bias parts
+
+
+def activation_gradient(
+    d_rows: Tensor, index: Index, weights: ExpertWeights, h_AH: Tensor, u_AH: Tensor, gate_A: Tensor | None,
+    activation: str, *, from_tokens: bool, wanted: bool,
+) -> ActivationGradient:  # fmt: skip
+    """Gradients of h and u from those of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`).
+
+    `wanted`: also what the gradients of the weights are made of.
+    """
+    _, b1, w3, b3, w2_EHO, _ = weights
+    R, (E, H, O), gated = index.rows, w2_EHO.shape, w3 is not None
+    bias, bias3 = wanted and b1 is not None, wanted and b3 is not None
+    cut = cut_of("activation_gradient_gated" if gated else "activation_gradient", d_rows, R, E, O, H)
+    result = ActivationGradient(
+        torch.empty_like(h_AH),
+        torch.empty_like(u_AH),
+        h_AH.new_empty((R if wanted else 0, H)),
+        h_AH.new_empty((R, cut.n), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if bias else 0, H), dtype=torch.float32),
+        h_AH.new_empty((cut.most_m if bias3 else 0, H), dtype=torch.float32),
+        cut.config.block_m,
+    )
+    if R == 0 or H == 0:
+        return result
+    w2_EOH = w2_EHO.transpose(1, 2)
+    gemm_kernels.activation_gradient_kernel[cut.grid(d_rows.device)](
+        d_rows, index.token_of_row, index.token_offsets, pointer(gate_A, d_rows), index.expert_offsets, w2_EOH,
+        h_AH, u_AH if gated else h_AH, result.d_h_AH, result.d_u_AH, result.a_AH,
+        result.d_gate_parts_AN, result.d_b1_parts_MH, result.d_b3_parts_MH,
+        E, O, H, d_rows.stride(0), *w2_EOH.stride(),
+        FROM_TOKENS=from_tokens,
+        GATE=gate_A is not None,
+        GATED=gated,
+        ACTIVATED=wanted,
+        BIAS=bias,
+        BIAS3=bias3,
+        ACTIVATION=activation,
+        PIECES=cut.config.pieces,
+        **cut.meta(E, O, H, d_rows),
+    )  # fmt: skip
+    return result
+
+
+def weight_gradient(
+    a: Tensor, b: Tensor, index: Index, like_EMN: Tensor, *, a_from_tokens: bool = False, b_from_tokens: bool = False
+) -> Tensor:
+    """a_e^T b_e over the rows of each expert, with the shape, strides and dtype of `like_EMN`."""
+    out_EMN = torch.empty_like(like_EMN)
+    E, M, N = out_EMN.shape
+    if index.rows == 0 or E * M * N == 0:
+        return out_EMN.zero_()
+    target = out_EMN
+    if out_EMN.stride(2) != 1 and out_EMN.stride(1) == 1:  # write along the contiguous dimension
+        a, b, a_from_tokens, b_from_tokens = b, a, b_from_tokens, a_from_tokens
+        target, M, N = out_EMN.transpose(1, 2), N, M
+    config = tiles.gemm("weight_gradient", a.device, a.dtype, -(-index.rows // E), M, N)
+    blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    split = _splits(blocks * E, index.rows, config.block_k, tiles.processors(a.device))
+    parts = target.new_empty((split, E, M, N), dtype=torch.float32) if split > 1 else target.unsqueeze(0)
+    gemm_kernels.weight_gradient_kernel[(blocks, E * split)](
+        a,
+        b,
+        index.token_of_row,
+        index.expert_offsets,
+        parts,
+        M,
+        N,
+        a.stride(0),
+        b.stride(0),
+        *parts.stride(),
+        split,
+        A_FROM_TOKENS=a_from_tokens,
+        B_FROM_TOKENS=b_from_tokens,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_M=M % config.block_m == 0,
+        EVEN_N=N % config.block_n == 0,
+        PRECISION=_precision(a.dtype, tiles.architecture(a.device)),
+        **launch_options(config, gathers=a_from_tokens or b_from_tokens),
+    )
+    if split > 1:
+        sum_parts(parts, target)
+    return out_EMN
+
+
+def _splits(programs: int, rows: int, block_k: int, processors: int) -> int:
+    """Runs into which each expert's rows are cut so that few, long products fill the device: by shapes alone."""
+    split = 1
+    while programs * split < 2 * processors and rows >= 32 * block_k * split and split < 16:
+        split *= 2
+    return split
+
+
+def token_rows(through: ActivationGradient, w1_EDH: Tensor, w3_EDH: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """The gradient of each row's token, [R, D]."""
+    second = None if w3_EDH is None else (through.d_u_AH, w3_EDH.transpose(1, 2))
+    return linear(through.d_h_AH, w1_EDH.transpose(1, 2), expert_offsets, second=second)
+
+
+def weight_gradients(
+    through: ActivationGradient, x_TD: Tensor, d_rows: Tensor, index: Index, weights: ExpertWeights, wanted: bool,
+    gate_A: Tensor | None = None, *, from_tokens: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of w1, b1, w3, b3, w2, b2, each as its weight; empty where there is none or none is wanted."""
+    grads = weights.gradients(False)
+    if not wanted:
+        return grads
+    w1, b1, w3, b3, w2, b2 = weights
+    grads[0] = weight_gradient(x_TD, through.d_h_AH, index, w1, a_from_tokens=True)
+    grads[4] = weight_gradient(through.a_AH, d_rows, index, w2, b_from_tokens=from_tokens)
+    if b1 is not None:
+        grads[1] = sum_tiles(through.d_b1_parts_MH, index.expert_offsets, b1, through.block_m)
+    if w3 is not None:
+        grads[2] = weight_gradient(x_TD, through.d_u_AH, index, w3, a_from_tokens=True)
+    if b3 is not None:
+        grads[3] = sum_tiles(through.d_b3_parts_MH, index.expert_offsets, b3, through.block_m)
+    if b2 is not None:
+        grads[5] = bias_gradient(d_rows, gate_A, index, b2, from_tokens=from_tokens)
+    return grads
+
+
+def in_dtype(dtype: torch.dtype, weights: ExpertWeights) -> ExpertWeights:
+    """Matrices in the type of the tokens; biases contiguous in their own, the kernels read any type."""
+    w1, b1, w3, b3, w2, b2 = weights
+    b1, b3, b2 = (None if b is None else b.contiguous() for b in (b1, b3, b2))
+    return ExpertWeights(w1.to(dtype), b1, None if w3 is None else w3.to(dtype), b3, w2.to(dtype), b2)

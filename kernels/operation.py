@@ -1,0 +1,316 @@
+"""How an operation is declared: what it refuses, who runs it, its shapes for torch.compile, and its gradient.
+
+Each is a `torch.library` custom operation of the namespace `dynmoe_tutel`. torch's dispatcher chooses by device: a GPU
+runs the operation's Triton kernels, every other device its torch operations. The argument `engine` of the expert
+networks may overrule that. Modules with other engines are imported when one first runs, so that a machine without
+Triton keeps everything else.
+
+Checks look at shapes, dtypes and devices and at no value, so that nothing waits for one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice, zip_longest
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# of the expert networks: the device's own kernels, Triton's, torch.nn.functional.grouped_mm, a loop over the experts
+ENGINES = ("auto", "triton", "grouped_mm", "torch")
+
+OPERATIONS: dict[str, Operation] = {}  # by name, filled by `operation`
+LIBRARY = torch.library.Library("dynmoe_tutel", "FRAGMENT")
+
+
+def operation(
+    *,
+    fake: Callable[..., Any],
+    check: Callable[..., Any] | None = None,
+    engines: dict[str, str] | None = None,
+    autocast: bool = True,
+    context: Callable[..., None] | None = None,
+    backward: Callable[..., tuple[Any, ...] | None] | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function of torch operations the custom operation of its name.
+
+    * `fake`: results without values, for `torch.compile`. `check`: raises ValueError for what the kernels cannot take.
+    * `engines`: by engine, the module here that holds a function of the same name and arguments.
+    * `autocast`: False where products choose their own types; autocast would recast them.
+    * `context(ctx, inputs, output)` saves for `backward(ctx, *gradients)`, which returns a gradient for each argument,
+      or those of the first arguments where the others have none; `ctx.wanted` says by name which are asked for.
+
+    Arguments may be groups, NamedTuples of tensors and None as in `operands`; torch's schema has a list for each.
+    """
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        declared = Operation(function, check, engines or {}, autocast)
+        name, schema = declared.name, torch.library.infer_schema(declared.prototype(), mutates_args=mutates)
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, _not_compiled(declared.run), "CompositeExplicitAutograd")
+        if "triton" in declared.engines:
+            LIBRARY.impl(name, _not_compiled(declared.run_on_gpu), "CUDA")
+        torch.library.register_fake(f"dynmoe_tutel::{name}", lambda *args: fake(*declared.grouped(args)), lib=LIBRARY)
+        overload = getattr(torch.ops.dynmoe_tutel, name).default
+        kernel = _autograd_kernel(declared, overload, context, backward)
+        LIBRARY.impl(name, _not_compiled(kernel), "Autograd")
+        OPERATIONS[name] = declared
+        return overload
+
+    return declare
+
+
+class Operation:
+    """The implementations of one operation by engine; all take its arguments with groups as NamedTuples."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        check: Callable[..., Any] | None,
+        modules: dict[str, str],
+        autocast: bool = True,
+    ) -> None:
+        self.name, self.check, self.autocast = function.__name__, check, autocast
+        self.engines = {"torch": function} | {e: _imported(module, self.name) for e, module in modules.items()}
+        self.signature, self.hints = inspect.signature(function), get_type_hints(function)
+        self.parameters = tuple(self.signature.parameters)
+        kinds = [self.hints[name] for name in self.parameters]
+        self.groups = [(i, k._make) for i, k in enumerate(kinds) if hasattr(k, "_make")]  # NamedTuples
+        self.defaults = tuple(p.default for p in self.signature.parameters.values())
+        self._engine = self.parameters.index("engine") if "grouped_mm" in modules else None
+
+    def prototype(self) -> Callable[..., Any]:
+        """A function with the signature that torch infers the schema from."""
+
+        def prototype() -> None: ...
+
+        of_groups = {self.parameters[i]: Sequence[Tensor | None] for i, _ in self.groups}
+        parameters = [
+            p.replace(annotation=of_groups.get(name, self.hints[name])) for name, p in self.signature.parameters.items()
+        ]
+        returns = self.signature.return_annotation if self.hints["return"] is type(None) else self.hints["return"]
+        prototype.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        return prototype
+
+    def grouped(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of the schema, with lists as groups again."""
+        if not self.groups:
+            return args
+        values = list(args)
+        for i, make in self.groups:
+            values[i] = make(values[i])
+        return values
+
+    def run(self, *args: Any) -> Any:
+        """On any device: torch operations, or the engine that the argument `engine` names."""
+        values = self.grouped(args)
+        self._check(values)
+        engine = "torch"
+        if self._engine is not None:
+            engine = engine_for(values[self._engine] if len(values) > self._engine else "auto", values[0])
+        if self.autocast:
+            return self.engines[engine](*values)
+        with torch.autocast(values[0].device.type, enabled=False):
+            return self.engines[engine](*values)
+
+    def run_on_gpu(self, *args: Any) -> Any:
+        """On a GPU: Triton's kernels, where they take the types and no other engine is named.
+
+        Triton launches on the current device, which need not be that of the tensors: they make theirs the current one.
+        """
+        if not (takes_triton(args) and triton_is_installed()):
+            return self.run(*args)
+        values = self.grouped(args)
+        self._check(values)
+        with torch.cuda.device_of(values[0]):
+            return self.engines["triton"](*values)
+
+    def _check(self, values: Sequence[Any]) -> None:
+        """ValueError unless all tensors are on one device and the operation's own check finds nothing."""
+        if self.check is None:
+            return
+        device = values[0].device
+        for i, value in enumerate(values):
+            for j, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
+                if isinstance(tensor, Tensor) and tensor.device != device:
+                    name = value._fields[j] if isinstance(value, tuple) else self.parameters[i]  # type: ignore[attr-defined]
+                    raise ValueError(
+                        f"{name} is on {tensor.device}, {self.parameters[0]} on {device}: move one with .to()"
+                    )
+        self.check(*values)
+
+
+def _autograd_kernel(
+    declared: Operation,
+    overload: Callable[..., Any],
+    context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """The operation's kernel of the dispatcher's key Autograd; tensors of groups are flat arguments of its function.
+
+    `torch.library.register_autograd` would do, but is slow: it looks at single arguments in a time that grows with the
+    square of their number, or takes lists apart as trees. With lists it also wants three things that bind the caller:
+    no None in a list that is differentiated, gradients in exactly the structure of the arguments that were passed (one
+    that equals its default is not), and `ctx.needs_input_grad` nested like them.
+    """
+
+    def below(args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, args: tuple[Any, ...], *flat: Any) -> Any:
+            output, values = below(args), declared.grouped(args)
+            # of each argument: None, or of a group which tensors are there
+            ctx.there = [[t is not None for t in value] if isinstance(value, tuple) else None for value in values]
+            if context is not None:
+                context(ctx, values, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            if backward is None:
+                raise RuntimeError(f"{declared.name} has no gradient: there are first derivatives only")
+            needs = iter(ctx.needs_input_grad[1:])
+            ctx.wanted = {
+                name: next(needs) if there is None else any(tuple(islice(needs, len(there))))
+                for name, there in zip(declared.parameters, ctx.there, strict=True)
+            }
+            flat: list[Any] = [None]
+            for there, found in zip_longest(ctx.there, backward(ctx, *gradients) or ()):
+                if there is None:
+                    flat.append(found)
+                else:
+                    of_group = zip_longest(there, found or ())
+                    flat += [gradient if is_there else None for is_there, gradient in of_group]
+            return tuple(flat)
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            args += declared.defaults[len(args) :]
+            flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+            if any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+                return Differentiated.apply(args, *flat)
+        return below(args)
+
+    return kernel
+
+
+def _not_compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which torch.compile must not trace where it calls the operation from a frame that it left to Python."""
+    return torch._disable_dynamo(lambda *args: kernel(*args))
+
+
+def keep(ctx: Any, *values: Any) -> None:
+    """Save tensors, groups and None for the backward."""
+    ctx.kinds = [type(value) if isinstance(value, tuple) else None for value in values]
+    ctx.save_for_backward(*(t for value in values for t in (value if isinstance(value, tuple) else (value,))))
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` saved. Once a backward: checkpointing unpacks a tensor only once."""
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if kind is None else kind(*islice(saved, len(kind._fields))) for kind in ctx.kinds]
+
+
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module of this package, looked up at each call."""
+    return lambda *args: getattr(import_module(f".{module}", __package__), name)(*args)
+
+
+@lru_cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported; says once, in the log, what its absence means."""
+    if find_spec("triton") is not None:
+        return True
+    logging.getLogger("dynmoe_tutel").warning(
+        "Triton is not installed: operations on a GPU run as torch operations, which is slower. pip install triton"
+    )
+    return False
+
+
+def takes_triton(args: Sequence[Any]) -> bool:
+    """Whether Triton's kernels take the arguments: fp64 and the engines of torch run as torch operations anywhere."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.dtype == torch.float64:
+                return False
+        elif isinstance(arg, str):
+            if arg in ("grouped_mm", "torch"):
+                return False
+        elif isinstance(arg, (list, tuple)) and not takes_triton(arg):
+            return False
+    return True
+
+
+def engine_for(engine: str, x: Tensor) -> str:
+    """ "triton", "grouped_mm" or "torch": what runs an operation on `x` where no kernel of its device takes it.
+
+    "auto" is the loop over the experts, which asks a GPU for the rows of each. Only where torch's grouped product has
+    kernels of its own (bf16 on sm_90 and sm_100) it asks nothing and is taken instead. fp64 always takes the loop.
+    ValueError where "triton" cannot run.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine = {engine!r}: allowed are {', '.join(ENGINES)}")
+    if engine == "triton":
+        if x.device.type == "cpu" and not _interprets():
+            raise ValueError(
+                "engine = 'triton' needs tensors on a GPU, these are on the CPU: move layer and tokens to a GPU, or "
+                "take engine = 'auto' (to try the kernels without a GPU, set TRITON_INTERPRET=1 before Python starts)"
+            )
+        if find_spec("triton") is None:
+            raise ValueError("engine = 'triton', but Triton is not installed: pip install triton, or engine = 'auto'")
+    if x.dtype == torch.float64:
+        if engine in ("triton", "grouped_mm"):
+            _warn_of_float64(engine)
+        return "torch"
+    if engine == "auto":
+        return "grouped_mm" if x.dtype == torch.bfloat16 and _multiplies_groups(x.device) else "torch"
+    return engine
+
+
+@lru_cache
+def _warn_of_float64(engine: str) -> None:
+    logging.getLogger("dynmoe_tutel").warning("engine = %r has no float64: such tensors take engine 'torch'", engine)
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache
+def _multiplies_groups(device: torch.device) -> bool:
+    """Whether torch.nn.functional.grouped_mm has a kernel for bf16: elsewhere it loops and waits for the device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
+def expect(
+    name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str, dtype: torch.dtype | None = None
+) -> None:
+    """ValueError unless `tensor` (None passes) has the shape, and the dtype if one is given; `meaning`: "[E]"."""
+    if tensor is not None and (tensor.shape != shape or (dtype is not None and tensor.dtype != dtype)):
+        kind = "" if dtype is None else f"{str(dtype).removeprefix('torch.')} "
+        raise ValueError(f"{name} must be {kind}{meaning} = {list(shape)}, got {_about(tensor)}")
+
+
+def expect_matrix(name: str, tensor: Tensor, meaning: str, dims: int = 2) -> None:
+    """ValueError unless `tensor` is of one of FLOATS and of so many dimensions."""
+    if tensor.dim() != dims or tensor.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise ValueError(f"{name} must be {meaning} of a floating type ({allowed}), got {_about(tensor)}")
+
+
+def _about(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

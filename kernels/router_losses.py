@@ -1,0 +1,83 @@
+"""The two auxiliary losses of a top-any gate that see its routing vectors alone, in one operation.
+
+    diversity  = ||M||_F,  M = (U^T U - I) o m m^T over unit columns u_e of active slots (its diagonal is zero)
+    simplicity = mean over active slots of ||w_e||
+
+Source: arXiv 2405.14297, section 3. With u^ = 2 / ||M|| * U M the gradient of a column is
+(u^_e - u_e <u_e, u^_e>) / ||w_e|| for diversity, where <u_e, u^_e> = 2 / ||M|| * sum_f M[e, f]^2, and u_e / (number of
+active slots) for simplicity. As torch operations they are sixty launches of a microsecond's work each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operation import expect, expect_matrix, operation
+from .threshold_gate import gate_dtype, inverse_norm
+
+MODULES = {"triton": "gpu.router_losses"}
+
+
+def _check(w_DE: Tensor, active_E: Tensor) -> None:
+    expect_matrix("w_DE", w_DE, "[D, E]")
+    expect("active_E", active_E, (w_DE.shape[1],), "[E]", torch.bool)
+
+
+def _shapes(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D, E = w_DE.shape
+    shapes = ((), (), (E, D), (E,), (E, E))
+    loss, other, unit, inverse, gram = (w_DE.new_empty(shape, dtype=gate_dtype(w_DE)) for shape in shapes)
+    return loss, other, unit, inverse, gram
+
+
+def _context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    w_DE, active_E = inputs
+    diversity, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(diversity, *saved, active_E, w_DE)
+
+
+def _backward(ctx: Any, d_diversity: Tensor | None, d_simplicity: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
+    if d_diversity is None and d_simplicity is None:
+        return None
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    of_losses = (torch.zeros_like(saved[0]) if d is None else d for d in (d_diversity, d_simplicity))
+    return (vector_losses_backward(*of_losses, *saved),)
+
+
+@operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
+def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 where no slot is active.
+
+    For the backward: the unit vectors [E, D], their inverse norms [E], and M [E, E], zero where a slot is not active.
+    """
+    w = w_DE.to(gate_dtype(w_DE)).masked_fill(~active_E, 0)  # selected, for a slot that holds no expert may hold NaN
+    inv_norm_E = inverse_norm(w, 0)
+    unit_ED = (w * inv_norm_E).t().contiguous()
+    gram_EE = unit_ED @ unit_ED.t()
+    gram_EE.fill_diagonal_(0)
+    diversity = torch.linalg.vector_norm(gram_EE)
+    simplicity = torch.linalg.vector_norm(w, dim=0).sum() / active_E.sum().clamp(min=1)
+    return diversity, simplicity, unit_ED, inv_norm_E, gram_EE
+
+
+def _backward_shape(*args: Tensor) -> Tensor:
+    *_, w_DE = args
+    return torch.empty_like(w_DE, memory_format=torch.contiguous_format)
+
+
+@operation(fake=_backward_shape, engines=MODULES, autocast=False)
+def vector_losses_backward(
+    d_diversity: Tensor, d_simplicity: Tensor, diversity: Tensor, unit_ED: Tensor, inv_norm_E: Tensor,
+    gram_EE: Tensor, active_E: Tensor, w_DE: Tensor,
+) -> Tensor:  # fmt: skip
+    """Gradient of the routing vectors, [D, E] in their dtype."""
+    factor = torch.where(diversity > 0, 2 * d_diversity / diversity, torch.zeros_like(diversity))
+    tangent_ED = gram_EE @ unit_ED - unit_ED * gram_EE.square().sum(dim=1, keepdim=True)
+    radial_E = d_simplicity / active_E.sum().clamp(min=1)
+    d_w_ED = tangent_ED * (factor * inv_norm_E).unsqueeze(1) + unit_ED * radial_E
+    return d_w_ED.t().to(w_DE.dtype).contiguous()

@@ -1,0 +1,84 @@
+"""What is compiled ahead is what Triton asks for later, found in its cache on disk; without a GPU.
+
+The process of the tests may run Triton's interpreter, under which nothing compiles: each compilation has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+
+CODE = """
+import sys, time
+from benchmarks import warm
+from benchmarks.launches.operations import run_all
+from benchmarks.common.shapes import Shape
+
+warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("router_losses",))
+for share, shares, seconds in eval(sys.argv[1]):
+    print(*warm.compile_share("sm_90", [Shape(64, 16, 16, 4, 2)], share, shares, time.monotonic() + seconds))
+"""
+
+
+def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[list[tuple[int, int]], set[str]]:
+    """Of shares (which, of how many, seconds) how many launches were to be compiled and were, and what is cached."""
+    script, cache = tmp_path / "script.py", tmp_path / "cache"
+    script.write_text(CODE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), repr(shares)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert all(failed_and_refused == "[] []" for *_, failed_and_refused in lines)
+    kernels = {str(path.relative_to(cache)) for path in cache.glob("**/*.cubin")}
+    return [(int(planned), int(compiled)) for planned, compiled, _ in lines], kernels
+
+
+def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Path) -> None:
+    """A share without time compiles nothing, two halves everything, and the whole then nothing more."""
+    (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, PATIENCE), (1, 2, PATIENCE))
+    assert late == (first[0], 0)
+    assert first[0] == first[1] > 0
+    assert second[0] == second[1] > 0
+    assert len(kernels) == first[0] + second[0]
+    assert compile_shares(tmp_path, (0, 1, PATIENCE)) == ([(len(kernels), len(kernels))], kernels)
+
+
+REFUSED = """
+import errno, subprocess
+from benchmarks.common import patience; from benchmarks import warm
+from benchmarks.launches.operations import run_all
+
+patience.time.sleep = lambda seconds: None
+warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("router_losses",))
+warm.in_processes = lambda function, tasks, jobs: (function(*task) for task in tasks)
+
+class Refused(subprocess.Popen):
+    def __init__(self, *_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+subprocess.Popen = Refused
+print(warm.main(["--arch", "sm_90", "--shape", "vit-s", "--jobs", "1"]))
+"""
+
+
+def test_a_compiler_that_could_not_be_started_is_no_failure_of_the_kernel(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(REFUSED)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    *said, counts, status = done.stdout.splitlines()
+    assert said, done.stderr
+    assert all(line.startswith("NOT STARTED ") and "BlockingIOError" in line for line in said)
+    assert counts.startswith(f"0 of {len(said)} kernels compiled in ")
+    assert int(status) == 101
