@@ -20,6 +20,7 @@ from .base import Experts, SlotParameter, expert_kind
 class ExpertContext:
     """What modules of Tutel's kind read of their layer in a forward; experts are counted by slots."""
 
+    model_dim: int
     num_global_experts: int
     num_local_experts: int
     group: Any = None
@@ -121,7 +122,9 @@ class CustomExperts(Experts):
         """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
         places = PaddedRows(routing)
         E, C = places.num_experts, places.capacity
-        context = ExpertContext(num_global_experts=E, num_local_experts=E, dispatch_count=routing.counts)
+        context = ExpertContext(
+            model_dim=self.model_dim, num_global_experts=E, num_local_experts=E, dispatch_count=routing.counts
+        )
         out = self.module(places.pad(rows_AD).view(E, C, *token_shape), context)
         if not isinstance(out, Tensor) or out.dim() < 3 or out.shape[:2] != (E, C):
             raise ValueError(

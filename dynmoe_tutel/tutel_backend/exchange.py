@@ -79,7 +79,7 @@ class PaddedExchange:
 
     def __init__(self, placement: Placement, start: int, config: MoEConfig) -> None:
         self.placement, self.start = placement, start
-        self.is_postscore, self.use_2dh = config.is_postscore, config.use_2dh
+        self.model_dim, self.is_postscore, self.use_2dh = config.model_dim, config.is_postscore, config.use_2dh
         shards = placement.shards
         self.valid_rs = [0, *(r for r in range(1, shards + 1) if shards % r == 0)]
         assert config.experts is not None
@@ -176,6 +176,7 @@ class PaddedExchange:
         rows = rows_ECD.view(*rows_ECD.shape[:2], *call.token_shape)
         place = self.placement
         context = ExpertContext(
+            model_dim=self.model_dim,
             num_global_experts=place.slots,
             num_local_experts=place.local,
             group=place.group,

@@ -269,6 +269,9 @@ class Batched(nn.Module):
         self.seen: list[torch.Size] = []
 
     def forward(self, x: Tensor, ctx: Any) -> Tensor:
+        assert (ctx.num_global_experts, ctx.num_local_experts, ctx.model_dim) == (x.shape[0], x.shape[0], D)
+        assert (ctx.sharded_count, ctx.adaptive_degree, ctx.megablocks_size, ctx.group) == (1, 1, 0, None)
+        assert int(ctx.dispatch_count.max()) <= x.shape[1]
         self.seen.append(x.shape)
         return torch.bmm(F.gelu(torch.bmm(x, self.w1) + self.b1), self.w2) + self.b2
 
