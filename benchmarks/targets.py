@@ -2,8 +2,8 @@
 
     python -m benchmarks.targets kernels-gpu.json layer-gpu.json [--out FILE.md]
 
-Prints the lines of the README's table. What was not measured is said so, and a target over several shapes is held
-against the worst of them. The exit status does not depend on what is met. Needs no torch.
+Prints the lines of the table in docs/performance.md. What was not measured is said so, and a target over several shapes
+is held against the worst of them. The exit status does not depend on what is met. Needs no torch.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _waits(layer: Summary | None) -> tuple[float | None, str]:
 
 
 def table(found: Sequence[Target], card: str | None = None) -> str:
-    """The lines of the README's table."""
+    """The lines of the table in docs/performance.md."""
     lines = [
         f"| target ({card or 'no GPU'}, bf16, forward+backward) | must | stretch | measured | met |",
         "|---" * 5 + "|",

@@ -143,7 +143,7 @@ def test_every_environment_variable_is_in_the_table() -> None:
     """What the code reads is in CONTRIBUTING's table, and what is in the table is in the code."""
     folders = ("dynmoe_tutel", "kernels", "benchmarks", "tests")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path != Path(__file__).resolve()]
-    code = "\n".join(path.read_text() for path in sources)
+    code = "\n".join(path.read_text() for path in [*sources, ROOT / "Makefile"])
     accesses = [
         r'environ(?:ment)?(?:\.get|\.setdefault|_flag|_number)?[(\[]"([A-Z][A-Z_]+)"',
         r'"([A-Z][A-Z_]+)" (?:not )?in (?:os\.)?environ',
@@ -186,6 +186,31 @@ def test_every_page_and_example_is_in_the_contents(contents: str) -> None:
     assert [path.name for path in wanted if path not in found and path != ROOT / "docs/README.md"] == []
 
 
+NAMED = sorted(
+    (page, path)
+    for page, text in PAGES.items()
+    for path in set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|cfg)|(?:[\w-]+/)+)`", text))
+    if "new" not in re.split(r"[/._]", path)  # what a recipe adds
+    and path not in ("table.md", "tests-gpu.txt", "targets-gpu.md")  # what a command writes
+)
+
+
+@pytest.mark.parametrize(("page", "path"), NAMED)
+def test_a_file_that_a_page_names_is_there(page: str, path: str) -> None:
+    """From the checkout's root, in the package, or among the results."""
+    assert any((folder / path).exists() for folder in (ROOT, ROOT / "dynmoe_tutel", ROOT / "benchmarks" / "results"))
+
+
+def test_the_map_is_the_tree() -> None:
+    """Each folder and file of the map is there, and each folder and module of the package is in the map."""
+    (shown,) = [block for block in fenced("docs/how_it_works.md", "text") if "dynmoe_tutel/" in block]
+    named = set(re.findall(r"\b(\w+(?:/|\.py))(?=\s|$)", shown)) - {"kernels/"}
+    inside = ("", "dynmoe_tutel", "dynmoe_tutel/experiments", "kernels", "benchmarks", "tests")
+    assert [name for name in named if not any((ROOT / folder / name).exists() for folder in inside)] == []
+    rooms = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "dynmoe_tutel").glob("[a-z]*")}
+    assert rooms - named - {"kernels/", "py.typed", "version.py", "old_paths.py"} == set()
+
+
 def test_they_show_plots() -> None:
     assert len(re.findall(r"!\[[^\]]+\]\([^)]+\.png\)", ALL)) >= 5
     assert len(re.findall(r"!\[[^\]]+\]\([^)]+\.png\)", PAGES["README.md"])) >= 1
@@ -218,7 +243,9 @@ def test_the_citation_is_of_this_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {__version__}\n" in citation
     names = re.findall(r"family-names: (\w+)\n +given-names: (\w+)", citation)
-    assert [f"{family}, {given}" for family, given in names] == re.findall(r"(\w+, \w+)(?: and|})", PAGES["README.md"])
+    assert [f"{family}, {given}" for family, given in names] == re.findall(
+        r"(\w+, \w+)(?: and|})", fenced("README.md", "bibtex")[0]
+    )
 
 
 def test_whoever_reports_a_problem_is_asked_for_the_doctor() -> None:
