@@ -28,5 +28,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Modules by the paths of before."""
+    """Resolve modules by their old paths."""
     return old_paths.moved(name)

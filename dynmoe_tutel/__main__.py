@@ -1,4 +1,4 @@
-"""`python -m dynmoe_tutel` is `dynmoe-tutel`."""
+"""`python -m dynmoe_tutel` runs `dynmoe-tutel`."""
 
 from __future__ import annotations
 

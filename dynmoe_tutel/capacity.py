@@ -1,9 +1,8 @@
-"""Tutel's capacity factor on a ragged assignment: which rows an expert of limited capacity takes, and which it drops.
+"""Tutel's capacity factor on a ragged assignment: which rows an expert of limited capacity takes and which it drops.
 
-Tutel fills an expert first with the tokens whose first pick it is, in token order (or, batch-prioritised, by falling
-best score), then with those whose second pick it is, and so on; what comes after `capacity` rows is dropped and keeps
-its share of the token's weight. A token's picks are its experts by falling score. What a rank may send
-to another is bounded here too.
+A token's picks are its experts by falling score. Tutel fills an expert with tokens that pick it first, in token order
+(or, batch-prioritised, by falling best score), then with tokens that pick it second, and so on. Rows beyond `capacity`
+are dropped; the token's other weights do not change. The bound on rows between two ranks is here too.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .validation import positive_int
 
 
 def largest(count: int, group: Any) -> int:
-    """The largest `count` of the ranks of `group`; None: `count`, and no rank is asked."""
+    """The largest `count` among the ranks of `group`; None: `count` itself, without communication."""
     if group is None or dist.get_world_size(group) == 1:
         return count
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
@@ -32,7 +31,7 @@ def largest(count: int, group: Any) -> int:
 
 
 def picks(routing: Routing) -> Tensor:
-    """Each token's experts by falling score, equal scores by expert: [T, K] int64, K = max k_t, -1 behind k_t."""
+    """Each token's experts by falling score (ties by expert): [T, K] int64, K = max k_t, padded with -1."""
     k_T = routing.k_per_token
     K = int(k_T.max()) if k_T.numel() else 0
     score_TE = routing.scores.detach().nan_to_num(0.0).masked_fill(~routing.assigned, -math.inf)
@@ -41,9 +40,9 @@ def picks(routing: Routing) -> Tensor:
 
 
 def locations(expert_TK: Tensor, num_experts: int, importance_T: Tensor | None = None) -> Tensor:
-    """The place of each pick in its expert's queue, [T, K] int64 (0 where the pick is -1).
+    """The position of each pick in its expert's queue, [T, K] int64 (0 where the pick is -1).
 
-    Queues are filled by first picks, then second picks, ...; within one in token order, or by falling `importance_T`.
+    First picks enter the queues first, then second picks, ...; each in token order, or by falling `importance_T`.
     """
     T, K = expert_TK.shape
     place_TK = torch.zeros_like(expert_TK)
@@ -74,11 +73,11 @@ def expert_capacity(
     group: Any = None,
     inequivalent_tokens: bool = False,
 ) -> int:
-    """Rows that each expert has room for, on every rank of `group` the same; at least 1.
+    """Rows that each expert has room for, at least 1; the same on every rank of `group`.
 
-    `factor` > 0: k * int(factor * ceil(T / E)); 0: the largest load; < 0: the lesser of both, with -factor.
-    `num_tokens` is T (its largest over the ranks with `inequivalent_tokens`), `num_experts` E (all slots), `k` the
-    largest k_t, `load` that of the fullest expert. Rounded up to a multiple of `alignment`. Source: Tutel 0.3.
+    `factor` > 0: k * int(factor * ceil(T / E)); 0: the largest load; < 0: the smaller of both, with -factor.
+    `num_tokens` is T (with `inequivalent_tokens` the largest over the ranks), `num_experts` E (all slots), `k` the
+    largest k_t, `load` the load of the fullest expert. Rounded up to a multiple of `alignment`. Source: Tutel 0.3.
     """
     positive_int("alignment", alignment)
     if inequivalent_tokens:
@@ -96,7 +95,7 @@ def expert_capacity(
 def room_for(
     routing: Routing, factor: float, alignment: int, group: Any = None, inequivalent_tokens: bool = False
 ) -> int:
-    """`expert_capacity` of a routing: the rows that each expert has room for. Waits for the device."""
+    """`expert_capacity` for a routing. Waits for the device."""
     k, load = (int(n.max()) if n.numel() else 0 for n in (routing.k_per_token, routing.counts))
     return expert_capacity(
         factor,
@@ -111,7 +110,7 @@ def room_for(
 
 
 def combine_weights(routing: Routing, combine_gradient: str) -> Tensor:
-    """The weight of every pair, [T, E], 0 without an assignment, with the gradient of `Routing.row_gates`."""
+    """The combine weight of every (token, expert), [T, E], 0 without assignment; gradient as of `Routing.row_gates`."""
     if routing.weights is not None:
         return routing.weights * routing.assigned
     if combine_gradient not in COMBINE_GRADIENTS:
@@ -130,7 +129,7 @@ def drop_beyond_capacity(
 ) -> Routing:
     """The routing without the rows that find their expert full; `dropped` counts them.
 
-    Weights stay those before the drop, as in Tutel: a token that loses one of two experts gets half of the other.
+    Weights do not change, as in Tutel: a token that loses one of two experts gets half of the other.
     """
     expert_TK = picks(routing)
     T, E = routing.scores.shape
@@ -152,7 +151,7 @@ def drop_beyond_capacity(
 
 
 def pair_capacity(capacity: Capacity, routing: Routing, ranks: int) -> int | None:
-    """The assignments that a rank may send to one rank, where that is bounded."""
+    """The most assignments that a rank may send to one rank; None: unbounded."""
     T, E = routing.scores.shape
     if capacity == "exact":
         return None
@@ -161,9 +160,9 @@ def pair_capacity(capacity: Capacity, routing: Routing, ranks: int) -> int | Non
 
 
 def bounded_pairs(routing: Routing, ranks: int, capacity: Capacity) -> Routing:
-    """The routing with at most ceil(capacity * T / R) assignments to each rank: those of smallest margin go.
+    """The routing with at most ceil(capacity * T / R) assignments to each rank; those of smallest margin are dropped.
 
-    They are added to `dropped`; a token's mean is over what it keeps.
+    `dropped` counts them; a token's mean is over the assignments that it keeps.
     """
     bound = pair_capacity(capacity, routing, ranks)
     assert bound is not None
@@ -193,14 +192,14 @@ def bounded_pairs(routing: Routing, ranks: int, capacity: Capacity) -> Routing:
 
 
 class LateCount:
-    """Copies a count to the host while the device goes on, and reads the copy at a later call."""
+    """Copies a count to the host asynchronously and reads the copy at a later call."""
 
     def __init__(self) -> None:
         self._host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
     def above_zero(self, count: Tensor) -> bool:
-        """Whether `count`, [] on a GPU, was above 0 at an earlier call; never waits, and says no inside a capture."""
+        """Whether `count`, [] on a GPU, was above 0 at an earlier call; never waits; False inside a graph capture."""
         with torch.cuda.device(count.device):
             if torch.cuda.is_current_stream_capturing():
                 return False

@@ -12,7 +12,7 @@ from .validation import warn_once
 
 
 def generators_of(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[torch.Generator | None]:
-    """One private generator a gate and one for the experts, None where no seed is given."""
+    """A private generator for each gate, then one for the experts; None without a seed."""
     if seeds is not None and not (
         isinstance(seeds, tuple | list) and all(s is None or (type(s) is int and abs(s) < 2**63) for s in seeds)
     ):
@@ -27,7 +27,7 @@ def generators_of(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[
 
 @torch.no_grad()
 def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """U(-bound, bound) in place, drawn on the CPU where a private generator is given."""
+    """Fill `p` from U(-bound, bound), on the CPU if a private generator is given."""
     if p.is_meta:
         return
     if generator is None:
@@ -38,7 +38,7 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> 
 
 @contextmanager
 def drawn_from(generator: torch.Generator | None) -> Iterator[None]:
-    """The global random state seeded from `generator`, and given back as it was; None: as it is."""
+    """Seed the global random state from `generator` inside the block and restore it after; None: do nothing."""
     if generator is None:
         yield
         return

@@ -1,6 +1,6 @@
 """`MoELayer`: gate -> routing -> exchange -> experts -> combine, nothing else.
 
-What is recorded, grown and pruned is in `adaptive`; how rows reach experts on other ranks is the exchange's.
+`adaptive` records routing and grows and prunes experts; the exchange sends rows to experts on other ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def exchange_of(config: MoEConfig) -> Exchange:
-    """Over the ranks of `config.group`; without one, or with a group of one rank, within this process."""
+    """The exchange over the ranks of `config.group`; within this process without a group or with one rank."""
     if not config.is_postscore:
         raise ValueError("is_postscore = False (scores applied before the experts) needs stock Tutel")
     ranks = 1 if config.group is None else dist.get_world_size(config.group)
@@ -42,11 +42,11 @@ def exchange_of(config: MoEConfig) -> Exchange:
 class MoELayer(AdaptiveExperts):
     """A mixture of experts layer, [..., D] to [..., D]; its arguments are the fields of `MoEConfig`.
 
-    Arguments and tensor names are those of Tutel's layer and of upstream DynMoE's. With `group`, every rank of it must
-    call the same forwards and backwards in the same order. Exact capacity takes any number of tokens on each rank, a
-    bounded one the same number; a factor then allows ceil(factor * T / ranks) assignments from one rank to another.
-    ``wire.traffic`` counts bytes. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or its experts, the
-    identity, as in Tutel.
+    Arguments and tensor names are those of Tutel's layer and of upstream DynMoE's. With `group`, every rank must
+    call the same forwards and backwards in the same order. With exact capacity, ranks may have different numbers of
+    tokens; a bounded capacity needs equal numbers, and a factor allows ceil(factor * T / ranks) assignments from one
+    rank to another. ``wire.traffic`` counts bytes. Environment variables SKIP_MOE and SKIP_EXPERT make the layer, or
+    its experts, the identity, as in Tutel.
 
     After a forward, ``l_aux`` (0-dim fp32, also on the output) is the weighted auxiliary loss and ``aux_terms`` its
     unweighted terms by name.
@@ -55,7 +55,7 @@ class MoELayer(AdaptiveExperts):
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     dropped_assignments: Tensor
-    # of the configuration
+    # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None
     a2a_ffn_overlap_degree: int
@@ -85,7 +85,7 @@ class MoELayer(AdaptiveExperts):
         self.experts.skip_expert = environment_flag("SKIP_EXPERT")
         self.l_aux, self.aux_terms = None, {}
         self.register_buffer("dropped_assignments", torch.tensor(0), persistent=False)
-        self._dropped_late = LateCount()  # a GPU's count of them, for the warning
+        self._dropped_late = LateCount()  # for the warning, without waiting for a GPU
         if config.scan_expert_func is not None:
             for name, parameter in self.experts.named_parameters():
                 config.scan_expert_func(name, parameter)
@@ -94,7 +94,7 @@ class MoELayer(AdaptiveExperts):
                 made.freeze_keys()  # type: ignore[operator]
 
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
-        """The gate alone: `Routing` of the tokens of x [..., D], in the layer's mode (train or eval)."""
+        """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with torch.autocast(x.device.type, enabled=False):
@@ -114,20 +114,20 @@ class MoELayer(AdaptiveExperts):
         *,
         token_mask: Tensor | None = None,
     ) -> Any:
-        """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or what `result_func` makes of it.
+        """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or the result of `result_func` on it.
 
         1. The gate routes the tokens; 2. a capacity may drop assignments; 3. an open window records the routing;
-        4. the exchange dispatches rows to their experts, wherever they are, and combines what comes back.
+        4. the exchange dispatches rows to their experts, on any rank, and combines the results.
 
-        `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; `reserve_dims` trailing dimensions make D.
-        Where `token_mask` (bool, the shape of `input` without them) is False, there is padding: read as zeros, no
-        expert, output 0, in no record and no loss.
+        `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; the last `reserve_dims` dimensions make D.
+        Tokens where `token_mask` (bool, `input`'s shape without those dimensions) is False are padding: they are read
+        as zeros, reach no expert, record or loss, and give output 0.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
         `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls. `inequivalent_tokens` and `adaptive_r` matter
-        inside Tutel only; `megablocks_size` nowhere: packed rows have no padding to skip.
+        inside Tutel only; `megablocks_size` is ignored: packed rows have no padding to skip.
         """
         if self.skip_moe:
-            y = input.view_as(input)  # the caller's tensor stays as it is
+            y = input.view_as(input)  # a view: l_aux must not land on the caller's tensor
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
         if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
@@ -164,7 +164,7 @@ class MoELayer(AdaptiveExperts):
         return self.result_func(y) if self.result_func is not None else y
 
     def _real_tokens(self, x: Tensor, reserve_dims: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x as [T, D], zeros for padding, whatever it held: as a factor of 0, a NaN would still reach the gradients."""
+        """x as [T, D] with padding set to zero, and the mask [T]: a NaN in padding would reach the gradients."""
         self._check_tokens(x, reserve_dims)
         x_TD = x.reshape(-1, self.model_dim)
         mask_T = None
@@ -188,7 +188,7 @@ class MoELayer(AdaptiveExperts):
         return x_TD, mask_T
 
     def _check_tokens(self, x: Tensor, reserve_dims: int) -> None:
-        """ValueError unless x is [..., D], its D in `reserve_dims` trailing dimensions, where the layer is."""
+        """ValueError unless x is [..., D] on the layer's device, with D in the last `reserve_dims` dimensions."""
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
@@ -206,7 +206,7 @@ class MoELayer(AdaptiveExperts):
             raise ValueError(f"input is on {x.device}, the layer on {device}: move one with .to()")
 
     def _capacity_factor(self, of_call: object, gate: Gate) -> float:
-        """The capacity factor of a call, or of the gate where the call has None or 0, as in Tutel."""
+        """The call's capacity factor, or the gate's if the call has None or 0, as in Tutel."""
         factor = 0.0 if of_call is None else number("capacity_factor", of_call, -math.inf)
         factor = factor or gate.capacity_factor
         if factor and self.capacity != "exact":
@@ -234,10 +234,11 @@ class MoELayer(AdaptiveExperts):
             )
 
     def update_one_score_gate(self) -> None:
-        """EMoE's avg-k gate: wg.weight [E, D] becomes the mean over H of fc1_w, by the layer's options; on all ranks.
+        """EMoE's avg-k gate: set wg.weight [E, D] to the mean of fc1_w over H; call it on all ranks.
 
-        `value_norm_weighted`: the mean is weighted by the norms of fc2_w's rows; `normalize_one_score_gate`: unit rows;
-        `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv 2310.10908).
+        The layer's options: `value_norm_weighted` weights the mean by the norms of fc2_w's rows;
+        `normalize_one_score_gate` makes unit rows; `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv
+        2310.10908).
         """
         gate, experts = self._gate(0), self.experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
@@ -249,22 +250,22 @@ class MoELayer(AdaptiveExperts):
 
     @property
     def wire(self) -> Wire | None:
-        """The collectives between the ranks that divide the experts, and what they counted; None in one process."""
+        """The collectives between the ranks that hold the experts, with their traffic counts; None in one process."""
         return getattr(self.exchange, "wire", None)
 
     @property
     def adaptive_degree(self) -> int:
-        """Tutel's r of the exchange; 1 outside Tutel."""
+        """The exchange's r, as in Tutel; 1 outside Tutel."""
         return self.exchange.adaptive_degree
 
     @property
     def valid_rs(self) -> list[int]:
-        """The values of r that the exchange takes."""
+        """The values of r that the exchange allows."""
         return self.exchange.valid_rs
 
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:
-        """Experts over all ranks of `group` for a number on each, as Tutel counts them."""
+        """Experts over all ranks of `group`, given the number on each, as Tutel counts them."""
         if not (dist.is_available() and dist.is_initialized()):
             return num_local_experts
         return num_local_experts * dist.get_world_size(group)
@@ -284,17 +285,17 @@ class MoELayer(AdaptiveExperts):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.dropped_assignments.device == self._num_global_experts.device:
-            self.dropped_assignments.zero_()  # in no state dict: maybe uninitialised
+            self.dropped_assignments.zero_()  # not in the state dict, and uninitialised after to_empty()
         else:
             self.dropped_assignments = torch.zeros_like(self._num_global_experts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last forward's losses: they hold its graph, which can be neither copied nor pickled."""
+        """Leave out the last forward's losses: they hold its graph, which cannot be copied or pickled."""
         return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
 
 
 def in_backward() -> bool:
-    """Whether this forward is a recompute of gradient checkpointing: it runs inside the backward."""
+    """Whether this forward runs inside a backward, as gradient checkpointing's recompute does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The arguments of a `MoELayer`, in the order in which Tutel takes them, and this package's own behind them.
+    """The arguments of a `MoELayer`: Tutel's, in Tutel's order, then this package's own.
 
     Args:
         gate_type: a dict such as ``{"type": "top_any", "max_expert_num": 16}``, a name, or a list of them (chosen by
@@ -43,29 +43,29 @@ class MoEConfig:
             ffn, llama_ffn, custom. ``num_experts_per_device`` (or ``count_per_node``) experts are active at start.
         scan_expert_func: called with (name, parameter) for every expert parameter.
         result_func: applied to the output, which carries ``l_aux``.
-        group: process group whose ranks divide the experts: slot e is on rank e // (E / ranks), and
+        group: process group over whose ranks the experts are divided: slot e is on rank e // (E / ranks), and
             ``num_experts_per_device`` are active on each at start. None: this process holds them all.
         seeds: (gates, experts) seeds of private generators; the global random state is never reseeded.
-        a2a_ffn_overlap_degree: chunks of tokens (exact capacity only) that travel while others are computed.
-        is_postscore: False, scores applied before the experts, needs stock Tutel.
-        batch_prioritized_routing: whom a ``capacity_factor`` drops last: tokens of high score instead of early ones.
-        normalize_gate: fixed k > 1: weights normalised over the chosen experts.
+        a2a_ffn_overlap_degree: chunks of tokens (exact capacity only): one is sent while another is computed.
+        is_postscore: False applies scores before the experts and needs stock Tutel.
+        batch_prioritized_routing: a ``capacity_factor`` keeps tokens of high score instead of early ones.
+        normalize_gate: for fixed k > 1, normalise weights over the chosen experts.
         is_gshard_loss: None: the loss of the gate's kind; True: GShard's; False: diversity and simplicity (top-any) or
             load and importance (fixed k).
         parallel_type, use_2dh: accepted for Tutel's scripts; they change nothing outside Tutel.
         one_score_gate, normalize_one_score_gate, value_norm_weighted, update_momentum: EMoE's avg-k gate, see
             `MoELayer.update_one_score_gate`.
-        capacity: rows of memory: "exact" (one an assignment), a factor of T (static shapes; the assignments of smallest
-            margin are dropped, counted in ``dropped_assignments`` since construction, and warned about once; what a
-            token gets then depends on its batch, and records count what is left), or "full" (T * E).
+        capacity: rows of memory: "exact" (one an assignment), "full" (T * E), or a factor of T. A factor gives static
+            shapes and drops the assignments of smallest margin, with one warning; ``dropped_assignments`` counts them
+            since construction. A token's output then depends on its batch, and records count what is left.
         combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
             ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
-        aux_losses: weights by name of the terms of ``l_aux``, instead of the default of is_gshard_loss.
-        check_finite: refuse non-finite tokens by ValueError (waits for the device).
-        record_group: process group of the ranks whose records are summed; None: all ranks.
-        exchange: makes the `Exchange` of a layer from its configuration; None: by `group`.
+        aux_losses: weights of the terms of ``l_aux`` by name, instead of the default of is_gshard_loss.
+        check_finite: raise ValueError for non-finite tokens (waits for the device).
+        record_group: process group over which records are summed; None: all ranks.
+        exchange: makes the `Exchange` of a layer from its configuration; None: chosen by `group`.
 
-    Raises ValueError that names the argument, what came and what is allowed.
+    Raises ValueError that names the argument, its value and the allowed values.
     """
 
     gate_type: str | Mapping[str, Any] | list[Any]
@@ -148,11 +148,11 @@ class MoEConfig:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """What a layer has of its configuration as attributes of its own, as Tutel's layer has."""
+        """The fields that a layer also has as attributes, as Tutel's layer does."""
         return (*_FLAGS, "is_gshard_loss", "update_momentum", "a2a_ffn_overlap_degree", *_KEPT)
 
     def described(self, slots: int, gates: Iterable[nn.Module]) -> dict[str, Any]:
-        """What must be the same on all ranks that divide the experts of a layer, as plain values by name."""
+        """The values, by name, that must be equal on all ranks that hold the layer's experts."""
         assert self.experts is not None
         return {
             "max_expert_num": slots,
@@ -164,7 +164,7 @@ class MoEConfig:
         }
 
     def slots(self, start: int) -> int:
-        """E: the most slots that a gate asks for, where `start` experts are active at start."""
+        """E: the largest number of slots that a gate asks for, with `start` experts active at start."""
         slots = [max_experts(config, start) for config in self.gates]
         for config, count in zip(self.gates, slots, strict=True):
             if count < start:
@@ -180,11 +180,11 @@ class MoEConfig:
         return max(slots)
 
     def combine_gradients(self) -> list[str]:
-        """ "mean" or "normalized" for each gate; by default what the gate's name stands for."""
+        """ "mean" or "normalized" for each gate; the default depends on the gate's type."""
         return [self.combine_gradient or combine_gradient_of(config) for config in self.gates]
 
     def aux_weights(self) -> list[dict[str, float]]:
-        """For each gate the terms of l_aux by name with their weights: `aux_losses`, or what is_gshard_loss means."""
+        """For each gate, the weights of l_aux's terms by name: from `aux_losses`, else from is_gshard_loss."""
         if self.aux_losses is None:
             return [gate_class(config).aux_weights(self.is_gshard_loss) for config in self.gates]
         if not isinstance(self.aux_losses, Mapping):
@@ -196,14 +196,14 @@ class MoEConfig:
 
 
 def overlap_degree(value: object) -> int:
-    """Chunks of tokens; Tutel's 0 is 1."""
+    """The number of chunks; Tutel's 0 means 1."""
     return positive_int("a2a_ffn_overlap_degree", 1 if value == 0 else value)
 
 
 def takes_arguments_of(
     config: Callable[P, MoEConfig],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
-    """Show the fields of the configuration as the arguments of a constructor, to `help` and to type checkers."""
+    """Give a constructor the fields of the configuration as its signature, for `help` and type checkers."""
 
     def decorate(constructor: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
         parameters = [next(iter(inspect.signature(constructor).parameters.values()))]

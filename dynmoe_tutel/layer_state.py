@@ -1,6 +1,6 @@
-"""Fitting a layer's saved state to its slots: other counts of them, this rank's block, other shapes of equal size.
+"""Fits a layer's saved state to its slots: another number of slots, this rank's block, other shapes of equal size.
 
-Called by `MoELayer._load_from_state_dict` with a state dict that torch has copied, so it may be edited.
+`_load_from_state_dict` of the layer calls it with torch's copy of the state dict, so it may edit that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _log = logging.getLogger("dynmoe_tutel")
 
 
 def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[int, int] | None = None) -> None:
-    """Make the entries under `prefix` fit `layer`, in place; ValueError where active experts would be lost.
+    """Make the entries under `prefix` fit `layer`, in place; ValueError if active experts would be lost.
 
-    More slots here than there: the saved ones come first, the rest keep their values and are inactive. Fewer: the
-    surplus slots are dropped if none of them is active. Missing counts (dense or stock checkpoints) are filled in.
-    A layer whose slots ranks divide takes its own out of a whole state. `block` is (first, end) of the slots where the
-    state is one rank's: ValueError unless they are this rank's.
+    If the layer has more slots than the state, the saved ones come first; the rest keep their values and are inactive.
+    If it has fewer, the surplus slots are dropped if none is active. Missing counts (dense or stock checkpoints) are
+    filled in. A layer divided over ranks takes its own slots from a whole state. `block` is (first, end) of the slots
+    if the state is one rank's: ValueError unless they are this rank's.
     """
     _check_block(layer, prefix, block)
     slots = layer.slots
@@ -47,7 +47,7 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
 
 
 def _fits(key: str, value: Tensor, target: Tensor) -> bool:
-    """Whether the two are one but for axes of one entry: upstream's converters save biases as [E, 1, H], and Tutel's
+    """Whether the shapes differ in axes of size 1 only: upstream's converters save biases as [E, 1, H], and Tutel's
     llama_ffn holds its weights as one row."""
     return _without_ones(value) == _without_ones(target) or _is_flat(key, value, target)
 
@@ -62,7 +62,7 @@ def _is_flat(key: str, value: Tensor, target: Tensor) -> bool:
 
 
 def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None:
-    """ValueError where a state is of slots that this rank does not hold."""
+    """ValueError if the state has slots that this rank does not hold."""
     own = None if layer.wire is None else (layer.placement.first, layer.placement.first + layer.placement.local)
     if block is not None and tuple(block) != own:
         held = "all slots" if own is None else f"slots {own[0]} to {own[1] - 1}"
@@ -74,7 +74,7 @@ def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None
 
 
 def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
-    """This rank's slots of a tensor of all `saved` ones; those that it lacks keep their values."""
+    """This rank's slots from a tensor of all `saved` slots; slots that it lacks keep their values."""
     whole = torch.empty([saved, *target.shape[1:]], device="meta")
     if target.shape[:1] != (layer.placement.local,) or not _fits(key, value, whole):
         return value
@@ -83,7 +83,7 @@ def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) 
 
 
 def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[str, Tensor]) -> None:
-    """Custom experts of one module a slot: keep those of this rank's slots, and the layer's where the file has none."""
+    """For custom experts of one module a slot: take this rank's slots; slots missing in the file keep their values."""
     stem = f"{prefix}experts.module."
     number = re.compile(re.escape(stem) + r"(\d+)\.")
     found = {key: int(match[1]) for key in state_dict if (match := number.match(key))}
@@ -99,13 +99,13 @@ def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[
 
 
 def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """The counts that the layer will have: slots are its own, active experts by the saved mask where there is one."""
+    """Fill in the counts: slots are the layer's, active experts follow the saved masks if there are any."""
     count, slots = prefix + "_num_global_experts", prefix + "_max_num_global_experts"
     for key in (count, slots):
         if key not in state_dict:
             _log.warning("%s is missing in the checkpoint and is filled in", key)
     masks = [v for k, v in state_dict.items() if k.startswith(f"{prefix}gates.") and k.endswith(".experts_mask")]
-    if masks:  # what the masks say, whatever count was saved beside them
+    if masks:  # the masks win over the saved count
         state_dict[count] = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0).sum()
     elif count not in state_dict:
         state_dict[count] = layer.gates[0].active().sum()
@@ -117,7 +117,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
-    """The axis of a tensor that counts slots, by its name and shape in the layer."""
+    """The slot axis of a tensor, by its name and shape in the layer."""
     if key.endswith(".sim_matrix"):
         return 1
     in_slots = ".gates." in f".{key}" or ".experts." in f".{key}"
@@ -125,10 +125,10 @@ def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
 
 
 def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:
-    """Slots of the checkpoint; ValueError if they are more than `slots` and a surplus one is active."""
+    """Number of slots in the checkpoint; ValueError if an active one lies beyond `slots`."""
     own_masks = [key for key in own if key.endswith(".experts_mask")]
     masks = [key for key in own_masks if key in state_dict]
-    if not masks:  # of a fixed-k gate: all its experts are active
+    if not masks:  # a fixed-k gate: all experts are active
         count = state_dict.get(f"{prefix}_num_global_experts")
         if count is None or not own_masks:
             return slots
@@ -154,7 +154,7 @@ def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
 
 
 def _resized(value: Tensor, target: Tensor, axis: int | None, saved: int, slots: int, key: str) -> Tensor:
-    """`value` with `slots` instead of `saved` entries along `axis`; as it is where it does not fit otherwise."""
+    """`value` with `slots` instead of `saved` entries along `axis`; unchanged if its other axes do not fit."""
     if axis is None:
         return value
     expected = [*target.shape]

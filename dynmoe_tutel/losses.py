@@ -1,8 +1,8 @@
-"""Auxiliary losses of gates, each one unweighted 0-dim tensor in the dtype of its input.
+"""Auxiliary losses of gates: each is an unweighted 0-dim tensor in the dtype of its input.
 
-Top-any terms: those of the DeepSpeed implementation of DynMoE (load balance, efficiency); diversity and simplicity need
-the routing vectors alone and are an operation, `kernels.vector_losses`. Fixed-k terms, as in Tutel: GShard (arXiv
-2006.16668), load and importance (arXiv 1701.06538).
+Top-any terms: load balance and efficiency, from DynMoE's DeepSpeed implementation; diversity and simplicity need only
+the routing vectors and are in `kernels.vector_losses`. Fixed-k terms, as in Tutel: GShard (arXiv 2006.16668), load and
+importance (arXiv 1701.06538).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 def load_balance_loss(assigned_TE: Tensor) -> Tensor:
     """E * sum_e mean_t(a / k) * mean_t(a) over the tokens with k > 0; 0 if there is none.
 
-    `assigned_TE` is 0/1 and carries the straight-through gradient; k passes none.
+    `assigned_TE` is 0/1 and carries the straight-through gradient; no gradient flows through k.
     """
     k_T1 = assigned_TE.detach().sum(dim=1, keepdim=True)
     num_routed = (k_T1 > 0).sum().clamp(min=1)
@@ -44,7 +44,7 @@ def gshard_loss(
     load_E = first_TE.to(scores_TE.dtype).sum(dim=0)
     tokens = _at_least_one(T if num_tokens is None else num_tokens)
     product = (scores_TE.sum(dim=0) * load_E).sum()
-    return product * (E if num_experts is None else num_experts) / tokens**2  # in this order in the dtype of the scores
+    return product * (E if num_experts is None else num_experts) / tokens**2  # order and dtype of Tutel, bitwise
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:
@@ -57,7 +57,7 @@ def load_importance_loss(
     """Mean of the squared coefficients of variation of importance and of load.
 
     Importance is sum_t scores (softmax without noise), load is sum_t cdf((scores - limit) / noise_std); `limit_T1` is
-    the k-th noisy logit of each token. That scores stand against a logit here is Tutel's formula, kept for parity.
+    the k-th noisy logit of each token. Comparing scores with a logit is Tutel's formula, kept for parity.
     """
 
     def squared_variation(total_E: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Counting what a model's MoE layers did: experts, mean k, load, and the parameters that a token activates.
+"""Metrics of a model's MoE layers: experts, mean k, load, and the parameters that a token activates.
 
 Works for every gate type, in training and in eval.
 """
@@ -18,12 +18,12 @@ from dynmoe_tutel.routing import Routing
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """The MoE layers of a model by qualified name, in its order."""
+    """The MoE layers of a model by qualified name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
 def active_slots(layer: MoELayer) -> list[int]:
-    """The slots of gate 0 that hold an expert."""
+    """The active slots of gate 0."""
     return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
 
 
@@ -32,10 +32,10 @@ def _device(layer: MoELayer) -> torch.device:
 
 
 class RoutingMeter:
-    """Sums over what gate 0 of every MoE layer routed since `reset`, gathered by forward hooks until `close`.
+    """Sums the routing of gate 0 of every MoE layer since `reset`, by forward hooks, until `close`.
 
-    The sums stay on the layers' devices, and only `read` waits for them. Padding (a `token_mask`) is not counted, nor
-    is a recompute of gradient checkpointing; with `training_only`, nor is a forward in eval.
+    The sums stay on the layers' devices; only `read` waits for them. It counts neither padding (`token_mask`) nor
+    recomputes of gradient checkpointing nor, with `training_only`, forwards in eval.
     """
 
     def __init__(self, model: nn.Module, training_only: bool = False) -> None:
@@ -49,7 +49,7 @@ class RoutingMeter:
         ]
 
     def close(self) -> None:
-        """Count no more; what was counted stays to be read."""
+        """Stop counting; the sums can still be read."""
         for hook in self._hooks:
             hook.remove()
 
@@ -68,12 +68,12 @@ class RoutingMeter:
         return {name: {key: value.clone() for key, value in sums.items()} for name, sums in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from sums saved before."""
+        """Continue from saved sums."""
         for name, sums in state.items():
             self._sums[name] = {key: value.to(_device(self.layers[name]), copy=True) for key, value in sums.items()}
 
     def all_reduce(self, group: Any = None) -> None:
-        """Sum over the ranks of `group`, all of which must call it; nothing where torch.distributed is not in use."""
+        """Sum over the ranks of `group`, which must all call it; does nothing without torch.distributed."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return
         values = [value for sums in self._sums.values() for value in sums.values()]
@@ -83,9 +83,9 @@ class RoutingMeter:
             value.copy_(total.reshape(value.shape))
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """By layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
-        tokens by the number of experts that passed: at 0 those that none did), `unrouted` (that share), `load`
-        (by slot, share of tokens that it got). Shares are None where no token came."""
+        """For each layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
+        tokens by number of thresholds passed), `unrouted` (share of tokens that passed none), `load` (by slot, share
+        of tokens that it got). Shares are None if there was no token."""
         return {name: self._read(self.layers[name], sums) for name, sums in self._sums.items()}
 
     def _read(self, layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -106,12 +106,12 @@ class RoutingMeter:
             if (self.training_only and not gate.training) or in_backward():
                 return
             sums = self._sums[name]
-            # In eval an unrouted token has its best expert; it still belongs at 0 of the histogram.
+            # In eval unrouted tokens get their best expert, but passed 0 thresholds.
             passed_T = routing.k_per_token.masked_fill(routing.unrouted, 0)
             if routing.token_mask is not None:
-                passed_T = passed_T.masked_fill(~routing.token_mask, slots + 1)  # beyond the bins
+                passed_T = passed_T.masked_fill(~routing.token_mask, slots + 1)  # outside the histogram
             bins = sums["k_histogram"].new_zeros(slots + 2)
-            bins.index_add_(0, passed_T, bins.new_ones(passed_T.shape))  # bincount would wait for the device
+            bins.index_add_(0, passed_T, bins.new_ones(passed_T.shape))  # bincount synchronises
             sums["k_histogram"].add_(bins[:-1])
             sums["counts"].add_(routing.counts)
             sums["unrouted"].add_(routing.unrouted.sum())
@@ -128,10 +128,10 @@ def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) 
 
 
 def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """(layer/name, value) of every number that `RoutingMeter.read` gave and that is worth a curve.
+    """(layer/name, value) for every number of `RoutingMeter.read` that is worth a curve.
 
-    `experts`, `k`, `unrouted`; `load_max_over_mean`, over the active slots, 1 where all have the same load; and
-    `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or had.
+    `experts`, `k`, `unrouted`; `load_max_over_mean` over the active slots (1: equal load); and `k_histogram/n`, the
+    share of tokens with n experts, for n up to the most that a token can have or had.
     """
     for name, layer in layers.items():
         for key in ("experts", "k", "unrouted"):
@@ -150,8 +150,8 @@ def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str
 def parameter_counts(model: nn.Module, mean_k: Mapping[str, float]) -> tuple[float, int]:
     """(parameters that a token activates on average, parameters of the model), from the mean k of every MoE layer.
 
-    Both count experts that are active now and not the storage of free slots. A token activates everything
-    outside the experts, the gate's entries of all active experts, and k experts.
+    Both count active experts only, not free slots. A token activates everything outside the experts, the gate's
+    entries of all active experts, and k experts.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     activated = float(total)

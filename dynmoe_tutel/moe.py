@@ -1,7 +1,7 @@
 """Drop-in for `tutel.moe`: `from dynmoe_tutel import moe as tutel_moe`.
 
-`moe_layer` builds a layer. For layers of one's own: `top_any_routing` and `top_k_routing` say which token goes where,
-`fast_encode` and `fast_decode` carry rows there, padded to [E, C, D], and back.
+`moe_layer` builds a layer. To build your own: `top_any_routing` and `top_k_routing` assign tokens to experts,
+`fast_encode` dispatches token rows to padded expert rows [E, C, D], `fast_decode` combines them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def top_any_routing(
 ) -> Routing:
     """Route tokens x [T, D] by routing vectors sim_matrix [D, E] and thresholds gates [E] (before the sigmoid).
 
-    `experts_mask` [E] is > 0 for active slots (default: all); `scale` is tau; `fallback` gives an unrouted token its
-    best expert, as eval does. Differentiable in x, sim_matrix, gates and scale through the combine.
+    `experts_mask` [E] is > 0 for active slots (default: all); `scale` is tau; `fallback` gives unrouted tokens their
+    best expert, as in eval. Differentiable in x, sim_matrix, gates and scale through the combine.
     """
     for name, tensor in (("x", x), ("sim_matrix", sim_matrix)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in FLOATS:
@@ -105,11 +105,11 @@ def top_k_routing(
     group: Any = None,
     inequivalent_tokens: bool = False,
 ) -> tuple[CriticalData, Tensor | None]:
-    """Tutel's critical data of scores [T, E], and `loss_fn(scores, picks)`: (data, l_aux); see `expert_capacity`.
+    """(data, l_aux): Tutel's critical data of scores [T, E] and `loss_fn(scores, picks)`; see `expert_capacity`.
 
-    `top_k` is k, or k of each token, [T] integers from 0: the picks [T, max k] are the best experts by score, -1 behind
-    a token's k. A `Routing` instead of the scores brings its own picks and weights. `normalize_gate` divides the scores
-    of k > 1 picks by their sum. Rows beyond the capacity are left out by whoever reads the data, as in Tutel.
+    `top_k` is k, or each token's k as integers [T] from 0. The picks [T, max k] are the best experts by score, padded
+    with -1. A `Routing` instead of scores brings its own picks and weights. `normalize_gate` divides the scores of
+    k > 1 picks by their sum. As in Tutel, the data keeps rows beyond the capacity; its readers drop them.
     """
     if isinstance(scores, Routing):
         data = critical_data(scores)
@@ -144,12 +144,12 @@ extract_critical = top_k_routing  # Tutel's other name
 
 
 def _all_ranks() -> Any:
-    """What Tutel's functions mean by no group: all ranks of the job, where it has several."""
+    """The group that None means in Tutel's functions: all ranks of the job, if there are several."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def _best(scores: Tensor, top_k: int | Tensor | None) -> Tensor:
-    """The picks [T, K] int64, -1 behind a token's k."""
+    """The picks [T, K] int64, padded with -1."""
     if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"scores must be a floating-point matrix [T, E], or a Routing, got {describe(scores)}")
     T, E = scores.shape
@@ -167,9 +167,9 @@ def _best(scores: Tensor, top_k: int | Tensor | None) -> Tensor:
 class FastDispatcher:
     """Tutel's dispatcher: token rows [T, D] to padded expert rows [E * C, D] and back, by gates and picks.
 
-    `update` takes Tutel's lists (K tensors of [T]: experts, -1 for none; places in the experts' queues; gates), or one
-    `Routing`. Where `is_postscore`, `decode` applies the gates, else `encode`. Differentiable in data and gates, in the
-    dtype of the data, in a fixed order.
+    `update` takes Tutel's lists (K tensors of [T]: experts, -1 for none; positions in the experts' queues; gates), or
+    one `Routing`. `decode` applies the gates if `is_postscore`, else `encode` does. Differentiable in data and gates,
+    in the dtype of the data, with a fixed order of sums.
     """
 
     def __init__(self, num_global_experts: int, capacity: int, model_dim: int, dispatch_dtype: torch.dtype) -> None:
@@ -186,7 +186,7 @@ class FastDispatcher:
         is_postscore: bool = True,
         combine_gradient: str = "mean",
     ) -> None:
-        """Take the assignment of a batch; `combine_gradient` is that of a Routing's gates."""
+        """Set the assignment of a batch; `combine_gradient` applies to a `Routing`."""
         self.is_postscore = is_postscore
         if isinstance(indices_, Routing):
             self.routing = indices_
@@ -208,7 +208,7 @@ class FastDispatcher:
             self._columns.append((held_T, (expert_T * self.capacity + place_T)[held_T], gate_T.reshape(-1)))
 
     def encode(self, data: Tensor) -> Tensor:
-        """[T, D] to [E * C, D], 0 where no row is."""
+        """[T, D] to [E * C, D], padded with zeros."""
         if self.routing is not None:
             rows = self.routing.dispatch(self._checked(data, self.routing.num_tokens))
             if not self.is_postscore:
@@ -253,9 +253,9 @@ fast_dispatcher = FastDispatcher
 
 
 def fast_encode(data: Tensor, critical_data: Routing | CriticalData, is_postscore: bool = True) -> Tensor:
-    """Token rows [T, D] to padded expert rows [E, C, D], zeros behind an expert's own; see `FastDispatcher`.
+    """Token rows [T, D] to expert rows [E, C, D], padded with zeros; see `FastDispatcher`.
 
-    Packed rows, [A, D] without padding, are `routing.dispatch(data)`.
+    `routing.dispatch(data)` gives packed rows, [A, D] without padding.
     """
     dispatcher = _dispatcher(data, critical_data, is_postscore)
     return dispatcher.encode(data).view(dispatcher.num_global_experts, dispatcher.capacity, -1)
@@ -267,9 +267,9 @@ def fast_decode(
     is_postscore: bool = True,
     combine_gradient: str = "mean",
 ) -> Tensor:
-    """Padded expert rows [E, C, D] back to tokens [T, D]: the mean of each token's (top-any), or their weighted sum.
+    """Padded expert rows [E, C, D] back to tokens [T, D]: the mean of each token's rows (top-any), or a weighted sum.
 
-    Packed rows come back by `routing.combine(rows)`, times `routing.row_gates()` for the router's gradient.
+    For packed rows use `routing.combine(rows)`, with rows times `routing.row_gates()` for the router's gradient.
     """
     if not isinstance(data, Tensor) or data.dim() != 3:
         raise ValueError(f"data must be [E, C, D], got {describe(data)}")
@@ -295,12 +295,12 @@ def _dispatcher(
 def critical_data(routing: Routing, capacity: int | None = None, combine_gradient: str = "mean") -> CriticalData:
     """Tutel's tuple of a ragged assignment, for Tutel's own `fast_encode` and `fast_decode`.
 
-    (E, indices, locations, gates, capacity, loads [E]): K tensors [T] in each list, one a pick, int32, int32 and
-    floating point; index -1 where a token has fewer picks. By default capacity is the largest load: nothing is dropped.
+    (E, indices, locations, gates, capacity, loads [E]): each list has K tensors [T], one a pick, int32, int32 and
+    floating point; index -1 where a token has fewer picks. The default capacity is the largest load: no drops.
     """
     expert_TK = picks(routing)
     E = routing.num_experts
-    if expert_TK.shape[1] == 0:  # not one assignment: Tutel wants a column
+    if expert_TK.shape[1] == 0:  # no assignment: Tutel needs at least one column
         expert_TK = expert_TK.new_full((routing.num_tokens, 1), -1)
     weight_TK = combine_weights(routing, combine_gradient).gather(1, expert_TK.clamp(min=0))
     weight_TK = weight_TK.masked_fill(expert_TK < 0, 0)

@@ -1,7 +1,6 @@
-"""Modules by the paths that they had before 0.2, for imports and for pickles; this file goes then.
+"""Keeps old module paths importable, also for pickles, until 0.2 removes this file.
 
-An old path gives the module itself, not a copy: what is set on one is set on the other. Nothing is imported for it
-before somebody asks.
+An old path gives the module itself, not a copy, and imports it on first use.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Asked after all other finders: a path that still has a file is not its business."""
+    """The last finder: paths that still have a file never reach it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -36,12 +35,12 @@ class _OldPaths(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == _PACKAGE and name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Python takes what stands in `sys.modules` after this."""
+        """Put the module into `sys.modules`, where the import looks for it afterwards."""
         sys.modules[module.__name__] = import_module(f"{_PACKAGE}.{MOVED[module.__name__.rpartition('.')[2]]}")
 
 
 def moved(name: str) -> ModuleType:
-    """The module that was `dynmoe_tutel.<name>`; AttributeError where there was none."""
+    """The module that was `dynmoe_tutel.<name>`; AttributeError if there was none."""
     if name not in MOVED:
         raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
     return import_module(f"{_PACKAGE}.{name}")

@@ -1,6 +1,6 @@
 """`Routing`: the ragged token-to-expert assignment of one batch, in both CSR directions.
 
-Every gate returns one, and everything after a gate consumes one.
+Every gate returns one; dispatch, experts, combine and records use it.
 
 T tokens, D model dim, E expert slots, A = sum of k_t assignments; a row is one assignment, in expert-major order.
 """
@@ -22,7 +22,7 @@ COMBINE_GRADIENTS = ("mean", "normalized")
 
 
 def check_capacity(capacity: Capacity) -> None:
-    """`"exact"`, `"full"`, or a positive finite factor of T; else ValueError."""
+    """ValueError unless `capacity` is "exact", "full" or a positive finite factor of T."""
     if isinstance(capacity, str) and capacity in ("exact", "full"):
         return
     if isinstance(capacity, bool | str) or not isinstance(capacity, Real) or not 0 < capacity < math.inf:
@@ -31,7 +31,7 @@ def check_capacity(capacity: Capacity) -> None:
 
 @dataclass(frozen=True)
 class Router:
-    """What a top-any gate compared; the experts' operation sends the gradient of the scores through it."""
+    """The tensors that a top-any gate compared; the experts' operation needs them for the scores' gradient."""
 
     vectors: Tensor  # [D, E], w
     thresholds: Tensor  # [E], G
@@ -43,7 +43,7 @@ class Router:
 class Routing:
     """The ragged assignment of T tokens to E expert slots; index tensors are int32.
 
-    With a bounded or full capacity the two row tensors have that static length; what lies behind the A-th entry is -1.
+    With a bounded or full capacity the two row tensors have that static length, padded with -1 after A entries.
     """
 
     bits: Tensor  # [T, ceil(E / 64)] int64: bit e % 64 of word e // 64 set where the token activates expert e
@@ -52,13 +52,13 @@ class Routing:
     token_offsets: Tensor  # [T+1]
     token_of_row: Tensor  # [A], token order inside an expert
     row_of_assignment: Tensor  # [A], token-major, expert order inside a token
-    unrouted: Tensor  # [T] bool: no expert passed; in eval such a token was given its best expert
-    thresholds: Tensor | None = None  # [E] in (0, 1), of a top-any gate
+    unrouted: Tensor  # [T] bool: passed no threshold; in eval such a token gets its best expert
+    thresholds: Tensor | None = None  # [E] in (0, 1); top-any gates only
     weights: Tensor | None = None  # [T, E] combine weights of a fixed-k gate; None: mean over the token's experts
-    dropped: Tensor | None = None  # [] int64 assignments that a bounded capacity dropped
-    token_mask: Tensor | None = None  # [T] bool, False for padding: no expert, not unrouted; None: all are tokens
-    router: Router | None = None  # of a top-any gate
-    room: int | None = None  # C: rows of an expert in Tutel's padded layout, where one was chosen for this batch
+    dropped: Tensor | None = None  # [] int64: assignments dropped by a bounded capacity
+    token_mask: Tensor | None = None  # [T] bool, False for padding (no expert, not unrouted); None: no padding
+    router: Router | None = None  # top-any gates only
+    room: int | None = None  # C: rows an expert has in Tutel's padded layout, if chosen for this batch
     aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted auxiliary loss terms by name
 
     @classmethod
@@ -76,16 +76,16 @@ class Routing:
     ) -> Routing:
         """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64).
 
-        `block_counts` are those that `kernels.threshold_gate` gave with the bits.
+        `block_counts` come with the bits from `kernels.threshold_gate`.
         """
         T, E = scores.shape
         dropped, rows = None, -1
         if capacity == "full":
             rows = T * E
         elif not isinstance(capacity, str):
-            rows = math.ceil(min(capacity, E) * T)  # as many as there can be
+            rows = math.ceil(min(capacity, E) * T)  # no more than T * E exist
             margin_TE = scores if thresholds is None else scores - thresholds
-            if unrouted is not None:  # the only expert of a token, given to it in eval, goes last
+            if unrouted is not None:  # eval's fallback assignments are dropped last
                 margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
             bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
             block_counts = None
@@ -118,7 +118,7 @@ class Routing:
         weights: Tensor | None = None,
         capacity: Capacity = "exact",
     ) -> Routing:
-        """Index any boolean map [T, E]: for custom gates. `weights` [T, E] are combine weights, else the mean."""
+        """Index any boolean map [T, E], for custom gates. `weights` [T, E] are combine weights; None: the mean."""
         if not isinstance(assigned, Tensor) or assigned.dtype != torch.bool or assigned.dim() != 2:
             raise ValueError(f"assigned must be bool [T, E], got {describe(assigned)}")
         for name, tensor in (("scores", scores), ("weights", weights)):
@@ -143,7 +143,7 @@ class Routing:
 
     @property
     def real_tokens(self) -> int | Tensor:
-        """Tokens that are no padding: T, or [] int64."""
+        """Number of tokens without padding: T, or [] int64."""
         return self.num_tokens if self.token_mask is None else self.token_mask.sum()
 
     @property
@@ -191,14 +191,14 @@ class Routing:
         return kernels.Index(self.expert_offsets, self.token_offsets, self.token_of_row, self.row_of_assignment)
 
     def row_gates(self, combine_gradient: str = "mean") -> Tensor:
-        """The gate value of each row, [rows]: what the router learns through; see `kernels.row_gates`."""
+        """The gate value of each row, [rows], through which the router learns; see `kernels.row_gates`."""
         if combine_gradient not in COMBINE_GRADIENTS:
             raise ValueError(f"combine_gradient = {combine_gradient!r}: allowed are 'mean' and 'normalized'")
         if self.weights is not None:
             return kernels.row_gates(self.weights, None, self.unrouted, self.index, False)
         centred = combine_gradient == "normalized"
         thresholds = self.thresholds
-        if thresholds is None:  # a custom gate with uniform weights: nothing to learn through
+        if thresholds is None:  # a custom gate with uniform weights: no router gradient
             scores, thresholds = self.scores.detach(), self.scores.new_zeros(self.num_experts)
             return kernels.row_gates(scores, thresholds, self.unrouted, self.index, centred)
         return kernels.row_gates(self.scores, thresholds, self.unrouted, self.index, centred)
@@ -209,12 +209,12 @@ class Routing:
         return kernels.dispatch(x_TD, self.token_offsets, self.token_of_row, self.row_of_assignment)
 
     def sum(self, rows_AD: Tensor) -> Tensor:
-        """Expert rows back to tokens, [rows, D] to [T, D]: the sum, whatever their weights."""
+        """Expert rows back to tokens, [rows, D] to [T, D]: the plain sum, without weights."""
         self._expect_here("rows_AD", rows_AD)
         return kernels.combine(rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, False)
 
     def combine(self, rows_AD: Tensor) -> Tensor:
-        """Expert rows back to tokens, [rows, D] to [T, D]: the mean, or with `weights` (already in them) the sum."""
+        """Expert rows back to tokens, [rows, D] to [T, D]: the mean, or the sum if `weights` (in the rows already)."""
         self._expect_here("rows_AD", rows_AD)
         return kernels.combine(
             rows_AD, self.token_offsets, self.token_of_row, self.row_of_assignment, self.weights is None
@@ -227,9 +227,9 @@ class Routing:
 
 
 class PaddedRows:
-    """Where the rows of `routing` stand in [E, C, ...]; C is `capacity`, by default the largest load (at least 1).
+    """The positions of a routing's rows in [E, C, ...]; C is `capacity`, by default the largest load (at least 1).
 
-    Waits for the device. ValueError where an expert has more rows than `capacity`.
+    Waits for the device. Raises ValueError if an expert has more rows than `capacity`.
     """
 
     def __init__(self, routing: Routing, capacity: int | None = None) -> None:
@@ -245,13 +245,13 @@ class PaddedRows:
         self.place_A = expert_A * self.capacity + own_A
 
     def pad(self, rows: Tensor) -> Tensor:
-        """[rows, D] to [E, C, D]; what lies behind the A-th row is left out."""
+        """[rows, D] to [E, C, D]; rows after the A-th are left out."""
         padded = rows.new_zeros((self.num_experts * self.capacity, rows.shape[1]))
         padded = padded.index_copy(0, self.place_A, rows[: self.num_rows])
         return padded.view(self.num_experts, self.capacity, rows.shape[1])
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[E, C, D] to [rows, D], zeros behind the A-th row where a capacity makes room for more."""
+        """[E, C, D] to [rows, D]; rows after the A-th (spare capacity) are zeros."""
         if padded.dim() != 3 or padded.shape[:2] != (self.num_experts, self.capacity):
             raise ValueError(f"padded rows must be [{self.num_experts}, {self.capacity}, D], got {describe(padded)}")
         rows = padded.flatten(0, 1).index_select(0, self.place_A)

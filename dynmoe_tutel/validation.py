@@ -1,4 +1,4 @@
-"""Checking the caller's options: refusals that name the key, and warnings that come once."""
+"""Checks of the caller's options: errors that name the key, and warnings that come once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _warned: set[str] = set()
 
 
 def refuse_unknown(where: str, given: Iterable[str], allowed: Collection[str], hint: str = "") -> None:
-    """ValueError that names every key of `given` that is not in `allowed`, with the nearest allowed one."""
+    """Raise ValueError if keys of `given` are not in `allowed`; name each, with the nearest allowed key."""
     unknown = [key for key in given if key not in allowed]
     if not unknown:
         return
@@ -37,14 +37,14 @@ def warn_once(message: str) -> None:
 
 
 def positive_int(name: str, value: object) -> int:
-    """`value`, an integer of any kind, as an int > 0; else ValueError naming it."""
+    """`value`, an integer of any type, as an int > 0; else ValueError with `name`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} = {value!r}: give an integer of at least 1")
     return int(value)
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
-    """`value` as a finite float of [low, high] (above low if `open_low`); else ValueError naming it."""
+    """`value` as a finite float in [low, high] (above low if `open_low`); else ValueError with `name`."""
     fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= float(value) <= high or (open_low and float(value) == low):  # type: ignore[arg-type]
         if low == -math.inf:
@@ -56,7 +56,7 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, open
 
 
 def flag(name: str, value: object) -> bool:
-    """`value`, True or False or an integer 0 or 1; else ValueError naming it."""
+    """`value` (True, False, 0 or 1) as a bool; else ValueError with `name`."""
     if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
     if type(value).__name__ in ("bool", "bool_"):  # numpy's
@@ -65,7 +65,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def environment_flag(name: str) -> bool:
-    """Whether the environment variable `name` is an integer other than 0; unset or empty is 0."""
+    """Whether the environment variable `name` is an integer other than 0; unset or empty means 0."""
     text = os.environ.get(name, "") or "0"
     try:
         return int(text) != 0
@@ -85,7 +85,7 @@ def environment_number(name: str, default: float) -> float:
 
 
 def describe(value: object) -> str:
-    """Type, shape and device of what a caller gave, for messages."""
+    """Type, shape and device of a value, for messages."""
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} {value!r}"[:80]
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"

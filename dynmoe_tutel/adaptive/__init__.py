@@ -1,6 +1,7 @@
-"""The adaptive process: what is recorded, what a window decides, and how slots grow and are pruned.
+"""The adaptive process: it records routing, decides after each window, and grows and prunes slots.
 
-One straight chain: records, policy, schedule, optimizer_state, slots, gate_history, rebalance, controller.
+Each module uses only earlier ones: records, policy, schedule, optimizer_state, slots, gate_history, rebalance,
+controller.
 """
 
 from .slots import INITS, AdaptiveExperts

@@ -1,8 +1,8 @@
-"""ExpertController: when record windows open and close, and what an update does to the optimizer.
+"""ExpertController: opens and closes record windows, updates experts and resets their optimizer state.
 
-The policy (policy.py) decides, the layer (slots.py) applies; here are the schedule in optimizer steps, the
-reduction over ranks, the reset of optimizer state, the event log and the state that makes a resumed run
-bitwise the uninterrupted one.
+The policy (policy.py) decides and the layer (slots.py) applies the decision. The controller counts optimizer steps,
+sums records over ranks, resets optimizer state, logs events, and saves the state with which a resumed run is bitwise
+equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class ExpertEvent:
-    """One slot grown or pruned: after which optimizer step, where, why, and how many were active then.
+    """One slot that was grown or pruned after optimizer step `step`.
 
-    `layer` is the qualified name of the layer in the model without wrapper prefixes, `gate` the index of the
-    gate, `experts` the number of active experts of that gate once this change was made.
+    `layer` is the layer's qualified name in the model, without wrapper prefixes; `gate` is the index of the gate;
+    `experts` is that gate's number of active experts after the change.
     """
 
     step: int
@@ -57,26 +57,24 @@ class ExpertEvent:
 class ExpertController:
     """Grows and prunes the experts of every adaptive MoE layer of a model while it trains.
 
-    Call `step()` once after every `optimizer.step()`: gradient accumulation then counts once. Layers are
-    found also where DistributedDataParallel or torch.compile wraps the model, and are named without those
-    prefixes, so that state moves between them. `model` keeps its parameters: slots are storage, shapes never
-    change.
+    Call `step()` once after every `optimizer.step()`: gradient accumulation then counts once. The model may be
+    wrapped by DistributedDataParallel or torch.compile: layer names omit the wrappers' prefixes, so that state
+    moves between wrapped and plain models. `model` keeps its parameters: slots are storage, shapes never change.
 
-    * `optimizer`: one, a list of them, or None. The rows of a grown or pruned slot are reset in it: every
-      state tensor of the parameter's shape goes to zero there, an fp32 master copy (a state key with "master"
-      in it) takes the parameter's new value, and step counters stay. This suits SGD with momentum, Adam and
-      AdamW in all variants. State of another shape (factored, quantised) is left alone, with a warning.
+    * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it: they become zero in
+      every state tensor of the parameter's shape; an fp32 master copy (a state key with "master" in it) takes the
+      parameter's new value; step counters stay. This suits SGD with momentum, Adam and AdamW in all variants.
+      State of another shape (factored, quantised) is left alone, with a warning.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
     * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
       "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
-      silent_windows) -> `Decision`. For a callable, `max_new_experts` > 1 says only that the records keep unrouted
+      silent_windows) -> `Decision`. With a callable, `max_new_experts` > 1 only makes the records keep unrouted
       tokens.
-    * `init`: what the network of a grown expert starts as: "nearest" (a copy of the active expert whose
-      direction is nearest), "mean" (of the active ones), "fresh" (drawn anew, from `seed`), "keep" (as the
-      slot is).
-    * `group`: the data-parallel process group over which records are summed; None is the layer's.
+    * `init`: how the network of a grown expert starts: "nearest" (a copy of the active expert whose direction is
+      nearest), "mean" (of the active experts), "fresh" (drawn anew, from `seed`), "keep" (as the slot is).
+    * `group`: the data-parallel process group over which records are summed; None: the layer's `record_group`.
 
-    Raises ValueError for a model without an adaptive MoE layer and for arguments out of range.
+    Raises ValueError if the model has no adaptive MoE layer or an argument is out of range.
     """
 
     def __init__(
@@ -132,11 +130,11 @@ class ExpertController:
 
     @torch.no_grad()
     def step(self) -> list[ExpertEvent]:
-        """Count one optimizer step; open or close windows and update experts where the schedule says so.
+        """Count one optimizer step; open and close windows and update experts as scheduled.
 
         Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
-        ranks of `group` must call it equally often. Raises ValueError where a custom policy's decision does
-        not fit its layer; no expert is changed then.
+        ranks of `group` must call it equally often. Raises ValueError, and changes no expert, if a custom policy's
+        decision does not fit its layer.
         """
         self._step += 1
         events: list[ExpertEvent] = []
@@ -152,14 +150,14 @@ class ExpertController:
 
     @torch.no_grad()
     def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
-        """Exchange experts between ranks where the load of the last window has drifted.
+        """Swap experts between ranks to even out the load of the last window.
 
-        In each layer whose most loaded rank had more than `threshold` (at least 1) times the mean of the ranks, as few
-        slots as a greedy search finds are swapped between ranks: expert weights, optimizer rows, gate columns, records
-        and counts of silence. The layer computes what it did, but for the order of sums. Nothing moves without a gain
-        or on one rank. All ranks must call it alike, after `step()`; a layer that also has gates of fixed k stays.
+        A layer is rebalanced if its most loaded rank had more than `threshold` (at least 1) times the ranks' mean
+        load. A greedy search swaps few slots between ranks: expert weights, optimizer rows, gate columns, records
+        and counts of silent windows. The layer's function stays the same up to the order of sums. A layer stays as it
+        is on one rank, without a gain, or if it also has fixed-k gates. All ranks must make this call, after `step()`.
 
-        Returns what moved and the load before and expected after; its lines are logged at level INFO.
+        Returns the moves, the load before and the load expected after them; also logged at level INFO.
         """
         threshold = number("threshold", threshold, 1)
         for history in self._histories:
@@ -174,10 +172,10 @@ class ExpertController:
         return report
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """What a resumed run needs beside the states of model and optimizer, also in the middle of a window.
+        """The state that a resumed run needs beside those of model and optimizer, even in the middle of a window.
 
-        `{"tensors": {name: Tensor}, "values": {...}}`: the first is what safetensors stores, the second what
-        JSON does (numbers, strings, lists, dicts). Tensors are copies.
+        `{"tensors": {name: Tensor}, "values": {...}}`: "tensors" fits safetensors, "values" fits JSON (numbers,
+        strings, lists, dicts). Tensors are copies.
         """
         tensors: dict[str, Tensor] = {"generator": self._generator.get_state()}
         gates: dict[str, Any] = {}
@@ -201,27 +199,26 @@ class ExpertController:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Continue from a `state_dict()`; model and optimizer load their own states.
 
-        Raises ValueError, and changes nothing, where the state is of other layers or slot counts, or
-        incomplete.
+        Raises ValueError, and changes nothing, if the state is incomplete or its layers or slot counts differ.
         """
         values, records, events, generator = self._checked_state(state)
         self._step, self.events, self._generator = int(values["step"]), events, generator
-        # A window that the schedule given now does not know would end at no update of its own.
+        # Under another schedule this step may lie outside all windows: an open window would get no update.
         self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
         for history in self._histories:
             history.load_state_values(values["gates"][history.key])
             history.record.load_state_dict(records[history.key])
 
     def check_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
+        """Raise ValueError if `load_state_dict` would; change nothing."""
         self._checked_state(state)
 
     def record_groups(self) -> dict[str, Any]:
-        """By gate, the process group over whose ranks its record is summed."""
+        """For each gate, the process group over which its record is summed."""
         return {history.key: self._record_group(history) for history in self._histories}
 
     def merged_records(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-        """By gate, one record's state from those of several ranks, empty from none."""
+        """For each gate, merge the record states of several ranks into one; no states give an empty record."""
         return {history.key: history.record.merged(records[history.key]) for history in self._histories}
 
     def _record_group(self, history: GateHistory) -> Any:
@@ -238,7 +235,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:
             history.check_whole()
-        # Every rank reduces every record before any decision: a rank that saw no token must not stay away.
+        # Reduce before deciding: a rank that saw no token must take part too.
         for history in self._histories:
             history.record.all_reduce(self._record_group(history))
         decisions = [self._decide(history) for history in self._histories]
@@ -251,7 +248,7 @@ class ExpertController:
         return events
 
     def _load(self, layer: nn.Module) -> list[int]:
-        """Assignments of each slot in the last window, by all adaptive gates of the layer."""
+        """Assignments of each slot in the last window, summed over the layer's adaptive gates."""
         loads = [history.load for history in self._histories if history.layer is layer]
         return [sum(counts) for counts in zip(*loads, strict=True)]
 
@@ -291,7 +288,7 @@ class ExpertController:
     def _checked_state(
         self, state: Mapping[str, Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]], list[ExpertEvent], torch.Generator]:
-        """Plain values, what the record of each gate loads, events, generator; ValueError where it does not fit."""
+        """Plain values, record states by gate, events and generator; ValueError if the state does not fit."""
         parts = [state.get(name) if isinstance(state, Mapping) else None for name in ("tensors", "values")]
         if not all(isinstance(part, Mapping) for part in parts):
             raise ValueError("state must be a controller's state_dict() with the dicts 'tensors' and 'values'")
@@ -319,7 +316,7 @@ class ExpertController:
 
 
 def records_of(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By gate, the records in a controller's `state_dict()`."""
+    """The records in a controller's `state_dict()`, by gate."""
     records = {key: dict(gate["record"]) for key, gate in state["values"]["gates"].items()}
     for name, tensor in state["tensors"].items():
         key, _, field = name.rpartition(":")
@@ -331,7 +328,7 @@ def records_of(state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def with_records(
     state: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """A controller's `state_dict()` with these records, by gate, in the place of its own; others stay."""
+    """A copy of a controller's `state_dict()` with the given gates' records replaced."""
     tensors, gates = dict(state["tensors"]), dict(state["values"]["gates"])
     for key, record in records.items():
         if key in gates:

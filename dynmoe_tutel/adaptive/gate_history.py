@@ -1,4 +1,4 @@
-"""The adaptive gates of a model: where they are, and what their last windows held."""
+"""The adaptive gates of a model, each with the history of its record windows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def _active(gate: nn.Module) -> Tensor:
 
 
 class GateHistory:
-    """One adaptive gate of one layer, with what its windows so far say.
+    """One adaptive gate of one layer, with the history of its record windows.
 
-    `silent_windows` [E]: in how many windows in a row, up to now, an active slot had no assignment. `load` [E]: the
-    assignments in the last window that had tokens, of all ranks.
+    `silent_windows` [E]: the number of latest windows in a row in which an active slot had no assignment. `load` [E]:
+    the assignments of all ranks in the last window that had tokens.
     """
 
     def __init__(self, name: str, layer: AdaptiveExperts, gate: int) -> None:
@@ -47,7 +47,7 @@ class GateHistory:
 
     @property
     def used_elsewhere(self) -> Tensor:
-        """bool [E], CPU: the slots in use by other gates of the layer, which share the expert networks."""
+        """bool [E] on the CPU: the slots that other gates of the layer use; all gates share the expert networks."""
         used = torch.zeros(len(self.silent_windows), dtype=torch.bool)
         for index, gate in enumerate(self.layer.gates):
             if index != self.gate:
@@ -55,7 +55,7 @@ class GateHistory:
         return used
 
     def check_whole(self) -> None:
-        """ValueError where FSDP has sharded the layer's parameters: writes to one slot would not reach its shard."""
+        """Raise ValueError if FSDP has sharded the layer's parameters: a write to a slot would not reach its shard."""
         for name, parameter in self.layer.named_parameters():
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(
@@ -65,7 +65,7 @@ class GateHistory:
                 )
 
     def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
-        """What a change of the slot resets, with the index of its entries: not a network that others still use."""
+        """The parameters to reset when the slot changes, each with the slot's index; not a network in use elsewhere."""
         entries = self.layer.slot_parameters(slot, self.gate)
         if not self.used_elsewhere[slot]:
             return entries
@@ -73,17 +73,17 @@ class GateHistory:
         return [(parameter, index) for parameter, index in entries if id(parameter) in own]
 
     def permute_slots(self, order: list[int]) -> None:
-        """Slot i gets what was known of slot order[i]."""
+        """Slot i takes the history of slot order[i]."""
         self.silent_windows = [self.silent_windows[slot] for slot in order]
         self.load = [self.load[slot] for slot in order]
         self.record.permute_slots(order)
 
     def state_values(self) -> dict[str, Any]:
-        """What a state has of this gate beside its record."""
+        """This gate's part of a state, without its record."""
         return {"silent_windows": list(self.silent_windows), "load": list(self.load)}
 
     def checked_state(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the record loads of `saved` and, by "<key>:<name>", of `tensors`; ValueError where it does not fit."""
+        """The record's state from `saved` and `tensors` ("<key>:<name>"); ValueError if it does not fit."""
         if not isinstance(saved, Mapping) or not {"silent_windows", "record"} <= set(saved):
             raise ValueError(f"state of {self.key} lacks silent_windows or record")
         slots = len(self.silent_windows)
@@ -107,13 +107,13 @@ class GateHistory:
         return record
 
     def load_state_values(self, saved: Mapping[str, Any]) -> None:
-        """The inverse of `state_values`; states of before loads were kept have none."""
+        """Load `state_values`; states of older versions have no loads."""
         self.silent_windows = [int(n) for n in saved["silent_windows"]]
         self.load = [int(n) for n in saved.get("load", [0] * len(self.load))]
 
 
 def gate_histories(model: nn.Module) -> list[GateHistory]:
-    """Every adaptive gate of every MoE layer of the model; ValueError where there is none."""
+    """Every adaptive gate of every MoE layer of the model; ValueError if there is none."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
     histories = [
@@ -132,7 +132,7 @@ def gate_histories(model: nn.Module) -> list[GateHistory]:
 
 
 def unwrapped_name(name: str) -> str:
-    """`name` without what DistributedDataParallel ("module." in front) and torch.compile add."""
+    """`name` without the prefixes of DistributedDataParallel ("module.") and torch.compile ("_orig_mod.")."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     while parts and parts[0] == "module":
         parts = parts[1:]

@@ -1,6 +1,6 @@
-"""The entries of one expert in the state of optimizers: reset where it changes, moved where it moves.
+"""An expert's rows in optimizer state: reset when the expert changes, moved when it moves.
 
-Knows torch optimizers by their `state` mapping only.
+Uses nothing of an optimizer but its `state` mapping.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("dynmoe_tutel.adaptive.controller")
 
-# State that is a value of the parameter's kind and not a sum of its gradients: averages of it, points beside it.
+# State that holds parameter values (averages or copies of the parameter), not sums of gradients.
 _COPIES = ("ax", "z", "slow_buffer", "slow_param", "slow_weights", "shadow")
 _MOMENTS = (
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_slow", "exp_inf"),
@@ -36,10 +36,10 @@ def optimizer_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
 
 
 class OptimizerRows:
-    """State tensors of a parameter's shape, over all of `optimizers`.
+    """The state tensors of all `optimizers` that have their parameter's shape.
 
-    State of another shape (factored, quantised) is left alone, with one warning a kind: which of its entries belong to
-    an expert is unknown.
+    State of another shape (factored, quantised) is left alone, with one warning a kind: it is unknown which entries
+    belong to an expert.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -47,14 +47,14 @@ class OptimizerRows:
         self._warned: set[str] = set()
 
     def of(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The state tensors of the parameter's shape, by optimizer and name: the same order on every rank."""
+        """The state tensors of the parameter's shape, sorted by optimizer and name: the same order on every rank."""
         return [value for _, value in sorted(self._state(parameter, "moved"), key=lambda entry: entry[0])]
 
     @torch.no_grad()
     def reset(self, parameter: nn.Parameter, index: tuple[Any, ...]) -> None:
-        """Zero at `index`; a copy or average of the parameter ("master" in its name, and some others) takes its value.
+        """Zero moments at `index`; copies and averages of the parameter ("master" in the name, ...) take its value.
 
-        Of a name that is not known, what it holds is unknown: zero, with a warning.
+        State of an unknown name becomes zero too, with a warning.
         """
         for (_, name), value in self._state(parameter, "reset"):
             if "master" in name or name in _COPIES:
@@ -69,7 +69,7 @@ class OptimizerRows:
 
     def _state(self, parameter: nn.Parameter, verb: str) -> Iterator[tuple[tuple[int, str], Tensor]]:
         for number, optimizer in enumerate(self.optimizers):
-            # `.get`: the state is a defaultdict, and an empty entry would count as an initialised parameter.
+            # `.get`: indexing the defaultdict would add an empty entry, which counts as initialised state
             for name, value in (optimizer.state.get(parameter) or {}).items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
                     continue

@@ -1,4 +1,4 @@
-"""What a record window decides: which experts of a layer to prune and in which directions to grow new ones.
+"""Policies: after a record window, which experts of a layer to prune and in which directions to grow new ones.
 
 A policy is a function of numbers that are equal on every rank. It touches neither layer nor optimizer: the
 layer applies a `Decision`, the controller schedules it.
@@ -19,9 +19,9 @@ from ..validation import refuse_unknown
 if TYPE_CHECKING:
     from .records import RoutingRecord
 
-# Below this share of sum ||x||, a sum of tokens is rounding error and has no direction worth an expert.
+# A sum of tokens below this share of sum ||x|| is rounding error: its direction means nothing.
 CANCELLED = 1e-6
-# Two directions nearer than this cosine would route the same tokens: the second one is not worth a slot.
+# Two directions with a cosine above this would route the same tokens: the second is not worth a slot.
 SAME_DIRECTION = 0.9
 SAMPLED_TOKENS = 2048
 KMEANS_TOKENS = 4096
@@ -39,10 +39,10 @@ class ExpertChange:
 
 @dataclass
 class Decision:
-    """What a policy wants of one gate. Prunes come first, so a slot freed here can be grown into here.
+    """A policy's decision for one gate. Prunes come first: growth can take the slots that they free.
 
-    `prune`: (slot, reason) of active slots. `grow`: (direction w [D] fp32 of unit length, reason), in the
-    order in which they take free slots; the layer chooses the slots, lowest first.
+    `prune`: (slot, reason) of active slots. `grow`: (direction w [D] fp32 of unit length, reason); the layer chooses
+    a free slot for each, in this order.
     """
 
     prune: list[tuple[int, str]] = field(default_factory=list)
@@ -57,7 +57,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def policy(name: str) -> Callable[[C], C]:
-    """Register what makes a policy, from the options of its dict, under a name that the controller takes."""
+    """Register a factory of policies under `name` for the controller; it is called with the options of the dict."""
 
     def register(make: C) -> C:
         POLICIES[name] = make
@@ -71,16 +71,15 @@ def policy(name: str) -> Callable[[C], C]:
 class DynMoEPolicy:
     """The adaptive process of DynMoE (arXiv 2405.14297), with guards.
 
-    Prune: active slots without an assignment (R_E = 0) in each of the last `patience` windows, but never
-    below `min_experts` active ones (the lowest slots are kept). Grow: if tokens were unrouted and a slot is
-    free, one expert with w = R_S / ||R_S||, R_S being the sum of the unrouted tokens; nothing where they
-    cancel out.
+    Prune: active slots that had no assignment (R_E = 0) in each of the last `patience` windows; at least
+    `min_experts` stay active (the lowest slots are kept). Grow: if tokens were unrouted and a slot is free, one
+    expert with w = R_S / ||R_S||, where R_S is the sum of the unrouted tokens; none if they cancel out.
 
     With `max_new_experts` > 1 and several free slots, the kept unrouted tokens are clustered by direction
-    (spherical k-means), and every centroid is the w of an expert. Centroids that cancel, and those that point
-    where a larger cluster's already points (cosine above 0.9), give none.
+    (spherical k-means), and every centroid becomes the w of an expert. A centroid gives no expert if its tokens
+    cancel out or if it points like that of a larger cluster (cosine above 0.9).
 
-    Raises ValueError for a count that is not a positive integer.
+    Raises ValueError if a count is not a positive integer.
     """
 
     max_new_experts: int = 1
@@ -95,16 +94,15 @@ class DynMoEPolicy:
 
     @property
     def keeps_tokens(self) -> int:
-        """How many unrouted tokens the records must keep for it."""
+        """How many unrouted tokens the records must keep for this policy."""
         return SAMPLED_TOKENS if self.max_new_experts > 1 else 0
 
     def __call__(self, record: RoutingRecord, active: Tensor, free_slots: int, silent_windows: list[int]) -> Decision:
-        """The decision of one window.
+        """The decision after one window; an empty window decides nothing.
 
-        `active` is bool [E]; `free_slots` counts the inactive slots; `silent_windows[e]` counts the
-        consecutive windows, this one included, in which active slot e had no assignment. An empty window
-        decides nothing. Raises ValueError where these do not fit the record, or where `max_new_experts` > 1
-        meets a record that keeps no tokens.
+        `active` is bool [E]; `free_slots` counts the inactive slots; `silent_windows[e]` counts the latest windows in
+        a row, this one included, in which active slot e had no assignment. Raises ValueError if these do not fit the
+        record, or if `max_new_experts` > 1 and the record keeps no tokens.
         """
         counts = record.counts.tolist()
         if len(active) != len(counts) or len(silent_windows) != len(counts):
@@ -149,9 +147,9 @@ class DynMoEPolicy:
 
 
 def make_policy(given: str | Mapping[str, Any] | Policy, **options: Any) -> Policy:
-    """The policy of that name, made from `options`; of a dict {"type": name, ...}; or `given` itself, a callable.
+    """The policy for a name with `options`, for a dict {"type": name, ...}, or a callable `given` itself.
 
-    ValueError for an unknown name or option.
+    Raises ValueError for an unknown name or option.
     """
     if callable(given):
         return given
@@ -171,9 +169,8 @@ def make_policy(given: str | Mapping[str, Any] | Policy, **options: Any) -> Poli
 def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor, where: str) -> Decision:
     """`decision` with its directions as unit vectors [D] fp32 on the device of `like_D` [D].
 
-    Raises ValueError, naming `where`, if a policy's answer does not fit a gate whose active slots are
-    `active`: a slot out of range, inactive or named twice, more experts than slots, a direction of another
-    shape, zero or not finite.
+    Raises ValueError, naming `where`, if the decision does not fit the gate's `active` slots: a slot out of range,
+    inactive or named twice; more experts than free slots; a direction that has another shape, is zero or not finite.
     """
 
     def refuse(what: str) -> ValueError:
@@ -195,7 +192,7 @@ def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor,
 
 
 def unit_direction(direction: Tensor, like_D: Tensor, where: str) -> Tensor:
-    """`direction` as a unit vector [D] fp32 on the device of `like_D`; ValueError, naming `where`, if it is none."""
+    """`direction` as a unit vector [D] fp32 on the device of `like_D`; ValueError, naming `where`, if impossible."""
     if not isinstance(direction, Tensor) or direction.shape != like_D.shape:
         got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
         raise ValueError(
@@ -207,11 +204,11 @@ def unit_direction(direction: Tensor, like_D: Tensor, where: str) -> Tensor:
         raise ValueError(
             f"policy: the decision for {where} grows in a direction of norm {length}, must be finite and above zero"
         )
-    return direction_D if abs(length - 1) < 1e-6 else direction_D / length  # a unit vector passes bit for bit
+    return direction_D if abs(length - 1) < 1e-6 else direction_D / length  # a unit vector stays bitwise
 
 
 def _direction(sum_D: Tensor, norm: Tensor) -> Tensor | None:
-    """sum_D / ||sum_D|| in fp32; None where tokens whose norms add up to `norm` cancel or overflow."""
+    """sum_D / ||sum_D|| in fp32; None if the tokens, whose norms sum to `norm`, cancel out or overflow."""
     sum_D = sum_D.float()
     length, total = torch.linalg.vector_norm(sum_D).item(), float(norm)
     if not (length < float("inf") and total < float("inf")) or length <= CANCELLED * total:
@@ -220,8 +217,8 @@ def _direction(sum_D: Tensor, norm: Tensor) -> Tensor | None:
 
 
 def _cluster_directions(tokens_ND: Tensor, clusters: int, reason: str) -> list[tuple[Tensor, str]]:
-    """At most `clusters` directions [D] of `tokens_ND`, that of most tokens first, each with its reason."""
-    # Samples of many ranks add up, and the clustering takes n * n cosines.
+    """At most `clusters` directions [D] of `tokens_ND`, largest cluster first, each with its reason."""
+    # thin the samples of many ranks: the clustering takes n * n cosines
     tokens_ND = tokens_ND[:: -(-len(tokens_ND) // KMEANS_TOKENS) or 1].float()
     norm_N = torch.linalg.vector_norm(tokens_ND, dim=1)
     usable_N = norm_N.isfinite() & (norm_N > 0)
@@ -241,11 +238,11 @@ def _cluster_directions(tokens_ND: Tensor, clusters: int, reason: str) -> list[t
 
 
 def _spherical_kmeans(unit_ND: Tensor, clusters: int) -> Tensor:
-    """The cluster [N] int64 of each unit vector, by cosine; no random number is drawn.
+    """The cluster [N] int64 of each unit vector, by cosine; deterministic.
 
-    Seeds are picked greedily: each is the vector that raises the sum of best cosines most, so that one
-    outlier does not take a seed (the facility-location greedy of Nemhauser, Wolsey and Fisher, 1978). Lloyd
-    steps on the sphere (Dhillon and Modha, 2001) follow until no vector changes its cluster.
+    Greedy seeds (facility location: Nemhauser, Wolsey and Fisher, 1978): each is the vector that raises the sum of
+    best cosines most, so that no outlier becomes a seed. Lloyd steps on the sphere (Dhillon and Modha, 2001) follow
+    until no vector changes its cluster.
     """
     cosine_NN = unit_ND @ unit_ND.T
     best_N = cosine_NN.new_full((len(unit_ND),), -1.0)
@@ -260,7 +257,7 @@ def _spherical_kmeans(unit_ND: Tensor, clusters: int) -> Tensor:
         one_hot_NK = torch.nn.functional.one_hot(label_N, len(seeds)).to(unit_ND.dtype)
         sum_KD = one_hot_NK.T @ unit_ND
         length_K = torch.linalg.vector_norm(sum_KD, dim=1, keepdim=True)
-        # A cluster that lost its members, or whose members cancel, stays where it was.
+        # an empty cluster, or one whose members cancel out, keeps its centre
         centre_KD = torch.where(length_K > CANCELLED, sum_KD / length_K.clamp_min(CANCELLED), centre_KD)
         moved_N = (unit_ND @ centre_KD.T).argmax(1)
         if torch.equal(moved_N, label_N):

@@ -1,7 +1,7 @@
-"""Experts that change places between ranks: weights, optimizer rows, gate columns and records, and what is said of it.
+"""Swapping experts between ranks: weights, optimizer rows, gate columns and records, with a report.
 
-The layer computes the same function afterwards. Which slots swap is planned in `placement`, from numbers that are equal
-on every rank; here it is carried out and reported.
+`placement` plans the swaps, from numbers that are equal on every rank; this module carries them out. The layer computes
+the same function afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .slots import AdaptiveExperts
 
 @dataclass(frozen=True)
 class ExpertMove:
-    """One active expert that went from a slot and rank (of the layer's group) to others."""
+    """One active expert that moved to another slot and rank (of the layer's group)."""
 
     slot: int
     rank: int
@@ -36,7 +36,7 @@ class ExpertMove:
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """One layer: max / mean of its ranks' loads in the last window, what is expected of the next, and what moved."""
+    """One layer: max / mean of the ranks' loads in the last window, the same as expected after it, and the moves."""
 
     layer: str
     ranks: int
@@ -57,14 +57,14 @@ class LayerBalance:
 
 @dataclass(frozen=True)
 class RebalanceReport:
-    """What `ExpertController.rebalance` did after which optimizer step; its str is a line a layer."""
+    """The result of `ExpertController.rebalance` after an optimizer step; `str` gives one line a layer."""
 
     step: int
     layers: tuple[LayerBalance, ...]
 
     @property
     def moves(self) -> int:
-        """Experts moved, of all layers."""
+        """Number of experts moved, over all layers."""
         return sum(len(layer.moves) for layer in self.layers)
 
     def __str__(self) -> str:
@@ -73,12 +73,12 @@ class RebalanceReport:
 
 @torch.no_grad()
 def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, threshold: float) -> LayerBalance:
-    """Swap experts of the layer of `histories`, all its adaptive gates; every rank of its group must call it."""
+    """Swap experts of one layer; `histories` are all its adaptive gates. Every rank of its group must call it."""
     layer, name = histories[0].layer, histories[0].name
     place = layer.placement
     load = [sum(counts) for counts in zip(*(history.load for history in histories), strict=True)]
     before = imbalance(load, place.blocks)
-    # The experts of a gate of fixed k cannot be told apart from their columns, which only the gate knows.
+    # a fixed-k gate cannot permute its columns, so its experts must stay
     swaps = plan_swaps(load, place.blocks, threshold) if len(histories) == len(layer.gates) else []
     if not swaps:
         return LayerBalance(name, place.blocks, before, before)
@@ -99,7 +99,7 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
 
 
 def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
-    """Column i of the gate becomes what column order[i] was, in the optimizers too."""
+    """Move column order[i] of the gate and of its optimizer state to column i."""
     order_E = torch.tensor(order, device=gate.experts_mask.device)
     for parameter, axis in ((gate.sim_matrix, 1), (gate.gates, 0)):
         for tensor in (parameter.detach(), *rows.of(parameter)):
@@ -108,13 +108,13 @@ def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
 
 
 def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerRows, order: list[int]) -> None:
-    """Slot i gets the expert that slot order[i] holds, with its optimizer rows, wherever the two are.
+    """Move the expert of slot order[i], with its optimizer rows, to slot i, across ranks.
 
-    One message an expert, of its bytes as they are. ValueError on every rank where ranks hold other tensors.
+    One message of raw bytes an expert. Raises ValueError on every rank if ranks hold different tensors.
     """
 
     def tensors(slot: int) -> list[Tensor]:
-        """Views of all that belongs to a slot of this rank."""
+        """Views of a slot's parameter and optimizer rows on this rank."""
         entries = layer.expert_slots.slot_parameters(slot)
         return [t[index] for parameter, index in entries for t in (parameter.detach(), *rows.of(parameter))]
 
@@ -138,9 +138,9 @@ def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerR
     for slot, packed in arriving.items():
         views = tensors(slot)
         for view, part in zip(views, packed.split([t.numel() * t.element_size() for t in views]), strict=True):
-            view.copy_(part.clone().view(view.dtype).view(view.shape))  # a clone is aligned for any dtype
+            view.copy_(part.clone().view(view.dtype).view(view.shape))  # clone: a view as another dtype needs alignment
 
 
 def _bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """All of them behind one another, uint8."""
+    """Concatenated as uint8."""
     return torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors])

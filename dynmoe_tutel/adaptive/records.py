@@ -1,6 +1,6 @@
-"""`RoutingRecord`: the statistics of one record window of one gate, from which experts are grown and pruned.
+"""`RoutingRecord`: one gate's statistics of one record window, from which experts are grown and pruned.
 
-Detached, int64 and fp32 whatever the dtype of the tokens.
+They are detached, and int64 or fp32 for tokens of any dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _limit(most: object) -> int:
 
 
 def _merged_sample(samples: Sequence[Tensor], strides: Sequence[int], most: int) -> tuple[Tensor, int]:
-    """Samples at several strides (powers of two) behind one another at the largest, thinned to `most`."""
+    """Concatenate samples of several strides (powers of two) at the largest stride, thinned to `most`."""
     stride = max(strides)
     rows_ND = torch.cat([rows[:: stride // own] for rows, own in zip(samples, strides, strict=True)])
     return thinned(rows_ND, stride, most)
@@ -38,10 +38,10 @@ class RoutingRecord:
 
     counts [E] int64, assignments per slot (R_E); unrouted_sum [D] fp32, sum of x over unrouted tokens (R_S);
     unrouted_norm [] fp32, sum of ||x|| over them; unrouted_tokens, tokens [] int64; k_histogram [E+1] int64, tokens by
-    the number of experts that passed their thresholds.
+    the number of thresholds that they passed.
 
-    With `keep_tokens` > 0, `unrouted_sample` [n <= keep_tokens, D] holds unrouted tokens at an even stride, for
-    clustering: every s-th one, s doubled (and every other kept one dropped) whenever they become too many.
+    With `keep_tokens` > 0, `unrouted_sample` [n <= keep_tokens, D] keeps every s-th unrouted token for clustering.
+    When it overflows, s doubles and every other kept token is dropped.
     """
 
     counts: Tensor
@@ -60,7 +60,7 @@ class RoutingRecord:
 
     @torch.inference_mode(False)
     def reset(self, device: torch.device | None = None) -> None:
-        """Start an empty window, on `device` if given; in place on the same device, where a CUDA graph may write."""
+        """Start an empty window, on `device` if given. On the same device in place: a CUDA graph may write to it."""
         device = device or self.device
         if hasattr(self, "_sample_state") and device == self.counts.device:
             for name in (*_SUMS, *_FLOATS):
@@ -79,7 +79,7 @@ class RoutingRecord:
         self._set_sample(zeros(torch.float32, 0, self.model_dim), 1, 0)
 
     def move(self, device: torch.device) -> None:
-        """Go with the layer to `device`: sums and sample stay, but those that a meta device held are empty."""
+        """Follow the layer to `device` with sums and sample; to or from the meta device, start empty."""
         if device == self.device:
             return
         if "meta" in (device.type, self.device.type):
@@ -91,7 +91,7 @@ class RoutingRecord:
 
     @property
     def keep_tokens(self) -> int:
-        """How many unrouted tokens are kept at most; set it before the window opens."""
+        """The largest number of unrouted tokens to keep; set it before the window opens."""
         return self._keep_tokens
 
     @keep_tokens.setter
@@ -114,7 +114,7 @@ class RoutingRecord:
         return int(self._sample_state[2])
 
     def _set_sample(self, rows_ND: Tensor, stride: int, seen: int) -> None:
-        rows = max(self.keep_tokens, len(rows_ND)) + 1  # and one of scratch
+        rows = max(self.keep_tokens, len(rows_ND)) + 1  # one scratch row
         state = torch.tensor([len(rows_ND), stride, seen], device=self.device)
         if hasattr(self, "_sample_state") and (self._sample.shape[0], self._sample.device) == (rows, self.device):
             self._sample[: len(rows_ND)] = rows_ND.clone()
@@ -126,16 +126,16 @@ class RoutingRecord:
 
     @torch.no_grad()
     def add(self, x_TD: Tensor, routing: Routing) -> None:
-        """Add one batch: tokens [T, D] and how they were routed."""
+        """Add one batch: tokens [T, D] and their routing."""
         unrouted_T = routing.unrouted
-        k_T = routing.k_per_token.masked_fill(unrouted_T, 0)  # in eval an unrouted token has its best expert
+        k_T = routing.k_per_token.masked_fill(unrouted_T, 0)  # in eval unrouted tokens get their best expert
         if routing.token_mask is not None:
-            k_T = k_T.masked_fill(~routing.token_mask, self.num_experts + 1)  # padding is in no bin
+            k_T = k_T.masked_fill(~routing.token_mask, self.num_experts + 1)  # padding falls outside the histogram
         bins = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=k_T.device)
         x = x_TD.detach().float()
-        lost_TD = torch.where(unrouted_T.unsqueeze(1), x, 0)  # not a product: a routed token may hold inf
+        lost_TD = torch.where(unrouted_T.unsqueeze(1), x, 0)  # no product: 0 * inf is NaN
         self.counts += routing.counts
-        self.k_histogram += bins.index_add_(0, k_T, bins.new_ones(k_T.shape))[:-1]  # bincount would wait for the device
+        self.k_histogram += bins.index_add_(0, k_T, bins.new_ones(k_T.shape))[:-1]  # bincount synchronises
         self.tokens += routing.real_tokens
         self.unrouted_tokens += unrouted_T.sum()
         self.unrouted_sum += lost_TD.sum(dim=0)
@@ -144,9 +144,9 @@ class RoutingRecord:
             keep_strided(self._sample, self._sample_state, x, unrouted_T)
 
     def all_reduce(self, group: Any = None) -> None:
-        """Sum over the ranks of `group`, on every rank the same; nothing without an initialised torch.distributed.
+        """Sum over the ranks of `group`, equally on all; does nothing if torch.distributed is not initialised.
 
-        Every rank must call it, also one that saw no token. Kept tokens are gathered in the order of the ranks.
+        Every rank must call it, even one that saw no token. Kept tokens are gathered in rank order.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return
@@ -159,7 +159,7 @@ class RoutingRecord:
             self._gather_sample(group)
 
     def _gather_sample(self, group: Any) -> None:
-        """The samples of all ranks at one stride, in the order of the ranks, thinned to `keep_tokens`."""
+        """Gather the samples of all ranks, in rank order, at one stride, thinned to `keep_tokens`."""
         world = dist.get_world_size(group)
         size = torch.tensor([self.unrouted_sample.shape[0], self._stride], device=self.device)
         sizes = [torch.zeros_like(size) for _ in range(world)]
@@ -173,33 +173,33 @@ class RoutingRecord:
         self._set_sample(*_merged_sample(rows, strides, self.keep_tokens), self._seen)
 
     def permute_slots(self, order: Sequence[int]) -> None:
-        """Slot i gets the counts of slot order[i]."""
+        """Slot i takes the counts of slot order[i]."""
         self.counts.copy_(self.counts[torch.tensor(order, device=self.counts.device)])
 
     @property
     def mean_k(self) -> float:
-        """Mean number of experts a token activated by threshold; 0.0 for an empty window."""
+        """Mean number of thresholds that a token passed; 0.0 for an empty window."""
         k = torch.arange(self.num_experts + 1, device=self.device)
         return float((self.k_histogram * k).sum()) / max(int(self.tokens), 1)
 
     def merged(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The state of one record from those of several ranks, as `all_reduce` adds them; empty from none."""
+        """Merge the record states of several ranks as `all_reduce` does; no states give an empty record."""
         tensors = {name: torch.zeros_like(getattr(self, name)) for name in (*_SUMS, *_FLOATS)}
         for name, total in tensors.items():
             for state in states:
                 total += state[name].to(total)
         samples = [self._sample[:0], *(state["unrouted_sample"].to(self._sample) for state in states)]
         sample, stride = _merged_sample(samples, [1, *(state["stride"] for state in states)], self.keep_tokens)
-        seen = stride * len(sample)  # the next row that is kept then stands behind these
+        seen = stride * len(sample)  # the next kept token follows these
         return {**tensors, "unrouted_sample": sample, "stride": stride, "seen": seen}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by name, and the place in the sample."""
+        """Tensors by name, and the position in the sample."""
         tensors = {name: getattr(self, name).clone() for name in (*_SUMS, *_FLOATS, "unrouted_sample")}
         return {**tensors, "stride": self._stride, "seen": self._seen}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """ValueError where `load_state_dict` would refuse the state; nothing changes."""
+        """Raise ValueError if `load_state_dict` would; change nothing."""
         for name in (*_SUMS, *_FLOATS, "unrouted_sample"):
             value, own = state.get(name), getattr(self, name)
             if not isinstance(value, Tensor):
@@ -214,7 +214,7 @@ class RoutingRecord:
                 raise ValueError(f"the record to load has no integer {name!r}, but {describe(state.get(name))}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The window of `state_dict()`; ValueError, and nothing changed, where it does not fit."""
+        """Load the window of a `state_dict()`. Raises ValueError, and changes nothing, if it does not fit."""
         self.check_state(state)
         for name in (*_SUMS, *_FLOATS):
             getattr(self, name).copy_(state[name])

@@ -11,13 +11,13 @@ from typing import Any
 class Schedule:
     """When to update, in optimizer steps.
 
-    Updates come after steps `start + n * every` (n = 0, 1, ...), as soon as a whole window fits before them,
-    and never after step `stop`. The window of an update holds the forwards of the last `window` optimizer
-    steps before it (None: `every`, so that windows touch). `Schedule(every=900, window=300, start=600)` is
-    the built-in schedule of DynMoE-DeepSpeed: updates at 600, 1500, 2400, ..., each from 300 steps.
+    Updates come after steps `start + n * every` (n = 0, 1, ...), from the first that has a whole window before it
+    up to step `stop`. The window of an update holds the forwards of the last `window` optimizer steps (None:
+    `every`, so that windows touch). `Schedule(every=900, window=300, start=600)` is the built-in schedule of
+    DynMoE-DeepSpeed: updates at 600, 1500, 2400, ..., each from 300 steps.
 
-    Raises ValueError for values that are not positive integers (`start` may be 0), `window` > `every`, and a
-    `stop` before the first update.
+    Raises ValueError if a value is not a positive integer (`start` may be 0), `window` > `every`, or `stop` comes
+    before the first update.
     """
 
     every: int = 300
@@ -40,7 +40,7 @@ class Schedule:
 
     @classmethod
     def of(cls, value: Schedule | Mapping[str, Any] | int | None) -> Schedule:
-        """A schedule from itself, a mapping of its fields, the number `every`, or None (the defaults)."""
+        """A schedule from a `Schedule`, a mapping of its fields, the number `every`, or None (the defaults)."""
         if isinstance(value, Schedule):
             return value
         if value is None:

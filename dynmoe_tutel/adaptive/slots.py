@@ -1,7 +1,6 @@
-"""`AdaptiveExperts`: gates, expert networks, their records and placement, and slots that are grown and pruned in place.
+"""`AdaptiveExperts`: gates, experts, records and placement; it grows and prunes slots in place.
 
-What a window decides is in `policy`; the schedule and the optimizer's rows are the controller's; how tokens flow is
-`MoELayer`'s.
+`policy` decides what changes, the controller owns the schedule and the optimizer rows, and `MoELayer` adds the forward.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ INITS = ("nearest", "mean", "fresh", "keep")
 
 
 class AdaptiveExperts(nn.Module):
-    """Gates [D -> Routing], the expert networks they share, one record a gate, and who holds which slot.
+    """Gates [D -> Routing], the expert networks that they share, one record a gate, and the placement of slots.
 
-    Of `exchange` it uses the placement and the access to the slots. Buffers, by upstream's names:
+    It uses `exchange` for the placement and for access to the slots. Buffers have upstream's names:
     `_num_global_experts` [], active experts, and `_max_num_global_experts` [], slots.
 
-    nn.Module's methods are called by name: inside stock Tutel the next class in line is Tutel's own layer.
+    It calls nn.Module's methods by name, not by super(): inside stock Tutel, super() is Tutel's own layer.
     """
 
     _num_global_experts: Tensor
@@ -52,11 +51,11 @@ class AdaptiveExperts(nn.Module):
         self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
         self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
         self.record_routing, self.record_eval = False, False
-        self.record_group = record_group  # the ranks whose records are summed; None: all
+        self.record_group = record_group  # ranks over which records are summed; None: all
         self._mark_experts()
 
     def _mark_experts(self) -> None:
-        """Tutel's mark, by which optimizers and gradient reductions tell experts."""
+        """Set Tutel's mark on expert parameters; optimizers and gradient reductions look for it."""
         for parameter in self.experts.parameters():
             parameter._tutel_expert = True
 
@@ -67,7 +66,7 @@ class AdaptiveExperts(nn.Module):
 
     @property
     def expert_slots(self) -> SlotAccess:
-        """What reads and writes the slots of the experts, on whichever rank they are."""
+        """Reads and writes expert slots on any rank."""
         return self.exchange.slots(self.experts)
 
     @property
@@ -77,17 +76,17 @@ class AdaptiveExperts(nn.Module):
 
     @property
     def group(self) -> Any:
-        """The process group whose ranks divide the slots; None in one process."""
+        """The process group over which the slots are divided; None in one process."""
         return self.placement.group
 
     @property
     def world_size(self) -> int:
-        """Ranks that divide the slots."""
+        """Number of ranks over which the slots are divided."""
         return self.placement.ranks
 
     @property
     def rank(self) -> int:
-        """This process's rank among them."""
+        """This process's rank in `group`."""
         return self.placement.rank
 
     @property
@@ -97,7 +96,7 @@ class AdaptiveExperts(nn.Module):
 
     @property
     def num_global_experts(self) -> int:
-        """Experts active now, by any gate."""
+        """Number of experts that any gate has active."""
         return int(self._num_global_experts)
 
     @property
@@ -107,7 +106,7 @@ class AdaptiveExperts(nn.Module):
 
     @property
     def num_local_experts(self) -> int:
-        """Experts active on this rank."""
+        """Number of active experts on this rank."""
         first = self.placement.first
         return int(self._used_slots()[first : first + self.placement.local].sum())
 
@@ -127,7 +126,7 @@ class AdaptiveExperts(nn.Module):
         self.record_routing, self.record_eval = True, record_eval
 
     def end_record_routing(self) -> None:
-        """Close the window; the record stays to be read."""
+        """Close the window; the record can still be read."""
         self.record_routing = False
 
     def reset_record_routing(self) -> None:
@@ -136,18 +135,18 @@ class AdaptiveExperts(nn.Module):
             record.reset(self._num_global_experts.device)
 
     def get_routing_records(self) -> Tensor:
-        """Assignments of each slot in the window, [E] int64, of the first gate."""
+        """The first gate's assignments of each slot in the window, [E] int64."""
         return self.record.counts.clone()
 
     def get_sample_records(self) -> Tensor | None:
-        """Sum of the unrouted tokens of the window, [D] fp32, or None if there was none."""
+        """Sum of the window's unrouted tokens, [D] fp32, or None if there was none."""
         return self.record.unrouted_sum.clone() if int(self.record.unrouted_tokens) else None
 
     def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
-        """Prune and grow by the default policy from the record, summed over `record_group`'s ranks.
+        """Prune and grow by the default policy, from the record summed over the ranks of `record_group`.
 
-        Recording goes on with an empty record: a window is used once. Returns what changed. No optimizer is touched:
-        with one that has state, use `ExpertController`. ValueError where no window is open, or the gate has no
+        Recording goes on with an empty record: a window is used once. Returns the changes. Optimizers are not touched:
+        if yours has state, use `ExpertController`. Raises ValueError if no window is open or the gate has no
         thresholds.
         """
         gate = self._adaptive_gate(gate_index)
@@ -174,12 +173,12 @@ class AdaptiveExperts(nn.Module):
     ) -> list[ExpertChange]:
         """Apply a policy's decision in place: prunes first, then growth into the lowest free slots.
 
-        Where ranks divide the slots, growth takes the lowest free slot of the rank that is least loaded by `load`
-        (assignments of each slot; None: none), an expert grown before it in this update counting as the mean of all.
+        If slots are divided over ranks, growth takes the lowest free slot of the least loaded rank by `load`
+        (assignments of each slot; None: none). An expert grown earlier in this update counts with the mean load.
 
-        `init` of a grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the active
-        ones), "fresh" (drawn anew from `generator`, which it needs), "keep" (what the slot held, as upstream). The last
-        active expert is never pruned; growth without a free slot is left out. Call it after the optimizer's step.
+        `init` fills the grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the
+        active experts), "fresh" (drawn anew from `generator`, then required), "keep" (as the slot is, like upstream).
+        The last active expert is never pruned; without a free slot nothing grows. Call it after the optimizer's step.
         """
         if init not in INITS:
             raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
@@ -212,7 +211,7 @@ class AdaptiveExperts(nn.Module):
         return changes
 
     def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
-        """Every parameter that holds the slot, with the index of its entries: routing vector, threshold, expert."""
+        """The slot's entries as (parameter, index): routing vector, threshold, expert."""
         gate = self._adaptive_gate(gate_index)
         self._check_slot("slot", slot)
         router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
@@ -237,11 +236,11 @@ class AdaptiveExperts(nn.Module):
             raise ValueError(f"{name} = {slot!r}: this layer has {self.slots} slots, 0 to {self.slots - 1}")
 
     def _used_slots(self) -> Tensor:
-        """[E] bool: slots that some gate has active; gates share the experts."""
+        """[E] bool: the slots that any gate has active; gates share the experts."""
         return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
 
     def _free_slot(self, load_E: Sequence[int]) -> int | None:
-        """The slot to grow into, of those that no gate uses."""
+        """The slot to grow into: one that no gate uses."""
         free = (~self._used_slots()).nonzero().flatten().tolist()
         return slot_to_grow(free, load_E, self.placement.blocks)
 
@@ -259,12 +258,12 @@ class AdaptiveExperts(nn.Module):
 
     @torch.no_grad()
     def bind(self, group: Any) -> None:
-        """Divide the experts, all of them in this process so far, over the ranks of `group`.
+        """Divide the experts of this process over the ranks of `group`.
 
-        Every rank gets the experts and gates of rank 0 and keeps its block of slots, in new parameters: call it on all
-        ranks, before an optimizer is made. Active experts change places first where ranks would get unequal numbers,
-        so the layer computes what it did, by other slots. ValueError where the experts are divided already, a record
-        window is open, or the slots cannot be divided.
+        Every rank takes over the experts and gates of rank 0 and keeps its block of slots, in new parameters: call it
+        on all ranks, before you make an optimizer. Active experts first move to other slots where ranks would get
+        unequal numbers; the layer's function stays the same. Raises ValueError if the experts are divided already, a
+        record window is open, or the slots cannot be divided.
         """
         if self.placement.ranks > 1:
             raise ValueError(f"group: the experts are divided over {self.placement.ranks} ranks already")
@@ -281,7 +280,7 @@ class AdaptiveExperts(nn.Module):
         self._mark_experts()
 
     def _permute(self, order: list[int]) -> None:
-        """Slot i gets the expert, and its entries of all gates, that slot order[i] held."""
+        """Move the expert and gate entries of slot order[i] to slot i."""
         if order == sorted(order):
             return
         if not all(gate.adaptive for gate in self.gates):
@@ -295,7 +294,7 @@ class AdaptiveExperts(nn.Module):
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         moved = nn.Module._apply(self, *args, **options)
-        for record in self.records:  # no tensors of the module, which would be in its state
+        for record in self.records:  # records are not buffers, to stay out of the state dict
             record.move(self._num_global_experts.device)
         return moved
 
@@ -311,7 +310,7 @@ class AdaptiveExperts(nn.Module):
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Process groups cannot be copied: the copy's ranks talk over the same ones."""
+        """Process groups cannot be copied: the copy uses the same ones."""
         memo[id(self.record_group)] = self.record_group
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))

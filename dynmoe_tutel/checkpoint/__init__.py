@@ -1,4 +1,4 @@
-"""Checkpoints: atomic files (`files`), and those of a job on any number of ranks (`distributed`)."""
+"""Checkpoints: atomic files (`files`), and checkpoints of a job on any number of ranks (`distributed`)."""
 
 from .files import (
     STATE,

@@ -1,12 +1,12 @@
-"""Checkpoints of a job on any number of ranks, that a job on any other number can read.
+"""Checkpoints of a job on any number of ranks, which a job on any other number can read.
 
-The folder is one of torch.distributed.checkpoint. `model.<name>` and `optimizer.<i>.<name>.<key>` are whole tensors by
-names that know of no rank: experts divided over ranks are DTensors there, sharded by slots. Beside them are two kinds
-of bytes (torch.save, read with weights_only): `shared`, from rank 0, and `rank.<r>`, of each rank its own, which only
-the same layout of ranks reads back as it is. Any other layout adds up the records of an open window.
+The folder has the format of torch.distributed.checkpoint. `model.<name>` and `optimizer.<i>.<name>.<key>` are whole
+tensors under names without ranks: experts divided over ranks are DTensors, sharded by slots. Two kinds of bytes
+(torch.save, read with weights_only) lie beside them: `shared`, from rank 0, and `rank.<r>`, each rank's own. Only the
+same layout of ranks reads `rank.<r>` back unchanged; any other layout sums the records of an open window.
 
-A save writes a temporary folder beside the target and renames it when all ranks are done: a folder of that name is
-whole, and an older checkpoint is never touched. All functions but `latest` must be called on every rank.
+A save writes a temporary folder beside the target and renames it when all ranks are done: a folder of the final name
+is whole, and no older checkpoint is touched. All functions but `latest` must be called on every rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Properties = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # whole shape an
 
 @dataclass(frozen=True)
 class Restored:
-    """What `load` gives back: `extra` as it was saved; `rank_state` of this rank, None where the ranks are others now.
+    """The result of `load`: `extra` as saved; this rank's `rank_state`, None if the layout of ranks has changed.
 
     `ranks` is the number of ranks that saved.
     """
@@ -64,13 +64,13 @@ def save(
 ) -> Path:
     """Write the checkpoint `folder` on a file system that all ranks share; every rank must call it.
 
-    `extra` (rank 0's counts) and `rank_state` (each rank its own, such as its random state) are what
+    `extra` (taken from rank 0) and `rank_state` (each rank's own, such as its random state) hold what
     `torch.load(weights_only=True)` reads: numbers, strings, tensors, lists, tuples and dicts of them. Replicated
     tensors are written once, from any rank.
 
-    Raises ValueError on every rank, and writes nothing, where `folder` exists or something cannot be stored;
-    RuntimeError that names the rank where writing fails. After a kill, a folder `.tmp-<name>` may stay: the next save
-    of that name replaces it.
+    Raises ValueError on every rank, and writes nothing, if `folder` exists or something cannot be stored; RuntimeError
+    that names the failed rank if writing fails. A killed save may leave a folder `.tmp-<name>`, which the next save of
+    that name replaces.
     """
     folder = Path(folder)
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
@@ -111,13 +111,13 @@ def load(
 ) -> Restored:
     """Put the checkpoint `folder` into the model, and into the optimizer and controller if given; on every rank.
 
-    On the ranks that saved it (as many, and records summed over the same ones) training goes on bitwise as it would
-    have. On others, the first rank of those that sum a record gets the window's sums so far, the rest an empty window.
+    On the same layout of ranks (as many, with records summed over the same ranks) training continues bitwise. On
+    another, the first rank of each group that sums a record gets the window's sums so far; the rest start empty.
 
-    Raises ValueError on every rank, and changes nothing, where the checkpoint is not whole, or its names, shapes,
-    slots, parameter groups or gates are not those of what is given. RuntimeError that names the rank where reading
-    fails: what was loaded then is unfinished. Only for checkpoints that you trust: torch's own index in the folder is
-    a pickle.
+    Raises ValueError on every rank, and changes nothing, if the checkpoint is not whole or its names, shapes, slots,
+    parameter groups or gates differ from the arguments'. Raises RuntimeError that names the failed rank if reading
+    fails; the model is then loaded in part. Load only checkpoints that you trust: torch's index in the folder is a
+    pickle.
     """
     folder = Path(folder)
     with _agreed():
@@ -158,7 +158,7 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 def _with_own_records(
     folder: Path, properties: Properties, shared: dict[str, Any], own: dict[str, Any], controller: ExpertController
 ) -> dict[str, Any]:
-    """The controller's state with the records that this rank is to go on with."""
+    """The controller's state with the records for this rank to continue from."""
     if own:
         return with_records(shared["controller"], own["records"])
     needed = sorted({rank for ranks in shared["record_ranks"].values() for rank in ranks})
@@ -193,7 +193,7 @@ def _check_model(folder: Path, tensors: Mapping[str, Tensor], properties: Proper
 
 
 def _properties(folder: Path) -> Properties:
-    """Whole shape and dtype of every tensor in the checkpoint."""
+    """The whole shape and dtype of every tensor in the checkpoint."""
     if not (folder / METADATA).is_file():
         raise ValueError(f"{folder} is not a whole checkpoint: it has no {METADATA}")
     try:
@@ -209,7 +209,7 @@ def _properties(folder: Path) -> Properties:
 
 
 def _to_bytes(name: str, value: Any) -> Tensor:
-    """uint8; ValueError for what could not be read back."""
+    """`value` as uint8; ValueError if it could not be read back."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
@@ -220,7 +220,7 @@ def _to_bytes(name: str, value: Any) -> Tensor:
 
 
 def _read_bytes(folder: Path, properties: Properties, name: str) -> dict[str, Any]:
-    """The value of one of the tensors of bytes, read by this rank alone."""
+    """The value of one tensor of bytes, read by this rank alone."""
     if name not in properties:
         raise ValueError(f"checkpoint {folder} is not whole: it has no {name!r}")
     packed = torch.empty(properties[name][0], dtype=torch.uint8)
@@ -233,13 +233,13 @@ def _read_bytes(folder: Path, properties: Properties, name: str) -> dict[str, An
 def _make_temporary(folder: Path, temporary: Path) -> None:
     if folder.exists():
         raise ValueError(f"checkpoint {folder} exists already: a checkpoint is never overwritten")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed save
     temporary.mkdir(parents=True)
 
 
 @contextmanager
 def _torch_messages(what: str) -> Iterator[None]:
-    """Torch's account of what went wrong on which rank as a RuntimeError; its warnings about one process are silent."""
+    """Turn torch's errors into a RuntimeError that names the failed rank; silence its warnings about one process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -251,7 +251,7 @@ def _torch_messages(what: str) -> Iterator[None]:
 
 @contextmanager
 def _agreed() -> Iterator[None]:
-    """What fails on one rank fails on all, with its message: none goes on to wait for it."""
+    """Raise one rank's error on all ranks, so that none waits for it."""
     failure: Exception | None = None
     try:
         yield

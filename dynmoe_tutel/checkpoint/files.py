@@ -1,9 +1,9 @@
-"""Run checkpoints on disk, and reading weights that others wrote.
+"""Writes and reads run checkpoints, and reads weights that others wrote.
 
-A checkpoint is a folder of two files: `tensors.safetensors` and `state.json`. The JSON holds the nested state
-with a reference where a tensor stood, and the size and SHA-256 of the tensor file, so that a truncated or foreign
-pair is refused. The folder is written under a temporary name, synced to disk, then renamed: a reader sees a whole
-checkpoint or none. Safetensors is imported when a checkpoint is read or written.
+A checkpoint is a folder of two files: `tensors.safetensors` and `state.json`. The JSON holds the nested state with
+references to tensors, and the size and SHA-256 of the tensor file, so that a truncated or mismatched pair is refused.
+The folder is written under a temporary name, synced to disk, then renamed: a reader sees a whole checkpoint or none.
+Safetensors is imported when a checkpoint is read or written.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def write_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any]) -
     """Write `state` as the checkpoint `folder`, atomically: after an error or a kill `folder` is absent or whole.
 
     `state` is nested dicts (keys: str or int), lists, tuples, tensors (dense, any dtype and device), str, int,
-    float, bool and None. Raises ValueError for anything else and where `folder` exists already; OSError (no
-    space, no permission) passes through after the temporary files are gone.
+    float, bool and None. Raises ValueError for anything else or if `folder` exists; after an OSError (no space, no
+    permission) the temporary files are removed.
     """
     folder = Path(folder)
     if folder.exists():
@@ -69,7 +69,7 @@ def write_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any]) -
 def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The state that `write_checkpoint` wrote, bit for bit, its tensors on the CPU.
 
-    Raises ValueError that names the file where one is missing, truncated, damaged or of another format.
+    Raises ValueError, naming the file, if one is missing, truncated, damaged or of another format.
     """
     folder = Path(folder)
     head = _read_head(folder)
@@ -98,8 +98,8 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The named tensors of a safetensors file or of a torch file (read with `weights_only=True`), on the CPU.
 
-    A state dict under a usual name ("model", "state_dict", "module", ...) is found. Raises ValueError where the
-    file is missing, truncated, foreign, needs arbitrary Python objects, or holds no named tensors.
+    Finds a state dict under a usual name ("model", "state_dict", "module", ...). Raises ValueError if the file is
+    missing, truncated, foreign, needs arbitrary Python objects, or holds no named tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,9 +107,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             tensors: dict[str, Tensor] = _safetensors().load(path.read_bytes())
-        except Exception as error:  # safetensors has one error type, of its compiled module
+        except Exception as error:  # safetensors' error type is in its compiled module
             raise ValueError(f"{path} is not a readable safetensors file (truncated or foreign): {error}") from error
-        return dict(sorted(tensors.items()))  # it gives them in no order
+        return dict(sorted(tensors.items()))  # safetensors gives no order
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -146,7 +146,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the folder's entries are on the disk, where the system can do that to folders."""
+    """Wait until the folder's entries are on the disk, if the system can sync folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -181,13 +181,13 @@ def _read_head(folder: Path) -> dict[str, Any]:
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of `value`; its tensors go to `tensors` under their path in the tree."""
+    """The JSON form of `value`; its tensors go to `tensors` under their path in the tree."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        while name in tensors:  # two paths may read alike: "a/b", and "b" in "a"
+        while name in tensors:  # two paths may look alike: "a/b", and "b" in "a"
             name += "'"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"$tensor": name}

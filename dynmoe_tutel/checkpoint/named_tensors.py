@@ -1,6 +1,6 @@
-"""Tensors of a model and its optimizers by names and shapes that know of no rank, for `distributed`.
+"""Tensors of a model and its optimizers under names and whole shapes without ranks, for `distributed`.
 
-Expert tensors that ranks divide are DTensors over the layer's group, sharded by slots; everything else is replicated.
+Expert tensors divided over ranks are DTensors over the layer's group, sharded by slots; all others are replicated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..experts import CustomExperts
 
 
 class ShardedState:
-    """The state of `model` and `optimizers`, to be saved or to be loaded into.
+    """The state of `model` and `optimizers`, to save or to load into.
 
-    Raises ValueError where an optimizer holds parameters that are not the model's, where experts are of a kind whose
-    tensors slots do not divide, or where a state dict holds anything but tensors.
+    Raises ValueError if an optimizer holds parameters that are not the model's, if expert tensors cannot be divided by
+    slots, or if a state dict holds anything but tensors.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -31,7 +31,7 @@ class ShardedState:
         self._mesh = _expert_meshes(model)
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """`model.<name>` of parameters and persistent buffers: the tensors themselves, detached."""
+        """Parameters and persistent buffers by `model.<name>`: the tensors themselves, detached."""
         found: dict[str, Tensor] = {}
         for name, value in self._model.state_dict(keep_vars=True).items():
             if not isinstance(value, Tensor):
@@ -40,7 +40,7 @@ class ShardedState:
         return found
 
     def optimizer_tensors(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """`optimizer.<i>.<name>.<key>` of state tensors, and what else an optimizer's state dict has, by names."""
+        """State tensors by `optimizer.<i>.<name>.<key>`, and the rest of each optimizer's state dict, by names."""
         found: dict[str, Tensor] = {}
         others: list[dict[str, Any]] = []
         for number, optimizer in enumerate(self._optimizers):
@@ -62,10 +62,10 @@ class ShardedState:
     def optimizer_buffers(
         self, saved: list[dict[str, Any]], properties: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Empty tensors for what a checkpoint has, and the state dicts, for `load_state_dict`, that hold them.
+        """Empty tensors for the checkpoint's state, and the state dicts, for `load_state_dict`, that hold them.
 
         `saved` is the second part of `optimizer_tensors`, `properties` the whole shape and dtype of each saved tensor.
-        ValueError where the optimizers have other parameters, groups or shapes.
+        Raises ValueError if the optimizers have other parameters, groups or shapes.
         """
         if len(saved) != len(self._optimizers):
             raise ValueError(
@@ -107,7 +107,7 @@ class ShardedState:
             ) from None
 
     def _whole(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """What belongs to a parameter, as the whole of which this rank has its slots."""
+        """A parameter-shaped tensor as the whole DTensor of which this rank holds its slots."""
         mesh = self._mesh.get(id(parameter))
         if mesh is None or tensor.dim() == 0:
             return tensor
@@ -121,13 +121,13 @@ class ShardedState:
     def _empty(
         self, name: str, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """A tensor of this rank for one saved with that whole shape, and the whole that it is part of."""
+        """An empty tensor for this rank's part of a saved one of whole shape `shape`, and the whole tensor."""
         if not shape:
-            return (own := torch.empty((), dtype=dtype)), own  # a step count: torch keeps it on the CPU
+            return (own := torch.empty((), dtype=dtype)), own  # a step count, which torch keeps on the CPU
         mesh = self._mesh.get(id(parameter))
         ranks = 1 if mesh is None else mesh.size()
         whole = [parameter.shape[0] * ranks, *parameter.shape[1:]]
-        # factored state has 1 in the place of an axis
+        # factored state has size 1 along an axis
         if len(shape) != len(whole) or any(n not in (1, most) for n, most in zip(shape, whole, strict=True)):
             raise ValueError(f"{name}: the checkpoint has {list(shape)}, the parameter is {whole} over its ranks")
         if isinstance(parameter, DTensor):
@@ -144,7 +144,7 @@ def _check_names(where: str, saved: Any, own: Any) -> None:
 
 
 def _expert_meshes(model: nn.Module) -> dict[int, DeviceMesh]:
-    """The mesh over which an expert parameter is divided by slots, by the id of the parameter."""
+    """For each divided expert parameter, by id, the mesh over which its slots are divided."""
     meshes: dict[int, DeviceMesh] = {}
     for name, layer in _divided_layers(model):
         place = layer.placement

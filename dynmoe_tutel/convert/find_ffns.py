@@ -1,9 +1,9 @@
-"""Dense FFNs of a host model, found by structure: down(act(up(x))), or down(act(gate(x)) * up(x)).
+"""Finds the dense FFNs of a host model by structure: down(act(up(x))), or down(act(gate(x)) * up(x)).
 
-A candidate is a module whose direct children hold two or three linear maps (nn.Linear, or Conv1D of transformers) of
-fitting shapes, or, as in BERT, a module with the first linear map beside one with the second. Whether it computes just
-that is tried on a few random tokens, in evaluation and in training: what also normalises, scales, routes or drops out
-elsewhere is no FFN.
+A candidate is a module whose direct children include two or three linear maps (nn.Linear, or Conv1D of transformers)
+of fitting shapes, or, as in BERT, a module with the first linear map next to one with the second. A trial on a few
+random tokens, in eval and in training, checks that it computes just that: a module that also normalises, scales,
+routes or drops out elsewhere is no FFN.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, Ke
 
 @dataclass
 class DenseFFN:
-    """One FFN of a model; weights are read as [out, in], whatever the module stores."""
+    """One FFN of a model; weights are read as [out, in], however the module stores them."""
 
-    name: str  # of the module in whose place an MoE layer goes
+    name: str  # of the module that an MoE layer replaces
     module: nn.Module
     up: nn.Module
     down: nn.Module
-    gate: nn.Module | None  # of a gated FFN: its product goes through the activation
+    gate: nn.Module | None  # gated FFNs: the linear map before the activation
     activation: Callable[[Tensor], Tensor]
     dropout: float  # between the activation and `down`
-    last_dropout: float  # behind `down`, where `module` has one
+    last_dropout: float  # after `down`, if `module` has one
     down_owner: tuple[str, str] | None = (
-        None  # (name under the same parent, attribute) where `down` lies beside `module`
+        None  # (name under the same parent, attribute) if `down` is in a neighbour of `module`
     )
 
     @property
@@ -61,22 +61,22 @@ def is_linear(module: object) -> bool:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a replacement of the module would lose something: hooks (old weight_norm, pruning, offloading), a forward
-    of the instance's own, or a weight that is no plain parameter (sharded, quantised)."""
+    """Whether replacing the module would lose something: hooks (old weight_norm, pruning, offloading), an instance's
+    own forward, or a weight that is not a plain parameter (sharded, quantised)."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     weight = getattr(module, "weight", None) if is_linear(module) else None
     return any(hooks) or "forward" in vars(module) or (weight is not None and type(weight) is not nn.Parameter)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """[out, in]; of a Conv1D a view."""
+    """The weight as [out, in]; for a Conv1D a view."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight if isinstance(linear, nn.Linear) else weight.t()
 
 
 def find_ffns(model: nn.Module) -> list[DenseFFN]:
-    """The FFNs of `model` in the order of its modules. What is altered, or has maps of a subclass, is left alone."""
+    """The FFNs of `model` in module order, without altered modules and subclasses of the linear maps."""
     found: list[DenseFFN] = []
     taken: set[int] = set()
     for name, module in model.named_modules():
@@ -90,7 +90,7 @@ def find_ffns(model: nn.Module) -> list[DenseFFN]:
 
 
 def why_not(model: nn.Module, name: str) -> str:
-    """What is at `name`, for a message."""
+    """Describe what `name` is instead of an FFN, for a message."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -112,7 +112,7 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 
 def _inside(name: str, module: nn.Module) -> DenseFFN | None:
-    """The FFN that is `module` itself."""
+    """The FFN inside `module`, if there is one."""
     linears = [child for child in _children(module) if is_linear(child)]
     if any(map(is_altered, [module, *linears])):
         return None
@@ -125,7 +125,7 @@ def _inside(name: str, module: nn.Module) -> DenseFFN | None:
 
 
 def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
-    """The FFN whose first half is `module` and whose second linear map lies in a neighbour, as in BERT."""
+    """The FFN whose first linear map is in `module` and whose second is in a neighbour, as in BERT."""
     linears = [child for child in _children(module) if is_linear(child)]
     if len(linears) != 1 or not name or any(map(is_altered, [module, *linears])):
         return None
@@ -145,7 +145,7 @@ def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
 
 
 def _orders(linears: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module | None, nn.Module]]:
-    """(up, gate, down) whose shapes fit."""
+    """Every (up, gate, down) with fitting shapes."""
     if len(linears) == 2:
         up, down = linears
         if weight_of(up).shape == weight_of(down).shape[::-1]:
@@ -159,7 +159,7 @@ def _orders(linears: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module | N
 
 
 def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
-    """What may be the activation: children that are neither linear nor dropout, functions in attributes "act..."."""
+    """Candidates for the activation: children that are neither linear nor dropout, functions in attributes "act..."."""
     passed = (nn.Dropout, nn.Identity, nn.LayerNorm)
     found: list[Callable[[Tensor], Tensor]] = [
         child for child in _children(module) if not is_linear(child) and not isinstance(child, passed)
@@ -170,7 +170,7 @@ def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
 
 
 def _dropouts(ffn: DenseFFN) -> tuple[float, float]:
-    """p of the dropouts that run in front of `down` and behind it, whatever the order of the children."""
+    """p of the dropouts before and after `down`, in order of execution."""
     called: list[nn.Module] = []
     hooks = [child.register_forward_pre_hook(lambda m, _: called.append(m)) for child in _children(ffn.module)]
     try:
@@ -188,7 +188,7 @@ def _dropouts(ffn: DenseFFN) -> tuple[float, float]:
 
 
 def _hidden(ffn: DenseFFN, x: Tensor) -> Tensor:
-    """What goes into `down`."""
+    """The input of `down`."""
     h = ffn.activation(ffn.up(x)) if ffn.gate is None else ffn.activation(ffn.gate(x)) * ffn.up(x)
     return F.dropout(h, ffn.dropout, ffn.module.training)
 
@@ -199,7 +199,7 @@ def _value(ffn: DenseFFN, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """In that mode and without gradients, every module's mode as it was afterwards."""
+    """Run the block in the given mode without gradients, then restore every module's mode."""
     modes = [(m, m.training) for m in module.modules()]
     module.train(training)
     try:
@@ -217,7 +217,7 @@ def _tokens(like: nn.Module, size: int) -> Tensor:
 
 
 def _computes(ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the FFN's module gives `expected` of a few random tokens, in training too; finds the dropouts."""
+    """Whether the module computes `expected` on a few random tokens, also in training; sets the FFN's dropouts."""
     if weight_of(ffn.up).is_meta:
         raise ValueError(f"{ffn.name!r} has its weights on the meta device: load the model before converting it")
     x = _tokens(ffn.up, ffn.model_dim)
@@ -227,15 +227,15 @@ def _computes(ffn: DenseFFN, expected: Callable[[Tensor], Tensor]) -> bool:
                 return False
         ffn.dropout, ffn.last_dropout = _dropouts(ffn)
         if x.device.type not in ("cpu", "cuda"):
-            return True  # not every device gives its random state back
-        with _mode(ffn.module, training=True):  # dropouts elsewhere or of another kind give other numbers
+            return True  # other devices cannot always restore their random state
+        with _mode(ffn.module, training=True):  # other dropouts give other numbers
             return _same(_drawn(lambda: ffn.module(x.clone()), x.device), _drawn(lambda: expected(x), x.device))
     except _REFUSALS:  # another signature, other shapes: not an FFN
         return False
 
 
 def _drawn(compute: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The result with always the same random numbers; the caller's random state is put back."""
+    """The result under a fixed seed; the caller's random state is restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(0)
         if device.type == "cuda":
@@ -244,7 +244,7 @@ def _drawn(compute: Callable[[], Tensor], device: torch.device) -> Tensor:
 
 
 def _starts_with(neighbour: nn.Module, attribute: str, H: int, D: int) -> bool:
-    """Whether `neighbour` is its linear map first, and what follows it (residual, normalisation) after."""
+    """Whether `neighbour` applies its linear map first, before residual and normalisation."""
     linear = getattr(neighbour, attribute)
     h, residual = _tokens(linear, H), _tokens(linear, D)
     try:
@@ -266,7 +266,7 @@ def _same(got: object, expected: Tensor) -> bool:
 
 
 def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name of `kernels.ACTIVATIONS` that is this function of one number, to 1e-6 on [-9, 9]; None for others."""
+    """The name in `kernels.ACTIVATIONS` of the same scalar function, to 1e-6 on [-9, 9]; None if there is none."""
     known = activation_name(activation)
     if known is not None or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
         return known
@@ -283,7 +283,7 @@ def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 class DropoutAfter(nn.Module):
-    """An activation with dropout behind it, as a host's FFN has it between its linear maps."""
+    """An activation followed by dropout, as in a host's FFN between its linear maps."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor], p: float) -> None:
         super().__init__()

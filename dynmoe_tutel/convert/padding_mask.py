@@ -1,9 +1,9 @@
-"""Attention masks of a host model reach its MoE layers: padding is no token there.
+"""Passes the attention mask of a host model to its MoE layers as `token_mask`, so that they skip padding.
 
-The module that is nearest above a layer and takes `attention_mask` beside `input_ids` or `inputs_embeds` keeps the mask
-of the forward under way (the decoder of a T5 its own, not the encoder's); a hook on the layer hands it on as
-`token_mask`. It is kept for the backward, so that recomputes of gradient checkpointing see it: run the backward before
-the next forward, as training loops do.
+A hook keeps the mask on the nearest module above a layer that takes `attention_mask` beside `input_ids` or
+`inputs_embeds` (in T5, the decoder's own mask, not the encoder's); a hook on the layer passes it on. The mask is kept
+for the backward, for recomputes of gradient checkpointing: run the backward before the next forward, as training loops
+do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MASK, _INPUTS = "attention_mask", ("input_ids", "inputs_embeds")
 
 
 class _Mask:
-    """The mask of the last forward of a module, [B, L] bool, or None."""
+    """The mask of a module's last forward, [B, L] bool, or None."""
 
     def __init__(self) -> None:
         self.tokens_BL: Tensor | None = None
@@ -31,7 +31,7 @@ class _Mask:
 
 
 class _Keep:
-    """Forward pre-hook of the module that is given the mask."""
+    """Forward pre-hook of the module that takes the mask: keeps it."""
 
     def __init__(self, mask: _Mask) -> None:
         self.mask = mask
@@ -47,19 +47,19 @@ class _Keep:
             return
         B, L = shape
         if mask.shape[0] in (1, B) and mask.shape[1] >= L:
-            real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask is of the past too
+            real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask covers past tokens too
             self.mask.tokens_BL = real.expand(B, L)
 
 
 def _real(mask: Tensor) -> Tensor:
-    """bool, True at tokens: where a mask is not 0, or, where one is added to scores (none positive), where it is 0."""
+    """bool, True at tokens: where the mask is not 0, or, for additive masks (no positive value), where it is 0."""
     if not mask.is_floating_point() or mask.numel() == 0:
         return mask != 0
     return (mask == 0) == (mask.max() <= 0)  # without waiting for the device
 
 
 class _Over:
-    """Forward hook of the module that is given the mask."""
+    """Forward hook of the module that takes the mask: ends its use, except in the backward."""
 
     def __init__(self, mask: _Mask) -> None:
         self.mask = mask
@@ -69,7 +69,7 @@ class _Over:
 
 
 class _HandOn:
-    """Forward pre-hook of a layer: `token_mask` where the mask is one of its tokens."""
+    """Forward pre-hook of a layer: passes the mask as `token_mask` if its shape fits the tokens."""
 
     def __init__(self, mask: _Mask) -> None:
         self.mask = mask
@@ -85,7 +85,7 @@ class _HandOn:
 
 
 def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Hand the host's `attention_mask` [B, L] (0: padding) to `layers`, where a module above them takes one."""
+    """Pass the host's `attention_mask` [B, L] (0: padding) to those `layers` that have a module above taking one."""
     names = {id(module): name for name, module in model.named_modules()}
     for layer in layers:
         host = _host(model, names[id(layer)])
@@ -100,7 +100,7 @@ def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
 
 
 def forget_padding_of(model: nn.Module) -> None:
-    """Take the hooks of `mask_padding_of` away from all modules but the layers."""
+    """Remove the hooks of `mask_padding_of` from all modules but the layers."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _Keep):
@@ -113,7 +113,7 @@ def forget_padding_of(model: nn.Module) -> None:
 
 
 def _host(model: nn.Module, name: str) -> nn.Module | None:
-    """The nearest module above `name` whose forward takes a mask beside tokens; else the outermost that takes one."""
+    """The nearest module above `name` whose forward takes a mask and tokens; else the outermost that takes a mask."""
     outermost = None
     while name:
         name = name.rpartition(".")[0]
@@ -128,5 +128,5 @@ def _host(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _parameters(module: nn.Module) -> list[str]:
-    """The names of the arguments of the module's forward, in order."""
+    """The argument names of the module's forward, in order."""
     return list(inspect.signature(module.forward).parameters)

@@ -1,7 +1,7 @@
-"""Dense models to mixtures of experts and back: `convert`, `revert`, and `aux_loss` for the training loop.
+"""Turns dense models into mixtures of experts and back: `convert`, `revert`, and `aux_loss` for the training loop.
 
-An FFN that `find_ffns` finds is replaced by the `MoELayer` that `weights` makes of it; the host's forwards keep
-their signatures. Transformers and timm need not be there.
+`find_ffns` finds the FFNs, `weights` makes a `MoELayer` of each; the host's forwards keep their signatures.
+Transformers and timm need not be installed.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ def convert(
     Args:
         layers: which FFNs, counted in the model's order from 0: indices (negative from the end), names (of an FFN or of
             a block that holds one), "all", "every_other" (1, 3, 5, ...) or "last_two" (GMoE's: n - 4 and n - 2).
-        recipe: "gmoe": every slot is a copy of the FFN. Right after, each routed token gets what the dense model gave
-            it, to rounding (not with a fixed-k gate of k = 1, which multiplies by its score, as Tutel's). "emoe": the
-            neurons are divided among the slots; a token that activates all of them with equal weights (top-any gates,
-            `one_score_gate`) gets what the dense model gave it. Where a token's weights sum to 1 (all gates but
-            `one_score_gate`), the second weights are multiplied by slots / expert_repeat for that, and every expert has
-            the whole second bias; with `one_score_gate` they are divided by expert_repeat and the bias by k.
-        gate_type: of `MoELayer`; a name, or a dict such as ``{"type": "top_any", "max_expert_num": 16}``.
-        num_experts: active at start.
+        recipe: "gmoe": every slot is a copy of the FFN. Right after conversion, each routed token gets the dense
+            model's output up to rounding (not with a fixed-k gate of k = 1, which multiplies by its score, as in
+            Tutel). "emoe": the slots divide the neurons; a token that activates all slots with equal weights (top-any
+            gates, `one_score_gate`) gets the dense output. To that end, if a token's weights sum to 1 (all gates but
+            `one_score_gate`), the second weights are multiplied by slots / expert_repeat, and every expert has the
+            whole second bias; with `one_score_gate` they are divided by expert_repeat and the bias by k.
+        gate_type: as for `MoELayer`: a name, or a dict such as ``{"type": "top_any", "max_expert_num": 16}``.
+        num_experts: number of experts active at start.
         split: how emoe divides neurons: "kmeans" (balanced clusters of the first weights' unit rows; extra ``[emoe]``),
             "random", "contiguous".
-        expert_repeat: emoe: experts that each neuron belongs to; slot e takes the clusters e, e + 1, ... (mod slots).
+        expert_repeat: emoe: number of experts for each neuron; slot e takes the clusters e, e + 1, ... (mod slots).
         key_gate: start the router from the mean of each expert's first weights; default: emoe with a gate "top".
-        moe_dropout: dropout behind the activation instead of the host's.
-        mask_padding: tokens where the host is given ``attention_mask`` 0 reach no expert, record or loss.
-        seed: of the random split and of k-means.
+        moe_dropout: dropout after the activation, instead of the host's.
+        mask_padding: tokens whose ``attention_mask`` in the host's call is 0 reach no expert, record or loss.
+        seed: for the random split and k-means.
         experts: `recompute` and `engine` of the expert networks.
         layer_options: further arguments of `MoELayer` (capacity, aux_losses, one_score_gate, ...).
 
-    Activation, dropout, dtype, device and mode are the host's. ValueError where a layer has no FFN, with what is there
-    instead, and for options that do not fit; the model is then as it was.
+    Activation, dropout, dtype, device and mode are the host's. Raises ValueError, and leaves the model unchanged, if a
+    chosen layer has no FFN (the message says what is there) or options do not fit.
     """
     refuse_no_module(model)
     recipe = _one_of("recipe", recipe, RECIPES)
@@ -107,11 +107,11 @@ def convert(
 
 
 def revert(model: nn.Module, expert: int | str | None = None) -> nn.Module:
-    """Put dense FFNs back in the place of every layer that `convert` made, in place; returns `model`.
+    """Replace every layer that `convert` made by a dense FFN, in place; returns `model`.
 
-    emoe: each neuron goes back to its place (the mean of its copies), bit for bit where nothing was trained; ValueError
-    where experts were grown or pruned. gmoe: the one FFN that all active experts are, bit for bit; where they differ,
-    ValueError unless `expert` says which: a slot, or "mean" (of the active experts; a dense model near the MoE's).
+    emoe: each neuron returns to its place (the mean of its copies), bit for bit if nothing was trained; ValueError if
+    experts were grown or pruned. gmoe: the FFN that all active experts equal, bit for bit; if they differ, ValueError
+    unless `expert` chooses: a slot, or "mean" (of the active experts: a dense model near the MoE's).
     """
     refuse_no_module(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer) and hasattr(m, "_origin")]
@@ -127,10 +127,10 @@ def revert(model: nn.Module, expert: int | str | None = None) -> nn.Module:
 
 
 def aux_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
-    """`weight` times the sum of the MoE layers' weighted auxiliary losses of their last forward: 0-dim fp32.
+    """`weight` times the sum of the MoE layers' weighted auxiliary losses in their last forward: 0-dim fp32.
 
-    Add it once a step to the task's loss. A layer that ran several times in a step counts with its last run; recomputes
-    of gradient checkpointing are no runs. ValueError where the model has no MoE layer or none has run.
+    Add it once a step to the task's loss. Only the last run of a layer in a step counts; recomputes of gradient
+    checkpointing are no runs. Raises ValueError if the model has no MoE layer or none has run.
     """
     refuse_no_module(model, wrapped=True)
     layers = [m for m in model.modules() if isinstance(m, MoELayer)]
@@ -147,7 +147,7 @@ def aux_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
 
 
 def refuse_no_module(model: object, wrapped: bool = False) -> None:
-    """ValueError unless `model` is a module; `wrapped`: DistributedDataParallel may be around it."""
+    """ValueError unless `model` is a module; `wrapped` allows DistributedDataParallel around it."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not wrapped and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -155,9 +155,6 @@ def refuse_no_module(model: object, wrapped: bool = False) -> None:
             "model is in DistributedDataParallel, which would never average the gradients of parameters that come "
             "later: convert or revert it before it is wrapped"
         )
-
-
-# Which
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -190,7 +187,7 @@ def _chosen(model: nn.Module, layers: str | int | Sequence[int | str]) -> list[D
 
 
 def _unshared(model: nn.Module, chosen: list[DenseFFN]) -> list[DenseFFN]:
-    """The same; ValueError where a linear map of one is used outside it too, and would be gone there."""
+    """Return `chosen`; ValueError if a linear map of an FFN is also used outside it and would be lost there."""
     for ffn in chosen:
         own = {id(module) for module in ffn.module.modules()}
         if ffn.down_owner is not None:
@@ -241,7 +238,7 @@ def _install(model: nn.Module, ffn: DenseFFN, layer: MoELayer) -> None:
 
 
 def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> list[nn.Module]:
-    """Put `new` in every place of `old`; returns the modules that hold it."""
+    """Replace `old` by `new` everywhere; returns the modules that hold it."""
     places = _places(model, old)
     if not places:
         raise ValueError("the model itself is one FFN: put it into a module that holds it")
@@ -251,7 +248,7 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> list[nn.Modul
 
 
 def _places(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(parent, key) of every place of a module."""
+    """Every (parent, key) that holds a module."""
     return [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is wanted]
 
 

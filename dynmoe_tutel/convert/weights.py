@@ -1,6 +1,6 @@
-"""Weights of a dense FFN to the experts of a layer and back: copies ("gmoe"), or shares of the neurons ("emoe").
+"""Moves weights of a dense FFN to a layer's experts and back: copies ("gmoe") or shares of the neurons ("emoe").
 
-`layer_of` makes the layer, `dense_weights` reads an FFN out of one. What leads back is kept on the layer, as `Origin`.
+`layer_of` makes the layer, `dense_weights` reads an FFN out of one. The layer keeps an `Origin`, for the way back.
 No model is touched.
 """
 
@@ -22,27 +22,27 @@ from ..validation import flag, number, refuse_unknown
 from .find_ffns import DenseFFN, DropoutAfter, fused_name, weight_of
 
 _EXPERT_OPTIONS = ("recompute", "engine")
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 @dataclass
 class Origin:
-    """What `revert` needs: the replaced modules with their linear maps on the meta device, and which neuron went where.
+    """What `revert` needs: the replaced modules, with linear maps on the meta device, and where each neuron went.
 
-    Kept beside the module tree, so that neither state dicts nor parameter counts know it.
+    Kept outside the module tree, so that it is in no state dict or parameter count.
     """
 
     ffn: DenseFFN
-    neurons_EH: Tensor | None  # emoe: the dense neuron of each hidden unit
-    scale: float  # of the second weights
+    neurons_EH: Tensor | None  # emoe: each hidden unit's neuron in the dense FFN
+    scale: float  # factor on the second weights
     bias_scale: float
-    undo: list[Tensor | None]  # corrections in units of the last place, of `down`'s weight and bias, in their dtype
+    undo: list[Tensor | None]  # corrections to `down`'s weight and bias, in units of the last place of their dtype
     active: tuple[int, ...]  # emoe: slots active right after conversion
 
 
 @dataclass
 class Conversion:
-    """The arguments of `convert` that say what becomes of an FFN."""
+    """The arguments of `convert` that decide how an FFN becomes a layer."""
 
     recipe: str
     gate: dict[str, Any]
@@ -61,7 +61,7 @@ class Conversion:
 
 
 def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
-    """The layer with the FFN's weights in its slots. ValueError for options that do not fit the FFN."""
+    """A layer with the FFN's weights in its slots; ValueError if options do not fit the FFN."""
     refuse_unknown("experts", options.experts, _EXPERT_OPTIONS)
     up, down = weight_of(ffn.up), weight_of(ffn.down)
     gated = ffn.gate is not None
@@ -99,7 +99,7 @@ def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
-    """[out] or None."""
+    """The bias [out], or None."""
     return cast("Tensor | None", linear.bias)
 
 
@@ -109,7 +109,7 @@ def _activation(ffn: DenseFFN, options: Conversion) -> Callable[[Tensor], Tensor
 
 
 def _neurons(ffn: DenseFFN, options: Conversion) -> Tensor:
-    """The dense neuron of each hidden unit of each slot, [E, H repeat / E]."""
+    """The dense FFN's neuron for each hidden unit of each slot, [E, H repeat / E]."""
     E, H, repeat = options.slots, ffn.hidden, options.repeat
     if H % E:
         raise ValueError(
@@ -132,7 +132,7 @@ def _neurons(ffn: DenseFFN, options: Conversion) -> Tensor:
 
 
 def _balanced_clusters(rows_HD: Tensor, clusters: int, seed: int) -> Tensor:
-    """The cluster of each row, all of one size, [H]."""
+    """The cluster of each row, [H]; all clusters have the same size."""
     try:
         from k_means_constrained import KMeansConstrained
     except ImportError as error:
@@ -145,7 +145,7 @@ def _balanced_clusters(rows_HD: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _undo(weight: Tensor, scale: float) -> Tensor | None:
-    """What dividing `weight * scale` by `scale` misses, in units of the last place, int8; None where nothing."""
+    """The rounding error of `weight * scale / scale`, in units of the last place, int8; None if there is none."""
     if math.frexp(scale)[0] == 0.5:
         return None
     bits = _BITS[weight.dtype.itemsize]
@@ -190,7 +190,7 @@ def _fill(layer: MoELayer, ffn: DenseFFN, neurons_EH: Tensor | None, scale: floa
 
 
 def _freeze(layer: MoELayer, ffn: DenseFFN) -> None:
-    """What learnt in the FFN learns in the experts."""
+    """Give the experts the requires_grad of the FFN's parameters."""
     for role, source in _parts(ffn).items():
         parameter = getattr(layer.experts, layer.experts.dense_names.get(role, ""), None)
         if parameter is not None and source is not None:
@@ -199,7 +199,7 @@ def _freeze(layer: MoELayer, ffn: DenseFFN) -> None:
 
 @torch.no_grad()
 def _key_gate(layer: MoELayer, options: Conversion) -> None:
-    """EMoE's start of the router: the mean of each expert's first weights."""
+    """Start the router as EMoE does: from the mean of each expert's first weights."""
     kind = options.gate.get("type")
     wanted = (options.recipe == "emoe" and kind == "top") if options.key_gate is None else options.key_gate
     if not flag("key_gate", wanted):
@@ -221,7 +221,7 @@ def _key_gate(layer: MoELayer, options: Conversion) -> None:
 
 @torch.no_grad()
 def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[list[Tensor | None]]:
-    """[weight, bias] of up, gate (of a gated FFN) and down, weights as [out, in]."""
+    """[weight, bias] of up, gate (if the FFN is gated) and down, weights as [out, in]."""
     origin: Origin = layer._origin  # type: ignore[assignment]
     experts = layer.experts
     active = layer._used_slots().nonzero().flatten().tolist()
@@ -243,7 +243,7 @@ def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[
         rows, down_HD = [_gathered(t, units) for t in first], cast(Tensor, _gathered(second_w, units))
         bias = None if second_b is None else _mean(second_b[torch.tensor(origin.active, device=second_b.device)])
     same = second_w.dtype == weight_of(origin.ffn.down).dtype
-    undo_w, undo_b = origin.undo if same else (None, None)  # of another dtype, the last place is another one
+    undo_w, undo_b = origin.undo if same else (None, None)  # units of the last place hold for one dtype
     down_w = _unscaled(down_HD.t(), origin.scale, undo_w)
     down_b = None if bias is None else _unscaled(bias, origin.bias_scale, undo_b)
     pairs = [[rows[i], rows[i + 1]] for i in range(0, len(rows), 2)]
@@ -253,7 +253,7 @@ def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[
 def _expert_of(
     name: str, tensors: list[Tensor | None], active: list[int], expert: int | str | None
 ) -> Callable[[Tensor | None], Tensor | None]:
-    """What takes from [E, ...] the expert that is meant."""
+    """A function that takes the chosen expert, or the mean, from [E, ...]."""
     if expert == "mean":
         return lambda t: None if t is None else _mean(t[active])
     if expert is not None and expert not in active:
@@ -268,7 +268,7 @@ def _expert_of(
 
 
 def _mean(copies: Tensor) -> Tensor:
-    """The mean over the first dimension; of equal copies, the copy itself."""
+    """The mean over the first dimension; the copy itself, bitwise, if all copies are equal."""
     if all(torch.equal(copy, copies[0]) for copy in copies):
         return copies[0].clone()
     return copies.float().mean(dim=0).to(copies.dtype)

@@ -60,10 +60,10 @@ def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common
 def make_block(
     config: Mapping[str, Any], model_dim: int, slots: int, first: int, count: int, generator: torch.Generator
 ) -> Experts:
-    """Slots `first` to `first + count` of `slots`, drawn from `generator` as `make_experts` draws all of them.
+    """Build slots `first` to `first + count` of `slots`, with the same weights that `make_experts` draws for them all.
 
-    Custom experts: of a list of modules, one for each of all slots, this block; a class that makes one module a slot
-    makes them as of all slots; Tutel's kind draws its block from a seed of its own.
+    Custom experts: a list has a module for each of all slots, and this block is taken from it; a class that makes one
+    module a slot draws as for all slots; Tutel's kind draws its block from its own seed.
     """
     if config.get("type") == "custom":
         module = config.get("module")
@@ -75,6 +75,6 @@ def make_block(
             torch.randint(2**62, (1,), generator=generator, device="cpu")
         return make_experts(config, model_dim, count, generator=generator)
     experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))
-    for slot in range(first + count):  # those before the block are drawn over
+    for slot in range(first + count):  # earlier slots are drawn too, then overwritten
         experts.reset_slot(max(slot - first, 0), generator)
     return experts

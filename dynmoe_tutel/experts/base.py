@@ -1,4 +1,4 @@
-"""What every expert network is: a module from tokens and a `Routing` to expert rows, with per-slot surgery."""
+"""`Experts`, the base of all expert networks: from tokens and a `Routing` to expert rows, with slot surgery."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the inde
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """What a name in `experts["type"]` stands for: a class, and the keys of the dict; None: the class checks them."""
+    """What a name in `experts["type"]` means: a class and the dict's allowed keys; None: the class checks them."""
 
     cls: type[Experts]
     keys: frozenset[str] | None
@@ -29,7 +29,7 @@ X = TypeVar("X", bound="type[Experts]")
 
 
 def expert_kind(name: str, keys: Collection[str] | None) -> Callable[[X], X]:
-    """Register a class of expert networks as the kind `name`, with the keys that its dict may have."""
+    """Register a class of expert networks as the kind `name`, with the allowed keys of its dict."""
 
     def register(cls: X) -> X:
         EXPERT_KINDS[name] = ExpertKind(cls, None if keys is None else frozenset(keys))
@@ -52,20 +52,20 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Expert rows [rows, output_dim] for tokens [T, D]; `gate_A` [rows] from `routing.row_gates`.
 
-        `token_shape` is a token's as the layer was given it (its product is D), for modules that want it so.
+        `token_shape` is the shape of a token in the layer's input (its product is D), for modules that need it.
         """
         raise NotImplementedError
 
     def fuses(self, routing: Routing) -> bool:
-        """Whether `mean` does in one operation what `routing.row_gates`, these experts and `routing.combine` do."""
+        """Whether `mean` can do `routing.row_gates`, these experts and `routing.combine` in one operation."""
         return False
 
     def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
-        """The mean of each token's experts, [T, output_dim], where `fuses`."""
+        """The mean of each token's experts, [T, output_dim]; only if `fuses`."""
         raise NotImplementedError
 
     def compute_dtype(self, x_TD: Tensor) -> torch.dtype:
-        """autocast's dtype where it is on (fp64 stays), else that of the weights, as Tutel casts."""
+        """autocast's dtype if autocast is on (fp64 stays), else the weights' dtype, as in Tutel."""
         parameter = next(self.parameters(), None)
         dtype = x_TD.dtype if parameter is None else parameter.dtype
         device = x_TD.device.type
@@ -74,12 +74,12 @@ class Experts(nn.Module):
         return dtype
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
-        """The parameters that hold a slot, each with the index of its entries; all have the slots first."""
+        """The parameters that hold a slot, each with the index of its entries; axis 0 counts slots in all of them."""
         return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.local_slots,)]
 
     @torch.no_grad()
     def keep_slots(self, first: int, count: int) -> None:
-        """Become the `count` slots from `first` on, in new parameters."""
+        """Keep only the `count` slots from `first` on, in new parameters."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.shape[:1] == (self.local_slots,):
@@ -96,12 +96,12 @@ class Experts(nn.Module):
             parameter[index] = values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
 
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw a slot's weights anew from `generator`, by the law of the start."""
+        """Draw a slot's weights anew from `generator`, as at construction."""
         raise NotImplementedError
 
 
 def activation_function(name: str, value: Activation | str | None, default: Activation) -> Activation:
-    """The function that the option `name` means: a callable, or a name of `kernels.ACTIVATIONS`; else ValueError."""
+    """The function for the option `name`: a callable, or a name in `kernels.ACTIVATIONS`; else ValueError."""
     if isinstance(value, str):
         if value not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)

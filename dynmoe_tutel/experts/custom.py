@@ -1,4 +1,4 @@
-"""Experts of the user's own: one module a slot on its ragged rows, or Tutel's batched module on padded rows."""
+"""User-defined experts: one module a slot on its ragged rows, or Tutel's batched module on padded rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import Experts, SlotParameter, expert_kind
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertContext:
-    """What modules of Tutel's kind read of their layer in a forward; experts are counted by slots."""
+    """What modules of Tutel's kind read from their layer in a forward; its expert counts are slot counts."""
 
     model_dim: int
     num_global_experts: int
@@ -37,13 +37,13 @@ class CustomExperts(Experts):
 
     * a list of E modules, one a slot, each called with its rows [n_e, D];
     * a class or function that makes one such module (called E times with the remaining options);
-    * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D], made
-      from (model_dim, num_experts_per_device, sharded_count, its options). Its parameters of leading size E are the
-      slots; `ctx` is an `ExpertContext`.
+    * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D]. A
+      class gets (model_dim, num_experts_per_device, sharded_count, its options). Parameters whose first axis is E
+      hold the slots; `ctx` is an `ExpertContext`.
 
-    With a seed for experts, a class draws from it, slot by slot where it makes one module, on a forked random state.
+    With a seed for experts, a class draws from it on a forked random state, slot by slot if it makes one module a slot.
 
-    State dicts have the module's own names, as Tutel's: `experts.W`, or `experts.0.weight` of a list.
+    State dicts have the module's own names, as in Tutel: `experts.W`, or `experts.0.weight` for a list.
     Not for `torch.compile(fullgraph=True)`: row counts go to the host. Same results as the built-in kinds.
     """
 
@@ -92,7 +92,7 @@ class CustomExperts(Experts):
     def forward(
         self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Rows [rows, output_dim] times their gate."""
+        """Expert rows [rows, output_dim] times their gate values."""
         dtype = self.compute_dtype(x_TD)
         A = int(routing.num_assignments)
         rows = routing.dispatch(x_TD.to(dtype))[:A]
@@ -119,7 +119,7 @@ class CustomExperts(Experts):
         return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
 
     def _padded(self, rows_AD: Tensor, routing: Routing, token_shape: tuple[int, ...]) -> Tensor:
-        """Through [E, C, D], C the largest load, zeros behind an expert's rows."""
+        """Run the module on zero-padded rows [E, C, D], C the largest load."""
         places = PaddedRows(routing)
         E, C = places.num_experts, places.capacity
         context = ExpertContext(
@@ -133,7 +133,7 @@ class CustomExperts(Experts):
         return places.unpad(out.flatten(2))
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """The module's, without a name for it."""
+        """The module's state dict, without the prefix "module."."""
         return self.module.state_dict(*arguments, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):  # type: ignore[no-untyped-def]
@@ -148,7 +148,7 @@ class CustomExperts(Experts):
                 state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
     def keep_slots(self, first: int, count: int) -> None:
-        """Become the `count` slots from `first` on: those modules of a list, or new parameters of a batched one."""
+        """Keep only the `count` slots from `first` on: modules of a list, or new parameters of a batched module."""
         if isinstance(self.module, nn.ModuleList) and not self.padded:
             self.module = self.module[first : first + count]
             self.local_slots = count
@@ -156,13 +156,13 @@ class CustomExperts(Experts):
             super().keep_slots(first, count)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
-        """Of a list of modules, all parameters of the slot's; of a batched one, the slot's entries."""
+        """All parameters of the slot's module in a list; the slot's entries in a batched module."""
         if isinstance(self.module, nn.ModuleList) and not self.padded:
             return [(p, (...,)) for p in self.module[slot].parameters()]
         return super().slot_parameters(slot)
 
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Through the module's `reset_parameters()`, on a forked random state; ValueError where there is none."""
+        """Call the module's `reset_parameters()` on a forked random state; ValueError if it has none."""
         expert = self.module[slot] if isinstance(self.module, nn.ModuleList) else None
         modules = [m for m in expert.modules() if next(m.parameters(recurse=False), None) is not None] if expert else []
         if not modules or not all(callable(getattr(m, "reset_parameters", None)) for m in modules):
@@ -175,7 +175,7 @@ class CustomExperts(Experts):
 
 
 def takes_context(module: Any) -> bool:
-    """Whether forward is Tutel's forward(x, ctx), the second argument required and named so."""
+    """Whether forward is Tutel's forward(x, ctx): its second argument is required and named ctx."""
     cls = module if isinstance(module, type) else type(module)
     forward = getattr(cls, "forward", None)
     if forward is None or not issubclass(cls, nn.Module) or issubclass(cls, nn.ModuleList):
@@ -202,7 +202,7 @@ def _make_each(cls: Any, local_slots: int, options: dict[str, Any], generator: t
 def make_batched(
     cls: Any, model_dim: int, local_slots: int, options: dict[str, Any], sharded_count: int = 1
 ) -> nn.Module:
-    """Build Tutel's kind with those of its arguments that it takes; local_experts is an old name."""
+    """Build a module of Tutel's kind from the arguments that it takes; local_experts is an old name for one."""
     given = {
         "model_dim": model_dim,
         "num_experts_per_device": local_slots,

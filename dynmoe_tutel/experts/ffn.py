@@ -23,9 +23,9 @@ class FFNExperts(GroupedMLP):
     """E slots of D -> H -> output_dim.
 
     `batched_fc1_w` [E, H, D], `batched_fc1_bias` [E, H], `batched_fc2_w` [E, H, output_dim] (y = a @ w),
-    `batched_fc2_bias` [E, output_dim]; drawn as nn.Linear draws. `activation_fn` takes the pre-activations of all rows,
-    [rows, H]; the default is relu, as Tutel's. gelu, relu, silu (functions or modules) and the names of
-    `kernels.ACTIVATIONS` ("squared_relu" is one) run fused. `recompute` and `engine`: see `GroupedMLP`.
+    `batched_fc2_bias` [E, output_dim]; initialised like nn.Linear. `activation_fn` takes the pre-activations of all
+    rows, [rows, H]; the default is relu, as in Tutel. gelu, relu, silu (functions or modules) and the names in
+    `kernels.ACTIVATIONS` (such as "squared_relu") run fused. `recompute` and `engine`: see `GroupedMLP`.
     """
 
     dense_names: ClassVar[dict[str, str]] = {
@@ -87,16 +87,16 @@ class FFNExperts(GroupedMLP):
                 fill_uniform(parameter.detach()[slot], bound, generator)
 
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw a slot's weights anew, as nn.Linear draws."""
+        """Draw a slot's weights anew, like nn.Linear."""
         self._draw(slot, generator)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """As views in the order of the kernels."""
+        """Views in the kernels' order."""
         w1 = self.batched_fc1_w.transpose(1, 2)
         return w1, self.batched_fc1_bias, None, None, self.batched_fc2_w, self.batched_fc2_bias
 
     def mean_keys(self, value_norm_weighted: bool) -> Tensor:
-        """The mean over H of fc1_w, [E, D] fp32; or weighted by the norms of fc2_w's rows."""
+        """The mean of fc1_w over H, [E, D] fp32, optionally weighted by the norms of fc2_w's rows."""
         fc1_w = self.batched_fc1_w.float()
         if not value_norm_weighted:
             return fc1_w.mean(dim=1)

@@ -17,7 +17,7 @@ from .mlp import MLP_KEYS, GroupedMLP
 class LlamaFFNExperts(GroupedMLP):
     """E slots of D -> H -> D: `W_fc1`, `W_fc2` [E, D, H], `W_fc3` [E, H, D], N(0, 0.01^2) at start; silu by default.
 
-    `activation_fn`, `recompute` and `engine` as of `ffn` experts.
+    `activation_fn`, `recompute` and `engine` as for `ffn` experts.
     """
 
     dense_names: ClassVar[dict[str, str]] = {"gate": "W_fc1", "up": "W_fc2", "down": "W_fc3"}
@@ -56,12 +56,12 @@ class LlamaFFNExperts(GroupedMLP):
         self._draw(slot, generator)
 
     def dense_view(self, role: str) -> Tensor | None:
-        """As views [E, H, D]."""
+        """The weights as views [E, H, D]."""
         tensor = super().dense_view(role)
         return tensor.transpose(1, 2) if tensor is not None and role in ("gate", "up") else tensor
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """In the order of the kernels."""
+        """The weights in the kernels' order."""
         return self.W_fc1, None, self.W_fc2, None, self.W_fc3, None
 
     def extra_repr(self) -> str:

@@ -18,12 +18,12 @@ MLP_KEYS = ("hidden_size_per_expert", "activation_fn", "recompute", "engine")
 
 
 class GroupedMLP(Experts):
-    """The common forward of `ffn` and `llama_ffn`: fused where the activation is known, else by stages.
+    """The common forward of `ffn` and `llama_ffn`: fused if the activation is known, else in stages.
 
-    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2). The options that both share:
+    `weights()` gives (w1 [E, D, H], b1, w3 or None, b3, w2 [E, H, O], b2). Shared options:
 
-    * `recompute`: "none" keeps x and the pre-activations for the backward, "up" only x: the backward multiplies by the
-      first weights (and the gated ones) again, for the same gradients bit by bit. Needs an activation that runs fused.
+    * `recompute`: "none" keeps x and the pre-activations for the backward; "up" keeps only x, and the backward repeats
+      the first (and gated) products, with bitwise equal gradients. Needs an activation that runs fused.
     * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
       (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
     """
@@ -47,13 +47,13 @@ class GroupedMLP(Experts):
         self.recompute, self.engine = recompute, engine
 
     def dense_view(self, role: str) -> Tensor | None:
-        """What plays the `role` of `dense_names`, to read or fill: [E, H, ...], a row a neuron; "down_bias" [E, O]."""
+        """The tensor of a `role` in `dense_names`, to read or fill: [E, H, ...], a row a neuron; "down_bias" [E, O]."""
         name = self.dense_names.get(role)
         return None if name is None else getattr(self, name)
 
     @property
     def activation(self) -> str | None:
-        """The name of `activation_fn` where it runs fused, else None."""
+        """The name of `activation_fn` if it runs fused, else None."""
         return activation_name(self.activation_fn)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
@@ -65,7 +65,7 @@ class GroupedMLP(Experts):
         return learns and self.recompute == "none"
 
     def fuses(self, routing: Routing) -> bool:
-        """A top-any gate and an activation that the kernels know."""
+        """Whether the gate is top-any and the kernels know the activation."""
         return routing.router is not None and self.activation is not None and not self.skip_expert
 
     def mean(self, x_TD: Tensor, routing: Routing, combine_gradient: str) -> Tensor:
@@ -99,7 +99,7 @@ class GroupedMLP(Experts):
     def forward(
         self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Rows [rows, output_dim], those of fixed-k gates times their weights."""
+        """Expert rows [rows, output_dim]; for fixed-k gates times their weights."""
         dtype = self.compute_dtype(x_TD)
         apply_gate = routing.weights is not None
         x = x_TD.to(dtype)

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def gate_config(gate_type: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the caller's dict, or the dict that a string such as "Top2Gate", "GMGate8" or "top_any" stands for."""
+    """A copy of the caller's dict, or the dict for a string such as "Top2Gate", "GMGate8" or "top_any"."""
     if isinstance(gate_type, str):
         if match := re.fullmatch(r"Top(\d+)Gate", gate_type):
             return {"type": "top", "k": int(match[1])}
@@ -43,7 +43,7 @@ def gate_config(gate_type: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def max_experts(config: Mapping[str, Any], num_experts: int) -> int:
-    """Slots that the gate asks for: `max_expert_num`, by default the experts at start (64 for upstream's names)."""
+    """Number of slots for the gate: `max_expert_num`, by default the experts at start (64 for upstream's names)."""
     kind = _known(config)
     given = config.get("max_expert_num", kind.defaults.get("max_expert_num"))
     if given is None or (kind.keys is not None and "max_expert_num" not in kind.keys):
@@ -63,7 +63,7 @@ def gate_class(config: Mapping[str, Any]) -> type[Gate]:
 
 
 def combine_gradient_of(config: Mapping[str, Any]) -> str:
-    """The `combine_gradient` that the type's name stands for."""
+    """The default `combine_gradient` of the gate type."""
     return _known(config).combine_gradient
 
 

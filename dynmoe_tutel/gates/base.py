@@ -1,4 +1,4 @@
-"""What every gate is: a module from tokens to a `Routing`, with the auxiliary terms that it was asked for."""
+"""`Gate`, the base of all gates: a module from tokens to a `Routing` with auxiliary loss terms."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..validation import environment_number, number, positive_int, warn_once
 
 @dataclass(frozen=True)
 class GateType:
-    """What a name in `gate_type` stands for."""
+    """What a gate type's name means."""
 
     cls: type[Gate]
-    keys: frozenset[str] | None  # that the dict may have beside "type"; None: the class checks them
-    defaults: Mapping[str, Any]  # what the name sets where the dict does not
+    keys: frozenset[str] | None  # allowed in the dict beside "type"; None: the class checks them
+    defaults: Mapping[str, Any]  # used for keys that the dict lacks
     combine_gradient: str
 
 
@@ -35,9 +35,9 @@ def gate_type(
     defaults: Mapping[str, Any] | None = None,
     combine_gradient: str = "mean",
 ) -> Callable[[G], G]:
-    """Register a class of gates as the type `name`: of layers, of registered Tutel, of its stand-in.
+    """Register a gate class as the type `name`, for layers, for Tutel after `register()` and for its stand-in.
 
-    `keys` are those of the dict beside `COMMON_KEYS`; None: the class takes what it likes.
+    `keys` are allowed in the dict beside `COMMON_KEYS`; None: the class checks the keys.
     """
 
     def register(cls: G) -> G:
@@ -52,7 +52,7 @@ class Gate(nn.Module):
     """Base of all gates.
 
     `model_dim` D; `num_experts` active at start; `slots` E >= num_experts; `aux_names` the terms put in `Routing.aux`;
-    `capacity_factor` of the layer's forward, by default the environment's CAP_FACTOR, else 0: dropless.
+    `capacity_factor` the default of the layer's forward: environment variable CAP_FACTOR, else 0 (dropless).
     """
 
     adaptive: ClassVar[bool] = False  # can grow and prune experts
@@ -106,18 +106,18 @@ class Gate(nn.Module):
         top_k: int | None = None,
         token_mask: Tensor | None = None,
     ) -> Routing:
-        """Route tokens [T, D] of any float dtype; those where `token_mask` [T] is False are padding."""
+        """Route tokens [T, D] of any float dtype; tokens where `token_mask` [T] is False are padding."""
         raise NotImplementedError
 
     @classmethod
     def aux_weights(cls, is_gshard_loss: bool | None) -> dict[str, float]:
-        """The terms of l_aux and their weights that is_gshard_loss stands for; None: those of the gate's kind."""
+        """The weights of l_aux's terms for is_gshard_loss; None: the defaults of the gate's kind."""
         if is_gshard_loss is None:
             return dict(cls.default_aux)
         return {"gshard": 1.0} if is_gshard_loss else dict(cls.without_gshard)
 
     def freeze_keys(self) -> None:
-        """For one_score_gate: keys that only `update_one_score_gate` changes."""
+        """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
         raise ValueError(f"one_score_gate = True is for gates of type 'top', not for {type(self).__name__}")
 
     def active(self) -> Tensor:

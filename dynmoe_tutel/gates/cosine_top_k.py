@@ -18,7 +18,7 @@ from .top_k import FixedKGate
 
 @gate_type("cosine_top", ("k", "proj_dim", "init_t"))
 class CosineTopKGate(FixedKGate):
-    """logits = tau cos(P x, w_e), tau = exp(min(temperature, log 100)), starting at 1 / init_t.
+    """logits = tau cos(P x, w_e), tau = exp(min(temperature, log 100)), initially 1 / init_t.
 
     `cosine_projector` D -> proj_dim, `sim_matrix` [proj_dim, E], `temperature` [1].
     """

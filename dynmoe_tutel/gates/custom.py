@@ -1,4 +1,4 @@
-"""A gate of the user's own: a module that returns a `Routing`, or logits as Tutel's custom gates do."""
+"""A user-defined gate: a module that returns a `Routing`, or logits as Tutel's custom gates do."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .top_k import FixedKGate
 class CustomGate(FixedKGate):
     """Wraps `module`: an nn.Module, or a class or function that builds one from model_dim, num_global_experts, options.
 
-    Its forward takes tokens [T, D] in the dtype of its parameters (autocast is off) and returns either a `Routing` (any
-    assignment: `Routing.from_assignments`), or logits [T, E] that get softmax and top-k, with k from its attribute
-    `top_k` or from gate_type['k']. Auxiliary terms of a `Routing` are those in its `aux`; a missing GShard term is
-    computed from its scores.
+    The module's forward takes tokens [T, D] in the dtype of its parameters (autocast is off). It returns a `Routing`
+    (any assignment: `Routing.from_assignments`), or logits [T, E] for softmax and top-k, with k from the module's
+    `top_k` or gate_type['k']. A `Routing` brings its auxiliary terms in `aux`; a missing GShard term is computed from
+    its scores.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class CustomGate(FixedKGate):
         top_k: int | None = None,
         token_mask: Tensor | None = None,
     ) -> Routing:
-        """Route tokens [T, D] by the user's module, to which those where `token_mask` is False are zeros."""
+        """Route tokens [T, D] by the user's module; it sees zeros where `token_mask` is False."""
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), x_TD)
         result = self.module(x_TD.to(parameter.dtype))
         if isinstance(result, Routing):
@@ -97,7 +97,7 @@ class CustomGate(FixedKGate):
         return self.route_logits(result.to(gate_dtype(result)), capacity, top_k, token_mask)
 
     def _adopted(self, own: Routing, num_tokens: int, capacity: Capacity, token_mask: Tensor | None) -> Routing:
-        """The user's routing, checked, within the layer's capacity, with the auxiliary terms; theirs is not changed."""
+        """A checked copy of the user's routing, within the layer's capacity and with the auxiliary terms."""
         if own.num_experts != self.slots or own.num_tokens != num_tokens:
             raise ValueError(
                 f"the custom gate routed {own.num_tokens} tokens to {own.num_experts} experts; "
@@ -125,7 +125,7 @@ class CustomGate(FixedKGate):
 
 
 def _built(cls: Any, model_dim: int, slots: int, options: dict[str, Any]) -> nn.Module:
-    """The gate that `cls` makes; ValueError where it takes other arguments or makes something else."""
+    """The gate that `cls` makes; ValueError if it takes other arguments or makes no nn.Module."""
     given = {"model_dim": model_dim, "num_global_experts": slots, **options}
     try:
         inspect.signature(cls).bind(**given)

@@ -25,11 +25,11 @@ _UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
 @gate_type("gated_multi_gate", ("max_expert_num",), _UPSTREAM, "normalized")
 @gate_type("top_any", ("max_expert_num", "init_t"))
 class TopAnyGate(Gate):
-    """s[t,e] = sigmoid(tau cos(x_t, w_e)); e is activated where it is active and s[t,e] > sigmoid(tau G_e).
+    """s[t,e] = sigmoid(tau cos(x_t, w_e)); token t activates an active expert e if s[t,e] > sigmoid(tau G_e).
 
-    Tensors, by upstream's names: `sim_matrix` [D, E], its columns are w_e; `gates` [E], G; `experts_mask` [E] float
+    Tensors have upstream's names: `sim_matrix` [D, E], its columns are w_e; `gates` [E], G; `experts_mask` [E] float
     buffer, 1 where the slot is active; `temperature` [1], only with `init_t`: tau = exp(min(temperature, log 100)),
-    starting at 1 / init_t, else tau = 1. Source: arXiv 2405.14297, section 3.1.
+    initially 1 / init_t, else tau = 1. Source: arXiv 2405.14297, section 3.1.
 
     In training a token that passes no threshold is unrouted; in eval it takes its best active expert.
     """
@@ -69,12 +69,10 @@ class TopAnyGate(Gate):
             if common.get("capacity_factor"):
                 warn_once("gate_type['capacity_factor'] is ignored by upstream's gates: give it to the forward")
             self.capacity_factor = 0.0  # as upstream
-            # upstream's bits, without touching the global random state
+            # upstream's seed and bits, without touching the global random state
             generator = torch.Generator().manual_seed(1)
         self.sim_matrix = nn.Parameter(torch.empty(model_dim, slots))
-        if (
-            not self.sim_matrix.is_meta
-        ):  # drawn in fp32 on the CPU: qr has no half kernel, the generator no other device
+        if not self.sim_matrix.is_meta:  # in fp32 on the CPU: qr has no half kernel, and the generator is a CPU one
             w_ED = nn.init.orthogonal_(
                 torch.empty(slots, model_dim, dtype=torch.float32, device="cpu"), generator=generator
             )
@@ -104,7 +102,7 @@ class TopAnyGate(Gate):
         top_k: int | None = None,
         token_mask: Tensor | None = None,
     ) -> Routing:
-        """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` is ignored."""
+        """Route the tokens [T, D] where `token_mask` [T] is not False; `top_k` is ignored."""
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = gate_dtype(x_TD)
@@ -158,7 +156,7 @@ class TopAnyGate(Gate):
 
     @torch.no_grad()
     def permute_slots(self, order: list[int]) -> None:
-        """Slot i becomes what slot order[i] was."""
+        """Move the gate's entries of slot order[i] to slot i."""
         order_E = torch.tensor(order, device=self.experts_mask.device)
         for tensor, axis in ((self.sim_matrix, 1), (self.gates, 0), (self.experts_mask, 0)):
             tensor.copy_(tensor.index_select(axis, order_E))

@@ -1,4 +1,4 @@
-"""Fixed-k gates: a linear router with softmax scores, as Tutel's `top`; the baselines of the experiments."""
+"""Fixed-k gates: a linear router with softmax scores, like Tutel's `top`; baselines of the experiments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .base import Gate, gate_type
 
 
 class FixedKGate(Gate):
-    """Softmax over `logits(x)`, the k best experts of each token, weights normalised over them (k > 1).
+    """Softmax over `logits(x)`; each token takes its k best experts, with weights normalised over them (k > 1).
 
-    `one_score_gate` (EMoE's avg-k gate): the weights are 1 instead. In training, logits get normal noise of standard
+    With `one_score_gate` (EMoE's avg-k gate) the weights are 1. In training, logits get normal noise of standard
     deviation gate_noise / E.
     """
 
@@ -53,14 +53,14 @@ class FixedKGate(Gate):
         top_k: int | None = None,
         token_mask: Tensor | None = None,
     ) -> Routing:
-        """Route tokens [T, D], but those where `token_mask` [T] is False; `top_k` overrides k for this call."""
+        """Route the tokens [T, D] where `token_mask` [T] is not False; `top_k` overrides k for this call."""
         logits_TE = self.logits(x_TD.to(gate_dtype(x_TD)))
         return self.route_logits(logits_TE, capacity, top_k, token_mask)
 
     def route_logits(
         self, logits_TE: Tensor, capacity: Capacity, top_k: int | None, token_mask: Tensor | None = None
     ) -> Routing:
-        """Softmax, the k best, their weights, and the auxiliary terms, over the tokens that are no padding."""
+        """Softmax, top-k, weights and auxiliary terms, over the tokens that are not padding."""
         k = self.top_k if top_k is None else positive_int("top_k", top_k)
         if k > self.slots:
             raise ValueError(f"top_k = {k} is more than the {self.slots} experts: give at most {self.slots}")
@@ -108,12 +108,12 @@ class TopKGate(FixedKGate):
             fill_uniform(self.wg.weight, self.model_dim**-0.5, generator)
 
     def freeze_keys(self) -> None:
-        """For one_score_gate: keys that only `update_one_score_gate` changes."""
+        """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
         self.wg.weight.requires_grad_(False)
 
     @torch.no_grad()
     def set_keys(self, keys_ED: Tensor, momentum: float) -> None:
-        """`wg.weight` becomes momentum * itself + (1 - momentum) * `keys_ED`, made unit rows where tokens are."""
+        """Set `wg.weight` to momentum * itself + (1 - momentum) * `keys_ED`; unit rows if tokens are normalised."""
         if self.normalize_one_score_gate:
             keys_ED = F.normalize(keys_ED, dim=1)
         self.wg.weight.lerp_(keys_ED.to(self.wg.weight), 1 - momentum)

@@ -1,7 +1,7 @@
 """Callbacks that train a model's MoE layers inside another library's training loop.
 
-`dynmoe_tutel.integrations.transformers` and `dynmoe_tutel.integrations.lightning` each have a `DynMoECallback`;
-importing one imports its library, importing this package none.
+`dynmoe_tutel.integrations.transformers` and `dynmoe_tutel.integrations.lightning` each have a `DynMoECallback`.
+Importing one imports its library; importing this package imports neither.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def require(module: str, extra: str) -> Any:
-    """The module of that name; ImportError that names the extra which brings it, where it is not installed."""
+    """Import `module`; if it is not installed, ImportError that names the extra with it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The auxiliary loss of a model's MoE layers, put into the backward that the host runs anyway.
+"""Adds the gradient of the MoE layers' auxiliary loss to the backward that the host runs anyway.
 
-Each call of a layer in training gets the gradient of weight * l_aux at the layer's output. The loss that the host
-computes, scales and logs stays the task's alone, whichever way it is computed, and nothing is kept from one forward to
-the next: a layer that is called twice counts twice, one that is not called counts nothing.
+Each call of a layer in training adds the gradient of weight * l_aux at the layer's output. The loss that the host
+computes, scales and logs stays the task's alone. Nothing is kept between forwards: a layer that is called twice counts
+twice, a layer that is not called does not count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynmoe_tutel.layer import MoELayer
 
 
 class _WithGradient(torch.autograd.Function):
-    """y as it is; in the backward, a gradient of 1 for `term`, whatever the gradient of y is."""
+    """Returns y unchanged; in the backward, `term` gets a gradient of 1, independent of y's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, term: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _WithGradient(torch.autograd.Function):
 class AuxiliaryGradient:
     """Adds the gradient of `weight` * l_aux at the output of every call of the layers in training, until `close`.
 
-    `set_factor` says what the host does to its loss, so that the auxiliary loss is treated alike. The sums of l_aux
+    `set_factor` gives the host's scaling of its loss, which then applies to the auxiliary loss too. The sums of l_aux
     for the log stay on the layers' devices.
     """
 
@@ -42,7 +42,7 @@ class AuxiliaryGradient:
         self._factors = {
             device: torch.full((), weight, dtype=torch.float32, device=device) for device in devices.values()
         }
-        # by layer: l_aux, calls
+        # by layer: [sum of l_aux, calls]
         self._sums = {name: torch.zeros(2, dtype=torch.float32, device=device) for name, device in devices.items()}
         self._hooks = [
             layer.register_forward_hook(self._hook(name, self._factors[devices[name]]))
@@ -50,19 +50,19 @@ class AuxiliaryGradient:
         ]
 
     def set_factor(self, factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
-        """For the next forwards: the host multiplies its loss by `factor`, and by the scale of `scaler`."""
+        """Set the host's factor on its loss for the next forwards: `factor`, times the scale of `scaler`."""
         for value in self._factors.values():
             value.fill_(self.weight * factor)
             if scaler is not None:
                 value.copy_(scaler.scale(value))
 
     def close(self) -> None:
-        """Leave the layers as they were."""
+        """Remove the hooks from the layers."""
         for hook in self._hooks:
             hook.remove()
 
     def means(self) -> dict[str, float]:
-        """The mean unweighted l_aux of a call since `reset`, by layer, where there was one. Waits for the device."""
+        """By layer, the mean l_aux a call since `reset`, for layers that were called. Waits for the device."""
         read = {name: value.tolist() for name, value in self._sums.items()}
         return {name: total / calls for name, (total, calls) in read.items() if calls > 0}
 
@@ -72,7 +72,7 @@ class AuxiliaryGradient:
             value.zero_()
 
     def all_reduce(self, group: Any = None) -> None:
-        """Sum over the ranks of `group`, all of which must call it; nothing where torch.distributed is not in use."""
+        """Sum over the ranks of `group`, which must all call it; does nothing without torch.distributed."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             flat = torch.cat(list(self._sums.values()))
             dist.all_reduce(flat, group=group)
@@ -84,7 +84,7 @@ class AuxiliaryGradient:
         return {name: value.clone() for name, value in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums saved before."""
+        """Continue from saved sums."""
         for name, value in self._sums.items():
             value.copy_(state[name])
 

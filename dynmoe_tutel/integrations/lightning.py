@@ -1,8 +1,7 @@
 """`DynMoECallback` for `lightning.pytorch.Trainer`.
 
-A callback cannot replace the loss that `training_step` returns, so the gradient of the auxiliary loss is put in at the
-layers (`auxiliary_gradient`), with the factor that Lightning gives the loss. What is logged as the loss stays the
-task's.
+A callback cannot replace the loss that `training_step` returns, so the layers add the gradient of the auxiliary loss
+(`auxiliary_gradient`), with Lightning's factor on the loss. The logged loss stays the task's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# their parameters are not whole: no row is one expert's
+# they shard parameters, so that no row belongs to one expert
 _UNSERVED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -29,15 +28,14 @@ class DynMoECallback(MoECallback, Callback):
     """Trains the MoE layers of a LightningModule: `Trainer(callbacks=[DynMoECallback(schedule=300)])`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
-      training batch after which the optimizer (or several) stepped; `controller` and `events` are there once `fit` has
-      begun. A model whose gates all have a fixed k trains without one.
-    * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss and treated as Lightning treats the
-      loss: divided by `accumulate_grad_batches`, and under manual optimization not at all. Do not add it in
-      `training_step` as well.
-    * Where Lightning logs, `moe/<layer>/...` is logged too: what `MoETraining.scalars` gives.
-    * The state is in Lightning's checkpoints, under the callback's name: `fit(ckpt_path=...)` goes on bitwise, in the
-      middle of a record window too. A second `fit` of the same trainer goes on with the controller as it is
-      (Lightning makes new optimizers then).
+      training batch after which an optimizer stepped; `controller` and `events` exist once `fit` has begun. A model
+      whose gates all have a fixed k trains without a controller.
+    * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss. Like the loss, it is divided by
+      `accumulate_grad_batches`, but not under manual optimization. Do not add it in `training_step` as well.
+    * When Lightning logs, the callback logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.
+    * Lightning's checkpoints hold the state under the callback's name: `fit(ckpt_path=...)` resumes bitwise, even in
+      the middle of a record window. A second `fit` of the same trainer continues with the same controller state
+      (Lightning then makes new optimizers).
 
     Only training forwards are recorded, not those of validation, test, prediction or the sanity check. `fit` raises
     ValueError for a model without MoE layers and for FSDP, DeepSpeed and ModelParallel strategies; Lightning itself
@@ -47,7 +45,7 @@ class DynMoECallback(MoECallback, Callback):
     def __init__(self, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
         super().__init__(aux_weight, {"schedule": schedule, **options})
         self._state_to_load: dict[str, Any] | None = None
-        self._steps = 0  # Lightning's, when last looked
+        self._steps = 0  # trainer.global_step at the last look
         self._goes_on = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +53,7 @@ class DynMoECallback(MoECallback, Callback):
         refuse_without_layers(pl_module)
         state = self._state_to_load
         if state is None and self._training is not None and trainer.global_step > 0:
-            state = self._training.state_dict()  # the same trainer goes on
+            state = self._training.state_dict()  # a second fit of the same trainer
         self.close()
         self._training = MoETraining(pl_module, trainer.optimizers, self._aux_weight, self._options)
         self._goes_on = state is not None
@@ -84,7 +82,7 @@ class DynMoECallback(MoECallback, Callback):
         assert self._training is not None
         self._steps = trainer.global_step
         self._training.step()
-        if trainer._logger_connector.should_update_logs:  # as Lightning's own callbacks ask
+        if trainer._logger_connector.should_update_logs:  # the test of Lightning's own callbacks
             pl_module.log_dict(self._training.scalars())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,7 +92,7 @@ class DynMoECallback(MoECallback, Callback):
         self.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._state_to_load = None  # of a checkpoint that was only evaluated
+        self._state_to_load = None  # left over if a checkpoint was only evaluated
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._training is None else self._training.state_dict()
@@ -104,7 +102,7 @@ class DynMoECallback(MoECallback, Callback):
 
 
 def _refuse_unserved(trainer: Trainer) -> None:
-    """ValueError where the trainer does something under which the callback would do harm."""
+    """ValueError if the trainer uses a strategy under which the callback would do harm."""
     strategy = type(trainer.strategy).__name__
     if strategy in _UNSERVED_STRATEGIES:
         raise ValueError(f"trainer cannot be served by DynMoECallback: {strategy} splits the parameters of an expert")

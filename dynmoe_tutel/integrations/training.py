@@ -1,6 +1,6 @@
-"""What every host's callback does with a model's MoE layers while the host trains it: `MoECallback`, `MoETraining`.
+"""`MoECallback` and `MoETraining`: what the callbacks of all hosts share while a model trains.
 
-The controller, the gradient of the auxiliary loss and the scalars, with one state over all of them. Knows no host.
+One state covers the controller, the auxiliary loss's gradient and the scalars. Nothing here knows a host.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CONTROLLER_OPTIONS = tuple(inspect.signature(ExpertController).parameters)[2:] 
 
 
 def checked_options(aux_weight: float, options: Mapping[str, Any]) -> None:
-    """ValueError where `aux_weight` is no finite number, an option is none of `ExpertController`'s, or for a schedule
-    that is none."""
+    """ValueError if `aux_weight` is not a finite number of at least 0, an option is not one of `ExpertController`'s, or
+    the schedule is invalid."""
     if isinstance(aux_weight, bool) or not isinstance(aux_weight, int | float) or not 0 <= aux_weight < math.inf:
         raise ValueError(f"aux_weight must be a number of at least 0, got {aux_weight!r}")
     unknown = [name for name in options if name not in _CONTROLLER_OPTIONS]
@@ -37,7 +37,7 @@ def checked_options(aux_weight: float, options: Mapping[str, Any]) -> None:
 
 
 def refuse_without_layers(model: nn.Module) -> None:
-    """ValueError where the model has no MoE layer."""
+    """ValueError if the model has no MoE layer."""
     if not metrics.moe_layers(model):
         raise ValueError(
             f"model must have a dynmoe_tutel.MoELayer for DynMoECallback, got a {type(model).__name__} without one"
@@ -45,7 +45,7 @@ def refuse_without_layers(model: nn.Module) -> None:
 
 
 class MoECallback:
-    """What the callbacks of all hosts share: their options, and what there is to read of the last training."""
+    """The base of all hosts' callbacks: options, and access to the last training."""
 
     def __init__(self, aux_weight: float, options: Mapping[str, Any]) -> None:
         checked_options(aux_weight, options)
@@ -55,31 +55,31 @@ class MoECallback:
 
     @property
     def controller(self) -> ExpertController | None:
-        """The controller of the last training; None before one, and where every gate has a fixed k."""
+        """The controller of the last training; None before training, or if every gate has a fixed k."""
         return None if self._training is None else self._training.controller
 
     @property
     def events(self) -> list[ExpertEvent]:
-        """What grew and what was pruned, oldest first."""
+        """The grown and pruned experts, oldest first."""
         return [] if self.controller is None else self.controller.events
 
     def close(self) -> None:
-        """Leave the model's layers alone, as after training; only needed where the host could not say that it ended."""
+        """Detach from the model's layers, as after training; only needed if the host did not report its end."""
         if self._training is not None:
             self._training.close()
 
 
 class MoETraining:
-    """One training of one model, from the host's start of it until `close`.
+    """One training of one model, from its start until `close`.
 
-    The host's callback calls `set_factor` before the forwards of a step, `step` after each step of the optimizer, and
-    `scalars` where the host logs. A model whose gates all have a fixed k has no controller; the rest is the same.
+    The host's callback calls `set_factor` before the forwards of a step, `step` after each optimizer step, and
+    `scalars` when the host logs. A model whose gates all have a fixed k has no controller; the rest is the same.
     """
 
     controller: ExpertController | None
 
     def __init__(self, model: nn.Module, optimizer: Any, aux_weight: float, options: Mapping[str, Any]) -> None:
-        model = getattr(model, "_orig_mod", model)  # names without torch.compile's wrapper
+        model = getattr(model, "_orig_mod", model)  # keep torch.compile's prefix out of names
         refuse_without_layers(model)
         self.meter = metrics.RoutingMeter(model, training_only=True)
         self.auxiliary = AuxiliaryGradient(self.meter.layers, aux_weight)
@@ -99,19 +99,19 @@ class MoETraining:
         return None
 
     def set_factor(self, factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
-        """For the next forwards: the host multiplies a batch's mean loss by `factor`, and by the scale of `scaler`."""
+        """Set the host's factor on a batch's mean loss for the next forwards: `factor`, times the scale of `scaler`."""
         self.auxiliary.set_factor(factor, scaler)
 
     def step(self) -> None:
-        """Count one step of the optimizer."""
+        """Count one optimizer step."""
         if self.controller is not None:
             self._new_events += self.controller.step()
 
     def scalars(self) -> dict[str, float]:
-        """What the layers did in training since the last call, over all ranks, each of which must call it.
+        """Numbers of the layers' training since the last call, over all ranks; every rank must call it.
 
-        By layer: the numbers of `metrics.layer_scalars`, `aux` (mean unweighted l_aux), `grown` and `pruned`; and the
-        sum of `aux`. Waits for the device.
+        By layer: those of `metrics.layer_scalars`, `aux` (mean unweighted l_aux), `grown` and `pruned`; also the sum of
+        `aux`. Waits for the device.
         """
         for sums in (self.meter, self.auxiliary):
             sums.all_reduce(self._group)
@@ -130,14 +130,14 @@ class MoETraining:
         return {f"{PREFIX}/{name.lstrip('/')}": float(value) for name, value in values.items()}
 
     def close(self) -> None:
-        """Leave the model's layers alone; events and state stay to be read."""
+        """Detach from the model's layers; events and state can still be read."""
         self.meter.close()
         self.auxiliary.close()
         for layer in self.meter.layers.values():
             layer.end_record_routing()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed training needs, of every rank: all must call it. Tensors are copies on the CPU."""
+        """The state of all ranks for a resumed training; every rank must call it. Tensors are copies on the CPU."""
         own = _on_cpu(
             {
                 "controller": None if self.controller is None else self.controller.state_dict(),
@@ -152,9 +152,9 @@ class MoETraining:
         return {"ranks": ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`. ValueError where it does not fit the model.
+        """Continue from a `state_dict()`; ValueError if it does not fit the model.
 
-        With another number of ranks than it was written by, the open record window starts anew.
+        If another number of ranks wrote it, the open record window starts anew.
         """
         ranks = state.get("ranks")
         if not isinstance(ranks, list) or not ranks:

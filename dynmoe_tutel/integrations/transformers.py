@@ -1,9 +1,9 @@
 """`DynMoECallback` for `transformers.Trainer`.
 
-The Trainer scales its loss by the micro-batches of a step, by `num_items_in_batch`, or as a function or a subclass of
-the user's does, each with or without a GradScaler; and a callback cannot change a loss. So the gradient of the
-auxiliary loss is put in at the layers (`auxiliary_gradient`), divided by the number of micro-batches of the step, and
-`loss` in the log is the task's, comparable with a dense model's and with `eval_loss`.
+The Trainer scales its loss by micro-batches, by `num_items_in_batch`, or by the user's function or subclass, each with
+or without a GradScaler; and a callback cannot change a loss. So the layers add the gradient of the auxiliary loss
+(`auxiliary_gradient`), divided by the step's number of micro-batches. `loss` in the log is the task's: it compares
+with a dense model's and with `eval_loss`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "dynmoe"  # in every checkpoint-N
+FOLDER = "dynmoe"  # subfolder of every checkpoint-N
 STATE_KEY = "dynmoe_tutel"  # in trainer_state.json, under stateful_callbacks
 
 
@@ -34,18 +34,18 @@ class DynMoECallback(MoECallback, TrainerCallback):
     """Trains the MoE layers of a Trainer's model: `trainer.add_callback(DynMoECallback(trainer, schedule=300))`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
-      step of the optimizer; `controller` and `events` are there once training has begun. A model whose gates all have
-      a fixed k trains without one.
+      optimizer step; `controller` and `events` exist once training has begun. A model whose gates all have a fixed k
+      trains without a controller.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss, as the mean over the micro-batches
-      of a step and over the ranks; do not add it in the model as well. `loss` in the log is without it.
-    * Where the Trainer logs, it also logs `moe/<layer>/...`: what `MoETraining.scalars` gives.
-    * Every checkpoint-N gets a folder `dynmoe`, from which `trainer.train(resume_from_checkpoint=...)` goes on, bitwise
-      and in the middle of a record window too. A checkpoint that was moved is found where `output_dir` or
-      `TrainingArguments(resume_from_checkpoint=...)` says.
+      of a step and over the ranks; do not add it in the model as well. `loss` in the log does not include it.
+    * When the Trainer logs, it also logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.
+    * Every checkpoint-N gets a folder `dynmoe`, from which `trainer.train(resume_from_checkpoint=...)` resumes bitwise,
+      even in the middle of a record window. A moved checkpoint is looked up in `output_dir` and in
+      `TrainingArguments(resume_from_checkpoint=...)`.
 
     Only the Trainer's training forwards are recorded. Raises ValueError for a model without MoE layers, unknown
-    options, a second DynMoECallback, and for what it cannot serve: FSDP and DeepSpeed (their parameters are not whole),
-    DataParallel, and `enable_jit_checkpoint` (it writes checkpoints without asking callbacks).
+    options, a second DynMoECallback, and for unsupported training: FSDP and DeepSpeed (they shard parameters),
+    DataParallel, and `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
     """
 
     def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
@@ -66,14 +66,14 @@ class DynMoECallback(MoECallback, TrainerCallback):
         if state.global_step > 0:
             self._resume(args, state, self._training)
         self._session = uuid.uuid4().hex
-        # The Trainer tells nobody which folder it resumes from, but it restores this.
+        # The Trainer does not say which folder it resumes from, but it restores this.
         _stateful(state)[STATE_KEY] = {"session": self._session, "folder": str(_output_dir(args).absolute())}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._training is not None
-        micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
+        micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer in an epoch's last step
         self._training.set_factor(1 / micro_batches, self._trainer.accelerator.scaler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -95,7 +95,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
             logger.warning("the controller is not saved in a hyper-parameter search: its checkpoints cannot be resumed")
             return
         folder = _checkpoint(_output_dir(args), state.global_step) / FOLDER
-        shutil.rmtree(folder, ignore_errors=True)  # as the Trainer overwrites the files of a step that it repeats
+        shutil.rmtree(folder, ignore_errors=True)  # the Trainer too overwrites a repeated step's files
         write_checkpoint(folder, {"session": self._session, "step": state.global_step, "training": training})
 
     def on_train_end(
@@ -107,7 +107,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         if control.should_log:
             assert self._training is not None
             self._trainer.log(self._training.scalars())
-            control.should_log = True  # the Trainer takes it back at every log, and its loss is still to come
+            control.should_log = True  # log() clears it, and the Trainer's own log is still to come
 
     def _resume(self, args: TrainingArguments, state: TrainerState, training: MoETraining) -> None:
         saved = _stateful(state).get(STATE_KEY)
@@ -132,7 +132,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         )
 
     def _refuse_unserved(self) -> None:
-        """ValueError where the Trainer does something under which the callback would do harm."""
+        """ValueError if the Trainer uses a feature under which the callback would do harm."""
         trainer = self._trainer
         callbacks = trainer.callback_handler.callbacks
         second = any(isinstance(other, DynMoECallback) and other is not self for other in callbacks)
@@ -158,5 +158,5 @@ def _checkpoint(parent: Path, step: int) -> Path:
 
 
 def _stateful(state: TrainerState) -> dict[str, Any]:
-    """What the Trainer keeps in trainer_state.json for callbacks: annotated as the list that it is made from."""
+    """The Trainer's dict of callback states in trainer_state.json; its annotation says list."""
     return cast(dict[str, Any], state.stateful_callbacks)

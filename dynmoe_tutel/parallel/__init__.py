@@ -1,7 +1,7 @@
 """Experts divided over the ranks of a process group.
 
-`exchange` sends tokens to their experts and back, by `collectives`; `placement` says which rank holds which
-slot, `slots` reads and writes them across ranks, `gradients` averages what ranks share.
+`exchange` and `rank_exchange` dispatch token rows to experts and combine the results, through `collectives`;
+`placement` maps slots to ranks, `slots` reads and writes slots across ranks, `gradients` averages shared gradients.
 """
 
 from .gradients import average_gradients, expert_parameters, ignore_experts_in_ddp

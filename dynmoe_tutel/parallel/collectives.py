@@ -1,4 +1,4 @@
-"""The collectives of one layer over the ranks that divide its experts, and what those ranks agree on when it is made.
+"""Collectives of one layer between the ranks that hold its experts, and checks that those ranks build the same layer.
 
 Every rank of the group must make the same calls in the same order.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_ANSWER_SECONDS = 10.0  # how long a rank that lost a collective waits for the others to say that they live
+_ANSWER_SECONDS = 10.0  # after a failed collective: how long to wait for signs of life from the other ranks
 _SAME_TOKENS = (
     "a bounded capacity (a factor, or 'full') needs the same number on each: give padding and a token_mask, or "
     "capacity = 'exact'"
@@ -23,35 +23,35 @@ _SAME_TOKENS = (
 
 @dataclass
 class Traffic:
-    """What this rank handed to the other ranks of its group for them to compute with, since it was made."""
+    """What this rank has sent to the other ranks of its group for their computation."""
 
     forward_bytes: int = 0
     backward_bytes: int = 0
-    rows: int = 0  # token rows of forwards, partial sums not among them
-    messages: int = 0  # collectives times other ranks, whether or not something was in them
+    rows: int = 0  # token rows of forwards, without partial sums
+    messages: int = 0  # collectives times other ranks, empty messages included
 
 
 class Pending:
-    """A collective that may still run; `out` has its values after `wait`."""
+    """A collective that may still be running; `out` holds the result after `wait`."""
 
     def __init__(self, wire: Wire, work: Any, sent: Tensor, out: Tensor) -> None:
         self._wire, self._work, self._sent, self.out = wire, work, sent, out
 
     def wait(self) -> Tensor:
-        """What came."""
+        """Wait and return the result."""
         self._wire.guarded(self._work.wait)
         return self.out
 
 
 class Wire:
-    """The collectives of one layer over its group, counted, with the name of a missing rank where one fails."""
+    """One layer's collectives over its group: counts traffic and, after a failure, names the missing ranks."""
 
     def __init__(self, group: Any) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
 
     def start(self, x: Tensor, sent: list[int], received: list[int], *, backward: bool = False) -> Pending:
-        """x [sum(sent), ...] to the ranks, in order; [sum(received), ...] from them."""
+        """Start an all-to-all: send x [sum(sent), ...] to the ranks in order, receive [sum(received), ...]."""
         x = x.contiguous()
         out = x.new_empty((sum(received), *x.shape[1:]))
         work = self.guarded(lambda: dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True))
@@ -64,9 +64,9 @@ class Wire:
         return Pending(self, work, x, out)
 
     def check_tokens(self, tokens: int, device: torch.device) -> None:
-        """ValueError on every rank where they bring different numbers of tokens, before any message depends on them.
+        """Raise ValueError on every rank if their numbers of tokens differ, before any message depends on them.
 
-        On a GPU it is an assertion of the device instead: the host does not wait.
+        On a GPU a device-side assertion instead, so that the host does not wait.
         """
         own = torch.full((self.size,), tokens, device=device)
         theirs = self.start(own, [1] * self.size, [1] * self.size).wait()
@@ -76,11 +76,11 @@ class Wire:
             raise ValueError(f"input has {found} tokens on the ranks of group: {_SAME_TOKENS}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wire:
-        """Another over the same group, which cannot be copied, that counts from the start."""
+        """A new `Wire` over the same group (groups cannot be copied), with its counts at zero."""
         return Wire(self.group)
 
     def guarded(self, call: Callable[[], Any]) -> Any:
-        """The result of `call`; RuntimeError that names the ranks that are gone where it fails."""
+        """The result of `call`; if it fails, RuntimeError that names the ranks that are gone."""
         try:
             return call()
         except RuntimeError as error:
@@ -93,7 +93,7 @@ class Wire:
 
 
 def _silent_ranks(group: Any) -> list[int]:
-    """The global ranks of `group` that do not write to the job's store within some seconds; its host, if that fails."""
+    """The global ranks of `group` that do not answer in the job's store in time; if the store fails, its host."""
     ranks = dist.get_process_group_ranks(group)
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -106,13 +106,13 @@ def _silent_ranks(group: Any) -> list[int]:
         while silent and time.monotonic() < end:
             silent = [rank for rank in silent if not store.check([keys[rank]])]
             time.sleep(0.05)
-    except RuntimeError:  # the store is gone, with the process that keeps it: rank 0, unless a launcher does
+    except RuntimeError:  # the store died with its process, rank 0 unless a launcher keeps it
         return [0]
     return silent
 
 
 def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give all ranks the same") -> None:
-    """ValueError on every rank of `group` where one of `own`, plain values by name, is not the same on all."""
+    """Raise ValueError on every rank of `group` if one of `own` (plain values by name) differs between ranks."""
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, own, group=group)
     for rank, other in enumerate(of_ranks):
@@ -125,9 +125,9 @@ def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give 
 
 
 def gathered(tensor: Tensor, group: Any) -> Tensor:
-    """The tensors of all ranks of `group`, of one shape, behind one another in dimension 0; no gradient.
+    """Concatenate the equally shaped tensors of all ranks of `group` along dimension 0, without gradient.
 
-    Without a group, the tensor.
+    Without a group, returns the tensor.
     """
     if group is None:
         return tensor.detach()
@@ -137,7 +137,7 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
 
 
 def shared_seed(group: Any) -> int:
-    """A seed drawn from the global random state of rank 0 of `group`, on all its ranks."""
+    """A seed for all ranks of `group`, drawn from the global random state of its rank 0."""
     seed = torch.randint(2**62, (1,), device="cpu").to(_wire_device(group))
     dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
     return int(seed)
@@ -145,7 +145,7 @@ def shared_seed(group: Any) -> int:
 
 @torch.no_grad()
 def copy_from_first(module: nn.Module, group: Any) -> None:
-    """Parameters and buffers of `module` as rank 0 of `group` has them."""
+    """Overwrite parameters and buffers of `module` with those of rank 0 of `group`."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.is_meta:
             value = tensor.detach().to(_wire_device(group), copy=True)
@@ -154,7 +154,7 @@ def copy_from_first(module: nn.Module, group: Any) -> None:
 
 
 def _wire_device(group: Any) -> torch.device:
-    """Where tensors must be to travel: NCCL carries none of the CPU's."""
+    """The device for tensors in collectives: NCCL does not take CPU tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )

@@ -1,4 +1,4 @@
-"""Gradients where ranks divide the experts: recipes for DDP, FSDP2 and plain all-reduce."""
+"""Gradient averaging under expert parallelism: recipes for DDP, FSDP2 and plain all-reduce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .placement import Placement
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters of experts that are divided over ranks: no other rank of their group has them."""
+    """Named parameters of experts that are divided over ranks: each is on one rank of its group only."""
     for prefix, module in model.named_modules():
         placement = getattr(module, "placement", None)
         if isinstance(placement, Placement) and placement.ranks > 1:
@@ -22,9 +22,9 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> None:
-    """Before `DistributedDataParallel(model)`: it leaves the divided experts alone, and what else it was told to.
+    """Make DistributedDataParallel ignore the divided experts; earlier ignored parameters stay ignored.
 
-    Then `average_gradients(..., dense=False)` after the backward.
+    Call it before `DistributedDataParallel(model)`, and `average_gradients(..., dense=False)` after each backward.
     """
     names = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(name for name, _ in expert_parameters(model))]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
@@ -34,11 +34,11 @@ def ignore_experts_in_ddp(model: nn.Module) -> None:
 def average_gradients(
     model: nn.Module, group: Any = None, expert_data_group: Any = None, *, dense: bool = True
 ) -> None:
-    """Make gradients those of the mean of the losses of all ranks of `group` (None: all ranks).
+    """Turn gradients into those of the mean loss over all ranks of `group` (None: all ranks).
 
-    Parameters that all ranks hold are averaged over `group` (not where `dense` is False: DDP or FSDP did it). Those of
-    divided experts, which have the sum over their own group already, are summed over `expert_data_group`, the ranks
-    that hold the same experts (None: no others do), and divided by the number of ranks of `group`.
+    Gradients of parameters that all ranks hold are averaged over `group`; `dense=False` skips them (DDP or FSDP has
+    averaged them). Gradients of divided experts are already summed over their own group; they are summed over
+    `expert_data_group`, the ranks that hold the same experts (None: none), and divided by the size of `group`.
     """
     experts = {id(parameter) for _, parameter in expert_parameters(model)}
     ranks = dist.get_world_size(group)

@@ -1,7 +1,6 @@
-"""Which rank holds which slot, the load of ranks, the slot that a grown expert takes, and swaps against drift.
+"""`Placement` says which rank holds which slot; the functions plan growth and swaps from the load of ranks.
 
-`Placement` is the one place that divides slots over ranks. The functions are pure, of integers that are equal on every
-rank.
+Only `Placement` divides slots over ranks. The functions are pure and take integers that are equal on every rank.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placement:
-    """`slots` expert slots over the `ranks` ranks of `group`, in order; `rank` is this process's rank in it.
+    """`slots` expert slots divided in order over the `ranks` ranks of `group`; `rank` is this process's rank in it.
 
     A rank holds `local` whole slots in a row from `first`; or, with more ranks than slots, `shards` ranks share a slot.
-    Raises ValueError where neither number divides the other.
+    Raises ValueError if neither number divides the other.
     """
 
     slots: int
@@ -37,19 +36,19 @@ class Placement:
 
     @classmethod
     def over(cls, slots: int, group: Any) -> Placement:
-        """Over the ranks of a process group; None: all in this process."""
+        """Divide slots over the ranks of `group`; with None, all are in this process."""
         if group is None:
             return cls(slots)
         return cls(slots, group, dist.get_rank(group), dist.get_world_size(group))
 
     @property
     def local(self) -> int:
-        """Slots of which this rank holds something."""
+        """Number of slots that this rank holds, whole or in part."""
         return max(1, self.slots // self.ranks)
 
     @property
     def shards(self) -> int:
-        """Ranks that share one slot."""
+        """Number of ranks that share one slot."""
         return max(1, self.ranks // self.slots)
 
     @property
@@ -59,7 +58,7 @@ class Placement:
 
     @property
     def blocks(self) -> int:
-        """Parts of whole slots between which experts can move: the ranks, or 1 where ranks share slots."""
+        """Number of slot blocks between which experts can move: one a rank, or 1 if ranks share slots."""
         return self.ranks if self.shards == 1 else 1
 
     def owners(self, slot: int) -> list[int]:
@@ -68,11 +67,11 @@ class Placement:
         return list(range(first, first + self.shards))
 
     def global_rank(self, rank: int) -> int:
-        """A rank of `group` as a rank of the whole job."""
+        """The global rank of a rank of `group`."""
         return dist.get_global_rank(self.group, rank)
 
     def at_start(self, experts: int) -> Tensor:
-        """bool [slots]: which slots are active when `experts` are, as many in every block and its first ones."""
+        """bool [slots]: the active slots at start, equally many and the first ones in every block."""
         return torch.arange(self.slots) % (self.slots // self.blocks) < experts // self.blocks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
@@ -81,29 +80,29 @@ class Placement:
 
 
 def rank_loads(load_E: Sequence[int], ranks: int) -> list[int]:
-    """The assignments on each rank, from those of each slot."""
+    """The assignments of each rank, from those of each slot."""
     local = len(load_E) // ranks
     return [sum(load_E[first : first + local]) for first in range(0, ranks * local, local)]
 
 
 def imbalance(load_E: Sequence[int], ranks: int) -> float:
-    """max / mean of the ranks' loads: 1.0 at best, and where there is no load."""
+    """max / mean of the ranks' loads: 1.0 at best, or without load."""
     total = sum(load_E)
     return max(rank_loads(load_E, ranks)) * ranks / total if total else 1.0
 
 
 def slot_to_grow(free: Sequence[int], load_E: Sequence[int], ranks: int) -> int | None:
-    """The free slot of the least loaded rank that has one, of equals the lowest; None where none is free."""
+    """The free slot of the least loaded rank that has one (lowest slot on ties); None if no slot is free."""
     load_R, local = rank_loads(load_E, ranks), len(load_E) // ranks
     return min(free, key=lambda slot: (load_R[slot // local], slot), default=None)
 
 
 def plan_swaps(load_E: Sequence[int], ranks: int, threshold: float) -> list[tuple[int, int]]:
-    """Pairs of slots to swap, in this order, until the imbalance is at most `threshold` or no swap lowers it.
+    """Pairs of slots to swap, in order, until the imbalance is at most `threshold` or no swap lowers it.
 
-    Greedy: each swap is between the most loaded rank and another, the one after which the more loaded of the two has
-    least (of equals the lowest slots). Each lowers the sum of the squared loads, so the search ends. Swaps at the end
-    that did not lower the imbalance are left out, so that nothing moves without a gain.
+    Greedy: each swap is between the most loaded rank and another, chosen to minimise the larger load of the two (ties:
+    lowest slots). Each swap lowers the sum of squared loads, so the search ends. Final swaps that do not lower the
+    imbalance are left out.
     """
     load, local = list(load_E), len(load_E) // ranks
     swaps: list[tuple[int, int]] = []
@@ -118,7 +117,7 @@ def plan_swaps(load_E: Sequence[int], ranks: int, threshold: float) -> list[tupl
 
 
 def _best_swap(load: list[int], local: int) -> tuple[int, int] | None:
-    """The slots (of the most loaded rank, of another) whose swap leaves the lower peak; None where none gains."""
+    """The best swap: (slot of the most loaded rank, slot of another); None if no swap lowers the peak."""
     load_R = rank_loads(load, len(load) // local)
     heavy = load_R.index(max(load_R))
     best: tuple[int, int, int] | None = None
@@ -133,7 +132,7 @@ def _best_swap(load: list[int], local: int) -> tuple[int, int] | None:
 
 
 def slot_order(swaps: Sequence[tuple[int, int]], slots: int) -> list[int]:
-    """The swaps as one permutation: slot i then holds what slot order[i] held."""
+    """The swaps as one permutation: slot i takes the expert of slot order[i]."""
     order = list(range(slots))
     for a, b in swaps:
         order[a], order[b] = order[b], order[a]
@@ -141,9 +140,9 @@ def slot_order(swaps: Sequence[tuple[int, int]], slots: int) -> list[int]:
 
 
 def spread_swaps(active: Sequence[bool], ranks: int) -> list[tuple[int, int]]:
-    """Pairs of slots to swap, in this order, so that ranks hold numbers of active slots that differ by at most one.
+    """Pairs of slots to swap, in order, until the ranks' numbers of active slots differ by at most one.
 
-    Each swap is of the last active slot of the fullest rank and the first inactive one of the emptiest.
+    Each swaps the last active slot of the fullest rank with the first inactive slot of the emptiest.
     """
     held, local = list(active), len(active) // ranks
     swaps: list[tuple[int, int]] = []

@@ -1,11 +1,11 @@
-"""`RankExchange`: experts divided over the ranks of a process group, and what travels between them.
+"""`RankExchange`: dispatch and combine between the ranks of a process group that hold the experts.
 
-A token travels once to every rank that holds one of its experts, as its row and a bitmask of its experts there. That
-rank returns one partial sum a row, and the sender adds the partial sums in the order of the ranks. In the backward, the
-gradient of a row comes back with the gradients of the gate values of its assignments.
+A token is sent once to every rank that holds one of its experts: its row and a bitmask of its experts there. That
+rank returns one partial sum a row, and the sender adds the partial sums in rank order. In the backward, the gradients
+of a row and of the gate values of its assignments come back together.
 
 R ranks, L slots a rank, N rows sent, M rows received, A assignments. Every rank must run the same forwards and
-backwards in the same order; a rank without a token, or without an active expert, takes part with nothing to send.
+backwards in the same order; a rank without tokens or active experts takes part with nothing to send.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .slots import ShardedSlots, SlotAccess
 
 
 class RankExchange:
-    """Experts divided over the ranks of a process group; `wire` counts what travels."""
+    """Exchange with experts divided over the ranks of a process group; `wire` counts the traffic."""
 
     adaptive_degree, valid_rs = 1, [0, 1]
 
@@ -39,10 +39,10 @@ class RankExchange:
         self.wire = Wire(placement.group)
 
     def use_adaptive_degree(self, degree: int) -> None:
-        """No expert is split here."""
+        """Ignored: experts are not split."""
 
     def agree(self, gates: nn.ModuleList, own: dict[str, Any]) -> None:
-        """Gates as rank 0 has them; ValueError where ranks build different layers."""
+        """Copy the gates of rank 0; ValueError if ranks build different layers."""
         check_alike("moe_layer over the ranks of group", own, self.placement.group)
         copy_from_first(gates, self.placement.group)
 
@@ -54,7 +54,7 @@ class RankExchange:
         return make_block(config, model_dim, place.slots, place.first, place.local, generator)
 
     def bounded(self, routing: Routing, call: Call) -> Routing:
-        """At most so many assignments from one rank to another, or what Tutel's factor leaves."""
+        """Bound the assignments from one rank to another by the layer's capacity, or drop by Tutel's factor."""
         if call.capacity_factor:
             return within_factor(routing, call, self.placement.group)
         if isinstance(call.capacity, str):
@@ -62,10 +62,10 @@ class RankExchange:
         return bounded_pairs(routing, self.placement.ranks, call.capacity)
 
     def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
-        """Each token's experts, wherever they are. Collective over the ranks.
+        """Dispatch, experts, combine; collective over the ranks.
 
-        In `call.degree` chunks of tokens, the rows of later chunks travel while those of one are computed; a bounded
-        capacity has one chunk.
+        Tokens go in `call.degree` chunks: later chunks are sent while one is computed. A bounded capacity has one
+        chunk.
         """
         x_TD, exact = x_TD.to(experts.compute_dtype(x_TD)), call.capacity == "exact"
         if not exact:
@@ -96,12 +96,12 @@ class RankExchange:
         return as_tokens(y_TO.to(returned[0].dtype), x_TD.shape[1], call.token_shape)
 
     def slots(self, experts: Any) -> SlotAccess:
-        """Through messages between the ranks."""
+        """Access to the slots through messages between the ranks."""
         return ShardedSlots(experts, self.placement)
 
 
 class _Blocks:
-    """A packed list of items by rank, `counts` of each, and the same in equal blocks of `size` with zeros behind."""
+    """Converts items by rank between packed (`count_R` each) and blocks of `size`, zero-padded."""
 
     def __init__(self, count_R: Tensor, size: int) -> None:
         R = count_R.shape[0]
@@ -132,7 +132,7 @@ def _taken(x: Tensor, index_N: Tensor, held_N: Tensor) -> Tensor:
 
 @dataclass
 class _Splits:
-    """How many items go to each rank and come from it; `own` and `theirs` lay out equal blocks on the two sides."""
+    """How many items to send to and receive from each rank; `own` and `theirs` lay out equal blocks on both sides."""
 
     wire: Wire
     sent: list[int]
@@ -141,36 +141,36 @@ class _Splits:
     theirs: _Blocks | None = None
 
     def send(self, x: Tensor, backward: bool = False) -> Pending:
-        """Items to the ranks of their experts."""
+        """Send items to the ranks of their experts."""
         x = x if self.own is None else self.own.spread(x)
         return self.wire.start(x, self.sent, self.received, backward=backward)
 
     def unblocked(self, x: Tensor) -> Tensor:
-        """What was received, packed."""
+        """Received items, packed."""
         return x if self.theirs is None else self.theirs.pack(x)
 
     def send_back(self, x: Tensor, backward: bool = False) -> Pending:
-        """What was received, or belongs to it, to its senders."""
+        """Send results for received items to their senders."""
         return self.wire.start(x, self.received, self.sent, backward=backward)
 
     def received_back(self, x: Tensor) -> Tensor:
-        """What `send_back` brought, packed."""
+        """Results received through `send_back`, packed."""
         return x if self.own is None else self.own.pack(x)
 
 
 @dataclass
 class _Chunk:
-    """Tokens that travel together."""
+    """Tokens that are sent together."""
 
-    by_rank: Routing  # with ranks in the place of experts
-    here: Routing  # of the received rows to the slots of this rank
+    by_rank: Routing  # from tokens to ranks, as if ranks were experts
+    here: Routing  # from received rows to this rank's slots
     rows: _Splits
     gates: _Splits
 
 
 @dataclass
 class _InFlight:
-    """The chunks of one forward and the collectives that may still run: what both autograd functions share."""
+    """What both autograd functions share: the chunks of one forward and its running collectives."""
 
     chunks: list[_Chunk]
     dispatched: list[list[Pending]] = field(default_factory=list)
@@ -178,10 +178,10 @@ class _InFlight:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows and gate values of all chunks to their experts; one node, so that all ranks come back in one order.
+    """Dispatch rows and gate values of all chunks; one node, so that all ranks run the backward in the same order.
 
-    The results hold values once `flight.dispatched` was waited for. Gate values of top-any gates are ones, and only
-    their gradients travel. `anchor` wants a gradient, so that the backward runs where nothing else does.
+    The results are valid after waiting for `flight.dispatched`. Gate values of top-any gates are ones: only their
+    gradients are sent. `anchor` requires a gradient, so that the backward runs even if nothing else does.
     """
 
     @staticmethod
@@ -209,7 +209,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Partial sums of all chunks at their senders; `flight.returning` are their collectives, started before."""
+    """Return partial sums of all chunks to their senders; `flight.returning` holds the collectives, already started."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Any, flight: _InFlight, *sums: Tensor) -> Any:
@@ -225,15 +225,15 @@ class _Combine(torch.autograd.Function):
 
 
 def _partial_sums(experts: Any, here: Routing, rows_MD: Tensor, gate_J: Tensor, token_shape: tuple[int, ...]) -> Tensor:
-    """One sum a received row of its experts here, [M, output_dim]; gate values by row and expert."""
+    """Sum each received row's experts on this rank, [M, output_dim]; `gate_J` is ordered by row, then expert."""
     order_J = here.row_of_assignment.long()
-    order_J = order_J.masked_fill(order_J < 0, gate_J.shape[0])  # -1 (unused capacity) -> spare place at the end
+    order_J = order_J.masked_fill(order_J < 0, gate_J.shape[0])  # -1 (unused capacity) -> spare slot at the end
     gate_B = gate_J.new_zeros(gate_J.shape[0] + 1).index_copy(0, order_J, gate_J)
     return here.sum(experts(rows_MD, here, gate_B[:-1], token_shape))
 
 
 def _bounds(T: int, chunks: int) -> list[tuple[int, int]]:
-    """First and last token of each chunk; every rank has as many chunks, some of them empty."""
+    """(first, end) of each chunk's tokens; every rank has the same number of chunks, some possibly empty."""
     edges = [T * i // chunks for i in range(chunks + 1)]
     return list(pairwise(edges))
 
@@ -241,7 +241,7 @@ def _bounds(T: int, chunks: int) -> list[tuple[int, int]]:
 def _gates_by_rank(
     routing: Routing, combine_gradient: str, ranks: int, bounds: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Gate values by (chunk, rank, token, expert), the order in which their receivers have them; counts [chunks, R]."""
+    """Gate values by (chunk, rank, token, expert), the receivers' order; counts [chunks, R]."""
     gate_A = routing.row_gates(combine_gradient)
     T, E = routing.scores.shape
     row_A = torch.arange(gate_A.shape[0], device=gate_A.device)
@@ -261,7 +261,7 @@ def _gates_by_rank(
 def _chunks(
     local: int, wire: Wire, routing: Routing, bounds: list[tuple[int, int]], count_NR: Tensor, bound: int | None
 ) -> list[_Chunk]:
-    """Who sends what to whom: the bitmasks travel here, and, unless `bound` fixes them, the counts before them."""
+    """Plan who sends what to whom: exchange the counts, unless `bound` fixes them, then the bitmasks."""
     R = wire.size
     block_TRL = routing.assigned.view(-1, R, local)
     rank_bits_TW = pack_bits(block_TRL.any(dim=2))
@@ -298,7 +298,7 @@ def _chunks(
 
 
 def _indexed(bits_NW: Tensor, experts: int, routing: Routing, capacity: int | None, weighted: bool = False) -> Routing:
-    """Tokens by bitmask alone; `weighted`, where the combine weights of `routing` come as gate values of rows."""
+    """Routing from bitmasks alone; `weighted` if the combine weights of `routing` come as gate values of rows."""
     offsets, token_offsets, token_of_row, row_of_assignment = ragged_index(
         bits_NW, experts, -1 if capacity is None else capacity
     )

@@ -1,4 +1,4 @@
-"""Slots of experts that are divided over ranks: read, copied and drawn anew across ranks.
+"""Reading, copying and resetting expert slots across ranks.
 
 Every rank of the placement's group must make the same calls in the same order.
 """
@@ -16,7 +16,7 @@ from .placement import Placement
 
 
 class SlotAccess(Protocol):
-    """Reads and writes the expert networks slot by slot, wherever they are."""
+    """Reads and writes the expert networks slot by slot, on any rank."""
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """The parameters of this rank that hold the slot, each with the index of its entries."""
@@ -25,17 +25,17 @@ class SlotAccess(Protocol):
         """Fill slot `target` with the mean of the slots `sources`: one source is an exact copy."""
 
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw a slot's weights anew from `generator`, by the law of the start."""
+        """Draw a slot's weights anew from `generator`, as at construction."""
 
 
 class ShardedSlots:
-    """`SlotAccess` to the slots of `experts`, which hold this rank's block of `placement`."""
+    """`SlotAccess` across ranks; `experts` hold this rank's block of `placement`."""
 
     def __init__(self, experts: Any, placement: Placement) -> None:
         self._experts, self._placement = experts, placement
 
     def _entries(self, slot: int) -> list[SlotParameter]:
-        """The parameters, on any rank, with the index that `slot` has on its own rank."""
+        """The parameters (the same on any rank), each with the index of `slot` on its own rank."""
         entries: list[SlotParameter] = self._experts.slot_parameters(slot % self._placement.local)
         return entries
 
@@ -43,12 +43,12 @@ class ShardedSlots:
         return self._placement.rank in self._placement.owners(slot)
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
-        """The parameters of this rank that hold the slot; none where other ranks hold it."""
+        """The parameters of this rank that hold the slot; none if another rank holds it."""
         return self._entries(slot) if self._holds(slot) else []
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:
-        """Fill slot `target` with the mean of the slots `sources`, wherever they are: one source is an exact copy."""
+        """Fill slot `target` with the mean of the slots `sources`, on any ranks: one source is an exact copy."""
         owners = self._placement.owners
         for shard, owner in enumerate(owners(target)):
             for i, (parameter, index) in enumerate(self._entries(target)):
@@ -57,7 +57,7 @@ class ShardedSlots:
                     parameter[index] = values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
 
     def _sent(self, owner: int, parameter: nn.Parameter, index: tuple[Any, ...]) -> Tensor:
-        """The owner's value, on every rank."""
+        """Broadcast the owner's value to every rank."""
         value = parameter.detach()[index].clone()
         if self._placement.group is not None:
             dist.broadcast(value, src=self._placement.global_rank(owner), group=self._placement.group)
@@ -65,7 +65,7 @@ class ShardedSlots:
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw the slot anew; every rank draws, so that `generator` goes on alike, and the owner keeps it."""
+        """Draw the slot anew. Every rank draws, to keep `generator` in step; only the owner keeps the weights."""
         before = [(p, index, p.detach()[index].clone()) for p, index in self._entries(slot)]
         self._experts.reset_slot(slot % self._placement.local, generator)
         if not self._holds(slot):

@@ -1,7 +1,7 @@
 """Top-any gates inside stock Tutel: after `register()`, `tutel.moe.moe_layer(gate_type={"type": "top_any"})` works.
 
-The one package that imports `tutel`: `layer` and `experts` are what a layer is there, `dispatch` Tutel's functions on a
-ragged routing, `checkpoint_tools` its command-line tools, and `registration` puts all of it into Tutel.
+Only this package imports `tutel`. `layer`, `exchange` and `experts` make a Tutel layer, `dispatch` runs Tutel's
+functions on a ragged routing, `checkpoint_tools` its command-line tools; `registration` puts all of it into Tutel.
 """
 
 from __future__ import annotations

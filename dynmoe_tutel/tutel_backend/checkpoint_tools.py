@@ -15,8 +15,8 @@ _MAIN = {"gather": tutel.checkpoint.gather.main, "scatter": tutel.checkpoint.sca
 def checkpoint_tool(name: str) -> None:
     """Run `tutel.checkpoint.gather` or `.scatter` (by sys.argv) on checkpoints whose layers have inactive slots.
 
-    Tutel's tools take the count of experts for the size of their tensors; while they run, files read show the count of
-    slots instead, and files written have the active count again.
+    Tutel's tools take the expert count for the size of tensors. While they run, files that they read show the slot
+    count instead; files that they write have the active count again.
     """
     load, save = torch.load, torch.save
 

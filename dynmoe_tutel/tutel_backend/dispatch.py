@@ -1,4 +1,4 @@
-"""Tutel's dispatcher and routing functions, which take a ragged `Routing` beside Tutel's own critical data."""
+"""Tutel's dispatcher and routing functions, extended to take a ragged `Routing` as well as Tutel's critical data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..routing import Routing
 
 
 class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):
-    """Tutel's dispatcher, whose `update` takes a ragged `Routing` too; see `dynmoe_tutel.moe.FastDispatcher`."""
+    """Tutel's dispatcher; its `update` also takes a ragged `Routing`; see `dynmoe_tutel.moe.FastDispatcher`."""
 
     capacity: int
 
     def update(self, indices_: Any, *arguments: Any, **options: Any) -> None:
-        """Tutel's lists, or a `Routing`, with `is_postscore` and `combine_gradient`."""
+        """Set the assignment: Tutel's lists, or a `Routing` with `is_postscore` and `combine_gradient`."""
         self._ragged: moe.FastDispatcher | None = None
         if not isinstance(indices_, Routing):
             super().update(indices_, *arguments, **options)
@@ -36,21 +36,21 @@ class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):
 
 
 def fast_encode(data: Tensor, critial_data: Any, is_postscore: bool = True) -> Tensor:
-    """Tutel's; of a `Routing`, [E, C, D] with C its largest load."""
+    """Tutel's `fast_encode`; for a `Routing`, [E, C, D] with C its largest load."""
     if isinstance(critial_data, Routing):
         return moe.fast_encode(data, critial_data, is_postscore)
     return tutel.impls.fast_dispatch.fast_encode(data, critial_data, is_postscore)
 
 
 def fast_decode(data: Tensor, critial_data: Any, is_postscore: bool = True, combine_gradient: str = "mean") -> Tensor:
-    """Tutel's; of a `Routing`, [E, C, D] to the mean of each token's rows."""
+    """Tutel's `fast_decode`; for a `Routing`, [E, C, D] to the mean of each token's rows."""
     if isinstance(critial_data, Routing):
         return moe.fast_decode(data, critial_data, is_postscore, combine_gradient)
     return tutel.impls.fast_dispatch.fast_decode(data, critial_data, is_postscore)
 
 
 def top_k_routing(scores: Any, top_k: Any = None, *arguments: Any, **options: Any) -> Any:
-    """Tutel's `extract_critical`; with a k of each token, or of a `Routing`, ragged: index -1 without a pick."""
+    """Tutel's `extract_critical`; ragged for a k per token or a `Routing`: index -1 means no pick."""
     if isinstance(scores, Routing) or isinstance(top_k, Tensor):
         return moe.top_k_routing(scores, top_k, *arguments, **options)
     return tutel.impls.fast_dispatch.extract_critical(scores, top_k, *arguments, **options)

@@ -1,4 +1,4 @@
-"""Tutel's way between tokens and experts: rows padded to [E, C, D], its all-to-all, its expert modules."""
+"""Tutel's exchange between tokens and experts: rows padded to [E, C, D], Tutel's all-to-all and expert modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYOUTS = ("auto", "packed", "padded")
 
 
 def tutel_exchange(config: MoEConfig, layout: str) -> Exchange:
-    """Packed rows in this process where `layout` allows it and no feature of Tutel's is asked for, else padded ones."""
+    """A packed exchange in this process if `layout` allows it and no Tutel feature is used, else a padded one."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout = {layout!r}: allowed are {', '.join(map(repr, LAYOUTS))}")
     group = config.group or (dist.group.WORLD if dist.is_initialized() else None)
@@ -55,7 +55,7 @@ def tutel_exchange(config: MoEConfig, layout: str) -> Exchange:
 
 
 def _experts_at_start(experts: Mapping[str, Any], ranks: int) -> int:
-    """Of all ranks; a fraction 1 / n, or -n, is one expert on n of them."""
+    """Experts at start over all ranks; 1 / n or -n means one expert on n ranks."""
     given = next((experts[key] for key in COUNT_KEYS if key in experts), 1)
     if (not isinstance(given, float) or given >= 1) and given > 0:
         if isinstance(given, float):
@@ -73,8 +73,8 @@ def _experts_at_start(experts: Mapping[str, Any], ranks: int) -> int:
 class PaddedExchange:
     """Tutel's expert modules behind Tutel's all-to-all, on rows padded to [E, C, D].
 
-    `adaptive_degree` is Tutel's r: into how many slices a sharded expert's work is split; 0 gathers the weights
-    everywhere. Raises ValueError where `config.parallel_type` asks for an r that the placement does not allow.
+    `adaptive_degree` is Tutel's r: the number of slices that a sharded expert's work is split into; 0 gathers the
+    weights on every rank. Raises ValueError if the placement does not allow the r of `config.parallel_type`.
     """
 
     def __init__(self, placement: Placement, start: int, config: MoEConfig) -> None:
@@ -88,11 +88,11 @@ class PaddedExchange:
         self.dispatch_count: Tensor | None = None  # of the last forward, as Tutel's layer keeps it
 
     def use_adaptive_degree(self, degree: int) -> None:
-        """For this call and later ones; ValueError where Tutel's experts cannot be split so."""
+        """Set r for this call and later ones; ValueError if Tutel's experts cannot be split like that."""
         self.adaptive_degree = self.checked_degree("adaptive_r", degree)
 
     def checked_degree(self, name: str, degree: int) -> int:
-        """`degree`; ValueError where Tutel's experts cannot be split so."""
+        """`degree`; ValueError if Tutel's experts cannot be split like that."""
         if degree not in self.valid_rs:
             raise ValueError(
                 f"{name}: r = {degree!r} with {self.placement.shards} ranks an expert: give {self.valid_rs}"
@@ -112,7 +112,7 @@ class PaddedExchange:
         return tutel_experts(config, model_dim, self.placement.local, self.placement.shards, generator)
 
     def bounded(self, routing: Routing, call: Call) -> Routing:
-        """The routing with the room of its experts, without the rows that a capacity factor drops."""
+        """The routing with its experts' `room`, without the rows that the capacity factor drops."""
         alignment = self.placement.shards * call.degree
         group = self.placement.group
         room = room_for(routing, call.capacity_factor, alignment, group, call.inequivalent_tokens)
@@ -123,7 +123,7 @@ class PaddedExchange:
         return replace(routing, room=room)
 
     def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
-        """Pad, exchange, experts, exchange, unpad; the scores before the experts where not `is_postscore`."""
+        """Pad, exchange, experts, exchange, unpad; scores are applied before the experts unless `is_postscore`."""
         x_TD = x_TD.to(_compute_dtype(experts, x_TD))
         self.dispatch_count = routing.counts
         places = PaddedRows(routing, routing.room)
@@ -139,15 +139,15 @@ class PaddedExchange:
         return y_TO.reshape(-1, *made.shape[-len(call.token_shape) :])
 
     def slots(self, experts: Any) -> SlotAccess:
-        """Entries of Tutel's parameters, on whichever rank they are."""
+        """Access to the slots in Tutel's parameters, on any rank."""
         return TutelSlots(experts, self.placement)
 
     def _exchanged(self, experts: Any, rows_ECD: Tensor, call: Call) -> Tensor:
-        """Through Tutel's experts on whichever ranks they are: [E, C, D] to [E, C, ...]."""
+        """Run Tutel's experts on all ranks: [E, C, D] to [E, C, ...]."""
         if self.adaptive_degree == 0:
             return self._local_experts(experts, rows_ECD, call)
         place, slices = self.placement, self.adaptive_degree
-        spread = place.ranks > place.slots  # every slice of an expert sees the expert's rows
+        spread = place.ranks > place.slots  # every slice of an expert gets all of its rows
         if spread:
             rows_ECD = rows_ECD.repeat(1, slices, 1).view(place.ranks, -1, rows_ECD.shape[2])
         shape: list[int] = []
@@ -193,7 +193,7 @@ class PaddedExchange:
 
 
 def _degree_of(parallel_type: object, shards: int) -> int:
-    """The r that Tutel's parallel_type stands for."""
+    """The r for Tutel's parallel_type."""
     kind, _, text = str(parallel_type).partition(":")
     if kind == "adaptive":
         if not text.isdigit():
@@ -206,7 +206,7 @@ def _degree_of(parallel_type: object, shards: int) -> int:
 
 
 def _compute_dtype(experts: nn.Module, x_TD: Tensor) -> torch.dtype:
-    """autocast's dtype where it is on, else that of the experts, as Tutel casts."""
+    """autocast's dtype if autocast is on, else the experts' dtype, as in Tutel."""
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

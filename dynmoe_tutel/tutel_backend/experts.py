@@ -1,4 +1,4 @@
-"""Tutel's expert modules, or the user's of Tutel's kind: built for a rank's slots, read and written slot by slot."""
+"""Tutel's expert modules, or user modules of that kind: built for a rank's slots, read and written slot by slot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..validation import refuse_unknown
 def tutel_experts(
     config: Mapping[str, Any], model_dim: int, slots: int, sharded_count: int, generator: torch.Generator | None
 ) -> nn.Module:
-    """Tutel's expert module (or the user's) for `slots` experts of this rank, drawn as it draws."""
+    """Tutel's expert module (or the user's) for this rank's `slots` experts; the module draws its own weights."""
     options = {key: value for key, value in config.items() if key not in COUNT_KEYS}
     kind = options.pop("type", "ffn")
     for key, default in (("recompute", "none"), ("engine", "auto")):
@@ -46,7 +46,7 @@ def tutel_experts(
         if isinstance(options.get("activation_fn"), str):
             options["activation_fn"] = activation_function("activation_fn", options["activation_fn"], torch.relu)
         if options.get("activation_fn", 0) is None:
-            del options["activation_fn"]  # the module's own
+            del options["activation_fn"]  # the module has its own default
         if kind == "ffn" and not {"activation_fn", "activation_fn_with_self"} & set(options):
             options["activation_fn"] = torch.relu  # Tutel 0.3's own default is a name that it does not import
         refuse_unknown(f"experts of type {kind!r}", options, _argument_names(cls))
@@ -63,10 +63,10 @@ def _argument_names(cls: Any) -> set[str]:
 
 
 class TutelSlots(ShardedSlots):
-    """Slots of Tutel's expert modules, over the ranks of a placement: every rank must make the same calls."""
+    """Access to the slots of Tutel's expert modules on all ranks; every rank must make the same calls."""
 
     def _entries(self, slot: int) -> list[SlotParameter]:
-        """Every parameter of the experts with the index that `slot` would have on its own rank."""
+        """Every parameter of the experts, each with the index of `slot` on its own rank."""
         local = self._placement.local
         own = slot % local
         found: list[SlotParameter] = []
@@ -76,13 +76,13 @@ class TutelSlots(ShardedSlots):
                 found.append((parameter, (slice(None),)))
             elif parameter.dim() > 1 and parameter.shape[0] == local:
                 found.append((parameter, (slice(own, own + 1),)))
-            elif parameter.dim() == 1 and parameter.shape[0] % local == 0:  # one row of all slots
+            elif parameter.dim() == 1 and parameter.shape[0] % local == 0:  # one axis holds all slots
                 found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
         return found
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw the slot anew by the module's `reset_parameters()`; ValueError where there is none."""
+        """Draw the slot anew by the module's `reset_parameters()`; ValueError if it has none."""
         seed = int(torch.randint(2**62, (1,), generator=generator))
         reset = getattr(self._experts, "reset_parameters", None)
         if not callable(reset):

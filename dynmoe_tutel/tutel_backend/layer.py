@@ -1,6 +1,6 @@
-"""Tutel's layer with a top-any gate: a subclass of Tutel's `MOELayer`, which takes its place.
+"""Tutel's layer with a top-any gate: a subclass that replaces Tutel's `MOELayer`.
 
-For every gate type of Tutel's own it is that class, untouched. How rows travel is the exchange's: see `exchange`.
+For Tutel's own gate types it behaves as that class. `exchange` dispatches rows to the experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Stock: Any = tutel.impls.moe_layer.MOELayer
 
 
 def _is_ours(gate_type: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a layer needs this package: a top-any gate, or EMoE's one_score_gate, which Tutel does not know."""
+    """Whether a layer needs this package: for a top-any gate or EMoE's one_score_gate, which Tutel lacks."""
     if options.get("one_score_gate"):
         return True
     for gate in gate_type if isinstance(gate_type, list) else [gate_type]:
@@ -57,24 +57,24 @@ class MOELayer(_Stock):
 class TopAnyMOELayer(MoELayer, MOELayer):
     """A `dynmoe_tutel.MoELayer` that is a Tutel `MOELayer` too, over the ranks of `group`.
 
-    `max_expert_num` slots are divided over the ranks: slots / ranks on each, or, where they are fewer, ranks / slots
-    ranks to an expert (Tutel's sharded experts). `num_experts_per_device` of each rank's slots are active at start; a
-    fraction 1 / n or -n is one expert on n devices. Arguments are Tutel's and those of `dynmoe_tutel.MoELayer`, and
+    `max_expert_num` slots are divided over the ranks: slots / ranks on each, or, with fewer slots than ranks, one
+    expert on ranks / slots ranks (Tutel's sharded experts). `num_experts_per_device` of each rank's slots are active
+    at start; 1 / n or -n means one expert on n devices. Arguments: Tutel's, those of `dynmoe_tutel.MoELayer`, and
 
-        layout: "packed", "padded", or "auto", which is packed where it can be.
+        layout: "packed", "padded", or "auto": packed if possible.
     """
 
     def __init__(self, gate_type: Any, model_dim: int, experts: Any = None, *arguments: Any, **options: Any) -> None:
-        options.pop("pad_samples", None)  # Tutel says that it is deprecated and means nothing
+        options.pop("pad_samples", None)  # deprecated and without effect in Tutel
         exchange = partial(tutel_exchange, layout=options.pop("layout", "auto"))
         named = MoEConfig.named(gate_type, model_dim, experts, *arguments)
         options = {**named, **options}
         seeds = tuple(options.get("seeds") or ())
         options["seeds"] = seeds[:2] or None
         super().__init__(**options, exchange=exchange)
-        self.record_group = None  # all ranks train the same gates, whatever group shares their experts
+        self.record_group = None  # all ranks train the same gates, also beyond the experts' group
         if len(seeds) > 2 and seeds[2] is not None:
-            torch.manual_seed(seeds[2])  # Tutel's contract: the caller asks for it
+            torch.manual_seed(seeds[2])  # Tutel's contract: the caller asks to reseed
 
     @property
     def layout(self) -> str:
@@ -83,5 +83,5 @@ class TopAnyMOELayer(MoELayer, MOELayer):
 
     @staticmethod
     def global_expert_count(num_local_experts: float, group: Any = None) -> int:
-        """Tutel's."""
+        """As in Tutel."""
         return _Stock.global_expert_count(num_local_experts, group)

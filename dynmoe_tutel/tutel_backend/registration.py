@@ -23,12 +23,12 @@ _saved: dict[str, Any] = {}
 
 
 def registered() -> bool:
-    """Whether Tutel has them now."""
+    """Whether `register()` is in effect."""
     return bool(_saved)
 
 
 def register() -> None:
-    """Put the layer and the gates into Tutel; again: nothing. Names bound before (`from tutel.moe import ...`) stay."""
+    """Put layer and gates into Tutel; a second call does nothing. Names imported earlier from Tutel do not change."""
     if _saved:
         return
     layers, functions = tutel.impls.moe_layer, tutel.moe
@@ -55,7 +55,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give Tutel back as it was; layers already built go on working."""
+    """Restore Tutel; layers already built keep working."""
     for owner, name, value in _saved.pop("attributes", []):
         if value is None:
             delattr(owner, name)
@@ -68,10 +68,10 @@ def unregister() -> None:
 
 
 def _gate_of(kind: str) -> Callable[..., Gate]:
-    """Tutel's constructor of the gate: (model_dim, num_global_experts, **options)."""
+    """A constructor of the gate with Tutel's signature: (model_dim, num_global_experts, **options)."""
 
     def build(model_dim: int, num_global_experts: int, **options: Any) -> Gate:
-        """The gate alone; its forward takes tokens [T, D] and returns a `Routing`."""
+        """Build the gate alone; its forward takes tokens [T, D] and returns a `Routing`."""
         config = {"type": kind, **options}
         slots = max_experts(config, num_global_experts)
         names = tuple(gate_class(config).aux_weights(None))

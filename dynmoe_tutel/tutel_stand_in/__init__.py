@@ -1,7 +1,7 @@
-"""A stand-in for the part of Tutel's surface that training scripts use, for where Tutel is not installed.
+"""A stand-in for the part of Tutel that training scripts use, for machines without Tutel.
 
-`install()` makes `from tutel import moe, system, net` and `tutel.impls.moe_layer` importable: the layer is
-`dynmoe_tutel.moe`'s, the rest is in `system` and `net`. What is not provided is refused by a message that says so.
+`install()` makes `from tutel import moe, system, net` and `tutel.impls.moe_layer` importable: the layer comes from
+`dynmoe_tutel.moe`, the rest is in `system` and `net`. Importing anything else raises an error that says so.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..gates import GATE_TYPES
 __all__ = ["install", "installed", "remove", "tutel_is_importable"]
 
 _OWN = "dynmoe_tutel"
-_WHOLE = {  # every public name of a module
+_WHOLE = {  # modules with every public name provided
     "tutel.moe": f"{_OWN}.moe",
     "tutel.system": f"{_OWN}.tutel_stand_in.system",
     "tutel.net": f"{_OWN}.tutel_stand_in.net",
     "tutel.impls.communicate": f"{_OWN}.tutel_stand_in.net",
 }
 _LAYER = {"moe_layer": (f"{_OWN}.tutel_stand_in.layer", "MOELayer")}
-_NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that it is
+_NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that provides it
     "tutel": {},
     "tutel.impls": {},
-    "tutel.moe": _LAYER,  # before that of dynmoe_tutel.moe
-    "tutel.impls.moe_layer": {**_LAYER, "MOELayer": (f"{_OWN}.layer", "MoELayer")},  # for isinstance, of ours too
+    "tutel.moe": _LAYER,  # wins over the name in dynmoe_tutel.moe
+    "tutel.impls.moe_layer": {**_LAYER, "MOELayer": (f"{_OWN}.layer", "MoELayer")},  # isinstance also finds our layers
     "tutel.impls.fast_dispatch": {
         name: (f"{_OWN}.moe", name) for name in ("extract_critical", "fast_decode", "fast_dispatcher", "fast_encode")
     },
@@ -51,7 +51,7 @@ def _not_provided(name: str) -> str:
 
 
 class _StandIn(ModuleType):
-    """A module of the stand-in. It is a package without a path, so that `from tutel.net import x` asks `_Refusal`."""
+    """A module of the stand-in: a package without a path, so that importing its submodules asks `_Refusal`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, f"dynmoe_tutel's stand-in for {name}.")
@@ -81,17 +81,17 @@ class _StandIn(ModuleType):
 
 
 class _Refusal:
-    """The last finder: what the stand-in does not have cannot be imported, and the message says why."""
+    """The last finder: refuses modules that the stand-in lacks, with a message that says why."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
-        """ImportError for modules below `tutel` (a ModuleNotFoundError would be replaced by a shorter message)."""
+        """ImportError for modules below `tutel` (Python would replace a ModuleNotFoundError's message)."""
         if name.startswith("tutel."):
             raise ImportError(_not_provided(name), name=name)
 
 
 _modules: dict[str, ModuleType] = {}
-_hidden: dict[str, ModuleType] = {}  # of a folder named tutel
+_hidden: dict[str, ModuleType] = {}  # modules of a folder named tutel
 
 
 def installed() -> bool:
@@ -100,7 +100,7 @@ def installed() -> bool:
 
 
 def tutel_is_importable() -> bool:
-    """Whether Tutel itself is imported already or can be found; a folder of that name without code is not Tutel."""
+    """Whether Tutel itself is imported or can be found; a folder named tutel without code does not count."""
     if installed():
         return False
     if (module := sys.modules.get("tutel")) is not None:
@@ -110,12 +110,12 @@ def tutel_is_importable() -> bool:
 
 
 def _is_folder(spec: ModuleSpec | None) -> bool:
-    """Whether this is a namespace package."""
+    """Whether the spec is of a namespace package."""
     return spec is not None and spec.origin is None and spec.submodule_search_locations is not None
 
 
 def install() -> None:
-    """Put the stand-in into `sys.modules`; RuntimeError where Tutel itself is there."""
+    """Put the stand-in into `sys.modules`; RuntimeError if Tutel itself is installed."""
     if installed():
         return
     if tutel_is_importable():

@@ -1,4 +1,4 @@
-"""The stand-in's layer: `dynmoe_tutel.MoELayer` on one rank. Tutel's divides its experts over all ranks unasked."""
+"""The stand-in's layer: `dynmoe_tutel.MoELayer` on one rank. Tutel's divides experts over all ranks by default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["MOELayer"]
 
 
 class MOELayer(MoELayer):
-    """As `dynmoe_tutel.MoELayer`, on one rank."""
+    """`dynmoe_tutel.MoELayer` on one rank."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -1,6 +1,6 @@
-"""What `tutel.net` offers to training scripts, over torch.distributed: collectives, their gradients, process groups.
+"""`tutel.net` for training scripts, over torch.distributed: collectives, their gradients, process groups.
 
-Without a process group, or in a group of one, every collective returns its input. `group=None` is all ranks.
+Without a process group, or in a group of one, every collective returns its input. `group=None` means all ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def barrier(group: Any = None) -> None:
 
 
 def simple_all_reduce(input: Tensor, group: Any = None, op: Any = _SUM, inplace: bool = False) -> Tensor:
-    """The sum (or `op`) over the ranks, in a tensor of its own unless `inplace`."""
+    """The sum (or `op`) over the ranks, in a new tensor unless `inplace`."""
     if get_world_size(group) == 1:
         return input
     output = input if inplace else input.clone(memory_format=torch.contiguous_format)
@@ -107,7 +107,7 @@ def simple_reduce_scatter(input: Tensor, group: Any = None, op: Any = _SUM) -> T
 
 
 def simple_all_gather(input: Tensor, group: Any = None) -> Tensor:
-    """The ranks' tensors, of equal shapes, one after the other in dimension 0."""
+    """Concatenate the ranks' tensors, of equal shapes, along dimension 0."""
     world_size = get_world_size(group)
     if world_size == 1:
         return input
@@ -128,7 +128,7 @@ def _check_divides(input: Tensor, dim: int, world_size: int) -> None:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Split along `output_dim`, exchange, concatenate along `input_dim`; the gradient goes the other way."""
+    """Split along `output_dim`, exchange, concatenate along `input_dim`; the backward does the reverse."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, input_dim: int, output_dim: int, group: Any) -> Tensor:
@@ -154,7 +154,7 @@ class _AllToAllSingle(torch.autograd.Function):
 
 
 class _Collective(torch.autograd.Function):
-    """`forward_of` there and `backward_of` back."""
+    """`forward_of` in the forward, `backward_of` in the backward."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, forward_of: _Operation, backward_of: _Operation) -> Tensor:
@@ -172,7 +172,7 @@ def _same(input: Tensor) -> Tensor:
 
 
 def _along(input: Tensor, dim: int, forward_of: _Operation, backward_of: _Operation, group: Any) -> Tensor:
-    """A collective of dimension 0 applied to `dim`."""
+    """Apply a collective over dimension 0 to `dim`."""
     if get_world_size(group) == 1:
         return input
     moved = _Collective.apply(
@@ -184,9 +184,8 @@ def _along(input: Tensor, dim: int, forward_of: _Operation, backward_of: _Operat
 def all_to_all(
     input: Tensor, input_dim: int, output_dim: int, group: Any = None, background: bool = False, use_2dh: bool = False
 ) -> Any:
-    """Split along `output_dim` over the ranks, concatenate along `input_dim`: what was whole is split, what was split
-    is whole. With `background`, a function that returns it. `use_2dh` is a way through the network: the same result
-    over all ranks."""
+    """Split along `output_dim` over the ranks, exchange, concatenate along `input_dim`. With `background`, returns a
+    function that returns the result. `use_2dh` takes all ranks: it changes Tutel's network path, not the result."""
     group = None if use_2dh else group
     world_size = get_world_size(group)
     output = input
@@ -202,23 +201,23 @@ def all_to_all_single(input: Tensor, group: Any = None) -> Tensor:
 
 
 def all_gather(input: Tensor, dim: int, fused: bool = False, group: Any = None) -> Tensor:
-    """The ranks' tensors one after the other in `dim`. A rank's gradient is its slice of its own output's gradient or,
-    if `fused`, of the sum over all ranks."""
+    """Concatenate the ranks' tensors along `dim`. A rank's gradient is its slice of its own output's gradient or, if
+    `fused`, of the sum over all ranks."""
     return _along(input, dim, simple_all_gather, simple_reduce_scatter if fused else simple_split, group)
 
 
 def reduce_scatter(input: Tensor, dim: int, group: Any = None) -> Tensor:
-    """This rank's slice of `dim` of the sum over the ranks; its gradient gathers theirs."""
+    """This rank's slice, along `dim`, of the sum over the ranks; the backward gathers gradients."""
     return _along(input, dim, simple_reduce_scatter, simple_all_gather, group)
 
 
 def spatial_split(input: Tensor, dim: int, group: Any = None) -> Tensor:
-    """This rank's slice of `dim`; its gradient gathers theirs."""
+    """This rank's slice along `dim`; the backward gathers gradients."""
     return _along(input, dim, simple_split, simple_all_gather, group)
 
 
 def allreduce_forward(input: Tensor, op: Any = _SUM, group: Any = None) -> Tensor:
-    """The sum (or `op`) over the ranks; the gradient passes."""
+    """The sum (or `op`) over the ranks; the gradient passes unchanged."""
     return _Collective.apply(input, lambda x: simple_all_reduce(x, group, op), _same)
 
 
@@ -232,9 +231,9 @@ def allreduce_backward(input: Tensor, op: Any = _SUM, group: Any = None) -> Tens
 
 @dataclass
 class ParallelEnvironment:
-    """`group_count` groups of `model_size` neighbouring ranks; `data_group` has one rank of each.
+    """`group_count` groups of `model_size` neighbouring ranks; `data_group` has one rank from each group.
 
-    `local_device` is None where no backend was named; the groups are None in a single process.
+    `local_device` is None if no backend was given; the groups are None in a single process.
     """
 
     global_size: int
@@ -258,11 +257,11 @@ _environments: dict[Any, tuple[str | None, ParallelEnvironment]] = {}  # by (pro
 def create_groups_from_world(
     group_count: int, include_init: str | None = None, parent_group: Any = None
 ) -> ParallelEnvironment:
-    """Divide all ranks into `group_count` groups (-n: into groups of n ranks), the same object for the same count.
+    """Divide all ranks into `group_count` groups (-n: groups of n ranks); returns the same object for the same count.
 
-    With `include_init`, a backend ("nccl", "gloo"), initialises torch.distributed where the environment says that
-    there are ranks (RANK and WORLD_SIZE, or mpiexec's) and that was not done before. ValueError for another backend, a
-    count that does not divide the ranks, or "nccl" without a GPU.
+    `include_init` is a backend ("nccl", "gloo"): it initialises torch.distributed, once, if the environment names
+    ranks (RANK and WORLD_SIZE, or mpiexec's). Raises ValueError for another backend, for "nccl" without a GPU, or if
+    the count does not divide the ranks.
     """
     if include_init not in (None, "nccl", "gloo"):
         raise ValueError(f"backend = {include_init!r}: allowed are 'nccl' and 'gloo'")
@@ -345,10 +344,10 @@ def _divide(group_count: int, backend: str | None) -> ParallelEnvironment:
 
 
 def _own_group(groups: list[list[int]], rank: int) -> Any:
-    """Every rank makes every group; the one that `rank` is in."""
+    """Make every group, as every rank must, and return the one with `rank`."""
     made = [dist.new_group(ranks=ranks, timeout=_timeout()) for ranks in groups]
     return next(group for ranks, group in zip(groups, made, strict=True) if rank in ranks)
 
 
 def _no_print(*_: object, **__: object) -> None:
-    """`dist_print` of every rank but the first."""
+    """`dist_print` on all ranks but the first."""

@@ -1,4 +1,4 @@
-"""What `tutel.system` offers to training scripts: the parallel environment, time, arrays on disk, a cache."""
+"""`tutel.system` for training scripts: the parallel environment, time, arrays on disk, a cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _session: list[net.ParallelEnvironment] = []
 
 
 def init_data_model_parallel(group_count: int = 1, backend: str = "nccl") -> net.ParallelEnvironment:
-    """The process's place among the ranks, see `net.create_groups_from_world`; a single process initialises nothing."""
+    """This process's parallel environment, see `net.create_groups_from_world`; a single process initialises nothing."""
     before = dist.is_available() and dist.is_initialized()
     environment = net.create_groups_from_world(group_count, include_init=backend)
     if environment.is_distributed and not before:
@@ -56,7 +56,7 @@ def _quit() -> None:
 
 
 def get_local_session() -> net.ParallelEnvironment:
-    """What `init_data_model_parallel` returned last; RuntimeError before."""
+    """The last result of `init_data_model_parallel`; RuntimeError before the first call."""
     if not _session:
         raise RuntimeError(
             "there is no session yet: call tutel.system.init_data_model_parallel() first, or record_time(is_cuda=False)"
@@ -65,7 +65,7 @@ def get_local_session() -> net.ParallelEnvironment:
 
 
 def record_time(is_cuda: bool | None = None) -> float:
-    """Seconds since the epoch, after the GPU's work is done. `is_cuda`: by default what the session runs on."""
+    """Seconds since the epoch, after the GPU has finished. `is_cuda` defaults to the session's device."""
     if get_local_session().is_cuda if is_cuda is None else is_cuda:
         torch.cuda.synchronize()
     return time.time()
@@ -97,13 +97,13 @@ def apply_rank_size_from_pattern(filename: str, rank: int, size: int, create_dir
 
 
 def init_affinity_at_program_beginning() -> None:
-    """Nothing: where threads run is left to the system."""
+    """Does nothing: the system places threads."""
 
 
 class LocalCache:
-    """Values by key, of one process."""
+    """A key-value cache of one process."""
 
-    _CACHE: dict[Any, Any] = {}  # noqa: RUF012  (Tutel's: one for the process)
+    _CACHE: dict[Any, Any] = {}  # noqa: RUF012  (as in Tutel: one per process)
 
     @staticmethod
     def reset() -> None:
@@ -117,7 +117,7 @@ class LocalCache:
 
     @staticmethod
     def get(key: Any = None) -> Any:
-        """The value under `key`; all values, in a list, where there is none."""
+        """The value under `key`; a list of all values if there is none."""
         return LocalCache._CACHE[key] if key in LocalCache._CACHE else list(LocalCache._CACHE.values())
 
 
@@ -127,7 +127,7 @@ def cache() -> type[LocalCache]:
 
 
 def forget_session() -> None:
-    """Without session, groups and cache, as in a new process; torch.distributed stays as it is."""
+    """Drop session, groups and cache, as in a new process; torch.distributed stays as it is."""
     _session.clear()
     net._environments.clear()
     LocalCache.reset()
