@@ -1,9 +1,9 @@
-"""The targets for an H200 beside what `benchmarks.kernels` and `benchmarks.layer` measured.
+"""The targets for an H200 beside the measurements of `benchmarks.kernels` and `benchmarks.layer`.
 
     python -m benchmarks.targets kernels-gpu.json layer-gpu.json [--out FILE.md]
 
-Prints the lines of the README's table. What was not measured is said so, and a target over several shapes is held
-against the worst of them. The exit status does not depend on what is met. Needs no torch.
+Prints the lines of the README's table. It marks what was not measured, and holds a target over several shapes against
+the worst of them. The exit status does not depend on the targets met. Needs no torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 from .common.shapes import GPU_SHAPES, Shape
 
 Summary = dict[str, Any]
-LARGE_GATE = 8 << 20  # T D from which the gate is held against the copy bandwidth
-# the layer as it is held against `bare`: both as CUDA graphs, so that the host plays no part
+LARGE_GATE = 8 << 20  # from this T D on, the gate is held against the copy bandwidth
+# the contestant to hold against `bare`: both are CUDA graphs, so that the host plays no part
 OURS = "ours, bounded, graph"
 NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line: what it is about, two bounds, and the value with the shape that it is of, if measured."""
+    """One line: the subject, two bounds, and if measured, the value with its shape."""
 
     name: str
     must: float
@@ -39,14 +39,14 @@ class Target:
 
     @property
     def bounds(self) -> str:
-        """Both, as they are in the table."""
+        """Both bounds, as the table shows them."""
         both = [self.must] if self.stretch is None else [self.must, self.stretch]
         texts = [f"{bound:g}{self.unit}" if self.unit or not bound else f"{bound:.2f}" for bound in both]
         return " | ".join([*texts, ""][:2])
 
     @property
     def met(self) -> str:
-        """ "stretch", "must", "no", or "" where nothing is measured."""
+        """ "stretch", "must", "no", or "" if not measured."""
         if self.value is None:
             return ""
         for name, bound in (("stretch", self.stretch), ("must", self.must)):
@@ -62,7 +62,7 @@ def _names(shape: dict[str, Any]) -> str:
 
 
 def _worst(values: Iterable[tuple[float, str]], least: bool = True) -> tuple[float | None, str]:
-    """The lowest value, or the highest where bounds are upper ones, with what it is of."""
+    """The lowest value, or the highest for upper bounds, with its shape."""
     found = sorted(values, reverse=not least)
     return found[0] if found else (None, "")
 
@@ -70,7 +70,7 @@ def _worst(values: Iterable[tuple[float, str]], least: bool = True) -> tuple[flo
 def _layer_values(
     layer: Summary | None, shapes: Sequence[str], read: Callable[[dict[str, Any]], float | None]
 ) -> list[tuple[float, str]]:
-    """The values of the shapes, in bf16; none unless all of them have one."""
+    """The bf16 values of the shapes; none unless every shape has one."""
     found = {}
     for result in layer["results"] if layer else ():
         value = read(result) if result["dtype"] == "bfloat16" else None
@@ -82,7 +82,7 @@ def _layer_values(
 def _kernel_values(
     kernels: Summary | None, kernel: str, read: Callable[[dict[str, Any]], float], chosen: Callable[[Shape], bool]
 ) -> list[tuple[float, str]]:
-    """The values of a kernel at the shapes that count and are measured; none where one of them failed."""
+    """A kernel's values at the measured shapes that count; none if one of them failed."""
     own = [
         r
         for r in (kernels["results"] if kernels else ())
@@ -92,7 +92,7 @@ def _kernel_values(
 
 
 def targets(kernels: Summary | None, layer: Summary | None) -> list[Target]:
-    """All targets for a GPU, of the summaries that the benchmarks write."""
+    """All targets for a GPU, from the summaries that the benchmarks write."""
 
     def over(name: str, shapes: Sequence[str], must: float, stretch: float) -> Target:
         values = _layer_values(layer, shapes, lambda r: r["bare_over"].get(OURS))
@@ -128,7 +128,7 @@ def targets(kernels: Summary | None, layer: Summary | None) -> list[Target]:
 
 
 def _waits(layer: Summary | None) -> tuple[float | None, str]:
-    """0 where every step was captured as a CUDA graph, which a wait for the device would have ended."""
+    """0 if every step was captured as a CUDA graph: a capture fails if the host waits for the device."""
     names = (OURS, "ours, full, graph")
     values = _layer_values(
         layer, ("vit-s", "vit-b", "bert-l", "llm-4k"), lambda r: 0.0 if set(names) <= r["milliseconds"].keys() else None
@@ -152,7 +152,7 @@ def table(found: Sequence[Target], card: str | None = None) -> str:
 
 
 def read(path: Path) -> Summary | None:
-    """A summary, or None where there is none."""
+    """Read a summary, or None if there is no file."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -160,7 +160,7 @@ def read(path: Path) -> Summary | None:
 
 
 def report(kernels: Path, layer: Path) -> str:
-    """The table of what lies in two files, either of which may not be there."""
+    """The table from two files, either of which may be missing."""
     summaries = read(kernels), read(layer)
     cards = [s["environment"].get("gpu") for s in summaries if s]
     return table(targets(*summaries), next(iter(cards), None))

@@ -1,7 +1,7 @@
-"""Three exchanges of the same routed tokens, over torch.distributed, and what counts their bytes.
+"""Three exchanges of the same routed tokens over torch.distributed, and a counter of their bytes.
 
-All take the gate and this rank's experts (a block of slots) of one layer and give its output: same gate, same expert
-kernels, same index kernels; they differ in what travels. See `cost_model` for what that is.
+Each takes the gate and this rank's experts (a block of slots) of one layer and returns the layer's output. They share
+the gate, expert and index kernels and differ only in what they send: see `cost_model`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tens
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the ranks that `sent` says; the gradient goes the other way."""
+    """Send rows to the ranks that `sent` tells; the gradient goes the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -42,7 +42,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """Rows times their gate values of 1: nothing to compute but the gradient of the gate."""
+    """Rows times their gate values of 1: the forward is the identity, the backward computes the gate gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows_AD: Tensor, gate_A: Tensor) -> Tensor:
@@ -63,33 +63,33 @@ def _counts(sent_N: Tensor) -> Tensor:
 
 
 def once_per_rank(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """The package's own: a token goes once to each rank with an expert of it, and a partial sum comes back."""
+    """The package's own: a token goes once to each rank that holds one of its experts; a partial sum returns."""
     wire = Wire(dist.group.WORLD)
     return parallel.through_ranks(experts, wire, x_TD, gate(x_TD), "mean", "exact")
 
 
 def _through(experts: Experts, rows_MD: Tensor, expert_M: Tensor) -> Tensor:
-    """Rows through the expert of each, in their own order."""
+    """Each row's expert output, in the order of the rows."""
     bits = kernels.pack_bits(torch.nn.functional.one_hot(expert_M, experts.slots).bool())
     here = Routing.from_bits(bits, rows_MD.new_zeros((rows_MD.shape[0], experts.slots)))
     return here.sum(experts(rows_MD, here, rows_MD.new_ones(rows_MD.shape[0])))
 
 
 def per_expert(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """A row for every assignment there, and its result back."""
+    """Dispatch one row per assignment, and combine its result."""
     R, local = dist.get_world_size(), experts.slots
     routing = gate(x_TD)
     sent_RE = routing.counts.long().view(R, local)
     received_RE = _counts(sent_RE)
     sent, received = sent_RE.sum(dim=1).tolist(), received_RE.sum(dim=1).tolist()
-    rows_MD = _Exchange.apply(routing.dispatch(x_TD), sent, received)  # by expert, so by rank
+    rows_MD = _Exchange.apply(routing.dispatch(x_TD), sent, received)  # sorted by expert, hence by rank
     expert_M = torch.arange(local).repeat(R).repeat_interleave(received_RE.flatten())
     rows_AD = _Exchange.apply(_through(experts, rows_MD, expert_M), received, sent)
     return routing.combine(_Gated.apply(rows_AD, routing.row_gates("mean")))
 
 
 def padded(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """Tutel's: [E, C, D] there and back, C the largest load of all ranks; the experts compute the padding too."""
+    """Tutel's: dispatch and combine [E, C, D], C the largest load of all ranks; experts compute the padding too."""
     R, local = dist.get_world_size(), experts.slots
     routing = gate(x_TD)
     capacity = max(1, largest(int(routing.counts.max()), dist.group.WORLD))
@@ -106,9 +106,9 @@ RUN = {"once per rank": once_per_rank, "per expert": per_expert, "padded": padde
 
 
 class WireCounter(TorchDispatchMode):
-    """Bytes that this rank hands to each rank in collectives, read off the calls of torch.distributed themselves.
+    """Counts the bytes that this rank sends to each rank, from the calls of torch.distributed themselves.
 
-    What stays on the rank is not counted; an all-reduce counts as its tensor handed to every other rank.
+    It ignores what stays on the rank; an all-reduce counts as its tensor sent to every other rank.
     """
 
     def __init__(self) -> None:
