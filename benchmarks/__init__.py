@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured in one run, with the bound beside them. Run as `python -m benchmarks.<name>`."""
+"""Benchmarks report ratios from one run, beside the bound. Run them with `python -m benchmarks.<name>`."""

@@ -1,16 +1,16 @@
-"""Compile every Triton kernel in every shipped configuration, for GPUs that are not here, and judge the code.
+"""Compile every Triton kernel in every shipped configuration, without the GPUs, and judge the code.
 
     python -m benchmarks.aot [--all] [--arch sm_90 ...] [--shape vit-s ...] [--jobs N] [--out FILE.json]
 
-The operations' own host functions run on meta tensors and say what they would launch (`launches.record`); each form is
-compiled once for each architecture. Without --all: a representative set, for `make test`. With it: every shape,
-dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
+The operations' host functions run on meta tensors, which records what they would launch (`launches.record`); each form
+is compiled once per architecture. Without --all it compiles a representative set, for `make test`; with --all, every
+shape, dtype, precision, activation and variant, and every entry of `kernels/tuned/<arch>.json`.
 
-The exit status is the number of wrong kernels, at most 100: of those that spill registers, need more shared memory than
-the architecture has, have a matrix product in half precision without matrix instructions, or, in the expert networks,
-one that stores aligned rows of half precision one by one, or on sm_90 one without `wgmma`. A kernel whose compiler the
-machine refused to start, at every try, is not judged; where there are such kernels and no wrong one, the status is 101.
-Triton keeps compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
+The exit status is the number of wrong kernels, at most 100. A kernel is wrong if it spills registers, needs more shared
+memory than the architecture has, or has a half-precision matrix product without matrix instructions. In the expert
+networks it is also wrong if it stores aligned half-precision rows one by one, or lacks `wgmma` on sm_90. A kernel whose
+compiler never started is not judged; if there are such kernels and no wrong one, the status is 101. Triton keeps
+compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from .launches.operations import FILES, VARIANTS, Variant, run_all
 from .launches.record import Launch, recording
 
 KB = 1024
-MATRIX_MODULES = ("gemm_kernels",)  # of the expert networks: where sm_90 must show wgmma
+MATRIX_MODULES = ("gemm_kernels",)  # of the expert networks: must use wgmma on sm_90
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What code for it is judged by."""
+    """What the judgement needs to know of an architecture."""
 
     target: GPUTarget
-    shared_memory: int  # bytes a program may have
+    shared_memory: int  # bytes per program
     matrix: dict[str, str]  # name -> pattern of its matrix instructions in the assembly
 
 
@@ -59,16 +59,16 @@ ARCHITECTURES = {
     "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KB, {"tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}),
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KB, {"mfma": r"\bv_mfma_"}),
 }
-REPRESENTATIVE = ("sm_80", "sm_90", "sm_100", "gfx942")  # whose every kernel is compiled without --all
-# rows that are no multiples of 16 bytes, and a single number of everything: integers that are 1 become constants
+REPRESENTATIVE = ("sm_80", "sm_90", "sm_100", "gfx942")  # compiled without --all
+# rows that are not multiples of 16 bytes, and every size 1: Triton makes integers that are 1 constants
 ODD = (Shape(1000, 97, 47, 7, 2), Shape(1000, 97, 47, 7, 2, gated=True), Shape(1, 1, 1, 1, 1))
-# the gate that fills shared memory most: routing vectors in three parts for many experts
+# the gate that uses the most shared memory: routing vectors in three parts for many experts
 LARGE_GATE = (Shape(4096, 768, 64, 256, 2), torch.bfloat16, VARIANTS["normalized"])
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One `tl.dot` of a kernel: [M, K] by [K, N] of a type."""
+    """One `tl.dot` of a kernel, [M, K] by [K, N], with its type."""
 
     M: int
     N: int
@@ -78,7 +78,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in a compiled kernel."""
+    """Findings in a compiled kernel."""
 
     arch: str
     module: str
@@ -91,13 +91,13 @@ class Report:
     spilled: int = 0  # bytes of stack and local memory a thread (NVIDIA), registers and bytes of scratch (AMD)
     dots: tuple[Dot, ...] = ()
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by name
-    single_stores: int = 0  # of 2 bytes, in the code for rows that are multiples of 16 elements (NVIDIA)
+    single_stores: int = 0  # 2-byte stores in the code for rows that are multiples of 16 elements (NVIDIA)
     error: str = ""  # why it did not compile
-    not_started: str = ""  # why a tool could not be started, so that nothing is known of the kernel
+    not_started: str = ""  # why a tool could not start; then the kernel is not judged
 
 
 def judge(report: Report) -> list[str]:
-    """What is wrong with a compiled kernel, if anything."""
+    """The faults of a compiled kernel."""
     if report.not_started:
         return []
     if report.error:
@@ -111,7 +111,7 @@ def judge(report: Report) -> list[str]:
     half = [dot for dot in report.dots if dot.dtype in ("f16", "bf16")]
     if half and not any(report.matrix.values()):
         found.append("has a product in half precision and no matrix instruction")
-    # a warpgroup multiplies 64 rows at least: smaller tiles are for experts of few rows
+    # a warpgroup multiplies at least 64 rows: smaller tiles are for experts with few rows
     large = any(dot.M >= 64 for dot in half) and report.warps >= 4
     if report.arch == "sm_90" and large and report.module in MATRIX_MODULES and not report.matrix.get("wgmma"):
         found.append("is a matrix kernel without wgmma")
@@ -126,7 +126,7 @@ def _dots(ttir: str) -> tuple[Dot, ...]:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack and local memory a thread."""
+    """Registers per thread, and bytes of stack and local memory per thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -137,7 +137,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers a thread, and what of them is spilled or in scratch memory."""
+    """Vector registers per thread, and the number spilled plus bytes of scratch memory."""
     usage = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
     registers = usage["vgpr_count"] + usage.get("agpr_count", 0)
     return registers, usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
@@ -148,7 +148,7 @@ def _about(arch: str, launch: Launch) -> tuple[str, str, str, str, str]:
 
 
 def compile_one(arch: str, launch: Launch, pauses: Sequence[float] = PAUSES) -> Report:
-    """Compile a launch for an architecture and read its code; with those pauses where the machine refuses a tool."""
+    """Compile a launch for an architecture and read its code; pause and retry if the machine refuses a tool."""
     try:
         return _compile(arch, launch, pauses)
     except NotStartedError as error:
@@ -161,7 +161,7 @@ def _compile(arch: str, launch: Launch, pauses: Sequence[float]) -> Report:
         compiled: Any = patiently(lambda: launch.compile(architecture.target), pauses)
     except NotStartedError:
         raise
-    except Exception as error:  # whatever a compiler throws is the finding, and the other kernels are still compiled
+    except Exception as error:  # any compiler error is a finding; the other kernels still compile
         return Report(*about, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     hip = architecture.target.backend == "hip"
     assembly = compiled.asm["amdgcn" if hip else "ptx"]
@@ -191,7 +191,7 @@ def representative(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 
 def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
-    """All dtypes, precisions and variants of every shape, and what odd sizes launch."""
+    """All dtypes, precisions and variants of every shape, and the odd sizes."""
     for shape in shapes:
         for dtype, tf32 in (
             (torch.bfloat16, False),
@@ -208,7 +208,7 @@ def every_case(shapes: Sequence[Shape]) -> Iterator[Case]:
 
 
 def tuned_shapes(arch: str) -> Iterator[tuple[Shape, torch.dtype]]:
-    """For every entry of the tuned table, a shape whose operations use it."""
+    """One shape for every entry of the tuned table, whose operations use that entry."""
     for key in tiles.tuned(arch):
         kind, dtype, *sizes = key.split("/")
         rows, K, N = (int(re.sub(r"\D", "", size)) for size in sizes)
@@ -241,7 +241,7 @@ def compile_all(tasks: Sequence[tuple[str, Launch]], jobs: int) -> Iterator[Repo
         pauses = PAUSES
         for task in tasks:
             report = compile_one(*task, pauses)
-            pauses = () if report.not_started else PAUSES  # who waited in vain asks once, until the machine gives again
+            pauses = () if report.not_started else PAUSES  # after a refusal, try only once until a tool starts again
             yield report
         return
     for task, found in zip(tasks, in_processes(compile_one, tasks, jobs), strict=True):
@@ -270,7 +270,7 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the number of kernels that are judged wrong, at most 100, or 101 where some could not be judged."""
+    """Command line; returns the number of wrong kernels, at most 100, or 101 if some could not be judged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shape, dtype, activation and variant")
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), help="default: all")
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arch in args.arch or ARCHITECTURES:
         cases = list(every_case(shapes) if args.all else representative(shapes))
         if not (args.all or args.arch or arch in REPRESENTATIVE):
-            cases = []  # the large gate alone
+            cases = []  # only the large gate
         cases += [(shape, dtype, VARIANTS["default"], False) for shape, dtype in tuned_shapes(arch)]
         large = args.all or arch not in REPRESENTATIVE
         tasks += [(arch, launch) for launch in record(arch, cases, large)]

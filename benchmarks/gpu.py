@@ -1,14 +1,14 @@
-"""What `make gpu` runs on a machine with a GPU: its tests, then each kernel and the whole layer, in under 8 minutes.
+"""Run by `make gpu` on a machine with a GPU: tests, then each kernel and the whole layer, in under 8 minutes.
 
     python -m benchmarks.gpu [--results DIR] [--seconds 460]
 
-Parts: the benchmarks' kernels are compiled on all processors, then come the tests, the kernels, the layer. Each has a
-share of the time that is left; what one does not use, the next ones have. Benchmarks skip what no time is left for and
-say so; a part that overruns is ended, and what it had found is on disk. Whatever fails, the next part runs; a benchmark
-that lost the device (as by an illegal access) goes on in a fresh process behind the step at fault.
+Parts: compile the benchmarks' kernels on all processors, then run the tests, the kernels and the layer. Each part gets
+a share of the time that is left, so unused time goes to the next ones. Benchmarks skip what they have no time for and
+say so. A part that overruns is ended; its results so far are on disk. If a part fails, the next one still runs. A
+benchmark that lost the device (as by an illegal access) goes on in a fresh process after the step at fault.
 
-Leaves tests-gpu.txt, kernels-gpu.{json,md,png}, layer-gpu.{json,md} and targets-gpu.md in the results directory. The
-exit status is 0 if every part succeeded, 1 if one did not, 2 if there is nothing to run on.
+Writes tests-gpu.txt, kernels-gpu.{json,md,png}, layer-gpu.{json,md} and targets-gpu.md to the results directory. The
+exit status is 0 if every part succeeded, 1 if one did not, 2 if there is no GPU to run on.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .common.timing import beside, check_outputs, duration, interpreted
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
-GRACE = 15.0  # seconds that tests have for their summary, after an interrupt and before they are killed
+GRACE = 15.0  # seconds that tests get for their summary between the interrupt and the kill
 DEVICE_LOST = 3  # exit status, as in `common.results`, which imports torch
 RESTARTS = 3
-LEAST_SECONDS = 15.0  # for which a benchmark is started again
+LEAST_SECONDS = 15.0  # with less, a benchmark is not started again
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Part:
     name: str
     command: tuple[str, ...]
     share: float
-    log: str | None = None  # where the output goes beside the screen, the names of tests that pass there alone
-    budget: bool = False  # takes --seconds, after which it begins nothing
+    log: str | None = None  # file for the output besides the screen; only it gets the names of tests that pass
+    budget: bool = False  # takes --seconds, after which it begins no step
     resumes: bool = False  # takes --resume
     grace: float = 0.0  # seconds between an interrupt and the end
 
 
 def missing() -> str | None:
-    """Why nothing can be run here, or None."""
+    """The reason why nothing can run here, or None."""
     if find_spec("torch") is None:
         return f"{sys.executable} has no torch: name an interpreter that has it, make gpu PYTHON=..."
     import torch
@@ -92,20 +92,20 @@ def parts(results: Path) -> list[Part]:
 
 
 def _command(part: Part, limit: float, again: bool) -> list[str]:
-    """The command of a part that has `limit` seconds."""
-    budget = ["--seconds", f"{0.85 * limit:g}"] if part.budget else []  # the rest is for the last measurement
+    """The command of a part with `limit` seconds."""
+    budget = ["--seconds", f"{0.85 * limit:g}"] if part.budget else []  # leaves the rest to the last measurement
     return [*part.command, *budget, *(["--resume"] if again else [])]
 
 
 def _end(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Send a signal to the process and what it started."""
+    """Send a signal to the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    """The process of a command, in a session of its own, with its output in one pipe."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in a shell's background job; children inherit it
+    """Start a command in its own session, with its output in one pipe."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job; children inherit it
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -136,7 +136,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
 
     def interrupt() -> None:
         overran.set()
-        process.send_signal(signal.SIGINT)  # to pytest, which ends its workers and says what failed
+        process.send_signal(signal.SIGINT)  # pytest then ends its workers and reports the failures
 
     def kill() -> None:
         overran.set()
@@ -144,7 +144,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
 
     def clear() -> None:
         process.wait()
-        _end(process, signal.SIGKILL)  # what it left behind, which may hold the pipe open
+        _end(process, signal.SIGKILL)  # its children may hold the pipe open
 
     threading.Thread(target=clear, daemon=True).start()
     timers = [threading.Timer(limit, kill)]
@@ -162,7 +162,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
     finally:
         for timer in timers:
             timer.cancel()
-        _end(process, signal.SIGKILL)  # where this process is interrupted
+        _end(process, signal.SIGKILL)  # if this process is interrupted
         if part.log:
             (results / part.log).write_text("".join(lines))
     if overran.is_set():
@@ -173,7 +173,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
 
 
 def run_all(results: Path, seconds: float) -> dict[str, str]:
-    """Run every part; its outcome by name."""
+    """Run every part; return the outcomes by name."""
     end, left, outcomes = time.monotonic() + seconds, parts(results), {}
     while left:
         part = left[0]
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summaries = results / "kernels-gpu.json", results / "layer-gpu.json"
     reports = [*beside(summaries[0], ".md", ".png"), *beside(summaries[1], ".md")]
     check_outputs(parser, "--results", [results / "tests-gpu.txt", results / "targets-gpu.md", *reports])
-    for path in reports:  # a table of this run must not read another's
+    for path in reports:  # the table must not read another run's results
         path.unlink(missing_ok=True)
     started = time.monotonic()
     outcomes = run_all(results, args.seconds)

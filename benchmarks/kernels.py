@@ -1,12 +1,12 @@
-"""Each Triton kernel against what bounds it: the copy bandwidth or the matrix rate that the same run measures.
+"""Each Triton kernel against its bound: the copy bandwidth or the matrix rate that the same run measures.
 
     python -m benchmarks.kernels [--device cuda] [--shape vit-s ...] [--dtype bfloat16] [--seconds N] [--out FILE.json]
 
-A kernel is first compared with torch on the same device; one that differs is named and not timed. Times are of
-CUDA-graph replays over several sets of inputs, so that they come from memory. Writes FILE.json and FILE.md after every
-kernel, and the roofline FILE.png after every shape. The exit status is 1 if a kernel failed, 3 if the device was lost,
-with which `--resume` goes on. Without a GPU the kernels run in Triton's interpreter on a tiny shape: that shows that
-this program works, and no time.
+It first compares a kernel with torch on the same device; a kernel that differs is named and not timed. It times
+CUDA-graph replays over several sets of inputs, so that these come from memory. It writes FILE.json and FILE.md after
+every kernel and the roofline FILE.png after every shape. The exit status is 1 if a kernel failed, 3 if the device was
+lost; then `--resume` goes on. Without a GPU the kernels run in Triton's interpreter on a tiny shape: this tests the
+program and measures nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_SETS = 8
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest relative RMS difference, infinite where one is not finite; of integers, the share that differs."""
+    """The largest relative RMS difference, infinite if one is not finite; for integers, the share that differs."""
     if not isinstance(found, Tensor):
         return max(difference(f, e) for f, e in zip(found, expected, strict=True))
     if found.shape != expected.shape:
@@ -44,11 +44,11 @@ def difference(found: Any, expected: Any) -> float:
     if not found.is_floating_point():
         return float((found != expected).double().mean())
     error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
-    return error if error == error else float("inf")  # the maximum of others and NaN may be another
+    return error if error == error else float("inf")  # max() may skip a NaN
 
 
 def sets_of_inputs(shape: Shape, dtype: torch.dtype) -> int:
-    """How many sets of inputs, taken in turn, no cache holds, by the tokens of one; few where that takes many."""
+    """How many sets of inputs, used in turn, exceed any cache, counting only tokens; capped for small inputs."""
     tokens = shape.T * shape.D * dtype.itemsize
     return max(1, min(MOST_SETS, 1 + L2_BYTES // max(tokens, 1))) if tokens < L2_BYTES else 1
 
@@ -56,7 +56,7 @@ def sets_of_inputs(shape: Shape, dtype: torch.dtype) -> int:
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, rates: dict[str, float], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """One result a kernel, as soon as it is there; of one that differs or does not run, the exception (`failed`)."""
+    """Yield one result per kernel; `failed` gets the exception of a kernel that differs or does not run."""
     sets = sets_of_inputs(shape, dtype) if device.type == "cuda" else 1
     for same in zip(*(kernels_of(Inputs(shape, dtype, device, seed)) for seed in range(sets)), strict=True):
         first = same[0]
@@ -73,12 +73,12 @@ def measure(
                 result["difference"] = _checked(first, dtype)
             times = seconds([kernel.run for kernel in same], device, repeats)
             yield result | judged(first, times, rates)
-        except Exception as error:  # whatever a compiler, a launch or the comparison raises
+        except Exception as error:  # compilation, launch and comparison may raise anything
             yield result | {"failed": error}
 
 
 def _checked(kernel: Kernel, dtype: torch.dtype) -> float:
-    """Its difference from the torch operation; RuntimeError where it is large."""
+    """The kernel's difference from the torch operation; raises RuntimeError if it is large."""
     assert kernel.expected is not None
     error = difference(kernel.run(), kernel.expected())
     if not error < (1e-2 if dtype != torch.float32 else 1e-4):
@@ -87,7 +87,7 @@ def _checked(kernel: Kernel, dtype: torch.dtype) -> float:
 
 
 def judged(kernel: Kernel, times: Sequence[float], rates: dict[str, float]) -> dict[str, Any]:
-    """Times of one call in seconds, beside the time that the rates allow for the bytes and FLOPs."""
+    """Times of one call in seconds, and the least time that the rates allow for its bytes and FLOPs."""
     by_bytes = kernel.bytes / rates["bytes_per_second"]
     by_flops = kernel.flops / rates["flops_per_second"]
     bound = max(by_bytes, by_flops)
@@ -100,7 +100,7 @@ def judged(kernel: Kernel, times: Sequence[float], rates: dict[str, float]) -> d
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A line of the table each."""
+    """One table line per result."""
     lines = []
     for r in results:
         head = f"| {Shape(**r['shape'])} | {r['dtype']} | {r['kernel']}"
@@ -116,7 +116,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The results as Markdown, under the rates that they are held against."""
+    """The results as Markdown, below the measured rates."""
     name = summary["environment"].get("gpu", "CPU, interpreter: no times are meant")
     rates = summary["bounds"]
     copy, product = rates["bytes_per_second"] / 1e12, rates["flops_per_second"] / 1e12
@@ -128,7 +128,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def roofline(results: Sequence[dict[str, Any]], rates: dict[str, float], path: Path, title: str) -> None:
-    """Achieved rate against arithmetic intensity of the kernels with products, and the two measured bounds."""
+    """Plot achieved rate against arithmetic intensity for kernels with products, and the two measured bounds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +158,7 @@ def roofline(results: Sequence[dict[str, Any]], rates: dict[str, float], path: P
 def run(
     progress: Progress, shapes: dict[str, Shape], dtype: torch.dtype, device: torch.device, limit: float, repeats: int
 ) -> int:
-    """Measure the shapes in order while time lasts; exit status."""
+    """Measure the shapes in order while time lasts; return the exit status."""
     started, lost = time.monotonic(), False
     plots = progress.out is not None and find_spec("matplotlib") is not None
     if progress.out is not None and not plots:
@@ -181,7 +181,7 @@ def run(
                     break
                 progress.save()
             progress.finish(name, "the device was lost" if lost else None)
-        except Exception as error:  # in what prepares a kernel's inputs
+        except Exception as error:  # raised while preparing a kernel's inputs
             progress.finish(name, error)
             lost = not usable(device)
         if lost:
@@ -190,7 +190,7 @@ def run(
             try:
                 title = progress.summary["environment"].get("gpu", "interpreter")
                 roofline(progress.results, progress.summary["bounds"], progress.out.with_suffix(".png"), title)
-            except Exception as error:  # no plot is worth the other shapes
+            except Exception as error:  # a failed plot must not stop the other shapes
                 progress.fail("plot", error)
                 plots = False
         if device.type == "cuda":

@@ -4,13 +4,13 @@
 
 * ours:  `MoELayer` with a top-any gate: gate, index, dispatch, experts, combine, auxiliary loss; with the backward, the
          gradients of the tokens, the router and every expert.
-* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows that were gathered before; no bias, no
-         activation. For bf16 the faster of native GEMMs and fp32 GEMMs on the same bf16 operands, on this machine.
-* loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd; no
-         time is taken in a half precision that the processor has no products of.
+* bare:  only the GEMMs of the experts (2 forward, 4 backward) on contiguous rows, gathered beforehand; no bias, no
+         activation. For bf16, native or fp32 GEMMs on the same bf16 operands, whichever is faster on this machine.
+* loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd;
+         not timed in a half precision that the processor cannot multiply.
 
-Router columns are orthonormal and each threshold is the quantile of its cosines that makes the mean k as stated.
-Ratios are medians of the repeats' ratios: contestants run in turn, so a drift of the machine cancels.
+Router columns are orthonormal, and each threshold is the quantile of its cosines that gives the stated mean k.
+Ratios are medians of the repeats' ratios: contestants run in turn, so machine drift cancels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Case:
             self.routing = self.layer.route(self.x_TD)
 
     def parameters(self) -> list[Tensor]:
-        """What gradients are taken of."""
+        """The tensors that get gradients."""
         return [self.x_TD, *self.layer.parameters()]
 
     def ours(self, backward: bool) -> None:
@@ -78,7 +78,7 @@ class Case:
         torch.autograd.grad((y_TD, y_TD.l_aux), self.parameters(), (self.d_y_TD, torch.tensor(0.01)))
 
     def loop_forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A mixture of experts as written by hand, the same function as the layer; experts in `dtype`, if given."""
+        """A hand-written mixture of experts that computes the layer's function; experts in `dtype`, if given."""
         gate, experts = self.layer.gates[0], self.layer.experts
         dtype = dtype or self.dtype
         w1, b1 = experts.batched_fc1_w.to(dtype), experts.batched_fc1_bias.to(dtype)
@@ -118,12 +118,12 @@ class Case:
         self.gemm: Callable[[Tensor, Tensor], Tensor] = torch.mm
         if self.dtype not in (torch.float32, torch.float64):
             x, _, w1, _ = self.segments[0]
-            x = x[:128]  # without native instructions a product of all rows takes minutes
+            x = x[:128]  # without native instructions, all rows would take minutes
             runs = [[_seconds(partial(mm, x, w1.t())) for _ in range(3)] for mm in (torch.mm, _fp32_mm)]
             self.gemm = torch.mm if min(runs[0]) < min(runs[1]) else _fp32_mm
 
     def bare(self, backward: bool) -> None:
-        """The GEMMs of the experts on contiguous rows; what a pass must hand on is kept to its end."""
+        """The experts' GEMMs on contiguous rows; keeps the tensors that a real pass would keep."""
         mm, kept = self.gemm, []
         for x, _, w1, w2 in self.segments:
             h = mm(x, w1.t())
@@ -151,7 +151,7 @@ def relative_rms(value: Tensor, reference: Tensor) -> float:
 
 
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Check that ours and the loop agree, then time all three in turn; one result for each of the two passes."""
+    """Check that ours and the loop agree, then time all three in turn; one result per pass."""
     with torch.no_grad():
         error = relative_rms(case.layer(case.x_TD), case.loop_forward(torch.float32))
     limit = 1e-5 if case.dtype == torch.float32 else 1e-2
@@ -161,7 +161,7 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     results = []
     for backward in (False, True):
         contestants = {"bare": case.bare, "ours": case.ours}
-        if case.gemm is torch.mm:  # without native half-precision products the loop takes minutes
+        if case.gemm is torch.mm:  # without native half precision the loop takes minutes
             contestants["loop"] = case.loop
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for repeat in range(repeats + 2):

@@ -1,17 +1,16 @@
-"""The whole layer on a GPU against the bare products and other ways to compute the same; run by `benchmarks.layer`.
+"""The whole layer on a GPU against the bare products and other implementations; run by `benchmarks.layer`.
 
 * ours:        `MoELayer` forward and backward: exact, bounded (1.25 of the mean k) and full capacity; the last two also
                as a CUDA graph. Engine "grouped_mm" is ours with torch's grouped product.
-* bare:        the products of the experts alone by cuBLAS on contiguous rows, all rows at once; timed before
-               and after the others, so that its spread shows what the clocks did.
-* dense:       a dense MLP on A rows, as many FLOPs as the layer: what an eager Linear, activation, Linear costs.
-* loop:        the layer on the torch engine, a loop over the experts that asks the device for their sizes.
-* peers:       every one that is installed, and ours beside them, on a fixed-k routing of the same rows that is given
-               to them; eager, since some wait for the device. Last, since some compile for minutes. See
-               `benchmarks.peers`.
+* bare:        only the experts' products, by cuBLAS on contiguous rows, all rows at once; timed before and after the
+               others, so that its spread shows changes of the clocks.
+* dense:       a dense MLP on A rows, as many FLOPs as the layer: the cost of an eager Linear, activation, Linear.
+* loop:        the layer on the torch engine: a loop over the experts that waits for their sizes.
+* peers:       every installed peer, and ours beside them, on the same fixed-k routing; eager, since some wait for the
+               device, and last, since some compile for minutes. See `benchmarks.peers`.
 
-Ratios are bare / contestant, from the same run; times are medians in milliseconds and are of the GPU that is named.
-Results are on disk after every contestant. Exit status: 0, 1 if something failed, 3 if the device was lost.
+Ratios are bare / contestant from the same run; times are medians in milliseconds on the named GPU. Results are on disk
+after every contestant. Exit status: 0, 1 if something failed, 3 if the device was lost.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from .common.results import DEVICE_LOST, Progress, reason, usable
 from .common.shapes import GPU_SHAPES, Shape
 from .common.timing import bounds, environment, peak_bytes, seconds, spread
 
-TARGETS = ("vit-s", "vit-b", "bert-l", "llm-4k")  # the shapes that the design has targets for
+TARGETS = ("vit-s", "vit-b", "bert-l", "llm-4k")  # the shapes with targets in the design
 
 
 class Case:
-    """A layer of one shape with the mean k that the shape names, tokens, and an output gradient."""
+    """A layer of one shape with the shape's mean k, tokens, and an output gradient."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        generator = torch.Generator(device).manual_seed(0)  # of the device: a CPU draws for many seconds
+        generator = torch.Generator(device).manual_seed(0)  # on the device: a CPU would take many seconds
 
         def draw() -> Tensor:
             return torch.randn(shape.T, shape.D, generator=generator, device=device).to(dtype)
@@ -66,7 +65,7 @@ class Case:
             self.rows = int(self.layer.route(self.x_TD).num_assignments)
 
     def make(self, capacity: Any, engine: str) -> MoELayer:
-        """A layer with the same weights: a copy, since many weights take seconds to draw."""
+        """A layer with the same weights: copied, since drawing many weights takes seconds."""
         layer = copy.deepcopy(self._unused)
         layer.capacity, layer.experts.engine = capacity, engine
         return layer
@@ -118,7 +117,7 @@ class Case:
         return run
 
     def saved_share(self) -> float:
-        """Bytes kept for the backward over those of x, the pre-activations and 8 A of index."""
+        """Bytes kept for the backward, over the bytes of x, the pre-activations and an index of 8 A."""
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ class Case:
 
 
 def contestants(case: Case) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """Name, what is timed, and whether as a CUDA graph; each is built when it is its turn."""
+    """Name, timed call, and whether it runs as a CUDA graph; each is built on its turn."""
     yield "bare", case.bare(), True
     bounded, full = case.make(1.25 * case.shape.k, "auto"), case.make("full", "auto")
     yield "ours, exact", case.step(case.layer), False
@@ -153,7 +152,7 @@ def contestants(case: Case) -> Iterator[tuple[str, Callable[[], Any], bool]]:
 
 
 def check(case: Case) -> float:
-    """Relative RMS of our output to the torch engine's; RuntimeError where it is large."""
+    """Relative RMS error of our output against the torch engine's; raises RuntimeError if it is large."""
     with torch.no_grad():
         ours, loop = case.layer(case.x_TD).double(), case.make("exact", "torch")(case.x_TD).double()
     error = float((ours - loop).norm() / loop.norm())
@@ -169,9 +168,9 @@ def measure(
     repeats: int,
     failed: Callable[[str, Exception], None] = lambda name, error: None,
 ) -> Iterator[dict[str, Any]]:
-    """The result of a shape, as far as it is known, after every contestant; one that cannot run has its reason.
+    """Yield a shape's result so far after every contestant; one that cannot run has its reason in place of a time.
 
-    `failed` is called with the name and what was raised.
+    `failed` gets the name and the exception.
     """
     case = Case(shape, dtype, device)
     result: dict[str, Any] = {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
@@ -204,9 +203,9 @@ def measure(
 def measure_peers(
     names: Sequence[str], case: peers.PeerCase, repeats: int, end: float = math.inf
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """Ours and the peers by name: milliseconds, it over ours and peak bytes, or why it is not measured; after each.
+    """Yield ours and the peers by name after each: milliseconds, ratio to ours and peak bytes, or why unmeasured.
 
-    None is begun after the time `end` of the monotonic clock. An exception where ours fails, or the device is lost.
+    None begins after the time `end` of the monotonic clock. Raises if ours fails or the device is lost.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("ours", *names):
@@ -221,7 +220,7 @@ def measure_peers(
             error = peers.checked(peer, case)
             before = peak_bytes(case.device, fresh=True)
             times = seconds([peers.step(peer, case)], case.device, repeats, False)
-        except Exception as error:  # whatever another package throws is why it is not measured
+        except Exception as error:  # another package may raise anything; the table gets the reason
             if name == "ours":
                 raise
             found[name] = {"skipped": reason(error)}
@@ -251,7 +250,7 @@ def determination(rows: Sequence[float], times: Sequence[float]) -> tuple[float,
 
 
 def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int) -> dict[str, Any]:
-    """Time against the number of assignments, and the fit's R2; and with one token that takes every expert."""
+    """Time against the number of assignments with the fit's R2; and the time if one token takes every expert."""
     rows, times = [], []
     for k in (0.5, 1, 2, 3, 4):
         case = Case(replace(shape, k=k), dtype, device)
@@ -260,7 +259,7 @@ def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int)
     r2, slope = determination(rows, times)
     case = Case(shape, dtype, device)
     before = [_captured_step(case, repeats)]
-    with torch.no_grad():  # along the sum of the routing vectors, which are orthonormal, and above every threshold
+    with torch.no_grad():  # along the sum of the orthonormal routing vectors it passes every threshold
         token = case.x_TD[0].clone()
         case.x_TD[0] = case.layer.gates[0].sim_matrix.sum(dim=1)
         assert int(case.layer.route(case.x_TD).k_per_token[0]) == shape.E
@@ -279,7 +278,7 @@ def affine(dtype: torch.dtype, device: torch.device, shape: Shape, repeats: int)
 
 
 def rows(result: dict[str, Any]) -> list[str]:
-    """The lines of a shape in the table."""
+    """A shape's lines in the table."""
     head, lines = f"| {Shape(**result['shape'])}, {result['dtype']}", []
     for name, ms in result["milliseconds"].items():
         peak, over = result["peak_bytes"][name], result["bare_over"].get(name)
@@ -293,7 +292,7 @@ def rows(result: dict[str, Any]) -> list[str]:
 
 
 def peer_rows(result: dict[str, Any]) -> list[str]:
-    """The lines of a shape in the table of peers."""
+    """A shape's lines in the table of peers."""
     lines = []
     for name, entry in result["peers"].items():
         head = f"| {Shape(**result['shape'])}, {result['dtype']} | {name}"
@@ -340,7 +339,7 @@ def table(summary: dict[str, Any]) -> str:
 def _measure_shape(
     progress: Progress, step: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> None:
-    """All but the peers; what cannot run is a failure."""
+    """Measure all but the peers; a contestant that cannot run is a failure."""
 
     def failed(name: str, error: Exception) -> None:
         progress.fail(f"{step}: {name}", error)
@@ -361,7 +360,7 @@ def _measure_peers(
     repeats: int,
     end: float,
 ) -> None:
-    """Peers of a shape that is measured; ours once more where there are some to be beside."""
+    """Measure the peers of a shape, and ours again beside them if there are any."""
     wanted = (asdict(shape), str(dtype).removeprefix("torch."))
     for result in progress.results:
         if (result["shape"], result["dtype"]) != wanted:
@@ -410,7 +409,7 @@ def run(
         try:
             call()
             progress.finish(step)
-        except Exception as error:  # the next step may do
+        except Exception as error:  # the next step may still work
             progress.finish(step, error)
             if not usable(device):
                 return DEVICE_LOST

@@ -1,13 +1,13 @@
-"""What an exchange between experts on several processes costs: bytes on the wire, and time as ratios.
+"""The cost of an exchange between experts on several processes: bytes on the wire, and ratios of time.
 
     python -m benchmarks.parallel [--processes 2 4] [--count 8] [--repeats 9] [--out FILE.json]
 
-Three exchanges of the same routed tokens, checked against the package's layer on one process (outputs,
-gradients of tokens, router and experts), with their bytes counted in the calls of torch.distributed and compared with
-the cost model: equal whole numbers, or the command fails. Then times, in turn; a time is the slowest rank's.
-`--count` counts on as many processes and takes no time. Last, what the model expects on 8, 64 and 512 ranks, on links
-that are assumed (`--inside-rate` and its like), and whether the two limits on bytes hold. Processes talk over Gloo on
-one machine: ratios of these times say nothing of a network.
+It runs three exchanges of the same routed tokens and checks them against the package's layer on one process (outputs,
+gradients of tokens, router and experts). It counts their bytes in the calls of torch.distributed; these must equal the
+cost model's whole numbers, or the command fails. Then it times them in turn; a time is the slowest rank's. `--count`
+only counts, on as many processes. Last come the model's expectation on 8, 64 and 512 ranks with assumed links
+(`--inside-rate` and its like), and whether the two limits on bytes hold. Processes talk over Gloo on one machine, so
+the ratios of times say nothing about a network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .exchange.cost_model import EXCHANGES, Format, Network, demand, traffic
 from .exchange.exchanges import RUN, WireCounter
 from .exchange.token_choices import Choice, fixed, skewed_loads, tokens_of
 
-SHAPE = Shape(512, 256, 128, 64, 6)  # T a rank
+SHAPE = Shape(512, 256, 128, 64, 6)  # T per rank
 RESULTS = Path(__file__).parent / "results" / "parallel" / "cpu.json"
 PASSES = ("forward", "forward+backward")
 
@@ -61,7 +61,7 @@ LAWS = [Law(k, skew) for skew in (1.0, 2.0) for k in range(1, 7)] + [Law(6, 1.0,
 
 
 class Case:
-    """One rank's tokens of a law, and its block of the experts of a layer that every rank draws alike."""
+    """One rank's tokens of a law, and its block of a layer's experts; every rank draws the same layer."""
 
     def __init__(self, shape: Shape, law: Law, seed: int = 0) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -74,7 +74,7 @@ class Case:
         with torch.no_grad():
             for mine, all_slots in zip(self.experts.parameters(), self.layer.experts.parameters(), strict=True):
                 mine.copy_(all_slots[self.own])
-        # the tokens of all ranks are drawn on each: the model needs every rank's routing
+        # every rank draws the tokens of all ranks: the model needs every rank's routing
         generator = torch.Generator().manual_seed(seed + 1)
         choice = law.choice(shape.E)
         self.assigned = [choice.sample(shape.T, generator) for _ in range(self.ranks)]
@@ -92,7 +92,7 @@ class Case:
         return [y_TD.detach(), *torch.autograd.grad(y_TD, of, self.d_y_TD)]
 
     def expected(self) -> list[Tensor]:
-        """The same from the layer that holds all experts; gradients of experts are summed over the ranks' tokens."""
+        """The same from the layer that holds all experts; its expert gradients sum over the ranks' tokens."""
         y_TD = self.layer(self.x_TD)
         experts = list(self.layer.experts.parameters())
         of = [self.x_TD, *self.gate.parameters(), *experts]
@@ -103,7 +103,7 @@ class Case:
         return [y_TD.detach(), *found]
 
     def check(self, limit: float = 1e-5) -> float:
-        """The largest relative error of an exchange; RuntimeError above `limit`."""
+        """The largest relative error of an exchange; raises RuntimeError above `limit`."""
         expected, worst = self.expected(), 0.0
         if not torch.equal(self.layer.route(self.x_TD).assigned, self.assigned[self.rank]):
             raise RuntimeError(f"{self.law}: the gate routes otherwise than the law's sample")
@@ -124,7 +124,7 @@ class Case:
         return torch.stack(all_RR)
 
     def bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes of all ranks by pass and exchange; RuntimeError where count and model differ between any two ranks."""
+        """Bytes of all ranks by pass and exchange; raises RuntimeError if count and model differ for any two ranks."""
         format_ = Format(self.shape.D, self.x_TD.element_size())
         found: dict[str, dict[str, int]] = {}
         for name, backward in zip(PASSES, (False, True), strict=True):
@@ -140,7 +140,7 @@ class Case:
         return found
 
     def seconds(self, exchange: str, backward: bool) -> float:
-        """Of the slowest rank."""
+        """Seconds of the slowest rank."""
         dist.barrier()
         start = time.perf_counter()
         self.run(exchange, backward)
@@ -150,7 +150,7 @@ class Case:
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Errors, bytes, and the times of the exchanges over those of ours, repeat by repeat."""
+    """Errors, bytes, and each exchange's times over ours, repeat by repeat."""
     result: dict[str, Any] = {
         "processes": case.ranks,
         **asdict(case.law),
@@ -188,7 +188,7 @@ def _process(rank: int, ranks: int, folder: str, shape: Shape, laws: Sequence[La
 
 
 def on_processes(ranks: int, shape: Shape, laws: Sequence[Law], repeats: int) -> list[dict[str, Any]]:
-    """A result a law, from that many new processes."""
+    """One result per law, from `ranks` new processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (ranks, folder, shape, laws, repeats), ranks)
         return json.loads((Path(folder) / "results.json").read_text())
@@ -202,7 +202,7 @@ def _rate(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence[Law] = tuple(LAWS)) -> int:
-    """Command line; 1 where a limit on the bytes does not hold."""
+    """Command line; returns 1 if a limit on the bytes does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: Callable[[str], int] = whole(2, 64)
     parser.add_argument("--processes", nargs="*", type=number, default=[2, 4], help="counted and timed")
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence
 
 
 def report(out: Path, results: list[dict[str, Any]], shape: Shape, network: Network, run: dict[str, Any]) -> int:
-    """Print and write what follows from the results; 1 where a limit on the bytes does not hold."""
+    """Print and write the report; return 1 if a limit on the bytes does not hold."""
     model = parallel_report.extrapolate(network)
     limits = parallel_report.limits(results, shape)
     text = parallel_report.table(results, model, limits, network)

@@ -1,9 +1,9 @@
-"""Measure candidate tiles of the experts' products on the GPU at hand and write the table that `kernels.configs` reads.
+"""Measure candidate tiles of the experts' products on this GPU and write the table that `kernels.gpu.tiles` reads.
 
     python -m benchmarks.tune [--shape vit-s ...] [--dtype bfloat16] [--repeats 10] [--out FILE.json]
 
-For each kind of product and shape every candidate runs on the same inputs; one that does not compile or does not fit is
-left out. The best goes to kernels/tuned/<architecture>.json (or --out), beside what is there for other shapes. Run
+For each kind of product and shape every candidate runs on the same inputs; those that do not compile or fit are left
+out. The best goes to kernels/tuned/<architecture>.json (or --out), which keeps its entries for other shapes. Run
 `python -m benchmarks.aot` afterwards: it compiles every entry of the table and fails on spills.
 """
 
@@ -29,7 +29,7 @@ from .kernels import TINY, Inputs
 
 
 def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
-    """The configuration of the rule, and others of its depth: few, since each compiles for a second or two."""
+    """The rule's configuration, and a few others of its depth: each takes a second or two to compile."""
     yield start
     for block_m, block_n, warps in (
         (64, 64, 4),
@@ -43,14 +43,14 @@ def candidates(start: GemmConfig) -> Iterator[GemmConfig]:
     ):
         for stages in (2, 3, 4):
             tile = replace(start, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
-            for programs in (1, 2):  # of a multiprocessor
-                limit = 128 if programs * warps > 8 and torch.version.hip is None else None  # else two do not fit
+            for programs in (1, 2):  # per multiprocessor
+                limit = 128 if programs * warps > 8 and torch.version.hip is None else None  # otherwise two do not fit
                 pieces = min(max(start.pieces, 1), block_n // 16)
                 yield replace(tile, programs=programs, pieces=pieces, max_registers=limit)
 
 
 def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
-    """By kind: a call of the product, and the key of its entry."""
+    """By kind: a call of the product, and its key in the table."""
     from dynmoe_tutel.kernels.gpu import grouped_ffn
 
     i, s = inputs, inputs.shape
@@ -94,14 +94,14 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
 def best(
     run: Callable[[], Any], key: str, start: GemmConfig, device: torch.device, repeats: int, few: int | None = None
 ) -> tuple[GemmConfig, float, float]:
-    """The fastest candidate, its seconds, and those of the rule."""
+    """The fastest candidate, its seconds, and the rule's seconds."""
     original, found = tiles.tuned, []
     try:
         for candidate in list(dict.fromkeys(candidates(start)))[:few]:
             tiles.tuned = lambda _, c=candidate: {key: c}  # type: ignore[assignment,misc]
             try:
                 found.append((statistics.median(seconds([run], device, repeats)), candidate))
-            except Exception as error:  # whatever a compiler or a launch throws rules the candidate out
+            except Exception as error:  # any error of a compiler or a launch rules the candidate out
                 if candidate == start:
                     raise
                 print(f"  {candidate} does not run: {type(error).__name__}")
@@ -133,7 +133,7 @@ def _sizes(key: str) -> tuple[str, str]:
 
 
 def read_table(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of the table in a file that is there; ValueError where it is none."""
+    """Entries of the table in an existing file; raises ValueError if it holds no table."""
     try:
         found = json.loads(path.read_text())["configs"]
         for key, values in found.items():

@@ -1,12 +1,11 @@
-"""Compile what the benchmarks of kernels and layer will launch, on all processors, into Triton's cache on disk.
+"""Compile the launches of the kernel and layer benchmarks on all processors, into Triton's disk cache.
 
     python -m benchmarks.warm [--arch sm_90] [--shape vit-s ...] [--jobs N] [--seconds N]
 
-A benchmark compiles one kernel after another, a second or two each, which would take the time that there is to measure.
-Here each process lets Triton compile its share of the launches that `benchmarks.launches` lists, for meta tensors and
-without launching, so that what is asked for later is in the cache. It needs no GPU. What does not compile is named and
-left to the benchmark, and makes the exit status 1; where the machine refused to start a tool, at every try, and nothing
-else failed, the status is 101.
+A benchmark compiles kernels one by one, a second or two each, which would use up the time for measuring. Here each
+process has Triton compile its share of the launches that `benchmarks.launches` lists, for meta tensors and without
+launching, so that later requests hit the cache. It needs no GPU. A kernel that does not compile is named and left to
+the benchmark; the exit status is then 1. If only tools could not start, at every try, the status is 101.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .launches.record import Launch, launch_of, recording
 
 
 class _Driver:
-    """As much of a driver of Triton as compiling takes: a device of the architecture."""
+    """The part of a Triton driver that compiling needs: a device of the architecture."""
 
     def __init__(self, architecture: str) -> None:
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
@@ -53,13 +52,13 @@ class _Driver:
 
 
 def lengths(shape: Shape) -> Iterator[Shape]:
-    """The shape with the numbers of rows that it is measured with: exact (any number), bounded and full."""
+    """The shape with each measured number of rows: exact (any number), bounded and full."""
     for rows in (shape.rows + 1, ceil(1.25 * shape.k * shape.T), shape.E * shape.T):
         yield replace(shape, k=rows / shape.T)
 
 
 def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
-    """Every operation on meta tensors, as the benchmarks call them in bf16."""
+    """Call every operation on meta tensors, as the benchmarks do in bf16."""
     with tiles.assume(architecture):
         for shape in shapes:
             for length in lengths(shape):
@@ -68,9 +67,9 @@ def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
 
 @contextmanager
 def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Launch], list[str], list[str]]]:
-    """Inside, those launches are compiled when they come, until `end` of the monotonic clock.
+    """Compile these launches when they come, until `end` of the monotonic clock.
 
-    Gives which were, why others failed, and for which a tool could not be started; all grow.
+    Yields three growing lists: the compiled launches, the reasons of failures, and those whose tool could not start.
     """
     left = set(launches)
     done: list[Launch] = []
@@ -88,7 +87,7 @@ def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Lau
             done.append(launch)
         except NotStartedError as error:
             refused.append(f"{launch.kernel} ({launch.configuration}): {error}")
-        except Exception as error:  # whatever a compiler throws
+        except Exception as error:  # a compiler may raise anything
             wrong.append(f"{launch.kernel} ({launch.configuration}): {reason(error)}")
 
     JITFunction.run = compile_instead
@@ -101,8 +100,8 @@ def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Lau
 def compile_share(
     architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float
 ) -> tuple[int, int, list[str], list[str]]:
-    """Compile every `shares`-th launch from `share` on: how many were to be, how many were, why others failed, and for
-    which a tool could not be started."""
+    """Compile every `shares`-th launch from `share` on. Returns how many were to compile, how many did, the reasons of
+    failures, and the launches whose tool could not start."""
     driver.set_active(_Driver(architecture))
     with recording() as launches:
         call_all(architecture, shapes)
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nothing is compiled ahead for {architecture}")
         return 0
     shapes = [GPU_SHAPES[name] for name in args.shape]
-    end = started + args.seconds  # of a clock that the processes share
+    end = started + args.seconds  # the processes share this clock
     shares = [(architecture, shapes, i, args.jobs, end) for i in range(args.jobs)]
     results = list(in_processes(compile_share, shares, args.jobs))
     found = [result for result in results if not isinstance(result, NotStartedError)]

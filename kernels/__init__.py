@@ -1,13 +1,13 @@
-"""Operations on tensors that the layer is made of, one a file.
+"""The tensor operations that make up the layer, one per file.
 
-Each is a custom operation of torch in the namespace `dynmoe_tutel` with a kernel in torch operations (made for CPUs; a
-device without a kernel of its own runs it too), a fake kernel (shapes for `torch.compile`) and an autograd formula;
-`operation` declares them, `operands` has the groups of tensors that they take. A function of another engine with the
-name of an operation takes and gives what that operation does. Nothing here knows modules, gates or Tutel.
+Each is a custom operation of torch in the namespace `dynmoe_tutel`. It has a kernel in torch operations (made for CPUs;
+a device without its own kernel runs it too), a fake kernel (shapes for `torch.compile`) and an autograd formula.
+`operation` declares them; `operands` defines the groups of tensors that they take. Another engine implements an
+operation as a function with the same name, arguments and results. Nothing here knows modules, gates or Tutel.
 """
 
-# In a checkout this folder is also found under the name `kernels`, by transformers among others, which looks for a
-# package of that name. Registering the operations a second time would destroy the first ones.
+# In a checkout, Python also finds this folder as `kernels`, and transformers imports a package of that name.
+# Registering the operations a second time would destroy the first ones.
 if __name__ == "dynmoe_tutel.kernels":
     from .activations import ACTIVATIONS, activation_name
     from .dispatch_combine import combine, dispatch, row_gates

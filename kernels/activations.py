@@ -1,6 +1,6 @@
-"""Activation functions that the fused expert kernel knows, each with its derivative, as in torch.
+"""The activation functions that the fused expert kernel knows, each with its derivative as in torch.
 
-Any other Python callable takes the unfused path of the experts: same results, more memory.
+Experts with any other callable take the unfused path: same results, more memory.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Ide
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or a forward of the instance's own."""
+    """Whether calling the module does more than its class's forward: it has hooks, or its own `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
 def activation_name(activation: object) -> str | None:
-    """The name in `ACTIVATIONS` of a function or plain module that is one of them, else None."""
+    """The name in `ACTIVATIONS` of a function or plain module, or None if it is not among them."""
     if isinstance(activation, nn.Module):
         if has_hooks(activation):
             return None
@@ -69,7 +69,7 @@ def activation_name(activation: object) -> str | None:
 
 
 def hidden_rows(activation: Activation, h: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
-    """act(h), and what the second product takes: act(h), or act(h) * u where gated, rounded once."""
+    """act(h), and the input of the second product: act(h), or act(h) * u if gated, rounded once."""
     if u is None:
         a = activation.value(h)
         return a, a
@@ -80,7 +80,7 @@ def hidden_rows(activation: Activation, h: Tensor, u: Tensor | None) -> tuple[Te
 def hidden_gradients(
     activation: Activation, d_a: Tensor, h: Tensor, u: Tensor | None, act_h: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h and u from that of the rows of `hidden_rows`, each rounded once."""
+    """Gradients of h and u, given the gradient of the second result of `hidden_rows`; each is rounded once."""
     if u is None:
         return activation.gradient(d_a, h), None
     wide = _wide(h)

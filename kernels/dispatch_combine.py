@@ -1,7 +1,7 @@
 """Rows of the ragged assignment: tokens to rows (`dispatch`), rows to tokens (`combine`), gate values to rows.
 
-A row is one assignment, in expert-major order. The index arrays are those of `ragged_index`; row arrays may be longer
-than A = expert_offsets[-1] (bounded capacity) and what lies behind row A is neither read nor meant.
+A row is one assignment, in expert-major order. `ragged_index` makes the index arrays. Row arrays may be longer than
+A = expert_offsets[-1] (bounded capacity); rows past A are unused and never read.
 
 `combine` is a segment sum in a fixed order (a token's rows by ascending expert), so two runs are bitwise equal.
 """
@@ -21,7 +21,7 @@ MODULES = {"triton": "gpu.dispatch_combine"}
 
 
 def segment_sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor) -> Tensor:
-    """Sum of each token's rows, [T, D]; for rows of half precision in fp32, so that the caller rounds once."""
+    """Sum of each token's rows, [T, D]; half-precision rows are summed in fp32, so that the caller rounds once."""
     T, D = token_offsets.shape[0] - 1, rows_AD.shape[1]
     A = int(token_offsets[-1])
     rows_AD = rows_AD[:A].to(torch.promote_types(rows_AD.dtype, torch.float32))
@@ -32,7 +32,7 @@ def segment_sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tenso
 
 
 def gather_rows(x_TD: Tensor, token_of_row: Tensor, A: int) -> Tensor:
-    """x of each row's token, [rows, D]; rows behind the A-th are left uninitialised."""
+    """x of each row's token, [rows, D]; rows past A stay uninitialised."""
     if token_of_row.shape[0] == A:
         return x_TD.index_select(0, token_of_row)
     rows_AD = x_TD.new_empty((token_of_row.shape[0], x_TD.shape[1]))
@@ -92,7 +92,7 @@ def _combine_backward(ctx: Any, d_y_TD: Tensor) -> tuple[Any, ...]:
 def combine(
     rows_AD: Tensor, token_offsets: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, mean: bool
 ) -> Tensor:
-    """Expert rows back to token rows, [rows, D] to [T, D]: each token's sum, or mean; 0 without a row."""
+    """Expert rows back to token rows, [rows, D] to [T, D]: each token's sum or mean, 0 for a token without rows."""
     y_TD = segment_sum(rows_AD, token_offsets, row_of_assignment)
     if mean:
         y_TD.div_(_k_or_one(token_offsets))
@@ -110,7 +110,7 @@ def _combine_backward_shape(d_y_TD: Tensor, token_offsets: Tensor, token_of_row:
 
 @operation(fake=_combine_backward_shape, engines=MODULES)
 def combine_backward(d_y_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, mean: bool) -> Tensor:
-    """Gradient of the rows, [rows, D]: that of the row's token, over k_t for the mean."""
+    """Gradient of the rows, [rows, D]: the gradient of the row's token, divided by k_t for the mean."""
     if mean:
         d_y_TD = d_y_TD / _k_or_one(token_offsets)
     return gather_rows(d_y_TD, token_of_row, int(token_offsets[-1]))
@@ -157,12 +157,12 @@ def _row_gates_backward(ctx: Any, d_gate_A: Tensor) -> tuple[Any, ...]:
     backward=_row_gates_backward,
 )
 def row_gates(value_TE: Tensor, threshold_E: Tensor | None, unrouted_T: Tensor, index: Index, centred: bool) -> Tensor:
-    """The gate value of each row, [rows], through which the router learns.
+    """The gate value of each row, [rows]; the router learns through it.
 
-    With `threshold_E` (top-any): value_TE are scores, every gate is 1, and its gradient goes straight through to
-    the row's score and, negated, to its expert's threshold. A fallback row (`unrouted_T`) passes none. `centred`
+    With `threshold_E` (top-any): value_TE are scores and every gate is 1. The gate's gradient goes straight through to
+    the row's score and, negated, to its expert's threshold. A fallback row (`unrouted_T`) passes no gradient. `centred`
     subtracts the mean over the token's rows, which is <dy, y> / k of the "normalized" gradient.
-    Without it (fixed k): value_TE are combine weights, gathered by row.
+    Without `threshold_E` (fixed k): value_TE are combine weights, gathered by row.
     """
     gate_A = value_TE.new_ones((index.rows,))
     if threshold_E is None:
@@ -179,7 +179,7 @@ def _row_gates_backward_shape(d_gate_A: Tensor, unrouted_T: Tensor, index: Index
 def row_gates_backward(
     d_gate_A: Tensor, unrouted_T: Tensor, index: Index, straight_through: bool, centred: bool
 ) -> Tensor:
-    """Gradient of value_TE, [T, E], zero where there is no assignment."""
+    """Gradient of value_TE, [T, E]; zero outside assignments."""
     T, E = unrouted_T.shape[0], index.experts
     d_value_TE = d_gate_A.new_zeros((T, E))
     pair_A = _pair_of_row(E, index.expert_offsets, index.token_of_row)

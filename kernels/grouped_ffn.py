@@ -1,16 +1,16 @@
-"""Expert networks on ragged rows: one GEMM an expert on contiguous rows, and nothing for an expert without rows.
+"""Expert networks on ragged rows: one GEMM per expert on contiguous rows, none for an expert without rows.
 
     h = x[token] @ w1[e] + b1[e]            pre-activation, [rows, H]
     a = act(h)        or, gated (GLU):      act(h) * u,  u = x[token] @ w3[e] + b3[e]
-    row = (a @ w2[e] + b2[e]) * gate        gate only where `apply_gate`, else it is the constant 1
+    row = (a @ w2[e] + b2[e]) * gate        the gate is 1 unless `apply_gate`
 
 Weights are [E, in, out] with any strides: a transposed view keeps the [E, out, in] storage of a checkpoint.
-For the backward only x, h (and u) and the index are kept, or without `save` only x and the index; a, or h, u and a, are
-computed again, with the same bits. The gate gradient needs no expert output: with dA = d_row @ w2^T,
-d_gate = <d_row, row / gate> = rowsum(dA * a) + <d_row, b2>.
+The forward keeps x, the index and h (and u) for the backward, which recomputes a. Without `save` it keeps only x and
+the index, and the backward recomputes h, u and a with the same bits. The gate gradient needs no expert output: with
+dA = d_row @ w2^T, d_gate = <d_row, row / gate> = rowsum(dA * a) + <d_row, b2>.
 
-Half precision: where the processor has no GEMM of that type, products are taken in fp32 and rounded once.
-What stands here is the engine "torch"; see `operation` for the others.
+Half precision: if the processor has no GEMM of that type, products run in fp32 and are rounded once.
+This is the engine "torch"; see `operation` for the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
 
 @lru_cache
 def _gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The type in which matrices of `dtype` are multiplied: fp32 for a half type that a CPU has no instructions for."""
+    """The dtype in which to multiply matrices of `dtype`: fp32 if the CPU has no instructions for that half type."""
     if device != "cpu":
         return dtype
     native = {
@@ -43,14 +43,14 @@ def _gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if dtype in native and not native[dtype]() else dtype
 
 
-# Experts of few rows share a block, so that gathers and activations run once a block, on at most this many elements.
+# Experts with few rows share a block of at most this many elements: one gather and one activation per block.
 BLOCK_ELEMENTS = 1 << 20
 
 Segment = tuple[int, slice, slice]  # expert, its rows, its rows within the block
 
 
 def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
-    """Runs of consecutive experts that have rows: (rows of the block, its segments); `width` elements a row."""
+    """Blocks of consecutive experts that have rows: (rows of the block, its segments); a row has `width` elements."""
     offsets = expert_offsets.tolist()
     limit = max(1, BLOCK_ELEMENTS // max(width, 1))
     first, segments = 0, list[Segment]()
@@ -66,7 +66,7 @@ def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Se
 
 
 def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
-    """One matrix or vector an expert, or None for each."""
+    """One matrix or vector per expert, or one None per expert."""
     return (None,) * num_experts if weight is None else weight.unbind(0)
 
 
@@ -83,7 +83,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
 
 
 def _add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out += x @ w, the product in the dtype of `x`."""
+    """out += x @ w, multiplied in the dtype of `x`."""
     if out.dtype == x.dtype:
         out.addmm_(x, w.to(x.dtype))
     else:
@@ -91,16 +91,16 @@ def _add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 
 def _linear_block(x: Tensor, w: tuple[Any, ...], b: tuple[Any, ...], segments: list[Segment], out: Tensor) -> Tensor:
-    """Each expert's x @ w + b for the rows of a block, in `out`."""
+    """Write each expert's x @ w + b for the rows of a block to `out`, and return it."""
     for e, _, part in segments:
         _linear(x[part], w[e], b[e], out[part])
     return out
 
 
 def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
-    """Those of `rows_AH`, or, where it is empty, fresh ones [rows, width] of the type of `like`.
+    """These rows of `rows_AH`; if it is empty, new rows [rows, width] of the dtype of `like`.
 
-    The fresh ones lie to the line of the cache as those of the long array do: a product may round by its address.
+    New rows get the cache-line alignment that they would have in the long array: rounding may depend on the address.
     """
     if rows_AH.shape[0]:
         return rows_AH[rows]
@@ -126,7 +126,7 @@ def _ffn_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     x_TD, gate_A, index, weights, ctx.activation, ctx.apply_gate, _, ctx.engine = inputs
     ctx.gate_dtype = gate_A.dtype
-    gate = gate_A if ctx.apply_gate else None  # else only its gradient is wanted, not its values
+    gate = gate_A if ctx.apply_gate else None  # without apply_gate the backward does not read the values
     keep(ctx, *output[1:], x_TD, gate, index, weights)
 
 
@@ -158,7 +158,7 @@ def grouped_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [rows, O], and h and u [rows, H] for the backward (empty unless `save`; u empty without w3).
 
-    Without `save`, the backward computes h and u again, with the same bits. `engine`: one of `operation.ENGINES`.
+    Without `save`, the backward recomputes h and u with the same bits. `engine`: one of `operation.ENGINES`.
     """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
@@ -181,7 +181,7 @@ def grouped_ffn(
 
 
 def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """A buffer for the gradient of a stack of weights, zero for experts without rows."""
+    """A gradient buffer for stacked weights, zero for experts without rows."""
     if like_E is None:
         return torch.empty(0, dtype=torch.float32, device=expert_offsets.device)
     grad_E = torch.empty_like(like_E)
@@ -202,9 +202,9 @@ def grouped_ffn_backward(
     d_rows_AO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, gate_A: Tensor, index: Index, weights: ExpertWeights,
     activation: str, apply_gate: bool, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; those of the weights empty unless `wanted`.
+    """Gradients of x, gate, w1, b1, w3, b3, w2, b2; the weights' gradients are empty unless `wanted`.
 
-    `h_AH` and `u_AH` are those of the forward, or empty: then they are computed again.
+    `h_AH` and `u_AH` come from the forward; if they are empty, they are recomputed.
     """
     act = ACTIVATIONS[activation]
     dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
@@ -299,16 +299,16 @@ def _linear_backward(ctx: Any, d_out_AO: Tensor) -> tuple[Any, ...]:
 def grouped_linear(
     rows_AD: Tensor, expert_offsets: Tensor, w_EDO: Tensor, b_EO: Tensor | None, engine: str = "auto"
 ) -> Tensor:
-    """Each expert's linear map on its contiguous rows: rows [rows, D] to [rows, O], 0 behind the last expert's.
+    """Each expert's linear map on its contiguous rows: [rows, D] to [rows, O], 0 past the last expert's rows.
 
-    For the unfused path. `engine`: one of `MODULES`.
+    For the unfused path. `engine`: one of `operation.ENGINES`.
     """
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
     for _, segments in _blocks(expert_offsets, 0):
         for e, rows, _ in segments:
             _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
-    out_AO[int(expert_offsets[-1]) :].zero_()  # an activation with parameters sums over all rows
+    out_AO[int(expert_offsets[-1]) :].zero_()  # the gradient of an activation's parameters sums over all rows
     return out_AO
 
 

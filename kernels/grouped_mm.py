@@ -1,20 +1,20 @@
 """The engine "grouped_mm" of the expert networks: torch.nn.functional.grouped_mm, one product for all experts.
 
-The functions have the names, arguments and results of the operations in `grouped_ffn`. Rows are gathered, multiplied,
-and bias, activation and gate follow as torch operations: more memory traffic than Triton's fused kernels, for the same
-numbers. Nothing here asks the device for a value. On sm_90 and sm_100 in bf16 torch does not either; elsewhere, and in
-fp16 and fp32, its grouped product is a loop over the experts that first copies their offsets to the host.
+The functions have the names, arguments and results of the operations in `grouped_ffn`. They gather and multiply rows,
+then apply bias, activation and gate as torch operations: the numbers of Triton's fused kernels, with more memory
+traffic. Nothing here waits for the device. In bf16 on sm_90 and sm_100 torch does not either; elsewhere, and in fp16
+and fp32, its grouped product is a loop over the experts that first copies their offsets to the host.
 
-What grouped_mm asks for (its documentation and aten/src/ATen/native/GroupedMMUtils.h), and what is done about it:
-* int32 ends of the groups: those of `expert_offsets`. Rows behind the last end are neither read nor written.
-* one inner stride of 1, every other stride and the address a multiple of 16 bytes: other operands, as of an odd D or H,
-  are copied once with zeros behind, which change no product.
-* no bias, and results in the type of the operands: in half precision the bias of a pre-activation goes into the product
-  as one more row of the weights (rounded after the product and again after the bias, h near 0 gets the wrong sign, and
-  relu the wrong gradient, in one of 500 elements); elsewhere it is added to the result.
-* no word on a group without rows where rows are summed over: the gradients of such experts are zeroed here.
+grouped_mm has these rules (see its documentation and aten/src/ATen/native/GroupedMMUtils.h):
+* It takes int32 ends of the groups, from `expert_offsets`. It neither reads nor writes rows past the last end.
+* One inner stride must be 1; the other strides and the address must be multiples of 16 bytes. Other operands, such as
+  those of an odd D or H, are copied once and padded with zeros, which change no product.
+* It takes no bias and returns the operands' type. In half precision the bias of a pre-activation is one more row of
+  the weights in the product: rounding before and after the bias would give h near 0 the wrong sign, and relu the wrong
+  gradient, in one of 500 elements. Elsewhere the bias is added to the result.
+* The weight gradient of an empty group is undefined: zeroed here.
 
-Row sums (bias gradients) are products with a matrix of ones, token sums a `segment_reduce`: no atomics, a fixed order.
+Bias gradients are products with a matrix of ones and token sums a `segment_reduce`: no atomics, a fixed order.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ ALIGNMENT = 16  # bytes
 
 
 def _aligned_size(size: int, dtype: torch.dtype) -> int:
-    """The least number of elements, at least `size` and 1, that fills a multiple of ALIGNMENT bytes."""
+    """The smallest number of elements, at least `size` and 1, that fills a multiple of ALIGNMENT bytes."""
     step = ALIGNMENT // dtype.itemsize
     return max(-(-size // step), 1) * step
 
 
 def _operand(t: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
-    """`t` [..., M, N] in `dtype` as grouped_mm takes it: itself or a copy, zeros behind, M (but not of `rows`) and N
-    aligned."""
+    """`t` [..., M, N] in `dtype` as grouped_mm takes it: itself, or a copy padded with zeros to aligned N and, unless
+    `rows`, aligned M."""
     step = ALIGNMENT // dtype.itemsize
     *batch, M, N = t.shape
     shape = (*batch, M if rows else _aligned_size(M, dtype), _aligned_size(N, dtype))
@@ -63,7 +63,7 @@ def _columns(t: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The rows [R] of the experts: those of e from expert_offsets[e] on, what lies behind the last is no row."""
+    """The R rows, of which expert e has expert_offsets[e]:expert_offsets[e + 1]; rows past the last are unused."""
 
     expert_offsets: Tensor
     R: int
@@ -74,13 +74,13 @@ class _Groups:
 
     @cached_property
     def _expert_of_row(self) -> Tensor:
-        """[R]; an expert, whichever, for what is no row."""
+        """[R]; an arbitrary expert for unused rows."""
         row_R = torch.arange(self.R, device=self.expert_offsets.device, dtype=torch.int32)
         return torch.searchsorted(self.ends, row_R, right=True).clamp_(max=self.ends.shape[0] - 1)
 
     @cached_property
     def _behind(self) -> Tensor:
-        """[R, 1] bool: what is no row."""
+        """[R, 1] bool: unused rows."""
         row_R = torch.arange(self.R, device=self.expert_offsets.device, dtype=torch.int32)
         return (row_R >= self.expert_offsets[-1]).unsqueeze(1)
 
@@ -90,21 +90,21 @@ class _Groups:
         return self.expert_offsets.diff() == 0
 
     def bias_rows(self, b_EN: Tensor, like_RN: Tensor) -> Tensor:
-        """Each row's bias, in width and dtype as `like_RN`, zeros behind."""
+        """Each row's bias in the width and dtype of `like_RN`, padded with zeros."""
         b_EN = F.pad(b_EN.to(like_RN.dtype), (0, like_RN.shape[1] - b_EN.shape[1]))
         return b_EN.index_select(0, self._expert_of_row)
 
     def linear(self, x_RK: Tensor, w_EKN: Tensor, b_EN: Tensor | None = None) -> Tensor:
-        """x w[e] + b[e], [R, N], of aligned operands."""
+        """x w[e] + b[e], [R, N]; the operands must be aligned."""
         out_RN = F.grouped_mm(x_RK, w_EKN, offs=self.ends)
         return out_RN if b_EN is None else out_RN.add_(self.bias_rows(b_EN, out_RN))
 
     def zero_behind(self, rows_RN: Tensor) -> Tensor:
-        """In place: 0 in what is no row."""
+        """Zero the unused rows in place."""
         return rows_RN.masked_fill_(self._behind, 0)
 
     def weight_gradient(self, x_RM: Tensor, d_RN: Tensor, like_EMN: Tensor) -> Tensor:
-        """The sum of x^T d over each expert's rows, with the shape, strides and dtype of `like_EMN`."""
+        """Sum of x^T d over each expert's rows, with the shape, strides and dtype of `like_EMN`."""
         _, M, N = like_EMN.shape
         if like_EMN.stride(1) == 1:  # stored as [E, N, M]
             grad_EMN = F.grouped_mm(d_RN.t(), x_RM, offs=self.ends).transpose(1, 2)
@@ -116,25 +116,25 @@ class _Groups:
         return torch.empty_like(like_EMN).copy_(grad_EMN)
 
     def bias_gradient(self, d_RN: Tensor, like_EN: Tensor) -> Tensor:
-        """The sum of each expert's rows, with the shape, strides and dtype of `like_EN`."""
+        """Sum of each expert's rows, with the shape, strides and dtype of `like_EN`."""
         ones = d_RN.new_ones((self.R, ALIGNMENT // d_RN.dtype.itemsize))
         grad_EN = F.grouped_mm(ones.t(), d_RN, offs=self.ends)[:, 0].masked_fill(self._silent.unsqueeze(1), 0)
         return torch.empty_like(like_EN).copy_(grad_EN[:, : like_EN.shape[1]])
 
 
 def _gather(x_TD: Tensor, token_of_row: Tensor, one: bool) -> Tensor:
-    """x of each row's token, aligned, with a 1 behind if `one`; what is no row (-1) gets the first token's."""
+    """x of each row's token, aligned, with a 1 appended if `one`; an unused row (-1) gets the first token."""
     x_TD = F.pad(x_TD, (0, 1), value=1.0) if one else x_TD
     return _operand(x_TD, x_TD.dtype, rows=True).index_select(0, token_of_row.clamp(min=0))
 
 
 def _has_one(x_TD: Tensor, weights: ExpertWeights) -> bool:
-    """Whether biases are a row of the weights."""
+    """Whether the biases go into the product as a row of the weights."""
     return x_TD.dtype != torch.float32 and not (weights.b1_EH is None and weights.b3_EH is None)
 
 
 def _pre_activation(groups: _Groups, x: Tensor, w_EDH: Tensor, b_EH: Tensor | None, one: bool) -> Tensor:
-    """x w[e] + b[e] of gathered rows, as wide as aligned."""
+    """x w[e] + b[e] of gathered rows, in the aligned width."""
     if not one:
         return groups.linear(x, _operand(w_EDH, x.dtype), b_EH)
     (E, D, H), dtype = w_EDH.shape, x.dtype

@@ -1,6 +1,6 @@
-"""The groups in which operations take many tensors: what a top-any gate gave, the index, the experts' weights.
+"""Groups of tensors that operations take as one argument: the gate's outputs, the index, the experts' weights.
 
-Suffixes: T tokens, E experts, D, H and O the dimensions of tokens, of the hidden layer and of the output, W words.
+Suffixes: T tokens, E experts; D, H and O the dimensions of tokens, hidden layer and output; W words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .operation import expect, expect_matrix
 
 
 class Router(NamedTuple):
-    """A top-any gate and what `threshold_gate` gave for the tokens."""
+    """A top-any gate's parameters and the outputs of `threshold_gate` for the tokens."""
 
     w_DE: Tensor
     thresholds_E: Tensor  # G, before the sigmoid
@@ -27,7 +27,7 @@ class Router(NamedTuple):
     bits_TW: Tensor
 
     def check(self, x_TD: Tensor, E: int) -> None:
-        """ValueError unless every tensor fits the tokens and E experts."""
+        """Raise ValueError unless every tensor fits the tokens and E experts."""
         T, D = x_TD.shape
         expect("w_DE", self.w_DE, (D, E), "[D, E]")
         expect("thresholds_E", self.thresholds_E, (E,), "[E]")
@@ -40,7 +40,7 @@ class Router(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The index of the ragged assignment, as `ragged_index` gives it."""
+    """The index of the ragged assignment, as `ragged_index` returns it."""
 
     expert_offsets: Tensor
     token_offsets: Tensor
@@ -58,12 +58,12 @@ class Index(NamedTuple):
         return self.expert_offsets.shape[0] - 1
 
     def check(self, T: int, E: int) -> None:
-        """ValueError unless every array fits T tokens and E experts."""
+        """Raise ValueError unless every array fits T tokens and E experts."""
         expect_index(T, E, self)
 
 
 class ExpertWeights(NamedTuple):
-    """The stacked weights of expert networks; `w3` and `b3` of gated ones."""
+    """The stacked weights of expert networks; only gated ones have `w3` and `b3`."""
 
     w1_EDH: Tensor
     b1_EH: Tensor | None
@@ -73,7 +73,7 @@ class ExpertWeights(NamedTuple):
     b2_EO: Tensor | None
 
     def check(self, x_TD: Tensor, activation: str) -> int:
-        """E; ValueError unless the weights fit each other and the tokens, and the activation is known."""
+        """Return E; raise ValueError unless the weights fit each other and the tokens, and the activation is known."""
         w1, b1, w3, b3, w2, b2 = self
         expect_matrix("x_TD", x_TD, "[T, D]")
         expect_matrix("w1_EDH", w1, "[E, D, H]", 3)
@@ -90,13 +90,13 @@ class ExpertWeights(NamedTuple):
         return E
 
     def pre_activations(self, x_TD: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Room for h and u of so many rows, [rows, H] as `x_TD`; u has none where the experts are not gated."""
+        """Uninitialised h and u, [rows, H], of the dtype of `x_TD`; u is empty unless the experts are gated."""
         H = self.w1_EDH.shape[2]
         return x_TD.new_empty((rows, H)), x_TD.new_empty((0 if self.w3_EDH is None else rows, H))
 
     def gradients(self, wanted: bool) -> list[Tensor]:
-        """Room for the gradient of each, as its weight; empty tensors where there is none or none is `wanted`."""
-        # each its own: an operation may return no tensor twice
+        """An uninitialised gradient for each weight; an empty tensor if the weight is None or it is not `wanted`."""
+        # a new empty tensor each time: an operation may not return the same tensor twice
         return [torch.empty_like(w) if wanted and w is not None else self.no_gradient() for w in self]
 
     def no_gradient(self) -> Tensor:
@@ -105,9 +105,9 @@ class ExpertWeights(NamedTuple):
 
 
 def expect_index(T: int, E: int | None, index: Sequence[Tensor | None]) -> int:
-    """Checks expert_offsets (or None), token_offsets, token_of_row and row_of_assignment; the length of row arrays.
+    """Check expert_offsets (or None), token_offsets, token_of_row and row_of_assignment; return the rows' number.
 
-    Kernels walk them by address: they must be contiguous.
+    They must be contiguous, because kernels address them without strides.
     """
     expert_offsets, token_offsets, token_of_row, row_of_assignment = index
     assert token_of_row is not None

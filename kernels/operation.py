@@ -1,11 +1,10 @@
-"""How an operation is declared: what it refuses, who runs it, its shapes for torch.compile, and its gradient.
+"""Declares an operation: its input checks, its engines, its shapes for torch.compile, and its gradient.
 
 Each is a `torch.library` custom operation of the namespace `dynmoe_tutel`. torch's dispatcher chooses by device: a GPU
-runs the operation's Triton kernels, every other device its torch operations. The argument `engine` of the expert
-networks may overrule that. Modules with other engines are imported when one first runs, so that a machine without
-Triton keeps everything else.
+runs the operation's Triton kernels, every other device runs its torch operations. The argument `engine` of the expert
+networks may overrule that. An engine's module is imported when it first runs, so everything else works without Triton.
 
-Checks look at shapes, dtypes and devices and at no value, so that nothing waits for one.
+Checks read shapes, dtypes and devices, never values, so they do not wait for the device.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# of the expert networks: the device's own kernels, Triton's, torch.nn.functional.grouped_mm, a loop over the experts
+# engines of the expert networks: by device, Triton, torch.nn.functional.grouped_mm, a loop over the experts
 ENGINES = ("auto", "triton", "grouped_mm", "torch")
 
 OPERATIONS: dict[str, Operation] = {}  # by name, filled by `operation`
@@ -41,15 +40,15 @@ def operation(
     backward: Callable[..., tuple[Any, ...] | None] | None = None,
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function of torch operations the custom operation of its name.
+    """Register a function of torch operations as the custom operation of the same name.
 
-    * `fake`: results without values, for `torch.compile`. `check`: raises ValueError for what the kernels cannot take.
-    * `engines`: by engine, the module here that holds a function of the same name and arguments.
-    * `autocast`: False where products choose their own types; autocast would recast them.
-    * `context(ctx, inputs, output)` saves for `backward(ctx, *gradients)`, which returns a gradient for each argument,
-      or those of the first arguments where the others have none; `ctx.wanted` says by name which are asked for.
+    * `fake`: results without values, for `torch.compile`. `check`: raises ValueError on inputs the kernels cannot take.
+    * `engines`: maps an engine to the module in this package that has a function of the same name and arguments.
+    * `autocast`: False where the operation chooses the types of its products, which autocast would change.
+    * `context(ctx, inputs, output)` saves for `backward(ctx, *gradients)`, which returns a gradient for each argument;
+      it may omit trailing arguments that have none. `ctx.wanted` tells by name which gradients are needed.
 
-    Arguments may be groups, NamedTuples of tensors and None as in `operands`; torch's schema has a list for each.
+    An argument may be a group (a NamedTuple of tensors and None, see `operands`); in torch's schema it is a list.
     """
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +69,7 @@ def operation(
 
 
 class Operation:
-    """The implementations of one operation by engine; all take its arguments with groups as NamedTuples."""
+    """One operation's implementation per engine; all take groups as NamedTuples."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class Operation:
         self._engine = self.parameters.index("engine") if "grouped_mm" in modules else None
 
     def prototype(self) -> Callable[..., Any]:
-        """A function with the signature that torch infers the schema from."""
+        """A function whose signature gives torch the schema."""
 
         def prototype() -> None: ...
 
@@ -102,7 +101,7 @@ class Operation:
         return prototype
 
     def grouped(self, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments of the schema, with lists as groups again."""
+        """The schema's arguments, with each list turned back into its group."""
         if not self.groups:
             return args
         values = list(args)
@@ -111,7 +110,7 @@ class Operation:
         return values
 
     def run(self, *args: Any) -> Any:
-        """On any device: torch operations, or the engine that the argument `engine` names."""
+        """Run on any device: torch operations, or the engine that the argument `engine` names."""
         values = self.grouped(args)
         self._check(values)
         engine = "torch"
@@ -123,9 +122,9 @@ class Operation:
             return self.engines[engine](*values)
 
     def run_on_gpu(self, *args: Any) -> Any:
-        """On a GPU: Triton's kernels, where they take the types and no other engine is named.
+        """Run on a GPU: Triton's kernels if they take the types and the caller names no other engine.
 
-        Triton launches on the current device, which need not be that of the tensors: they make theirs the current one.
+        Triton launches on the current device, so the tensors' device is made current first.
         """
         if not (takes_triton(args) and triton_is_installed()):
             return self.run(*args)
@@ -135,7 +134,7 @@ class Operation:
             return self.engines["triton"](*values)
 
     def _check(self, values: Sequence[Any]) -> None:
-        """ValueError unless all tensors are on one device and the operation's own check finds nothing."""
+        """Raise ValueError unless all tensors are on one device and the operation's own check passes."""
         if self.check is None:
             return
         device = values[0].device
@@ -155,12 +154,12 @@ def _autograd_kernel(
     context: Callable[..., None] | None,
     backward: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """The operation's kernel of the dispatcher's key Autograd; tensors of groups are flat arguments of its function.
+    """The operation's kernel for the dispatch key Autograd; its autograd function takes the tensors of groups flat.
 
-    `torch.library.register_autograd` would do, but is slow: it looks at single arguments in a time that grows with the
-    square of their number, or takes lists apart as trees. With lists it also wants three things that bind the caller:
-    no None in a list that is differentiated, gradients in exactly the structure of the arguments that were passed (one
-    that equals its default is not), and `ctx.needs_input_grad` nested like them.
+    `torch.library.register_autograd` would do, but it is slow: quadratic in the number of single arguments, or it
+    flattens lists as pytrees. With lists it also has three constraints: a differentiated list may hold no None,
+    gradients must mirror exactly the arguments that were passed (those equal to their defaults are not), and
+    `ctx.needs_input_grad` is nested in the same way.
     """
 
     def below(args: tuple[Any, ...]) -> Any:
@@ -171,7 +170,7 @@ def _autograd_kernel(
         @staticmethod
         def forward(ctx: Any, args: tuple[Any, ...], *flat: Any) -> Any:
             output, values = below(args), declared.grouped(args)
-            # of each argument: None, or of a group which tensors are there
+            # per argument: None, or for a group, which of its tensors are not None
             ctx.there = [[t is not None for t in value] if isinstance(value, tuple) else None for value in values]
             if context is not None:
                 context(ctx, values, output)
@@ -207,7 +206,7 @@ def _autograd_kernel(
 
 
 def _not_compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, which torch.compile must not trace where it calls the operation from a frame that it left to Python."""
+    """`kernel`, hidden from torch.compile, which must not trace into it after a graph break."""
     return torch._disable_dynamo(lambda *args: kernel(*args))
 
 
@@ -218,19 +217,19 @@ def keep(ctx: Any, *values: Any) -> None:
 
 
 def kept(ctx: Any) -> list[Any]:
-    """What `keep` saved. Once a backward: checkpointing unpacks a tensor only once."""
+    """The values that `keep` saved. Call it once per backward: checkpointing unpacks a tensor only once."""
     saved = iter(ctx.saved_tensors)
     return [next(saved) if kind is None else kind(*islice(saved, len(kind._fields))) for kind in ctx.kinds]
 
 
 def _imported(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a module of this package, looked up at each call."""
+    """The function `name` of a module in this package, imported at the call."""
     return lambda *args: getattr(import_module(f".{module}", __package__), name)(*args)
 
 
 @lru_cache
 def triton_is_installed() -> bool:
-    """Whether Triton can be imported; says once, in the log, what its absence means."""
+    """Whether Triton can be imported; if not, warns once."""
     if find_spec("triton") is not None:
         return True
     logging.getLogger("dynmoe_tutel").warning(
@@ -240,7 +239,7 @@ def triton_is_installed() -> bool:
 
 
 def takes_triton(args: Sequence[Any]) -> bool:
-    """Whether Triton's kernels take the arguments: fp64 and the engines of torch run as torch operations anywhere."""
+    """Whether Triton's kernels take the arguments: not fp64, and not an engine of torch named by the caller."""
     for arg in args:
         if isinstance(arg, Tensor):
             if arg.dtype == torch.float64:
@@ -254,11 +253,11 @@ def takes_triton(args: Sequence[Any]) -> bool:
 
 
 def engine_for(engine: str, x: Tensor) -> str:
-    """ "triton", "grouped_mm" or "torch": what runs an operation on `x` where no kernel of its device takes it.
+    """The engine ("triton", "grouped_mm" or "torch") that runs an operation on `x` when the device's kernels do not.
 
-    "auto" is the loop over the experts, which asks a GPU for the rows of each. Only where torch's grouped product has
-    kernels of its own (bf16 on sm_90 and sm_100) it asks nothing and is taken instead. fp64 always takes the loop.
-    ValueError where "triton" cannot run.
+    "auto" takes the loop over the experts, which makes a GPU synchronize to read their row counts. It takes torch's
+    grouped product only where that has its own kernels (bf16 on sm_90 and sm_100) and does not synchronize. fp64 always
+    takes the loop. Raises ValueError if "triton" cannot run.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r}: allowed are {', '.join(ENGINES)}")
@@ -290,7 +289,7 @@ def _interprets() -> bool:
 
 @lru_cache
 def _multiplies_groups(device: torch.device) -> bool:
-    """Whether torch.nn.functional.grouped_mm has a kernel for bf16: elsewhere it loops and waits for the device."""
+    """Whether torch.nn.functional.grouped_mm has a bf16 kernel here; otherwise it loops and waits for the device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
@@ -299,14 +298,14 @@ def _multiplies_groups(device: torch.device) -> bool:
 def expect(
     name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str, dtype: torch.dtype | None = None
 ) -> None:
-    """ValueError unless `tensor` (None passes) has the shape, and the dtype if one is given; `meaning`: "[E]"."""
+    """Raise ValueError unless `tensor` is None or has the shape, and the dtype if given; `meaning`, e.g. "[E]"."""
     if tensor is not None and (tensor.shape != shape or (dtype is not None and tensor.dtype != dtype)):
         kind = "" if dtype is None else f"{str(dtype).removeprefix('torch.')} "
         raise ValueError(f"{name} must be {kind}{meaning} = {list(shape)}, got {_about(tensor)}")
 
 
 def expect_matrix(name: str, tensor: Tensor, meaning: str, dims: int = 2) -> None:
-    """ValueError unless `tensor` is of one of FLOATS and of so many dimensions."""
+    """Raise ValueError unless `tensor` has a dtype in FLOATS and `dims` dimensions."""
     if tensor.dim() != dims or tensor.dtype not in FLOATS:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise ValueError(f"{name} must be {meaning} of a floating type ({allowed}), got {_about(tensor)}")

@@ -1,11 +1,11 @@
-"""From a bitmask of each token's experts to the index of the ragged assignment, in both directions.
+"""Builds the index of the ragged assignment, in both directions, from a bitmask of each token's experts.
 
-Inputs:  bits_TW int64, bit e % 64 of word e // 64 set where the token activates expert e
+Inputs:  bits_TW int64; bit e % 64 of word e // 64 is set if the token activates expert e
 Outputs, all int32: expert_offsets [E+1], token_offsets [T+1], token_of_row [A] (expert-major, token order inside an
 expert), row_of_assignment [A] (token-major, expert order inside a token, -> row)
 
-Prefix sums and compaction only, no sort: the order is that of a stable sort by expert. With `capacity` >= 0 the two row
-arrays have that static length and -1 behind the A-th entry; nothing may read there.
+Prefix sums and compaction give the order of a stable sort by expert. With `capacity` >= 0 the two row arrays have that
+static length; entries past A are -1 and must not be read.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from .operation import expect, expect_matrix, operation
 
 MODULES = {"triton": "gpu.ragged_index"}
 WORD = 64
-MOST_ROWS = 2**31 - 1  # an index of int32 holds
-# eight 0/1 bytes times this hold their low bits, in order, in the top byte
+MOST_ROWS = 2**31 - 1  # the limit of an int32 index
+# multiplying eight 0/1 bytes by this puts their low bits, in order, into the top byte
 _GATHER_LOW_BITS = 0x0102040810204080
 
 
 def words(num_experts: int) -> int:
-    """Number of int64 words that hold one bit an expert."""
+    """Number of int64 words that hold one bit per expert."""
     return max(1, -(-num_experts // WORD))
 
 
 def block_tokens(num_experts: int) -> int:
-    """Tokens a block of `threshold_gate` and of the index: a tile of block by experts fits in registers."""
+    """Tokens per block of `threshold_gate` and of the index; a tile of block by experts fits in registers."""
     return max(16, min(64, 8192 >> max(num_experts - 1, 0).bit_length()))
 
 
 def count_blocks(assigned_TE: Tensor) -> Tensor:
     """Assignments of each expert in each block of tokens, [ceil(T / block_tokens(E)) * E] int32, block-major.
 
-    Flat, because torch.compile would take one block and several for different graphs.
+    Flat, because torch.compile would make different graphs for one block and for several.
     """
     T, E = assigned_TE.shape
     size = block_tokens(E)
@@ -118,7 +118,7 @@ def ragged_index(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both CSR directions of the assignment; see the head of this file.
 
-    `block_counts` are those of `threshold_gate` for the same bits; a GPU counts for itself without them.
+    `block_counts` comes from `threshold_gate` for the same bits; without it a GPU counts for itself.
     """
     T = bits_TW.shape[0]
     assigned_TE = unpack_bits(bits_TW, num_experts)
@@ -148,7 +148,7 @@ def _bound_shapes(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Te
 
 @operation(check=_check_bound, fake=_bound_shapes, engines=MODULES)
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """At most `capacity` assignments: those of the smallest margins go, later ones first among equals.
+    """Keep at most `capacity` assignments: drop those of the smallest margins, later ones first among equals.
 
     Returns the bits [T, W] that stay and the number dropped, [] int64. Deterministic.
     """
@@ -159,9 +159,9 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
     if excess <= 0:
         return bits_TW.clone(), dropped
     margin_A = margin_TE.reshape(-1)[pair_A]
-    # not kthvalue, which torch's deterministic mode refuses on a GPU
+    # torch's deterministic mode refuses kthvalue on a GPU
     limit = margin_A.topk(excess, largest=False, sorted=False).values.max()
-    nan_A = margin_A.isnan()  # above +inf, and equal to each other, as to topk
+    nan_A = margin_A.isnan()  # as in topk, NaN ranks above +inf and equals NaN
     below = torch.where(limit.isnan(), ~nan_A, margin_A < limit)
     equal = torch.where(limit.isnan(), nan_A, margin_A == limit).nonzero().squeeze(1)
     assigned_TE.view(-1)[pair_A[below]] = False

@@ -1,11 +1,11 @@
-"""The two auxiliary losses of a top-any gate that see its routing vectors alone, in one operation.
+"""The two auxiliary losses of a top-any gate that depend only on its routing vectors, in one operation.
 
     diversity  = ||M||_F,  M = (U^T U - I) o m m^T over unit columns u_e of active slots (its diagonal is zero)
     simplicity = mean over active slots of ||w_e||
 
 Source: arXiv 2405.14297, section 3. With u^ = 2 / ||M|| * U M the gradient of a column is
 (u^_e - u_e <u_e, u^_e>) / ||w_e|| for diversity, where <u_e, u^_e> = 2 / ||M|| * sum_f M[e, f]^2, and u_e / (number of
-active slots) for simplicity. As torch operations they are sixty launches of a microsecond's work each.
+active slots) for simplicity. In torch operations this takes sixty launches with a microsecond of work each.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ def _context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, d_diversity: Tensor | None, d_simplicity: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
     if d_diversity is None and d_simplicity is None:
         return None
-    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks a tensor only once
     of_losses = (torch.zeros_like(saved[0]) if d is None else d for d in (d_diversity, d_simplicity))
     return (vector_losses_backward(*of_losses, *saved),)
 
 
 @operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 where no slot is active.
+    """Diversity [] and simplicity [] of routing vectors [D, E]; both 0 if no slot is active.
 
-    For the backward: the unit vectors [E, D], their inverse norms [E], and M [E, E], zero where a slot is not active.
+    Also returns, for the backward, the unit vectors [E, D], their inverse norms [E], and M [E, E], zero for inactive
+    slots.
     """
-    w = w_DE.to(gate_dtype(w_DE)).masked_fill(~active_E, 0)  # selected, for a slot that holds no expert may hold NaN
+    w = w_DE.to(gate_dtype(w_DE)).masked_fill(~active_E, 0)  # not a product: an inactive slot may hold NaN
     inv_norm_E = inverse_norm(w, 0)
     unit_ED = (w * inv_norm_E).t().contiguous()
     gram_EE = unit_ED @ unit_ED.t()
@@ -75,7 +76,7 @@ def vector_losses_backward(
     d_diversity: Tensor, d_simplicity: Tensor, diversity: Tensor, unit_ED: Tensor, inv_norm_E: Tensor,
     gram_EE: Tensor, active_E: Tensor, w_DE: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the routing vectors, [D, E] in their dtype."""
+    """Gradient of the routing vectors, [D, E], in their dtype."""
     factor = torch.where(diversity > 0, 2 * d_diversity / diversity, torch.zeros_like(diversity))
     tangent_ED = gram_EE @ unit_ED - unit_ED * gram_EE.square().sum(dim=1, keepdim=True)
     radial_E = d_simplicity / active_E.sum().clamp(min=1)

@@ -1,7 +1,7 @@
-"""A sample of rows at an even stride, kept in a buffer of fixed size: for clustering the unrouted tokens of a window.
+"""A sample of rows at an even stride in a buffer of fixed size; used to cluster a window's unrouted tokens.
 
-Every s-th row of all that were seen is kept; when they become too many, every other one goes and s doubles. No random
-number is drawn, and the result does not depend on how the rows came in batches. The host waits for nothing.
+It keeps every s-th row that it has seen. When the buffer is full, it drops every other row and doubles s. It draws no
+random numbers, the result does not depend on the batches, and the host never waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _nothing(*_: Any) -> None:
 def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tensor) -> None:
     """Add the rows of x_TD where chosen_T to sample_ND [N + 1, D], whose last row is scratch; at most N are kept.
 
-    `state` [3] int64, on the device, is (size, stride, seen); the i-th row seen stands at i / stride if that is whole.
+    `state` [3] int64, on the device, is (size, stride, seen). The i-th row seen is at i / stride if that is whole.
     """
     most = sample_ND.shape[0] - 1
     _, old, seen = state.unbind()
@@ -52,7 +52,7 @@ def keep_strided(sample_ND: Tensor, state: Tensor, x_TD: Tensor, chosen_T: Tenso
 
 
 def thinned(rows_ND: Tensor, stride: int, most: int) -> tuple[Tensor, int]:
-    """Every other row dropped and the stride doubled, until at most `most` are left."""
+    """Drop every other row and double the stride until at most `most` rows are left."""
     if most < 1:
         return rows_ND[:0], stride
     while rows_ND.shape[0] > most:

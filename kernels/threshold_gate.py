@@ -1,13 +1,13 @@
 """Threshold gate: cosine scores, the experts each token activates, and the gradient of the scores.
 
 Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
-         token_mask_T bool or None: False for padding, a zero token to scores and norms, without expert, not unrouted
+         token_mask_T bool or None: False for padding, which scores as a zero token, gets no expert, is not unrouted
 Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
          unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward),
          block_counts (assignments of each expert in each block of `block_tokens` tokens, int32; for `ragged_index`)
 
-An expert passes where cos > G: compared before the sigmoid, which saturates. Arithmetic is fp32, or fp64 for fp64
-tokens, whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
+A token activates an expert if cos > G, compared before the sigmoid, which saturates. Arithmetic is fp32 (fp64 for fp64
+tokens) whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gate_dtype(x: Tensor) -> torch.dtype:
 
 
 def inverse_norm(v: Tensor, dim: int) -> Tensor:
-    """1 / ||v||, and 0 where the norm is zero: such a vector has cosine 0 and passes no gradient."""
+    """1 / ||v||, or 0 for a zero vector: its cosine is 0 and it passes no gradient."""
     norm = torch.linalg.vector_norm(v, dim=dim)
     return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
@@ -89,7 +89,7 @@ def threshold_gate(
     dtype = gate_dtype(x_TD)
     x, w = x_TD.to(dtype), w_DE.to(dtype)
     inv_norm_T = inverse_norm(x, 1)
-    cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU for few experts
+    cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
     cos_TE.mul_(inv_norm_T.unsqueeze(1))
     assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
     if token_mask_T is not None:
@@ -126,15 +126,15 @@ def threshold_gate_backward(
     """
     dtype = score_TE.dtype
     x, w = x_TD.to(dtype), w_DE.to(dtype)
-    # what is not finite is as zero: of an inactive slot nothing may count; an active one has NaN in d_cos
+    # treat vectors that are not finite as zero: an inactive slot must not count; an active one has NaN in d_cos anyway
     w = w.masked_fill(~torch.linalg.vector_norm(w, dim=0).isfinite(), 0)
     inv_norm_E = inverse_norm(w, 0)
     unit_DE = w * inv_norm_E
     tau = scale.to(dtype)
-    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # over ||x||
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # divided by ||x||
     d_cos_TE.masked_fill_(d_score_TE == 0, 0)
 
-    d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # six times as fast on a CPU for few experts as x^T @ d_cos
+    d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # on a CPU with few experts, six times as fast as x^T @ d_cos
     radial_E = (unit_DE * d_unit_DE).sum(dim=0)
     d_w_DE = (d_unit_DE - unit_DE * radial_E) * inv_norm_E
     d_scale = radial_E.sum() / tau

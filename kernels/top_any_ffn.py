@@ -1,16 +1,16 @@
-"""Top-any experts, tokens to tokens: the expert networks, their mean, and in one backward what the router learns.
+"""Top-any experts, tokens to tokens: the expert networks, their mean, and one backward that includes the router.
 
     y_t = mean over the experts of token t of expert(x_t), 0 without an expert
 
-The same function as `row_gates`, `grouped_ffn` and `combine` after each other. As one operation it hands the experts'
-rows to nobody, and a token's gradient is written once: the sum over its rows and the router's part of it,
+It computes the same as `row_gates`, `grouped_ffn` and `combine` in turn. As one operation it keeps the experts' rows
+internal and writes a token's gradient once: the sum over its rows plus the router's part,
 
-    ds[t, e] = <dy_t, expert_e(x_t)> / k_t  (minus their mean, `centred`),  0 for a token that no threshold admitted
+    ds[t, e] = <dy_t, expert_e(x_t)> / k_t  (minus their mean if `centred`),  0 for an unrouted token
     dx_t += ds * s (1 - s) tau * d cos(x_t, w_e) / dx_t
 
-The gradient of the thresholds G, `thresholds_E`, is minus that of the scores, through theta = sigmoid(tau G).
-`score_TE` and what else `threshold_gate` gave are constants here: a loss on the scores themselves goes back through
-`threshold_gate`, and the two gradients add up.
+The gradient of the thresholds G (`thresholds_E`) is the negated gradient of the scores, through theta = sigmoid(tau G).
+The outputs of `threshold_gate`, `score_TE` among them, are constants here: the gradient of a loss on the scores goes
+through `threshold_gate`, and autograd adds the two.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def top_any_ffn(
     x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights, activation: str, centred: bool,
     dtype: torch.dtype, save: bool, engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Tokens [T, O] in `dtype`, that of the products; h and u [rows, H] for the backward, empty unless `save`."""
+    """Tokens [T, O] in `dtype`, the dtype of the products; h and u [rows, H] for the backward, empty unless `save`."""
     gate_A = router.score_TE.new_empty((index.rows,))  # not applied
     rows_AO, h_AH, u_AH = grouped_ffn(x_TD.to(dtype), gate_A, index, weights, activation, False, save, engine)
     return combine(rows_AO, *index[1:], True), h_AH, u_AH
@@ -99,7 +99,7 @@ def top_any_ffn_backward(
     d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; those of weights empty unless `wanted`."""
+    """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; the experts' are empty unless `wanted`."""
     w_DE, thresholds_E, scale, score_TE, inv_norm_T, unrouted_T, _ = router
     gate_A = score_TE.new_empty((index.rows,))
     d_rows_AO = combine_backward(d_y_TO.to(dtype), index.token_offsets, index.token_of_row, True)

@@ -1,1 +1,1 @@
-"""What all benchmarks share: clocks, shapes, results that are kept as they come."""
+"""Shared by all benchmarks: clocks, shapes, and results that are saved as they come."""

@@ -1,4 +1,4 @@
-"""A tool that could not be started says nothing of what it was to work on: it is tried again, then reported as such.
+"""Retries a tool that could not start, then reports that, because it says nothing about the tool's input.
 
 A busy machine refuses processes, threads or memory for a while. Imports nothing heavy: `gpu` runs without torch.
 """
@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-NOT_STARTED = 101  # exit status where nothing is wrong, but a tool could not be started; wrong kernels count up to 100
+NOT_STARTED = 101  # exit status if nothing is wrong but a tool could not start; wrong kernels count up to 100
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each further try
-_LASTING = (FileNotFoundError, PermissionError)  # no pause brings a missing program
-# how threads of C++ and of Python, tools in what they print, and Triton of a tool without memory say it
+_LASTING = (FileNotFoundError, PermissionError)  # waiting does not help
+# the messages of C++ threads, of Python threads, of tools, and of Triton for a tool without memory
 _REFUSALS = (
     os.strerror(errno.EAGAIN),
     os.strerror(errno.ENOMEM),
@@ -30,20 +30,20 @@ _REFUSALS = (
 
 
 class NotStartedError(RuntimeError):
-    """The machine refused a process, a thread or memory, at every try."""
+    """The machine refused a process, a thread or memory at every try."""
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error is the machine's, not that of what was worked on."""
+    """Whether an error is the machine's fault, not the input's."""
     if isinstance(error, (OSError, MemoryError, BrokenExecutor, NotStartedError)):
         return True
     if isinstance(error, subprocess.CalledProcessError):
-        return error.returncode == -signal.SIGKILL  # of a machine without memory: nothing here kills a tool
+        return error.returncode == -signal.SIGKILL  # out of memory: nothing here kills a tool
     return any(refusal in str(error) for refusal in _REFUSALS)
 
 
 def patiently(call: Callable[[], Result], pauses: Sequence[float] = PAUSES) -> Result:
-    """The call's result, tried again after each pause while the machine refuses; then a `NotStartedError`."""
+    """The call's result. Retries after each pause while the machine refuses, then raises `NotStartedError`."""
     for pause in (*pauses, None):
         try:
             return call()
@@ -59,22 +59,22 @@ def patiently(call: Callable[[], Result], pauses: Sequence[float] = PAUSES) -> R
 def in_processes(
     function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], jobs: int, pauses: Sequence[float] = PAUSES
 ) -> Iterator[Result | NotStartedError]:
-    """`function(*task)` of every task in their order, from `jobs` processes.
+    """`function(*task)` of every task in order, from `jobs` processes.
 
-    Where one cannot be started, or ends in the middle, a single one goes on after a pause: it asks least of the
-    machine, and the task at fault is the first that is left. After the last pause that one is given up, with the error.
+    If a process cannot start or dies, a single process goes on after a pause: it needs least of the machine, and the
+    task at fault is then the first one left. After the last pause that task is given up, with its error.
     """
     left, tried = list(tasks), 0
     while left:
         done, before = 0, set(active_children())
         try:
-            # a forked child would inherit the threads of torch; a fresh interpreter imports for some seconds instead
+            # a forked child would inherit torch's threads; a fresh interpreter imports for some seconds instead
             with ProcessPoolExecutor(min(jobs, len(left)), mp_context=get_context("spawn")) as pool:
                 for result in pool.map(function, *zip(*left, strict=True)):
                     yield result
                     done, tried = done + 1, 0
         except (OSError, BrokenExecutor) as error:
-            for child in set(active_children()) - before:  # started before another could not be: it waits for ever
+            for child in set(active_children()) - before:  # started before another failed to: would wait for ever
                 child.kill()
             if tried < len(pauses):
                 time.sleep(pauses[tried])

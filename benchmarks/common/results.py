@@ -1,7 +1,7 @@
-"""Results of a benchmark that are on disk after every step: a run that is ended, or that crashes, keeps what it had.
+"""Writes a benchmark's results to disk after every step, so that a run that is killed or crashes keeps them.
 
 The file has the keys `environment`, `bounds`, `results`, `failures` (where, why), `begun` and `finished` (names of
-steps) and what a benchmark adds. A run that goes on where one broke off (`resume`) leaves out what that one began.
+steps) and those that a benchmark adds. A run with `resume` skips the steps that the earlier run began.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from .timing import write
 
-DEVICE_LOST = 3  # exit status of a benchmark that a fresh process may go on with
+DEVICE_LOST = 3  # exit status of a benchmark that a fresh process can continue
 MOST_TRACEBACK = 4000  # characters, the last ones
 
 
@@ -43,7 +43,7 @@ class Progress:
         return self.summary["results"]
 
     def begin(self, step: str) -> bool:
-        """Note that a step begins; False where an earlier run began it."""
+        """Note that a step begins; False if an earlier run began it."""
         if step in self.earlier:
             return False
         self.summary["begun"].append(step)
@@ -51,7 +51,7 @@ class Progress:
         return True
 
     def finish(self, step: str, error: Exception | str | None = None) -> None:
-        """Note that a step is over, and why it broke off, if it did."""
+        """Note that a step is over, and why it failed, if it did."""
         self.summary["finished"].append(step)
         if error is None:
             self.save()
@@ -59,7 +59,7 @@ class Progress:
             self.fail(step, error)
 
     def fail(self, where: str, error: Exception | str) -> None:
-        """Note and print what could not be measured; of an exception, the file has the traceback too."""
+        """Note and print what could not be measured; the file also gets an exception's traceback."""
         failure = {"where": where, "why": error if isinstance(error, str) else reason(error)}
         if isinstance(error, Exception):
             failure["traceback"] = "".join(traceback.format_exception(error))[-MOST_TRACEBACK:]
@@ -73,7 +73,7 @@ class Progress:
             write(self.out, self.summary, self.table(self.summary))
 
     def conclude(self, limit: float) -> int:
-        """Print the table; the exit status: 1 where something failed, or nothing was begun in `limit` seconds."""
+        """Print the table; return the exit status: 1 if something failed or nothing began within `limit` seconds."""
         if not self.results and not self.summary["failures"]:
             print(f"nothing is measured: --seconds {limit:g} went by before the first shape", file=sys.stderr)
             return 1
@@ -88,7 +88,7 @@ def reason(error: BaseException) -> str:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still computes: after an illegal access every call of the process fails."""
+    """Whether the device still computes: after an illegal access, every call in the process fails."""
     try:
         return float(torch.ones(2, device=device).sum()) == 2
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The shapes that are measured and compiled for: on a CPU small ones, on a GPU those that users run."""
+"""The shapes that benchmarks measure and compile for: small ones on a CPU, those that users run on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens, model dim, hidden dim, experts, mean number of experts a token, and whether experts are gated (GLU)."""
+    """Tokens, model dim, hidden dim, experts, mean number of experts per token, whether experts are gated (GLU)."""
 
     T: int
     D: int
@@ -26,11 +26,11 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """Matrices of D by H of an expert: 2, or 3 of a gated one."""
+        """Number of D by H matrices per expert: 2, or 3 if gated."""
         return 3 if self.gated else 2
 
     def flops(self, backward: bool) -> int:
-        """Of the experts' products: forward alone, or forward and backward."""
+        """FLOPs of the experts' products in the forward, or in forward and backward."""
         return 2 * self.rows * self.D * self.H * self.matrices * (3 if backward else 1)
 
 
@@ -41,7 +41,7 @@ CPU_SHAPES = (
     Shape(4096, 1024, 1024, 16, 2),
 )
 
-# in the order in which they are measured while time lasts
+# measured in this order while time lasts
 GPU_SHAPES = {
     "vit-s": Shape(25216, 384, 1536, 8, 2),
     "vit-b": Shape(25216, 768, 3072, 8, 2),

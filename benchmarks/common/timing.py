@@ -1,6 +1,6 @@
-"""Times on a device, the two rates that bound them, what a result says of its machine, and options checked before.
+"""Timing on a device, the two rates that bound it, the description of the machine, and checks of options.
 
-Imports torch where it is used: `benchmarks.gpu` checks its options under interpreters that have none.
+Imports torch only inside functions: `benchmarks.gpu` checks its options in interpreters without torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 Call = Callable[[], Any]
-FILL_SECONDS = 2e-3  # of work between two events, beside which they and a launch weigh little
-COPY_BYTES, PRODUCT = 2**29, 8192  # of the copy and the square product that measure a GPU's rates
+FILL_SECONDS = 2e-3  # of work between two events, so that they and a launch cost little
+COPY_BYTES, PRODUCT = 2**29, 8192  # sizes of the copy and the square product that measure a GPU's rates
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, graph: bool = True) -> list[float]:
-    """Seconds of one call, `repeats` times; `calls` are the same work on inputs in different memory, taken in turn.
+    """Seconds of one call, `repeats` times; `calls` do the same work on inputs in different memory, in turn.
 
-    On a GPU all of them, short ones several times, are captured in one CUDA graph, so that the host plays no part
-    (`graph`), and a replay is timed with events; on a CPU each is timed by the clock.
+    On a GPU, with `graph`, one CUDA graph holds all of them (short ones several times), so that the host plays no part,
+    and events time a replay. On a CPU the clock times each call.
     """
     if device.type != "cuda":
         times: list[float] = []
@@ -112,7 +112,7 @@ def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, grap
 
 
 def _elapsed(run: Call) -> float:
-    """Seconds on the current device from the first to the last of what `run` launches."""
+    """Seconds on the current device from the first to the last launch of `run`."""
     import torch
 
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -124,7 +124,7 @@ def _elapsed(run: Call) -> float:
 
 
 def peak_bytes(device: torch.device, fresh: bool = False) -> int:
-    """The most bytes that were allocated since the last fresh count; a fresh one begins at those allocated now."""
+    """Peak bytes allocated since the last `fresh` count, which restarts at the bytes allocated now."""
     import torch
 
     if device.type != "cuda":
@@ -137,7 +137,7 @@ def peak_bytes(device: torch.device, fresh: bool = False) -> int:
 
 
 def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes a second of a large copy, read and written, and operations a second of a large matrix product."""
+    """Bytes per second of a large copy (read and written), and operations per second of a large matrix product."""
     import torch
 
     large = device.type == "cuda"
@@ -153,7 +153,7 @@ def bounds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """For argparse: reads a whole number of this range."""
+    """For argparse: parse a whole number in this range."""
 
     def read(text: str) -> int:
         value: int | None
@@ -170,7 +170,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def duration(most: float = math.inf) -> Callable[[str], float]:
-    """For argparse: reads a number of seconds that is positive and at most `most`."""
+    """For argparse: parse a number of seconds that is positive and at most `most`."""
 
     def read(text: str) -> float:
         try:
@@ -186,12 +186,12 @@ def duration(most: float = math.inf) -> Callable[[str], float]:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its interpreter in this process; as Triton reads its variable."""
+    """Whether Triton runs its interpreter in this process; parses the variable as Triton does."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def unable(device: str, triton: bool = True) -> str | None:
-    """Why nothing can be timed on "cuda", or tried in Triton's interpreter on "cpu"; None if it can."""
+    """The reason why "cuda" cannot be timed, or Triton's interpreter cannot run on "cpu"; None if it can."""
     import torch
 
     if triton and find_spec("triton") is None:
@@ -206,13 +206,13 @@ def unable(device: str, triton: bool = True) -> str | None:
 
 
 def check_outputs(parser: argparse.ArgumentParser, option: str, paths: Iterable[Path]) -> None:
-    """Make the folders of the files and prove that each can be written, else end in the parser's error.
+    """Make the files' folders and check that each file can be written, else end with the parser's error.
 
-    What is in a file that exists is left; of one that does not, nothing is left.
+    It keeps the content of existing files and leaves no new ones.
     """
     seen: list[str] = []
     for path in paths:
-        # what opens, behind links: a probe that is removed must not be one
+        # resolve links: the probe is removed, and must not be a link itself
         target = Path(os.path.realpath(path))
         try:
             if str(target) in seen:
@@ -231,12 +231,12 @@ def check_outputs(parser: argparse.ArgumentParser, option: str, paths: Iterable[
 
 
 def beside(path: Path, *suffixes: str) -> list[Path]:
-    """The file, and those of its name with other suffixes."""
+    """The file, and its name with other suffixes."""
     return [path, *(path.with_suffix(suffix) for suffix in suffixes if path.name)]
 
 
 def write(path: Path, results: dict[str, Any], table: str | None = None) -> None:
-    """The results as JSON, and beside them the table, if any, as Markdown."""
+    """Write the results as JSON and, beside them, the table (if any) as Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if table is not None:

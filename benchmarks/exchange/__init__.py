@@ -1,1 +1,1 @@
-"""Three exchanges of tokens between ranks, and a model of what they cost."""
+"""Three exchanges of tokens between ranks, and a model of their cost."""

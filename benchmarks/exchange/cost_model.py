@@ -1,12 +1,12 @@
-"""The cost model of three exchanges between experts on R ranks: bytes from a routing, exactly, or from a law, expected.
+"""The cost model of three exchanges between experts on R ranks: exact bytes of a routing, or expected bytes of a law.
 
-R ranks, E slots in R contiguous blocks, T tokens a rank, D model dim. Matrices [R, R] are bytes from row to column;
-what a rank keeps is on no wire. A pass is a list of collectives in the order in which they run. Pure functions.
+R ranks, E slots in R contiguous blocks, T tokens a rank, D model dim. Matrices [R, R] hold bytes from row to column;
+rows that stay on their rank cost nothing. A pass is a list of collectives in running order. Pure functions.
 
-* once per rank: a row and its bitmask to every rank that holds one of its experts, one partial sum back; in the
-  backward the gradient of the sum, and back the gradient of the row and one fp32 number an assignment.
-* per expert: a row for every assignment each way, in both passes; the numbers of rows of each expert ahead.
-* padded: [E, C, D] each way, in both passes; C, the largest load of any expert on any rank, is agreed on ahead.
+* once per rank: sends a row and its bitmask to every rank that holds one of its experts; one partial sum returns. The
+  backward sends the gradient of the sum; the gradient of the row and one fp32 number per assignment return.
+* per expert: a row for every assignment each way, in both passes, after the number of rows of each expert.
+* padded: [E, C, D] each way, in both passes; the ranks first agree on C, the largest load of any expert on any rank.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .token_choices import Choice
 
 EXCHANGES = ("once per rank", "per expert", "padded")
 COUNT = 8  # bytes of an int64
-WORD = 64  # experts a word of a bitmask
+WORD = 64  # experts per word of a bitmask
 SCORE = 4  # bytes of the gradient of a score
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a batch asks of the wire; whole numbers (int64) of a routing, float64 in expectation."""
+    """The traffic that a batch needs: int64 for a routing, float64 in expectation."""
 
     tokens: Tensor  # [R, R]: tokens of a rank with an expert on the other
     rows: Tensor  # [R, R]: assignments of a rank's tokens to experts of the other
@@ -41,7 +41,7 @@ class Demand:
 
 
 def demand(assigned: Sequence[Tensor]) -> Demand:
-    """Of a routing: `assigned[r]` is bool [T_r, E] of the tokens of rank r."""
+    """The demand of a routing; `assigned[r]` is bool [T_r, E] for the tokens of rank r."""
     R, E = len(assigned), assigned[0].shape[1]
     if E % R:
         raise ValueError(f"{E} slots over {R} ranks: give a multiple")
@@ -55,9 +55,10 @@ def demand(assigned: Sequence[Tensor]) -> Demand:
 
 
 def expected_demand(choice: Choice, tokens: int, ranks: int) -> Demand:
-    """In expectation over batches of `tokens` tokens a rank.
+    """The expected demand of batches of `tokens` tokens per rank.
 
-    C supposes independent loads of different experts, which they are where experts are; with a fixed k nearly.
+    C assumes that the loads of experts are independent. They are if the law chooses experts independently; with a fixed
+    k they nearly are.
     """
     load_E = choice.loads()
     rows_R = tokens * load_E.view(ranks, -1).sum(dim=1)
@@ -85,7 +86,7 @@ def expected_largest(load_E: Tensor, tokens: int, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Format:
-    """How a row travels: D elements of `itemsize` bytes, the same number back."""
+    """The format of a row: D elements of `itemsize` bytes, the same in return."""
 
     D: int
     itemsize: int
@@ -101,7 +102,7 @@ def _off_rank(bytes_RR: Tensor) -> Tensor:
 
 
 def collectives(exchange: str, d: Demand, f: Format, backward: bool) -> dict[str, Tensor]:
-    """Bytes [R, R] of each collective of the forward or of the backward alone, by what it carries."""
+    """Bytes [R, R] of each collective of the forward, or of the backward alone, keyed by what it carries."""
     one_RR = torch.ones_like(d.tokens)
     local = d.slots // d.ranks
     if exchange == "once per rank":
@@ -134,7 +135,7 @@ def traffic(exchange: str, d: Demand, f: Format, backward: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Network:
-    """Assumed, not measured: bytes a second of a rank in each direction and seconds of a message, in a node and out."""
+    """Assumed, not measured: a rank's bytes per second each way and seconds per message, inside a node and between."""
 
     node: int = 8
     inside_rate: float = 300e9
@@ -143,7 +144,7 @@ class Network:
     between_latency: float = 10e-6
 
     def seconds(self, bytes_RR: Tensor) -> float:
-        """One collective: the slowest rank; both kinds of link and both directions at once, messages one by one."""
+        """Seconds of one collective on its slowest rank; links and directions overlap, messages do not."""
         R = len(bytes_RR)
         node_R = torch.arange(R) // self.node
         inside_RR = node_R.unsqueeze(0) == node_R.unsqueeze(1)
@@ -158,11 +159,11 @@ class Network:
         return max(found)
 
     def pass_seconds(self, exchange: str, d: Demand, f: Format, backward: bool) -> float:
-        """The collectives one after the other, without what could run beside them."""
+        """Seconds of the collectives one after the other, overlapped with nothing."""
         passes = (False, True) if backward else (False,)
         return sum(self.seconds(b) for p in passes for b in collectives(exchange, d, f, p).values())
 
     def share_between(self, bytes_RR: Tensor) -> float:
-        """Of the bytes, the part that leaves its node."""
+        """The share of the bytes that leaves its node."""
         node_R = torch.arange(len(bytes_RR)) // self.node
         return float(bytes_RR[node_R.unsqueeze(0) != node_R.unsqueeze(1)].sum() / bytes_RR.sum().clamp(min=1))

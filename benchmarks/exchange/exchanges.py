@@ -65,21 +65,21 @@ def _counts(sent_N: Tensor) -> Tensor:
 
 
 def once_per_rank(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """The package's own: a token goes once to each rank with an expert of it, and a partial sum comes back."""
+    """The package's own: a token goes once to each rank that holds one of its experts; a partial sum returns."""
     exchange = RankExchange(Placement.over(gate.slots, dist.group.WORLD), gate.num_experts)
     call = Call("exact", 0.0, "mean", (x_TD.shape[1],))
     return exchange(experts, x_TD, gate(x_TD), call)
 
 
 def _through(experts: Experts, rows_MD: Tensor, expert_M: Tensor) -> Tensor:
-    """Rows through the expert of each, in their own order."""
+    """Each row's expert output, in the order of the rows."""
     bits = kernels.pack_bits(torch.nn.functional.one_hot(expert_M, experts.local_slots).bool())
     here = Routing.from_bits(bits, rows_MD.new_zeros((rows_MD.shape[0], experts.local_slots)))
     return here.sum(experts(rows_MD, here, rows_MD.new_ones(rows_MD.shape[0])))
 
 
 def per_expert(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """A row for every assignment there, and its result back."""
+    """Dispatch one row per assignment, and combine its result."""
     R, local = dist.get_world_size(), experts.local_slots
     routing = gate(x_TD)
     sent_RE = routing.counts.long().view(R, local)
@@ -92,7 +92,7 @@ def per_expert(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
 
 
 def padded(gate: Gate, experts: Experts, x_TD: Tensor) -> Tensor:
-    """Tutel's: [E, C, D] there and back, C the largest load of all ranks; the experts compute the padding too."""
+    """Tutel's: dispatch and combine [E, C, D], C the largest load of all ranks; experts compute the padding too."""
     R, local = dist.get_world_size(), experts.local_slots
     routing = gate(x_TD)
     capacity = max(1, largest(int(routing.counts.max()), dist.group.WORLD))

@@ -1,4 +1,4 @@
-"""What `benchmarks.parallel` makes of its counts: limits, the model's expectation on more ranks, a table, a plot."""
+"""The report of `benchmarks.parallel`: limits, the model's expectation on more ranks, a table, a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOTH = "forward+backward"
 def expected(
     choice: Choice, T: int, ranks: int, f: Format, backward: bool = True, load: float | None = None
 ) -> dict[str, float]:
-    """Bytes of all ranks that each exchange is expected to send; with `load`, C is that many times the mean load."""
+    """Expected bytes of each exchange over all ranks; with `load`, C is `load` times the mean load."""
     d = expected_demand(choice, T, ranks)
     if load is not None:
         d = replace(d, capacity=load * T * float(choice.loads().mean()))
@@ -31,8 +31,8 @@ def expected(
 def limits(results: Results, shape: Shape) -> list[dict[str, Any]]:
     """The two limits at mean k 6 and 64 experts: in the model at 8 ranks, and as counted.
 
-    Popular experts and chance both make a largest load: of padded rows, the model's line has the load that the limit is
-    stated for, whatever made it; the counted ones that of their batch.
+    Popular experts and chance both raise the largest load. For padded rows, the model uses the load that the limit
+    states; the counts use the load of their batch.
     """
     found: list[dict[str, Any]] = []
 
@@ -64,7 +64,7 @@ def limits(results: Results, shape: Shape) -> list[dict[str, Any]]:
 
 
 def extrapolate(network: Network, shape: Shape = GPU_SHAPES["llm-4k"], layouts: Any = LAYOUTS) -> list[dict[str, Any]]:
-    """Expected bytes a rank and seconds of a forward and a backward of `shape` in bf16; T/8 tokens a rank."""
+    """Expected bytes and seconds per rank of a forward and a backward of `shape` in bf16; T/8 tokens per rank."""
     f, T = Format(shape.D, 2), shape.T // 8
     found = []
     for ranks, experts in layouts:
@@ -84,7 +84,7 @@ def extrapolate(network: Network, shape: Shape = GPU_SHAPES["llm-4k"], layouts: 
 
 
 def table(results: Results, model: Results, found: Results, network: Network) -> str:
-    """All of it as Markdown."""
+    """The report as Markdown."""
     lines = ["Once per rank over the others, forward+backward: bytes, and times (median and quartiles):\n"]
     lines.append("| processes | k | max / mean load | bytes: per expert | padded | time: per expert | padded |")
     lines.append("|---|---|---|---|---|---|---|")
@@ -129,7 +129,7 @@ def _quartiles(s: dict[str, float] | None) -> str:
 
 
 def plot(results: Results, network: Network) -> bytes:
-    """PNG: bytes of ours over the others' against k, counted and expected; and the model against the ranks."""
+    """PNG: our bytes over the others' against k, counted and expected; and the model against the number of ranks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 4.8), layout="constrained", dpi=150)

@@ -1,10 +1,10 @@
-"""The law by which a token chooses its experts: expectations in closed form, samples, tokens that a gate routes so.
+"""The law by which a token chooses its experts: closed-form expectations, samples, and tokens that a gate routes so.
 
 A token chooses the set S with probability P(k = |S|) times prod_{e in S} o_e / e_k(o), e_k the elementary symmetric
-polynomial of the odds o: experts chosen independently of one another, given how many. Where k is the number of
-successes of independent trials the experts are independent altogether, which is what a top-any gate does to tokens of
-random direction; any other distribution of k (a fixed one is top-k's) is the same law. Source of the fit and of the
-sampling: Chen, Dempster and Liu, Biometrika 81 (1994), "Weighted finite population sampling".
+polynomial of the odds o: given k, it chooses experts independently. If k is the number of successes of independent
+trials, experts are fully independent; a top-any gate does this to tokens of random direction. The same law takes any
+other distribution of k; a fixed k is top-k. The fit and the sampling follow Chen, Dempster and Liu, Biometrika 81
+(1994), "Weighted finite population sampling".
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TAIL = 1e-15  # of P(k) that is left out: nothing in double precision
+TAIL = 1e-15  # the probability to leave out of P(k): nothing in double precision
 
 
 def skewed_loads(num_experts: int, mean_k: float, skew: float) -> Tensor:
     """P(token activates e), [E] float64: sum `mean_k`, largest over mean `skew`, falling geometrically with the expert.
 
-    Experts are dealt to their slots with a stride, so that no block of slots holds the popular ones alone: ranks are
-    about equally busy, and a token's experts are spread over ranks as widely as that loading allows.
+    Experts get their slots with a stride, so that no block of slots holds only popular ones: ranks are about equally
+    busy, and a token's experts spread over as many ranks as these loads allow.
     """
     mean = mean_k / num_experts
     if not 0 < mean * skew <= 1 or not 1 <= skew <= num_experts:
@@ -32,7 +32,7 @@ def skewed_loads(num_experts: int, mean_k: float, skew: float) -> Tensor:
         )
     place_E = torch.arange(num_experts, dtype=torch.float64)
     low, high = 0.0, 50.0 * num_experts
-    for _ in range(200):  # the rate at which the largest is `skew` times the mean
+    for _ in range(200):  # bisect the rate at which the largest is `skew` times the mean
         rate = (low + high) / 2
         falling_E = torch.exp(-rate * place_E / num_experts)
         low, high = (rate, high) if falling_E[0] / falling_E.mean() < skew else (low, rate)
@@ -42,7 +42,7 @@ def skewed_loads(num_experts: int, mean_k: float, skew: float) -> Tensor:
 
 
 def successes(p_E: Tensor) -> Tensor:
-    """P(k) of independent trials, [K+1] float64, without the tail that weighs nothing."""
+    """P(k) of independent trials, [K+1] float64, without the negligible tail."""
     pmf = torch.zeros(len(p_E) + 1, dtype=torch.float64)
     pmf[0] = 1
     for p in p_E.tolist():
@@ -111,18 +111,18 @@ class Choice:
         return (odds_U * (e_UK[:, :-1] @ self._given_k()[1:]))[which_E]
 
     def touched(self, ranks: int) -> Tensor:
-        """P(token activates an expert of rank r), [R]; a rank holds a block of E / R slots."""
+        """P(token activates an expert on rank r), [R]; a rank holds a block of E / R slots."""
         outside = 1 - torch.block_diag(*[torch.ones(1, self.num_experts // ranks)] * ranks).double()
         return 1 - _polynomials(self.odds, outside, len(self.k_pmf) - 1) @ self._given_k()
 
     def sample(self, tokens: int, generator: torch.Generator) -> Tensor:
-        """Sets of that many tokens, [T, E] bool."""
+        """The sets of `tokens` tokens, [T, E] bool."""
         left_T = torch.multinomial(self.k_pmf, tokens, replacement=True, generator=generator) if tokens else None
         assigned_TE = torch.zeros(tokens, self.num_experts, dtype=torch.bool)
         if left_T is None:
             return assigned_TE
         prefix = torch.tril(torch.ones(self.num_experts + 1, self.num_experts, dtype=torch.float64), -1)
-        e_EK = _polynomials(self.odds, prefix, len(self.k_pmf) - 1)  # of the experts before e
+        e_EK = _polynomials(self.odds, prefix, len(self.k_pmf) - 1)  # over the experts before e
         for e in reversed(range(self.num_experts)):
             taken = self.odds[e] * e_EK[e, (left_T - 1).clamp(min=0)] / e_EK[e + 1, left_T]
             drawn_T = torch.rand(tokens, dtype=torch.float64, generator=generator)
@@ -134,7 +134,7 @@ class Choice:
 def tokens_of(assigned_TE: Tensor, w_DE: Tensor, generator: torch.Generator) -> Tensor:
     """Tokens [T, D] that a top-any gate with the orthonormal vectors `w_DE` and thresholds 0 routes as `assigned_TE`.
 
-    The cosine with an expert has one size, positive where it is assigned; all else of a token is noise.
+    All cosines with experts have one size, positive if assigned; the rest of a token is noise.
     """
     (T, E), D = assigned_TE.shape, w_DE.shape[0]
     if E > D:

@@ -1,1 +1,1 @@
-"""Which kernels the operations launch, with what, recorded without a GPU."""
+"""Records without a GPU which kernels the operations launch, and with which arguments."""

@@ -1,6 +1,6 @@
-"""The Triton kernels on one layer's tensors: how each is run, what it moves and multiplies, and what it must equal.
+"""The Triton kernels on one layer's tensors: each one's call, its bytes and FLOPs, and its expected result.
 
-Bytes count every input and output of a kernel once, FLOPs those of its products.
+Bytes count every input and output of a kernel once; FLOPs count its products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TINY = Shape(40, 32, 48, 4, 1.5)
 
 @dataclass
 class Kernel:
-    """A kernel on one set of inputs: how to run it, what it moves and multiplies, and what it must equal."""
+    """A kernel on one set of inputs: its call, its bytes and FLOPs, and its expected result."""
 
     name: str
     run: Callable[[], Any]
@@ -29,7 +29,7 @@ class Kernel:
 
 
 class Inputs:
-    """Tensors of one layer, routed with the mean k of its shape."""
+    """Tensors of one layer, routed with the shape's mean k."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         from dynmoe_tutel import kernels
@@ -64,7 +64,7 @@ class Inputs:
         self.rows_AD = draw(self.A, D)
 
     def activation_gradient(self, h_AH: Tensor, u_AH: Tensor) -> Any:
-        """That of the layer's backward, from the pre-activations that the forward kept."""
+        """The activation gradient as in the layer's backward, from the saved pre-activations."""
         from dynmoe_tutel.kernels.gpu import grouped_ffn
 
         kept = (self.index, self.weights, h_AH, u_AH, None, self.activation)
@@ -72,7 +72,7 @@ class Inputs:
 
 
 def on_torch(name: str, *args: Any) -> Any:
-    """What an operation gives as torch operations, on any device."""
+    """The result of an operation's torch implementation, on any device."""
     from dynmoe_tutel.kernels.operation import OPERATIONS
 
     return OPERATIONS[name].run(*args)
@@ -97,7 +97,7 @@ class Loop:
         return out
 
     def up(self) -> tuple[Tensor, Tensor, Tensor]:
-        """h, u and a, those before rounded to the dtype of the tokens."""
+        """h, u and a; h and u are rounded to the tokens' dtype first."""
         from dynmoe_tutel.kernels import ACTIVATIONS
 
         i = self.inputs
@@ -108,7 +108,7 @@ class Loop:
         return h, u, a if i.w3 is None else a * u.float()
 
     def activation_gradient(self, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of h and u, and a over k, as `activation_gradient` gives them."""
+        """Gradients of h and u, and a over k, as `activation_gradient` returns them."""
         from dynmoe_tutel.kernels import ACTIVATIONS
 
         i, act = self.inputs, ACTIVATIONS[self.inputs.activation]
@@ -120,7 +120,7 @@ class Loop:
         return act.gradient(d_a * u.float(), h.float()), d_a * act_h, act_h * u.float() / k_A1
 
     def token_gradient(self, d_rows_AD: Tensor, parts_AN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, of the scores and of the cosines over ||x||, in fp32, as `token_gradient` gives them."""
+        """fp32 gradients of x, the scores and the cosines over ||x||, as `token_gradient` returns them."""
         from dynmoe_tutel.kernels.dispatch_combine import segment_sum
 
         i = self.inputs

@@ -1,6 +1,6 @@
-"""Calls of every operation of the layer with a Triton implementation, for recording what they launch.
+"""Calls every Triton operation of the layer, to record the launches.
 
-A row array has the bounded length k T; index arrays hold nothing, so the calls are for meta tensors alone.
+Row arrays have the bounded length k T. Index arrays hold no values, so the calls are for meta tensors only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..common.shapes import Shape
 
 @dataclass(frozen=True)
 class Variant:
-    """What changes the code of a kernel beside shape and dtype."""
+    """The options that change a kernel's code, besides shape and dtype."""
 
     activation: str = "gelu"
     bias: bool = True
-    apply_gate: bool = False  # fixed k: rows times their weights
+    apply_gate: bool = False  # fixed k: multiply rows by their weights
     save: bool = True  # False: recompute="up"
     fallback: bool = False  # eval
     centred: bool = False  # combine_gradient="normalized"
     padding: bool = False  # a token mask
-    fp32_router: bool = False  # routing vectors in fp32 beside half-precision tokens
+    fp32_router: bool = False  # routing vectors in fp32, tokens in half precision
 
 
 VARIANTS = {

@@ -1,8 +1,8 @@
-"""Every Triton launch of the operations, recorded without a GPU: which kernel, for which types, in which configuration.
+"""Records every Triton launch of the operations without a GPU: kernel, types and configuration.
 
-The host functions of `dynmoe_tutel.kernels.gpu` run on meta tensors while launching is replaced by recording. What a
-launch is specialised by follows Triton's own rules: integers that are 1 become constants, pointers and integers
-divisible by 16 are marked so. Imports Triton, and must not run under its interpreter.
+The host functions of `dynmoe_tutel.kernels.gpu` run on meta tensors while recording replaces launching. Specialisation
+follows Triton's rules: integers that are 1 become constants; pointers and integers divisible by 16 are marked so.
+Imports Triton, and must not run under its interpreter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Launch:
     kernel: str
     signature: tuple[tuple[str, str], ...]  # parameter, type; "constexpr" for constants
     constants: tuple[tuple[int, Any], ...]  # position, value
-    attributes: Attributes  # position, what is known of the value
+    attributes: Attributes  # position, known property of the value
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -60,7 +60,7 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """Its tile, warps and stages, in short."""
+        """The tile, warps and stages in short form."""
         names = [name for name, _ in self.signature]
         blocks = [f"{names[i].removeprefix('BLOCK_')}{v}" for i, v in self.constants if names[i].startswith("BLOCK_")]
         flags = [
@@ -78,7 +78,7 @@ class Launch:
         return "/".join(sorted(found))
 
     def compile(self, target: Any) -> Any:
-        """Triton's compiled kernel for a `GPUTarget`; from the cache on disk where it is there."""
+        """Triton's compiled kernel for a `GPUTarget`, from the disk cache if present."""
         source = triton.compiler.ASTSource(
             self.function,
             dict(self.signature),
@@ -89,12 +89,12 @@ class Launch:
 
 
 def _divisible_tensor(tensor: Tensor) -> bool:
-    """Whether the pointer is a multiple of 16: allocations are, views at an offset may not be."""
+    """Whether the pointer is a multiple of 16: allocations are; views with an offset may not be."""
     return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
 def _specialise(parameter: Any, value: Any, hip: bool) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """Triton type of an argument ("constexpr" for a constant), and what is known of its value."""
+    """Triton type of an argument ("constexpr" for a constant), and the known properties of its value."""
     if parameter.is_constexpr or value is None:
         return "constexpr", ()
     known: list[tuple[str, int]] = []
@@ -143,7 +143,7 @@ def launch_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hip:
 
 @contextmanager
 def recording(hip: bool = False) -> Iterator[list[Launch]]:
-    """Launches of Triton kernels inside are not made but listed, each form once, in order."""
+    """Record Triton launches instead of making them: each form once, in order."""
     found: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -1,9 +1,9 @@
-"""Packages that do the same job, for `benchmarks.layer` on a GPU: an adapter a file, whatever of them is installed.
+"""Packages that do the same job, for `benchmarks.layer` on a GPU: one adapter per file, for those that are installed.
 
-Peers take a fixed number of experts a token, so all of them, and ours beside them, get the same fixed-k routing of the
-same rows: k distinct experts a token, drawn at random, weights 1 / k, experts without biases. Timed is what lies
-between that routing and the gradients: index or sort, dispatch, experts, combine, and the backward of all but the
-routing. A peer is compared with plain torch before it is timed, and named with the reason where it is not measured.
+Peers take a fixed number of experts per token, so all of them, and ours beside them, get the same fixed-k routing: k
+distinct experts per token, drawn at random, weights 1 / k, experts without biases. The time covers everything from that
+routing to the gradients: index or sort, dispatch, experts, combine, and their backward, but not the routing. A peer is
+compared with plain torch before it is timed; one that is not measured is named with the reason.
 
 An adapter has `PACKAGE`, `unfit(case)` (why it cannot take a case, or None; may import nothing) and `build(case)`.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..common.shapes import Shape
 
-# name in the table -> module here
+# name in the table -> module in this package
 ADAPTERS = {
     "scattermoe": "scattermoe",
     "sonicmoe": "sonicmoe",
@@ -38,7 +38,7 @@ class PeerCase:
     """Tokens, a fixed-k routing of them, and experts without biases: act(x w1) w2, or act(x w1) (x w3) w2 if gated."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        generator = torch.Generator(device).manual_seed(seed)  # of the device: a CPU draws for many seconds
+        generator = torch.Generator(device).manual_seed(seed)  # on the device: a CPU would take many seconds
         T, D, H, E = shape.T, shape.D, shape.H, shape.E
         self.shape, self.dtype, self.device = shape, dtype, device
         self.k = min(max(1, round(shape.k)), E)
@@ -56,7 +56,7 @@ class PeerCase:
         self.activation = F.silu if shape.gated else F.gelu
 
     def expected(self, index_TK: Tensor | None = None, weight_TK: Tensor | None = None) -> Tensor:
-        """The output in fp32 by a loop over the experts; for another routing where a peer insists on its own."""
+        """The output in fp32 by a loop over the experts; with arguments, for a peer's own routing."""
         index_TK = self.index_TK if index_TK is None else index_TK
         weight_TK = self.weight_TK if weight_TK is None else weight_TK
         x_TD = self.x_TD.detach().float()
@@ -73,7 +73,7 @@ class PeerCase:
 
 @dataclass
 class Peer:
-    """A peer on a case: its forward, the parameters whose gradients are taken, and its routing if it is its own."""
+    """A peer on a case: its forward, the parameters that get gradients, and its routing if it uses its own."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor]
@@ -82,7 +82,7 @@ class Peer:
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A contiguous copy that takes a gradient."""
+    """A contiguous copy that requires a gradient."""
     return tensor.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
 
 
@@ -115,7 +115,7 @@ def step(peer: Peer, case: PeerCase) -> Callable[[], Any]:
 
 
 def checked(peer: Peer, case: PeerCase) -> float:
-    """Relative RMS of its output to plain torch's; RuntimeError where it is large."""
+    """Relative RMS error of its output against plain torch; raises RuntimeError if it is large."""
     with torch.no_grad():
         found = peer.forward(case.x_TD).float()
     expected = case.expected(*peer.routing) if peer.routing else case.expected()
@@ -126,7 +126,7 @@ def checked(peer: Peer, case: PeerCase) -> float:
 
 
 def unavailable(name: str, case: PeerCase) -> str | None:
-    """Why a peer is not measured on a case, or None."""
+    """The reason why a peer is not measured on a case, or None."""
     adapter = import_module(f".{ADAPTERS[name]}", __package__)
     if find_spec(adapter.PACKAGE) is None:
         return "not installed"
@@ -134,5 +134,5 @@ def unavailable(name: str, case: PeerCase) -> str | None:
 
 
 def build(name: str, case: PeerCase) -> Peer:
-    """The peer on a case; whatever its import or construction raises."""
+    """Build the peer on a case; passes on any exception of its import or construction."""
     return import_module(f".{ADAPTERS[name]}", __package__).build(case)

@@ -35,7 +35,7 @@ def build(case: PeerCase) -> Peer:
             fp16=case.dtype == torch.float16,
             device=case.device,
         )
-    ).eval()  # in training it appends to a global list for its loss
+    ).eval()  # in training mode it appends to a global list for its loss
     with torch.no_grad():
         layer.mlp.w1.copy_(case.w1_EDH.transpose(1, 2).reshape(s.E * s.H, s.D))
         layer.mlp.w2.copy_(case.w2_EHD.reshape(s.E * s.H, s.D))

@@ -1,4 +1,4 @@
-"""ScatterMoE (github.com/shawntan/scattermoe): `MLP` and `GLUMLP`, which are called with weights and expert ids."""
+"""ScatterMoE (github.com/shawntan/scattermoe): `MLP` and `GLUMLP`, called with weights and expert ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build(case: PeerCase) -> Peer:
     with torch.device(case.device):
         layer = kind(s.D, s.H, s.E, case.k, activation=case.activation).to(case.dtype)
     first = case.w1_EDH.transpose(1, 2)
-    if case.w3_EDH is not None:  # its first half is the factor, its second the one that is activated
+    if case.w3_EDH is not None:  # the first half is the factor, the second gets the activation
         first = torch.cat([case.w3_EDH.transpose(1, 2), first], dim=1)
     with torch.no_grad():
         layer.experts.weight.copy_(first)

@@ -25,7 +25,7 @@ def build(case: PeerCase) -> Peer:
 
     assert case.w3_EDH is not None
     T, E, k = case.shape.T, case.shape.E, case.k
-    both = torch.stack([case.w1_EDH, case.w3_EDH], dim=3).flatten(2)  # columns of the two in turn, [E, D, 2 H]
+    both = torch.stack([case.w1_EDH, case.w3_EDH], dim=3).flatten(2)  # interleaved columns, [E, D, 2 H]
     first, second = leaf(both.transpose(1, 2)), leaf(case.w2_EHD.transpose(1, 2))  # [E, out, in], permuted at the call
     token_A = torch.arange(T, dtype=torch.int32, device=case.device).repeat_interleave(k)
     expert_A = case.index_TK.to(torch.int32).flatten()

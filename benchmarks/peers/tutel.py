@@ -1,6 +1,6 @@
-"""Stock Tutel (github.com/microsoft/Tutel): its layer with its own top-k gate, which takes no routing from outside.
+"""Stock Tutel (github.com/microsoft/Tutel): its layer with its own top-k gate, which takes no external routing.
 
-Its routing is compared against the same choice made in torch, and is within the time, unlike that of the others.
+The result is compared with the same choice made in torch. Unlike the other peers' times, its time includes the routing.
 """
 
 from __future__ import annotations

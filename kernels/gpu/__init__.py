@@ -1,6 +1,6 @@
-"""Triton kernels of the operations, one file an operation, for CUDA and ROCm devices.
+"""Triton kernels of the operations, one file per operation, for CUDA and ROCm devices.
 
-Each file has the kernels, with inputs, outputs, grid and bytes moved at their head, and host functions with the names
-and arguments of the operations. Nothing here is imported before a tensor on a GPU comes. The same kernels run on a CPU
-in Triton's interpreter (bf16 too, as the tests mend it), which is how they are tested without a GPU.
+Each kernel opens with its inputs, outputs, grid and bytes moved. Host functions have the names and arguments of the
+operations. This folder is imported when an operation first gets a tensor on a GPU. Without a GPU, the tests run the
+kernels in Triton's interpreter on a CPU (in bf16 too, which the tests patch).
 """

@@ -1,4 +1,4 @@
-"""The activation functions of `kernels.activations` and their derivatives, inside Triton kernels; fp32 in, fp32 out."""
+"""The activation functions of `kernels.activations` and their derivatives for Triton kernels; fp32 in, fp32 out."""
 
 import triton
 import triton.language as tl

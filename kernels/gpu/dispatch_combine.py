@@ -1,7 +1,7 @@
 """Rows of the ragged assignment: copies of tokens to rows, sums of rows to tokens, gate values and their gradient.
 
-`segment_sum` adds a token's rows by ascending expert in fp32; a program works on whole tokens, so that a token's sum
-does not depend on others. The number of rows is read on the device: rows behind the last cost nothing.
+`segment_sum` adds a token's rows by ascending expert in fp32. A program works on whole tokens, so a token's sum does
+not depend on others. The kernels read the number of rows on the device, so unused rows cost nothing.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from ..operands import Index
 from . import tiles
 
-TILE = 2048  # elements of a tile of tokens or rows by columns: 16 bytes a load and thread, twice in half precision
+TILE = 2048  # elements per tile of tokens or rows by columns: 16 bytes a load and thread, twice in half precision
 WARPS = 4
 MOST_COLUMNS = 2048
-UNROLL = 4  # rows of a token that are on their way together
-PROGRAMS = 16  # on a multiprocessor, of the kernels that walk the rows
+UNROLL = 4  # rows of a token that are loaded together
+PROGRAMS = 16  # per multiprocessor, for the kernels that walk the rows
 GATE_ROWS = 256
 GATE_TOKENS, GATE_ASSIGNMENTS = 32, 16
 
@@ -26,7 +26,7 @@ def segment_sum_kernel(
     rows, token_offsets, row_of_assignment, out, T, D, stride_r,
     MEAN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum, or mean (MEAN), of the rows of token t, in the order of row_of_assignment; 0 without a row.
+    """out[t] = sum, or mean (MEAN), of the rows of token t, in the order of row_of_assignment; 0 without rows.
 
     In: rows [R, D] with stride_r, token_offsets [T+1], row_of_assignment [R]. Out: [T, D].
     Grid: (blocks of tokens, blocks of columns). Bytes: each of the A rows once, the output once.
@@ -54,7 +54,7 @@ def token_rows_kernel(
     x, token_offsets, token_of_row, out, T, D, R, stride_x,
     OVER_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x of the row's token, over the token's number of rows (OVER_K); rows behind the last are left.
+    """out[row] = x of the row's token, over the token's number of rows (OVER_K); unused rows are not written.
 
     In: x [T, D] with stride_x, token_offsets [T+1], token_of_row [R]. Out: [R, D].
     Grid: (programs that walk the blocks of rows, blocks of columns). Bytes: A rows read and written.
@@ -93,7 +93,7 @@ def _expert_of(row, mask, expert_offsets, E, STEPS: tl.constexpr):
 def row_values_kernel(
     value, expert_offsets, token_of_row, out, E, R, stride_t, stride_e, STEPS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """out[row] = value[token, expert] of the row, and 1 behind the last row.
+    """out[row] = value[token, expert] of the row, 1 for unused rows.
 
     In: value [T, E], expert_offsets [E+1], token_of_row [R]. Out: [R]. Grid: programs that walk the rows. Bytes: 12 R.
     """
@@ -112,7 +112,7 @@ def row_values_backward_kernel(
     d_gate, unrouted, expert_offsets, token_offsets, row_of_assignment, out, T, E,
     STRAIGHT: tl.constexpr, CENTRED: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[t, e] = d_gate of the row, less the mean over the token's rows (CENTRED), 0 if unrouted (STRAIGHT).
+    """out[t, e] = d_gate of the row, minus the mean over the token's rows (CENTRED), 0 if unrouted (STRAIGHT).
 
     In: d_gate [R], unrouted [T] bool and the index. Out: [T, E], at assignments only. Grid: blocks of tokens.
     Bytes: 12 A + 5 T; d_gate twice if centred.
@@ -179,7 +179,7 @@ def _sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor, mean
 def segment_sum(
     rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """As `kernels.rows.segment_sum`: in fp32, or rounded once to `dtype`."""
+    """As `kernels.dispatch_combine.segment_sum`: in fp32, or rounded once to `dtype`."""
     return _sum(rows_AD, token_offsets, row_of_assignment, False, dtype or torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""The products that `grouped_ffn` and its backward are made of: each launches a kernel of `gemm_kernels`."""
+"""The matrix products of `grouped_ffn` and its backward; each launches a kernel of `gemm_kernels`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .row_sums import bias_gradient, sum_parts, sum_tiles
 
 
 def _precision(dtype: torch.dtype, chip: str) -> str:
-    """How fp32 operands are multiplied: as torch's own flag says, whichever of its names it was set by."""
-    if dtype != torch.float32 or (chip.startswith("gfx") and chip != "gfx942"):  # AMD's one chip with tf32
+    """How to multiply fp32 operands: follow torch's flag, whether it was set by its old or new name."""
+    if dtype != torch.float32 or (chip.startswith("gfx") and chip != "gfx942"):  # the only AMD chip with tf32
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # the older getter raises after the newer flags were set
+    if hasattr(matmul, "fp32_precision"):  # the old getter raises once the new flags are set
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product over rows is cut: its configuration, the columns' tiles, and the most row tiles there can be."""
+    """How a product over rows is cut: its configuration, its column tiles, and its largest number of row tiles."""
 
     config: tiles.GemmConfig
     n: int
     most_m: int
 
     def meta(self, E: int, K: int, N: int, x: Tensor) -> dict[str, Any]:
-        """The arguments of a row kernel on `x` that do not depend on what it computes."""
+        """The compile-time arguments that all row kernels on `x` share."""
         c = self.config
         return {
             "BLOCK_M": c.block_m,
@@ -49,14 +49,14 @@ class Tiles:
         }
 
     def grid(self, device: torch.device) -> tuple[int]:
-        """Programs of a persistent kernel: no more than tiles there can be."""
+        """The grid of a persistent kernel: at most one program per tile."""
         return (max(1, min(self.most_m * self.n, tiles.processors(device) * self.config.programs)),)
 
 
 def launch_options(config: tiles.GemmConfig, gathers: bool = False) -> dict[str, int]:
-    """What the compiler is told beside the tile.
+    """Compiler options besides the tile.
 
-    A product that `gathers` as it goes loads the tokens' numbers one step before their rows: a stage of its own.
+    A product that `gathers` needs one more stage: it loads token indices one step ahead of their rows.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages + gathers}
     if config.max_registers is not None:
@@ -107,7 +107,7 @@ def linear(
     second: tuple[Tensor, Tensor] | None = None,
     zero_tail: bool = False,
 ) -> Tensor:
-    """a w[e] + bias[e], times the gate; `second` is a further pair (a2, w2) of the sum; rows [R, N]."""
+    """(a w[e] + bias[e]) * gate, rows [R, N]; `second` is another pair (a2, w2) whose product is added."""
     (R, K), (E, _, N) = a_AK.shape, w_EKN.shape
     out_AN = a_AK.new_empty((R, N))
     if R == 0 or N == 0:
@@ -128,7 +128,7 @@ def linear(
 
 @dataclass(frozen=True)
 class ActivationGradient:
-    """What `activation_gradient` makes: rows d_h, d_u, a [R, H], and partial sums for the gate and the biases, fp32."""
+    """Results of `activation_gradient`: rows d_h, d_u, a [R, H], and fp32 partial sums for the gate and the biases."""
 
     d_h_AH: Tensor
     d_u_AH: Tensor
@@ -136,16 +136,16 @@ class ActivationGradient:
     d_gate_parts_AN: Tensor
     d_b1_parts_MH: Tensor
     d_b3_parts_MH: Tensor
-    block_m: int  # rows a tile of the bias parts
+    block_m: int  # rows per tile of the bias parts
 
 
 def activation_gradient(
     d_rows: Tensor, index: Index, weights: ExpertWeights, h_AH: Tensor, u_AH: Tensor, gate_A: Tensor | None,
     activation: str, *, from_tokens: bool, wanted: bool,
 ) -> ActivationGradient:  # fmt: skip
-    """Gradients of h and u from those of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`).
+    """Gradients of h and u from the gradient of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`).
 
-    `wanted`: also what the gradients of the weights are made of.
+    `wanted`: also compute a and the bias parts, for the weight gradients.
     """
     _, b1, w3, b3, w2_EHO, _ = weights
     R, (E, H, O), gated = index.rows, w2_EHO.shape, w3 is not None
@@ -225,7 +225,7 @@ def weight_gradient(
 
 
 def _splits(programs: int, rows: int, block_k: int, processors: int) -> int:
-    """Runs into which each expert's rows are cut so that few, long products fill the device: by shapes alone."""
+    """How many runs to cut each expert's rows into, so that few, long products fill the device; by shapes alone."""
     split = 1
     while programs * split < 2 * processors and rows >= 32 * block_k * split and split < 16:
         split *= 2
@@ -233,7 +233,7 @@ def _splits(programs: int, rows: int, block_k: int, processors: int) -> int:
 
 
 def token_rows(through: ActivationGradient, w1_EDH: Tensor, w3_EDH: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """The gradient of each row's token, [R, D]."""
+    """Each row's gradient of its token, [R, D]."""
     second = None if w3_EDH is None else (through.d_u_AH, w3_EDH.transpose(1, 2))
     return linear(through.d_h_AH, w1_EDH.transpose(1, 2), expert_offsets, second=second)
 
@@ -242,7 +242,7 @@ def weight_gradients(
     through: ActivationGradient, x_TD: Tensor, d_rows: Tensor, index: Index, weights: ExpertWeights, wanted: bool,
     gate_A: Tensor | None = None, *, from_tokens: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of w1, b1, w3, b3, w2, b2, each as its weight; empty where there is none or none is wanted."""
+    """Gradients of w1, b1, w3, b3, w2, b2; empty if the weight is None or gradients are not `wanted`."""
     grads = weights.gradients(False)
     if not wanted:
         return grads
@@ -261,7 +261,7 @@ def weight_gradients(
 
 
 def in_dtype(dtype: torch.dtype, weights: ExpertWeights) -> ExpertWeights:
-    """Matrices in the type of the tokens; biases contiguous in their own, the kernels read any type."""
+    """The matrices cast to `dtype`; the biases contiguous in their own dtype, since the kernels read any."""
     w1, b1, w3, b3, w2, b2 = weights
     b1, b3, b2 = (None if b is None else b.contiguous() for b in (b1, b3, b2))
     return ExpertWeights(w1.to(dtype), b1, None if w3 is None else w3.to(dtype), b3, w2.to(dtype), b2)

@@ -1,4 +1,4 @@
-"""Matrix products of the experts on ragged rows: the Triton kernels that `grouped_ffn` and its backward are made of.
+"""Matrix products of the experts on ragged rows: the Triton kernels of `grouped_ffn` and its backward.
 
     up                 pre-activation and activation of gathered tokens        rows [R, H]
     linear             each expert's linear map of contiguous rows             rows [R, N]
@@ -6,8 +6,8 @@
     weight_gradient    product over the rows of each expert                    [E, K, N]
 
 Rows of expert e are offsets[e]:offsets[e+1]. The first three are persistent: as many programs as fit on the device walk
-the tiles of all experts, which they find on the device from the offsets; an expert without rows has no tile, and rows
-behind the last cost nothing. Sums are fp32 and in a fixed order.
+the tiles of all experts, which they compute from the offsets on the device. An expert without rows has no tile, and
+unused rows cost nothing. Sums are fp32 and in a fixed order.
 """
 
 import triton
@@ -18,18 +18,18 @@ from .activations import activate, derivative
 
 
 def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
-    """`tensor`, or another one where a kernel does not read it."""
+    """`tensor`, or `instead` as a placeholder that the kernel does not read."""
     return instead if tensor is None else tensor
 
 
 def block_experts(E: int) -> int:
-    """The width of a vector with an entry an expert."""
+    """The width of a vector with one entry per expert."""
     return max(2, triton.next_power_of_2(E))
 
 
 @triton.jit
 def row_tiles(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Row tiles of each expert, [BLOCK_E], 0 behind the last."""
+    """Row tiles of each expert, [BLOCK_E], 0 past the last."""
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + e, mask=e < E, other=0)
     stop = tl.load(offsets + 1 + e, mask=e < E, other=0)
@@ -38,7 +38,7 @@ def row_tiles(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _place(tile, tiles_n, tiles_m, GROUP_M: tl.constexpr):
-    """Row tile and column tile: columns of GROUP_M row tiles follow each other, so that both operands stay in L2."""
+    """Row tile and column tile. GROUP_M row tiles share a run of columns, so that both operands stay in L2."""
     group = tile // (GROUP_M * tiles_n)
     first = group * GROUP_M
     size = tl.minimum(tiles_m - first, GROUP_M)
@@ -48,7 +48,7 @@ def _place(tile, tiles_n, tiles_m, GROUP_M: tl.constexpr):
 
 @triton.jit
 def expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
-    """Expert of row tile m, its first row and the end of the expert's rows."""
+    """The expert of row tile m, the tile's first row and the end of the expert's rows."""
     before = ends_E <= m
     e = tl.sum(before.to(tl.int32), axis=0)
     first = tl.sum(tl.where(before, tiles_E, 0), axis=0)
@@ -58,7 +58,7 @@ def expert_rows(m, tiles_E, ends_E, offsets, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _tile_at(start, n, N, BLOCK_M: tl.constexpr):
-    """Place of the elements of a tile of rows [., N] that begins at row `start`: one 64-bit base and 32-bit offsets."""
+    """Address of a tile of rows [., N] that begins at row `start`: one 64-bit base and 32-bit offsets."""
     return start.to(tl.int64) * N, tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
 
 
@@ -67,9 +67,9 @@ def _product(
     acc, acc2, a_rows, b_columns, b2_columns, m_mask, n_mask, K, stride_ak, stride_bk, stride_b2k,
     SECOND: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A B, and acc2 + A B2 (SECOND), for pointers at the rows of A [BLOCK_M] and the columns of B [BLOCK_N].
+    """acc + A B, and acc2 + A B2 (SECOND), for pointers to the rows of A [BLOCK_M] and the columns of B [BLOCK_N].
 
-    Both in one loop, so that A is loaded once: from L2, where a tile takes its operands, that is a third less.
+    One loop for both loads A once, which saves a third of the reads from L2.
     """
     k = tl.arange(0, BLOCK_K)
     a_at = a_rows[:, None] + k[None, :] * stride_ak
@@ -92,7 +92,7 @@ def _product(
 
 @triton.jit
 def _operand(at, mask, WHOLE: tl.constexpr):
-    """What is at the pointers, 0 outside of the mask."""
+    """Load from the pointers, 0 outside the mask."""
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=mask, other=0.0)
@@ -100,7 +100,7 @@ def _operand(at, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def _halves(tile_MN):
-    """Left and right half of a tile's columns, which stay in the registers where they are."""
+    """Left and right half of a tile's columns, without moving registers."""
     M: tl.constexpr = tile_MN.shape[0]
     N: tl.constexpr = tile_MN.shape[1]
     return tl.split(tl.permute(tl.reshape(tile_MN, (M, 2, N // 2)), (0, 2, 1)))
@@ -112,7 +112,7 @@ def _up_columns(
     GATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr, SAVE: tl.constexpr, ACTIVATE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and stores of `up_kernel` for a tile's columns from n0 on, in PIECES, to hold few registers."""
+    """Bias, activation and stores of `up_kernel` for a tile's columns from n0 on, in PIECES to save registers."""
     width: tl.constexpr = h.shape[1]
     if PIECES > 1:
         left_h, right_h = _halves(h)
@@ -198,7 +198,7 @@ def linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = (a w[e] (+ a2 w2[e] if PAIR) + bias[e]) * gate[row]; with ZERO_TAIL, 0 in rows behind the last.
+    """out = (a w[e] (+ a2 w2[e] if PAIR) + bias[e]) * gate[row]; ZERO_TAIL zeroes unused rows.
 
     In: a and a2 [R, K], offsets [E+1], w and w2 [E, K, N], bias [E, N], gate [R]. Out: [R, N]
     Grid: persistent. Bytes: each operand once from memory, the output once.
@@ -249,7 +249,7 @@ def _activation_gradient_columns(
     GATED: tl.constexpr, ACTIVATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What `activation_gradient_kernel` does after its product, for columns from n0 on; returns the rows' sums."""
+    """Epilogue of `activation_gradient_kernel` for columns from n0 on; returns the rows' sums for the gate."""
     width: tl.constexpr = d_a.shape[1]
     if PIECES > 1:
         left, right = _halves(d_a)
@@ -300,12 +300,12 @@ def activation_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """From d_row to the gradients of h and u, with what else a tile of them gives away.
+    """Gradients of h and u from d_row, with partial sums for the gate and the biases from the same tile.
 
-    With dA = d_row w2[e]^T and scale = gate (if GATE), over k_t where d_row is gathered from tokens (FROM_TOKENS):
+    With dA = d_row w2[e]^T and scale = gate (if GATE), over k_t if d_row is gathered from tokens (FROM_TOKENS):
         d_gate[row, tile_n] = rowsum(dA * a), unscaled: a partial sum for each column tile
         d_h = scale dA act'(h) (times u),  d_u = scale dA act(h),  a = scale a (ACTIVATED, for the gradient of w2)
-        d_bias[tile_m, n] = colsum(d_h): a partial sum for each row tile; d_bias3 the same of d_u
+        d_bias[tile_m, n] = colsum(d_h): a partial sum for each row tile; d_bias3 likewise from d_u
     In: d_rows [R, K] or the tokens' [T, K], h and u [R, N], w2 as [E, K, N] (transposed by its strides)
     Out: d_h, d_u, a [R, N]; d_gate [R, tiles_n] fp32; d_bias, d_bias3 [tiles_m, N] fp32
     Grid: persistent. Bytes: d_rows, h and u once, the outputs once.
@@ -354,9 +354,9 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """out[e] = A_e^T B_e over the rows of expert e; zero for an expert without rows.
 
-    In: A [R, M] and B [R, N], or tokens' [T, .] that are gathered. Out: [E, M, N], or [SPLIT, E, M, N] fp32: one
+    In: A [R, M] and B [R, N], or the tokens' [T, .], which it gathers. Out: [E, M, N], or [SPLIT, E, M, N] fp32: one
     partial sum for each of SPLIT runs of the expert's rows. Grid: (tiles of M * N, E * SPLIT). Bytes: A M / BLOCK_M
-    times and B N / BLOCK_N times (from L2 where the experts' rows fit), the output once.
+    times and B N / BLOCK_N times (from L2 if the experts' rows fit), the output once.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)

@@ -1,9 +1,9 @@
-"""Expert networks on ragged rows, forward and backward, from the products of `gemm`.
+"""Expert networks on ragged rows, forward and backward, built from the products of `gemm`.
 
 Forward:   up (gather, bias, activation)  ->  linear (bias, gate)
 Backward:  activation_gradient  ->  gate gradient, weight gradients, bias gradients  ->  linear (tokens' rows)  ->  sum
 
-For the backward only x, the pre-activations h (and u) and the index are kept, or without h where it is computed again.
+The backward needs x, the index and the pre-activations h (and u), which it recomputes if they were not saved.
 """
 
 from __future__ import annotations

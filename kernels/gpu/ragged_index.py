@@ -1,10 +1,10 @@
-"""Both directions of the index by prefix sums, and the choice of what a bounded capacity drops. No sort, no atomics.
+"""Both directions of the index by prefix sums, and the assignments that a bounded capacity drops. No sort, no atomics.
 
 Index:  count (only without the gate's counts)  ->  scan  ->  fill, all on blocks of `block_tokens(E)` tokens
-Bound:  select, four times: a digit of eight bits of the limit each  ->  drop; where everything fits, all but the
-        first return at once, and drop copies
+Bound:  select, four times, each for eight bits of the limit  ->  drop; if everything fits, all selects but the first
+        return at once, and drop copies
 
-Bits are read as int32 words: expert e is bit e % 32 of word e // 32.
+The kernels read bits as int32 words: expert e is bit e % 32 of word e // 32.
 """
 
 from functools import lru_cache
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens
 
-MOST_EXPERTS = 512  # of a tile of 16 tokens in registers; beyond, torch operations run on the device
+MOST_EXPERTS = 512  # fit in registers with a tile of 16 tokens; with more, torch operations run on the device
 SCAN_BLOCKS, SCAN_EXPERTS = 128, 16  # tile of the scan
-MOST_CHUNKS = 8  # runs of blocks whose prefixes are taken at the same time; `fill` adds up the runs before its own
-TAIL = 1024  # entries behind A that a program writes at once
+MOST_CHUNKS = 8  # runs of blocks that are scanned in parallel; `fill` adds the totals of the runs before its own
+TAIL = 1024  # unused entries that a program writes at once
 SELECT_ELEMENTS = 2048  # tile of the selection: tokens by experts
 SELECT_PROGRAMS = 128  # each has one run of tokens
 PASSES = 4
@@ -51,7 +51,7 @@ def count_kernel(bits, counts, T, E, WORDS, BLOCK_T: tl.constexpr, BLOCK_E: tl.c
 
 @triton.jit
 def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Of each expert: assignments in the blocks of the same chunk before each block, and those of the whole chunk.
+    """For each expert: its assignments in the chunk before each block, and in the whole chunk.
 
     In: counts [BLOCKS, E] int32. Out: before [BLOCKS, E], totals [chunks, E] int32; a chunk is CHUNK blocks.
     Grid: (chunks, groups of BLOCK_E experts). Bytes: 8 BLOCKS E.
@@ -77,10 +77,10 @@ def fill_kernel(
     OFFSETS: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The offsets (OFFSETS) and the two row arrays (ROWS), with -1 behind the A-th entry (PAD).
+    """The offsets (OFFSETS) and the two row arrays (ROWS), with -1 past A (PAD).
 
-    A row is the first of its expert, plus the expert's assignments in blocks before, plus those of tokens before in the
-    block: the column prefix of the tile. A place in row_of_assignment is the first of its token plus the row prefix.
+    A row is its expert's first row, plus the expert's assignments in earlier blocks, plus those of earlier tokens in
+    the block (the tile's column prefix). A place in row_of_assignment is its token's first plus the row prefix.
     In: bits [T, WORDS] int32, before [blocks, E], totals [CHUNKS, E]. Out: expert_offsets [E+1], token_offsets [T+1],
     token_of_row [R], row_of_assignment [R], all int32. Grid: blocks. Bytes: 4 T WORDS + 4 blocks E + 4 T + 8 R.
     """
@@ -99,7 +99,7 @@ def fill_kernel(
     start_T = tl.sum(before_E, axis=0) + tl.cumsum(k_T, axis=0) - k_T
     if OFFSETS:
         most = A
-        if PAD:  # a capacity: with less than A, no offset leads behind the row arrays
+        if PAD:  # a capacity below A: clamp offsets to the row arrays
             most = tl.minimum(A, R)
         tl.store(token_offsets + t0 + t, tl.minimum(start_T, most), mask=t < T - t0)
         if block == 0:
@@ -111,7 +111,7 @@ def fill_kernel(
         place = start_T[:, None] + tl.cumsum(assigned, axis=1) - assigned
         chosen = assigned != 0
         tl.store(token_of_row + row, tl.broadcast_to((t0 + t)[:, None], (BLOCK_T, BLOCK_E)), mask=chosen & (row < R))
-        if PAD:  # what is cut off leads to the last row, so that nothing reads behind it
+        if PAD:  # assignments that are cut off point to the last row, so that no read is out of bounds
             tl.store(row_of_assignment + place, tl.minimum(row, R - 1), mask=chosen & (place < R))
         else:
             tl.store(row_of_assignment + place, row, mask=chosen & (place < R))
@@ -127,7 +127,7 @@ def fill_kernel(
 
 @triton.jit
 def _keys(margin, t0, t, e, mask, stride_t, stride_e):
-    """int32 in the order of the fp32 margins; -0 is 0, and NaN stands above +inf."""
+    """int32 in the order of the fp32 margins; -0 equals 0, and NaN is above +inf."""
     at = (t0 + t).to(tl.int64)[:, None] * stride_t + e.to(tl.int64)[None, :] * stride_e
     word = tl.load(margin + at, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
     word = tl.where(word == -2147483648, 0, word)
@@ -144,9 +144,9 @@ def _excess(totals, PROGRAMS, capacity, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _narrow(histograms, states, excess, PROGRAMS, PASS: tl.constexpr):
-    """From the histograms of pass PASS - 1 to (prefix, rank, bin, size of the bin).
+    """(prefix, rank, bin, size of the bin) from the histograms of pass PASS - 1.
 
-    `prefix` are the limit's bits so far, and the limit is the rank-th smallest of those that begin with it.
+    `prefix` holds the limit's bits so far; the limit is the rank-th smallest key with that prefix.
     """
     prefix, rank = tl.zeros((), tl.int32), excess.to(tl.int32)
     if PASS > 1:
@@ -170,9 +170,9 @@ def select_kernel(
     bits, margin, totals, histograms, states, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Histogram of the next eight bits of the margins' keys, over those that begin like the limit.
+    """Histogram of the next eight bits of the margins' keys, over the keys with the limit's prefix.
 
-    In: bits [T, WORDS] int32, margin [T, E], histograms [PASSES, PROGRAMS, BINS] of passes before. Out: the histogram
+    In: bits [T, WORDS] int32, margin [T, E], histograms [PASSES, PROGRAMS, BINS] of earlier passes. Out: the histogram
     of this pass; totals [PROGRAMS], assignments (first pass); states [PASSES, 2], prefix and rank. All int32.
     Grid: PROGRAMS, each with a run of TILES tiles of tokens. Bytes: bits, margins of assignments, 4 PROGRAMS BINS.
     """
@@ -209,7 +209,7 @@ def drop_kernel(
     bits, margin, totals, histograms, states, kept, dropped, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASSES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The bits without the assignments below the limit, and without the last ones that equal it.
+    """Clear the bits of assignments below the limit, and of the last ones that equal it.
 
     In: as `select_kernel`. Out: kept [T, WORDS] int32, dropped [] int64. Grid: PROGRAMS. Bytes: bits twice, margins.
     """
@@ -259,7 +259,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Total:
-    """The sum of counts on the device, on its way to the host while the device goes on."""
+    """The sum of counts on the device, copied to the host while the device continues."""
 
     def __init__(self, counts: Tensor) -> None:
         self.counts, self.event = counts, None
@@ -287,10 +287,10 @@ class _Total:
 def ragged_index(
     bits_TW: Tensor, num_experts: int, capacity: int = -1, block_counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Without a capacity, waits for the number of assignments.
+    """Without a capacity, the host waits for the number of assignments.
 
-    A capacity is not checked against the assignments, which would be to wait: what is beyond it is cut off, and the
-    offsets end at it.
+    A capacity is not checked against that number, because the host would have to wait: assignments beyond it are cut
+    off, and the offsets end at it.
     """
     if num_experts > MOST_EXPERTS:
         return OPERATIONS["ragged_index"].run(bits_TW, num_experts, capacity, block_counts)
@@ -345,13 +345,13 @@ def ragged_index(
     if capacity >= 0:
         return expert_offsets, token_offsets, *fill(capacity, offsets=True, row_arrays=True, pad=True)
     assignments = _Total(totals)
-    fill(0, offsets=True, row_arrays=False, pad=False)  # while A travels
+    fill(0, offsets=True, row_arrays=False, pad=False)  # while A is copied
     A = assignments.wait(T * E)
     return expert_offsets, token_offsets, *fill(A, offsets=False, row_arrays=True, pad=False)
 
 
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Waits for nothing."""
+    """Does not make the host wait."""
     T, E = margin_TE.shape
     device = bits_TW.device
     if E > MOST_EXPERTS:
@@ -360,7 +360,7 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
         return bits_TW.clone(), torch.zeros((), dtype=torch.int64, device=device)
     block_e = max(64, triton.next_power_of_2(E))
     block_t = SELECT_ELEMENTS // block_e
-    tiles = triton.cdiv(triton.cdiv(T, block_t), SELECT_PROGRAMS)  # of a program
+    tiles = triton.cdiv(triton.cdiv(T, block_t), SELECT_PROGRAMS)  # per program
     programs = triton.cdiv(T, block_t * tiles)
     bits, words = _words(bits_TW), 2 * bits_TW.shape[1]
     totals = torch.empty(programs, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""What the router learns from the experts of a top-any gate, written in one pass over the tokens.
+"""The router's gradient from the experts of a top-any gate, in one pass over the tokens.
 
 ds[t, e] = sum of the partial sums of the assignment's row + <dy_t, b2_e>, over k_t, minus their mean if CENTRED
 dcos[t, e] = ds s (1 - s) tau / ||x_t||
@@ -18,7 +18,7 @@ from ..threshold_gate import NORM_EPS
 def unit_vectors_kernel(
     w, unit, inv_norm, D, stride_d, stride_e, FINITE: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector, and for one that is not finite (FINITE).
+    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector; with FINITE, 0 for a non-finite vector too.
 
     In: [D, E]. Out: [E, D], [E], fp32. Grid: E.
     """
@@ -29,7 +29,7 @@ def unit_vectors_kernel(
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
         total += v * v
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
-    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)  # 0 also of NaN and inf
+    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)  # 0 for NaN and inf too
     tl.store(inv_norm + e, inverse)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
@@ -45,9 +45,9 @@ def direction_gradient_kernel(
     d_unit, unit, inv_norm, d_scores, thresholds, scale, d_w, d_thresholds, d_scale, D, stride_d, stride_e,
     THRESHOLDS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of w[:, e] and of the threshold G of a slot (THRESHOLDS), and the slot's part of the scale's.
+    """Gradients of a slot's w[:, e] and threshold G (THRESHOLDS), and its share of the scale's gradient.
 
-    The scale gets <unit, d_unit> / tau from the cosines; theta = sigmoid(tau G) has the gradient -d_scores[e].
+    The cosines give the scale <unit, d_unit> / tau; theta = sigmoid(tau G) has the gradient -d_scores[e].
     In: d_unit and unit [E, D], inv_norm, d_scores (summed over tokens) and thresholds [E], fp32 (thresholds any)
     Out: d_w [D, E], d_thresholds and d_scale [E]. Grid: E.
     """
@@ -87,7 +87,7 @@ def token_gradient_kernel(
     """The formulas at the head of this file, for one token.
 
     In: d_rows [R, D], x [T, D], d_y [T, O], b2 [E, O], parts [R, TILES_N], score [T, E], bits [T, W], unit [E, D]
-    Out: d_x [T, D], d_score and d_cos [T, E], 0 where there is no assignment
+    Out: d_x [T, D], d_score and d_cos [T, E], 0 outside assignments
     Grid: T. Bytes: d_rows, x, d_y, parts and score once, unit and b2 from L2, the outputs once.
     """
     t = tl.program_id(0).to(tl.int64)
@@ -98,7 +98,7 @@ def token_gradient_kernel(
     word = tl.load(bits + t * W + e // 64, mask=in_E, other=0)
     assigned = ((word >> (e % 64).to(tl.int64)) & 1).to(tl.int32)
     place = tl.cumsum(assigned, axis=0) - assigned
-    assigned = (assigned > 0) & (place < k)  # fewer than the bits say where the rows were cut off
+    assigned = (assigned > 0) & (place < k)  # fewer than the bits say if the rows were cut off
     row = tl.load(row_of_assignment + start + place, mask=assigned, other=0).to(tl.int64)
 
     ds = tl.zeros((BLOCK_E,), tl.float32)
@@ -133,7 +133,7 @@ def token_gradient_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     g = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, k, UNROLL):
-        for i in tl.static_range(UNROLL):  # so that several rows are on their way together
+        for i in tl.static_range(UNROLL):  # so that several loads are in flight
             here = assigned & (place == first + i)
             mask = in_D & (first + i < k)
             expert = tl.sum(tl.where(here, e, 0), axis=0).to(tl.int64)
@@ -165,9 +165,9 @@ def direction_gradient(
     w_DE: Tensor,
     thresholds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of w [D, E], of the scale [] and of the thresholds G [E], from that of the unit vectors [E, D].
+    """Gradients of w [D, E], the scale [] and the thresholds G [E], from the gradient of the unit vectors [E, D].
 
-    `thresholds` are (G [E], the gradient of the scores summed over the tokens [E]); without them the last is empty.
+    `thresholds` is (G [E], the scores' gradient summed over tokens [E]); without it the last result is empty.
     """
     E, D = unit_ED.shape
     d_w_DE = torch.empty(w_DE.shape, dtype=w_DE.dtype, device=w_DE.device)
@@ -196,7 +196,7 @@ def token_gradient(
     d_rows_AD: Tensor, x_TD: Tensor, d_y_TO: Tensor, b2_EO: Tensor | None, parts_AN: Tensor, router: Router,
     index: Index, unit_ED: Tensor, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines over ||x|| [T, E]."""
+    """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines divided by ||x|| [T, E]."""
     score_TE, inv_norm_T, unrouted_T, bits_TW = (t.contiguous() for t in router[3:])
     (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)

@@ -1,4 +1,4 @@
-"""Diversity and simplicity of routing vectors; see `kernels.vector_losses`. Three small launches, and one backward."""
+"""Diversity and simplicity of routing vectors; see `kernels.router_losses`. Three small launches, and one backward."""
 
 import torch
 import triton
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from .router_gradient import unit_vectors
 
-BLOCK_E = 16  # slots of a tile
+BLOCK_E = 16  # slots per tile
 BLOCK_D = 64
 
 
 @triton.jit
 def gram_kernel(unit, active, gram, sums, E, D, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
-    """gram = U U^T without its diagonal, 0 where a slot is not active; sums[tile] = sum of its squares.
+    """gram = U U^T without its diagonal, 0 for inactive slots; sums[tile] = sum of the tile's squares.
 
-    In: unit [E, D] fp32, active [E] bool. Out: gram [E, E], sums of each tile. Grid: tiles of E by E.
+    In: unit [E, D] fp32, active [E] bool. Out: gram [E, E], a sum per tile. Grid: tiles of E by E.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     f = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -54,7 +54,7 @@ def vector_losses_backward_kernel(
     d_diversity, d_simplicity, diversity, unit, inv_norm, gram, active, d_w, E, D,
     MASK_E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `kernels.vector_losses`, transposed. In: unit [E, D], gram [E, E]. Out: d_w [D, E].
+    """The gradient of `vector_losses`, transposed. In: unit [E, D], gram [E, E]. Out: d_w [D, E].
 
     Grid: (blocks of E, blocks of D).
     """
@@ -66,7 +66,7 @@ def vector_losses_backward_kernel(
     for f0 in range(0, E, BLOCK_E):
         f = f0 + tl.arange(0, BLOCK_E)
         m = tl.load(gram + e[:, None] * E + f[None, :], mask=in_E[:, None] & (f < E)[None, :], other=0.0)
-        m_f = tl.load(active + f, mask=f < E, other=0) != 0  # of the others, the unit vectors may be NaN
+        m_f = tl.load(active + f, mask=f < E, other=0) != 0  # an inactive slot may hold NaN
         u = tl.load(unit + f[:, None] * D + d[None, :], mask=m_f[:, None] & in_D[None, :], other=0.0)
         acc = tl.dot(m, u, acc, input_precision="ieee")
         squares += tl.sum(m * m, axis=1)
@@ -85,7 +85,7 @@ def vector_losses_backward_kernel(
 
 
 def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Unit vectors of slots that are not active are left in, and not read."""
+    """Unlike the torch operation, it returns the unit vectors of inactive slots as they are; nothing reads them."""
     E, D = w_DE.shape[1], w_DE.shape[0]
     active_E = active_E.contiguous()
     unit_ED, inv_norm_E = unit_vectors(w_DE)

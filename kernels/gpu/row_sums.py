@@ -1,6 +1,6 @@
-"""Sums over the rows of the experts that need no matrix product: partial sums, gradients of biases and of the gates.
+"""Sums over the experts' rows that need no matrix product: partial sums, gradients of biases and of gates.
 
-Sums are fp32 and in a fixed order, tile by tile and then over the tiles of an expert.
+Sums are fp32 and in a fixed order: within a tile, then over the tiles of an expert.
 """
 
 import torch
@@ -34,9 +34,9 @@ def tile_rows_sum_kernel(
     FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """parts[tile_m] = sum of the rows of a tile, each times its gate (GATE): then `expert_sum_kernel` sums the tiles.
+    """parts[tile_m] = sum of a tile's rows, each times its gate (GATE); `expert_sum_kernel` then sums the tiles.
 
-    In: d_rows [R, N], or tokens' [T, N] that count over k_t (FROM_TOKENS); gate [R]. Out: [tiles_m, N] fp32
+    In: d_rows [R, N], or the tokens' [T, N], divided by k_t (FROM_TOKENS); gate [R]. Out: [tiles_m, N] fp32
     Grid: (persistent over tiles, blocks of N). Bytes: d_rows once.
     """
     tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
@@ -63,7 +63,7 @@ def tile_rows_sum_kernel(
 
 @triton.jit
 def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """out[e] = sum of the partial sums [tiles_m, N] of the expert's tiles, in order. Grid: (E, blocks of N)."""
+    """out[e] = sum of parts [tiles_m, N] over the expert's tiles, in order. Grid: (E, blocks of N)."""
     tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
     e = tl.program_id(0)
     first = tl.sum(tl.where(tl.arange(0, BLOCK_E) < e, tiles_E, 0), axis=0)
@@ -118,7 +118,7 @@ def sum_parts(parts: Tensor, target: Tensor) -> None:
 
 
 def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m: int) -> Tensor:
-    """The gradient [E, N] of a bias from the partial sums of row tiles of `block_m` rows."""
+    """The gradient [E, N] of a bias, from the partial sums of tiles of `block_m` rows."""
     out_EN = torch.empty_like(like_EN, memory_format=torch.contiguous_format)
     E, N = out_EN.shape
     if parts_MN.shape[0] == 0:
@@ -133,7 +133,7 @@ def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m
 def bias_gradient(
     d_rows: Tensor, gate_A: Tensor | None, index: Index, like_EN: Tensor, *, from_tokens: bool = False
 ) -> Tensor:
-    """Each expert's sum of rows, times their gates, [E, N]; of the tokens' gradients over k_t with `from_tokens`."""
+    """Each expert's sum of rows times gates, [E, N]; with `from_tokens` the rows are tokens' gradients over k_t."""
     R, (E, N) = index.rows, like_EN.shape
     most = triton.cdiv(R, BLOCK_ROWS) + E
     parts_MN = d_rows.new_empty((most if R else 0, N), dtype=torch.float32)
@@ -153,7 +153,7 @@ def bias_gradient(
             BLOCK_M=BLOCK_ROWS,
             BLOCK_N=BLOCK_COLUMNS,
             BLOCK_E=block_experts(E),
-            num_warps=8,  # a tile and its addresses spill four with Triton 3.6
+            num_warps=8,  # with four, Triton 3.6 spills a tile and its addresses
         )
     return sum_tiles(parts_MN, index.expert_offsets, like_EN, BLOCK_ROWS)
 
@@ -161,7 +161,7 @@ def bias_gradient(
 def row_gate_gradient(
     parts_AN: Tensor, d_rows_AO: Tensor, bias_EO: Tensor | None, expert_offsets: Tensor, like_A: Tensor
 ) -> Tensor:
-    """The gradient of each row's gate, [R]: its partial sums and the product with its expert's bias."""
+    """The gradient of each row's gate, [R]: the sum of its partial sums and of <d_row, its expert's bias>."""
     out_A = torch.empty_like(like_A)
     (R, O), E = d_rows_AO.shape, expert_offsets.shape[0] - 1
     if R:

@@ -3,10 +3,10 @@
 Forward:   routing_vectors (to the layout and type of the product)  ->  threshold_gate
 Backward:  score_gradient  ->  cosine_gradient (to the tokens), unit_gradient (to the routing vectors)
 
-Tokens in half precision are multiplied on matrix cores without loss: the routing vectors are a sum of parts in the
-tokens' dtype, scaled by a power of two. fp32 takes three bf16 parts (24 bits; two err by 7e-6 where few dimensions hold
-most of both vectors, and decisions must be right to 2e-6) or two of fp16 (22 bits, 1.2e-7); a vector that has the
-tokens' dtype is its own only part.
+Matrix cores multiply half-precision tokens without loss: each routing vector is split into a sum of parts in the
+tokens' dtype, scaled by a power of two. An fp32 vector takes three bf16 parts (24 bits; two err by 7e-6 if few
+dimensions hold most of both vectors, and decisions must be right to 2e-6) or two fp16 parts (22 bits, 1.2e-7). A vector
+in the tokens' dtype is a single part.
 """
 
 import torch
@@ -22,17 +22,17 @@ from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
 HALF = (torch.bfloat16, torch.float16)
-EXACT_EXPERTS = 16  # up to here fp32 products without matrix cores take less time than reading the tokens
+EXACT_EXPERTS = 16  # up to so many, fp32 products without matrix cores take less time than reading the tokens
 KB = 1024
 SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program
 MOST_COLUMNS = 4096  # of a routing vector that one program holds in registers
-GRADIENT_PROGRAMS = 512  # that share the sum over the tokens: by shape alone, so that a sum has one order everywhere
-GRADIENT_TOKENS = 256  # and each adds up as many at least
+GRADIENT_PROGRAMS = 512  # share the sum over the tokens; the same on every device, so that a sum has one order
+GRADIENT_TOKENS = 256  # the fewest tokens that a program sums
 
 
 @triton.jit
 def _split_and_store(v, at, mask, step, PARTS: tl.constexpr):
-    """Store v as a sum of PARTS numbers of the pointers' type, `step` elements apart, the largest first."""
+    """Store v as a sum of PARTS numbers in the pointers' type, `step` elements apart, the largest first."""
     for p in tl.static_range(PARTS):
         part = v.to(at.dtype.element_ty)
         tl.store(at + p * step, part, mask=mask)
@@ -44,10 +44,10 @@ def routing_vectors_kernel(
     w, parts, inv_norm, D, E, DP, stride_d, stride_e,
     EPS: tl.constexpr, EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Columns of w as rows, times a power of two that brings their norms to [1, 2) 2^EXPONENT, in PARTS that add up.
+    """Columns of w as rows, times a power of two that brings their norms to [1, 2) 2^EXPONENT, split into PARTS.
 
-    In: w [D, E]. Out: parts [PARTS, BLOCK_E, DP], 0 in what is padding; inv_norm [BLOCK_E] fp32, 1 / the scaled norm, 0
-    for a zero vector. Grid: BLOCK_E. Bytes: w once (twice if D > BLOCK_D, from L2), parts.
+    In: w [D, E]. Out: parts [PARTS, BLOCK_E, DP], 0 in padding; inv_norm [BLOCK_E] fp32, 1 / the scaled norm, 0 for a
+    zero vector. Grid: BLOCK_E. Bytes: w once (twice if D > BLOCK_D, from L2), parts.
     """
     e = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -60,7 +60,7 @@ def routing_vectors_kernel(
         squares += u * u
     norm = tl.sqrt_rn(tl.sum(squares, axis=0))
     exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 64), 254)  # of what is 0 or not finite, any will do
+    exponent = tl.minimum(tl.maximum(exponent, 64), 254)  # any will do for zero or non-finite w
     factor = ((254 + EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(inv_norm + e, tl.where(norm > EPS, tl.div_rn(1.0, norm * factor), 0.0))
     row = parts + e * DP
@@ -87,8 +87,8 @@ def threshold_gate_kernel(
     word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
     Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2.
 
-    A masked token is read as zeros. A token that is not finite has NaN for cosines, which pass nothing; to the fallback
-    a NaN is the best, as to torch's argmax.
+    A masked token is read as zeros. The cosines of a non-finite token are NaN and pass no threshold; the fallback takes
+    NaN for the largest, as torch's argmax does.
     """
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -107,8 +107,8 @@ def threshold_gate_kernel(
             tile = tl.load(x_at, mask=real[:, None], other=0.0)
         else:
             tile = tl.load(x_at, mask=real[:, None] & (d < D - d0)[None, :], other=0.0)
-        # matrix cores cut off what they add: each step has a sum of its own, the smallest part first, and the steps are
-        # added up with rounding; max_num_imprecise_acc keeps the compiler from making one sum of it
+        # Matrix cores truncate as they accumulate. So each step has its own accumulator, smallest part first, and the
+        # steps are added with rounding; max_num_imprecise_acc keeps the compiler from merging them.
         step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         for p in tl.static_range(PARTS):
             part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
@@ -183,7 +183,7 @@ def _through_cosines(
     d_cos_at, unit_at, in_T, in_D, E, D, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK_T, BLOCK_D] of d_cos times the unit vectors, for pointers at the tokens and at the columns."""
+    """Tile [BLOCK_T, BLOCK_D] of d_cos times the unit vectors, for pointers to the tokens and the columns."""
     e = tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for e0 in range(0, E, BLOCK_E):
@@ -237,12 +237,12 @@ def unit_gradient_kernel(
     d_cos, x, out, T, D, E, CHUNK, stride_t,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens, a multiple of BLOCK_T.
+    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens; CHUNK is a multiple of BLOCK_T.
 
     In: d_cos [T, E] fp32, x [T, D] with stride_t. Out: [chunks, E, D] fp32. Grid: (columns, experts, chunks).
     Bytes: x once for each block of experts, d_cos once for each block of columns, mostly from L2.
 
-    SPLIT: x is bf16 and d_cos a sum of three bf16 parts, 24 bits. Else the product is fp32.
+    SPLIT: x is bf16, and d_cos is split into three bf16 parts, 24 bits. Otherwise the product is fp32.
     """
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -273,12 +273,12 @@ def unit_gradient_kernel(
 
 
 def _precision(E: int, chip: str) -> str:
-    """How fp32 is multiplied: "tf32x3" has the accuracy of fp32; AMD's matrix cores multiply fp32 itself."""
+    """How to multiply fp32: "tf32x3" has the accuracy of fp32; AMD's matrix cores multiply fp32 itself."""
     return "tf32x3" if chip.startswith("sm_") and E > EXACT_EXPERTS else "ieee"
 
 
 def _number_of_parts(x: torch.dtype, w: torch.dtype) -> int:
-    """Parts in the tokens' dtype that hold a routing vector."""
+    """How many parts in the tokens' dtype hold a routing vector."""
     if x not in HALF or x == w:
         return 1
     if w in HALF:
@@ -287,10 +287,10 @@ def _number_of_parts(x: torch.dtype, w: torch.dtype) -> int:
 
 
 def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]:
-    """Tile, warps and stages of `threshold_gate_kernel`. T has no say: a token's sums must not depend on its batch.
+    """Tile, warps and stages of `threshold_gate_kernel`. T plays no part: a token's sums must not depend on its batch.
 
-    The more tokens share a tile, the less often the routing vectors are read from L2, which is what bounds the kernel
-    when block_e * parts is near the tile's tokens. Two rows of sums, of all steps and of one, fit in registers.
+    The more tokens share a tile, the less often the kernel reads the routing vectors from L2, which bounds it when
+    block_e * parts is near the tile's tokens. Both accumulators, the total and the step's, fit in registers.
     """
     block_t = 128 if block_e <= 64 else 8192 // block_e
     block_d, warps = 64, 8
@@ -302,12 +302,12 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
         if block_e <= EXACT_EXPERTS:
             block_t, warps = 64, 4
     stage = (block_t + block_e * parts) * block_d * x.itemsize
-    # two programs on a multiprocessor, or one
+    # two programs per multiprocessor, or one
     stages = 4 if 4 * stage <= 100 * KB else 3 if 3 * stage <= 150 * KB else 2
     if chip.startswith("gfx"):
         stages = 2
     elif chip in SMALL_SHARED_MEMORY:
-        while stages > 2 and (stages - 1) * stage > 96 * KB:  # a stage less than that many lies in shared memory
+        while stages > 2 and (stages - 1) * stage > 96 * KB:  # shared memory holds one stage fewer
             stages -= 1
     return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
@@ -317,7 +317,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: int) -> tuple[Tensor, Tensor]:
-    """Parts [parts, BLOCK_E, D up to a multiple of BLOCK_D] and inverse norms [BLOCK_E]."""
+    """Parts [parts, BLOCK_E, D rounded up to a multiple of BLOCK_D] and inverse norms [BLOCK_E]."""
     D, E = w_DE.shape
     block_e, columns = tile["BLOCK_E"], triton.cdiv(D, tile["BLOCK_D"]) * tile["BLOCK_D"]
     parts_PED = w_DE.new_empty((parts, block_e, columns), dtype=x)
@@ -391,9 +391,9 @@ def threshold_gate(
 
 
 def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
-    """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors, from that of the cosines over ||x||, fp32.
+    """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors. d_cos: the cosines' gradient over ||x||, fp32.
 
-    Chunks of tokens are added up apart and then in order; the chunks depend on shapes alone.
+    It sums each chunk of tokens, then the chunks in order; the chunks depend on shapes alone.
     """
     (T, D), E = x_TD.shape, d_cos_TE.shape[1]
     if T == 0 or D == 0:
@@ -426,9 +426,9 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
 
 
 def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
-    """Tile, warps and stages of `unit_gradient_kernel`: rows of 128 or 256 bytes, as many as stay in registers.
+    """Tile, warps and stages of `unit_gradient_kernel`: rows of 128 or 256 bytes, as many as fit in registers.
 
-    Wider rows where that spills nowhere: the narrower they are, the more often d_cos is read.
+    Rows are wide where nothing spills: the narrower they are, the more often the kernel reads d_cos.
     """
     block_t = 32 if split or block_e > 16 else 16
     block_d = 128 if split and 16 < block_e <= 64 else 64

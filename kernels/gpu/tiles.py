@@ -1,7 +1,7 @@
-"""Tile shapes of the Triton kernels, by architecture, dtype and shape; nothing is tuned while a program runs.
+"""Tile shapes of the Triton kernels, by architecture, dtype and shape; nothing is tuned at run time.
 
-`python -m benchmarks.tune` measures candidates on the GPU at hand and writes `tuned/<architecture>.json`, which is read
-before the rules below.
+`python -m benchmarks.tune` measures candidates on the current GPU and writes `tuned/<architecture>.json`. An entry of
+that table takes precedence over the rules below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _assumed: ContextVar[str | None] = ContextVar("dynmoe_tutel_architecture", defau
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
-    """Choose configurations for `architecture` ("sm_90", "gfx942") whatever the device: to compile ahead of time."""
+    """Choose configurations for `architecture` ("sm_90", "gfx942") on any device, to compile ahead of time."""
     token = _assumed.set(architecture)
     try:
         yield
@@ -39,7 +39,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942" and the like; "interpreter" for a CPU, where Triton's interpreter runs the kernels."""
+    """E.g. "sm_90" or "gfx942"; "interpreter" on a CPU, where Triton's interpreter runs the kernels."""
     assumed = _assumed.get()
     if assumed is not None:
         return assumed
@@ -63,7 +63,7 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile of a grouped matrix product: BLOCK_M rows (or first dimension) by BLOCK_N by BLOCK_K, and how it is run."""
+    """Tile of a grouped matrix product, BLOCK_M rows (or first dimension) by BLOCK_N by BLOCK_K, and launch options."""
 
     block_m: int
     block_n: int
@@ -71,17 +71,17 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8  # row tiles that share a run of columns
-    programs: int = 1  # persistent programs on a multiprocessor
-    pieces: int = 1  # runs of columns in which a tile's sums are worked up after the product, to hold few registers
-    max_registers: int | None = None  # a thread's, so that `programs` fit; for NVIDIA's compiler
+    programs: int = 1  # persistent programs per multiprocessor
+    pieces: int = 1  # the epilogue processes a tile's columns in this many runs, to save registers
+    max_registers: int | None = None  # per thread, so that `programs` fit; for NVIDIA's compiler
 
 
-# the matrix products of `gemm_kernels`, those of gated experts apart
+# the matrix products of `gemm_kernels`; gated experts have their own
 GEMM_KINDS = (
     "up",
     "up_gated",
     "linear",
-    "linear_pair",  # of two pairs of operands, or with rows behind the last to clear
+    "linear_pair",  # with two pairs of operands, or with unused rows to clear
     "activation_gradient",
     "activation_gradient_gated",
     "weight_gradient",
@@ -89,18 +89,18 @@ GEMM_KINDS = (
 
 
 def _power_of_two(n: int, low: int, high: int) -> int:
-    """The smallest power of two that holds `n`, within low and high."""
+    """The smallest power of two that is at least `n`, clamped to low and high."""
     return min(high, max(low, 1 << max(n - 1, 0).bit_length()))
 
 
 def gemm_key(kind: str, dtype: torch.dtype, rows: int, K: int, N: int) -> str:
-    """The name of a product's bucket in the tuned tables; `rows` is the mean number of rows of an expert."""
+    """The key of a product in the tuned tables; `rows` is the mean number of rows per expert."""
     return f"{kind}/{str(dtype).removeprefix('torch.')}/rows{_power_of_two(rows, 16, 4096)}/K{K}/N{N}"
 
 
 @lru_cache
 def tuned(architecture: str) -> dict[str, GemmConfig]:
-    """The table that `benchmarks.tune` wrote for an architecture; empty where none is shipped."""
+    """The table that `benchmarks.tune` wrote for an architecture; empty if none is shipped."""
     path = TABLES / f"{architecture}.json"
     if not path.exists():
         return {}
@@ -110,32 +110,32 @@ def tuned(architecture: str) -> dict[str, GemmConfig]:
 def gemm(kind: str, device: torch.device, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
     """The tile for one of GEMM_KINDS: from the tuned table, else by rule.
 
-    `rows` is the mean number of rows of an expert; K the inner dimension, N the columns of the output. For
-    "weight_gradient" the output is [K, N] and the inner dimension are the rows.
+    `rows` is the mean number of rows per expert, K the inner dimension, N the columns of the output. For
+    "weight_gradient" the output is [K, N] and the rows are the inner dimension.
     """
     chip = architecture(device)
     found = tuned(chip).get(gemm_key(kind, dtype, rows, K, N))
     return found or default_gemm(kind, chip, dtype, rows, K, N)
 
 
-# Half precision, by the register counts of `benchmarks.aot`: 255 registers a thread, 64 Ki a multiprocessor.
+# Half precision. Chosen by the register counts of `benchmarks.aot`: 255 a thread, 64 Ki a multiprocessor.
 _SQUARE = GemmConfig(128, 128, 64, 8, 3)
-_IN_PIECES = replace(_SQUARE, pieces=8)  # with an activation behind the product
-# On sm_90 a tile's operands come from L2, (M + N) / (M N) bytes an operation: a large tile takes a quarter less. Behind
-# a short inner dimension the activation takes as long as the product, and two programs hide one's with the other's.
+_IN_PIECES = replace(_SQUARE, pieces=8)  # with an activation after the product
+# On sm_90 a tile reads its operands from L2, (M + N) / (M N) bytes an operation: a large tile reads a quarter less.
+# If the inner dimension is short, the activation takes as long as the product; two programs overlap the two.
 _WIDE = replace(_SQUARE, block_n=256)
 _TALL = replace(_SQUARE, block_m=256)
 _UP_BESIDE = replace(_IN_PIECES, programs=2, max_registers=128)
 _GRADIENT_BESIDE = replace(_IN_PIECES, block_m=64, num_warps=4, programs=2)  # 128 registers spill with some activations
-_SHORT = 1024  # inner dimension up to which the product is short beside the activation
-_MANY_ROWS = 1024  # of an expert: its last tile, half empty, is an eighth at most
+_SHORT = 1024  # the longest inner dimension that counts as short
+_MANY_ROWS = 1024  # with so many rows an expert wastes at most an eighth on its last, half empty tile
 
 
 def _half(kind: str, chip: str, rows: int, K: int, N: int) -> GemmConfig:
     """The largest tile of a product in half precision with aligned rows."""
     activates = kind.startswith(("up", "activation_gradient"))
     wide = N % 256 == 0 and rows >= 128
-    if kind == "up_gated":  # two tiles of sums: too much for four warps, and for registers that hold operands too
+    if kind == "up_gated":  # two accumulators: too many registers for four warps
         return _IN_PIECES if chip == "sm_90" and rows > 64 else replace(_IN_PIECES, block_n=64)
     if chip != "sm_90":
         return _IN_PIECES if activates else _SQUARE
@@ -144,24 +144,24 @@ def _half(kind: str, chip: str, rows: int, K: int, N: int) -> GemmConfig:
     if activates:
         return _GRADIENT_BESIDE if K <= _SHORT else _IN_PIECES
     if kind == "weight_gradient":
-        return _WIDE if wide and K * N >= 1 << 20 else _SQUARE  # else too few tiles for the device
+        return _WIDE if wide and K * N >= 1 << 20 else _SQUARE  # a smaller output has too few large tiles
     return _WIDE if wide else _TALL if rows >= _MANY_ROWS else _SQUARE
 
 
 _SINGLE = GemmConfig(64, 64, 32, 4, 2, programs=2, pieces=4)
-_SINGLE_NARROW = replace(_SINGLE, block_n=32, pieces=2)  # two tiles of sums, or a long epilogue
+_SINGLE_NARROW = replace(_SINGLE, block_n=32, pieces=2)  # for two accumulators, or a long epilogue
 _UNALIGNED = GemmConfig(64, 32, 32, 4, 2, programs=2, pieces=2)
 _UNALIGNED_NARROW = replace(_UNALIGNED, block_k=16)
 
 
 def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
-    """The rule where nothing was tuned: the largest tile that compiles without spills and that the shape fills."""
+    """The rule for untuned shapes: the largest tile that compiles without spills and that the shape fills."""
     if chip == "interpreter":
         return GemmConfig(16, 32, 32, 4, 2, group_m=2, pieces=2)
     half = dtype in (torch.bfloat16, torch.float16)
     aligned = K % 8 == 0 and N % 8 == 0
-    if not aligned:  # rows that are no multiples of 16 bytes pass through registers
-        two = kind in ("up_gated", "linear_pair", "activation_gradient_gated")  # products, or long epilogues
+    if not aligned:  # rows that are not multiples of 16 bytes pass through registers
+        two = kind in ("up_gated", "linear_pair", "activation_gradient_gated")  # two products, or a long epilogue
         large = _UNALIGNED if half and not two else _UNALIGNED_NARROW
         if two and not half:
             large = replace(large, block_m=32)
@@ -178,10 +178,10 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
     elif chip == "sm_100" and not half:
         large = replace(large, block_n=32, pieces=min(large.pieces, 2))
     elif chip != "sm_90" and half and aligned:
-        warps = 8 if kind == "activation_gradient_gated" else 4  # where four of them spill
+        warps = 8 if kind == "activation_gradient_gated" else 4  # there four would spill
         large = replace(large, block_m=64, block_n=64, num_warps=warps, pieces=4)
-    # wgmma multiplies 64 rows. With fewer the weights' way from memory is what takes time, and where most experts have
-    # no rows the others have many more than the mean
+    # wgmma multiplies 64 rows. With fewer, loading the weights takes the time; and if most experts have no rows, the
+    # others have many more than the mean
     least = 64 if chip == "sm_90" and half and aligned and kind != "weight_gradient" else 16
     sizes = (K, N, rows) if kind == "weight_gradient" else (rows, N, K)
     block_m, block_n, block_k = (

@@ -1,8 +1,8 @@
 """Top-any experts, tokens to tokens, forward and backward; see `kernels.top_any_ffn`.
 
 Forward:   up  ->  linear  ->  combine
-Backward:  activation_gradient (from the tokens' gradient, over k)  ->  weight and bias gradients  ->  linear  ->
-           token_gradient  ->  the routing vectors' gradient
+Backward:  activation_gradient (from the tokens' gradient over k)  ->  weight and bias gradients  ->  linear  ->
+           token_gradient  ->  gradient of the routing vectors
 """
 
 from __future__ import annotations
