@@ -224,7 +224,7 @@ def traffic() -> None:
 
 
 def slots() -> None:
-    """Copies across ranks are exact, a drawn slot equals one process's, and other ranks' parameters are refused."""
+    """Copies across ranks are exact, a drawn slot equals one process's, and a rank holds no other rank's parameters."""
     gate = {"type": "top_any", "max_expert_num": E}
     layer = divided({"seeds": (3, 5)}, gate, "ffn", F.gelu)
     whole = MoELayer(gate, D, {"type": "ffn", "hidden_size_per_expert": H, "num_experts_per_device": E}, seeds=(3, 5))
