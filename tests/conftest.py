@@ -1,4 +1,4 @@
-"""One thread a test process: `make test` runs two processes, and OpenMP threads spin."""
+"""One thread per test process: `make test` runs two processes, and OpenMP threads spin."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, as torch's deterministic mode fills it."""
+    """Fill uninitialised memory with NaN, by torch's deterministic mode."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -27,5 +27,5 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """torch's global random state is that of seed 0: what a test draws does not depend on the tests before it."""
+    """Seed torch's global random state with 0, so that a test's draws do not depend on earlier tests."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What comparisons with `oracle` share: errors, random layers with a safe margin, the oracle's view of a layer."""
+"""Shared by comparisons with `oracle`: errors, random layers with a safe margin, the oracle's view of a layer."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from torch.utils._pytree import tree_map_only
 
 HAS_GPU = torch.cuda.is_available()
 FP32, FP64, HALF = 1e-6, 1e-13, 4e-3  # relative RMS against float64
-MARGIN = 2e-6  # nearer to a threshold than this, fp32 may decide otherwise (the design, section 3)
-TRAINED_MARGIN = 1e-4  # the same in every step of two trainings, which rounding has moved apart by then
+MARGIN = 2e-6  # closer to a threshold than this, fp32 may decide differently (the design, section 3)
+TRAINED_MARGIN = 1e-4  # the same for every step of two trainings, which rounding moves apart
 DOUBT = "a decision is too near to its threshold: take another seed"
-FEW = 8  # numbers; in a result of more, those that cancel are outweighed by others
+FEW = 8  # in a result of more numbers, those that do not cancel outweigh those that do
 FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 LLAMA = ("W_fc1", "W_fc2", "W_fc3")
 TERMS = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")  # of a top-any gate
 
-# Seconds after which a test gives up on another process: 30 times the longest wait there is, on two cores and alone.
-# It ends what hangs; no speed is tested by it, so whatever waits takes it, and nothing else.
+# Seconds after which a test gives up on another process: 30 times the longest wait on two idle cores. It ends what
+# hangs and tests no speed, so every wait uses this value.
 PATIENCE = 900.0
-GROUP_PATIENCE = timedelta(seconds=PATIENCE)  # of a process group: its ranks start and compute at different speeds
+GROUP_PATIENCE = timedelta(seconds=PATIENCE)  # for a process group, whose ranks start and compute at different speeds
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return as soon as `condition()` holds; AssertionError that says `what` when the patience is over."""
+    """Return as soon as `condition()` holds; raise an AssertionError that names `what` after PATIENCE."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, f"in {PATIENCE:.0f} s it never came that {what}"
@@ -42,7 +42,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
-    """What each process writes to stdout and stderr until its end; none outlives the patience, or this call."""
+    """Each process's stdout and stderr; no process outlives PATIENCE or this call."""
     try:
         return [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
@@ -51,7 +51,7 @@ def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]
 
 
 def spawn_ranks(function: Callable[..., Any], arguments: tuple[Any, ...], ranks: int) -> None:
-    """`function(rank, *arguments)` in a process a rank; an exception there is one here."""
+    """Run `function(rank, *arguments)` in one process per rank; an exception in one raises here."""
     torch.multiprocessing.spawn(_run_and_leave, args=(function, arguments), nprocs=ranks)
 
 
@@ -61,16 +61,16 @@ def _run_and_leave(rank: int, function: Callable[..., Any], arguments: tuple[Any
 
 
 def leave() -> None:
-    """End the process at once: with Gloo, torch 2.13 aborts now and then while the interpreter takes itself down."""
+    """End the process at once: with Gloo, torch 2.13 sometimes aborts during interpreter shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def relative_rms(actual: Tensor | float, expected: Tensor | float, scale: float = 0.0) -> float:
-    """||actual - expected|| / ||expected||, or the error's RMS where `expected` is zero. Refuses what is not finite.
+    """||actual - expected|| / ||expected||, or the error's RMS if `expected` is zero. Refuses non-finite values.
 
-    With `scale`, the error counts against an RMS of at least this: for a difference of larger terms (`conditions`).
+    With `scale`, the error counts against at least this RMS: for a difference of larger terms (`conditions`).
     """
     a, e = (torch.as_tensor(value).detach().cpu().double() for value in (actual, expected))
     assert a.shape == e.shape, f"shape {list(a.shape)}, expected {list(e.shape)}"
@@ -85,11 +85,11 @@ def rms(tensor: Tensor) -> float:
 
 
 def conditions(function: Callable[..., Sequence[Tensor | None]], *arguments: Any, few: int = FEW) -> list[float]:
-    """What each result of `function` is made of, a `scale` for `relative_rms`; 0 for those of more than `few` numbers.
+    """The size of each result's terms, as a `scale` for `relative_rms`; 0 for results of more than `few` numbers.
 
-    It is the RMS by which the results change per relative change of all floating-point tensors in the arguments, each
-    by a sign of its own: the size of a sum whose terms do not cancel. Rounding errors of any processor are proportional
-    to it, not to what the terms leave over. Computed in float64, by differences.
+    This is the RMS change of a result per relative change of all floating-point arguments, each element with its own
+    sign: the size of the sum if its terms did not cancel. Rounding errors of any processor are proportional to this
+    size, not to the sum itself. Computed in float64, by differences.
     """
 
     def changed(change: Callable[[Tensor], Tensor], values: Any) -> Any:
@@ -112,7 +112,7 @@ def conditions(function: Callable[..., Sequence[Tensor | None]], *arguments: Any
 
 @dataclass
 class Case:
-    """A layer with random parameters, a batch, an output gradient, and the same for the oracle."""
+    """A layer with random parameters, a batch, an output gradient, and the oracle's view of them."""
 
     layer: Any
     x: Tensor  # [T, D]
@@ -129,7 +129,7 @@ class Case:
         return oracle.forward(self.x.double(), self.gate, self.experts, training)
 
     def expected_gradients(self, training: bool, combine_gradient: str) -> dict[str, Tensor]:
-        """By the names of `gradients`."""
+        """The oracle's gradients, by the names of `gradients`."""
         x_TD, dy_TO = self.x.double(), self.dy.double()
         found = oracle.backward(x_TD, self.gate, self.experts, dy_TO, training, combine_gradient)
         by_slot = zip(*found["parameters"], strict=True)
@@ -139,7 +139,7 @@ class Case:
 
 
 def gate_gradients(found: dict[str, Any], gate: oracle.Gate) -> dict[str, Tensor]:
-    """The oracle's gradients by the names of the layer's parameters, and "x"."""
+    """The oracle's gradients, by the names of the layer's parameters and "x"."""
     named = {"x": found["x"], "gates.0.sim_matrix": found["w"], "gates.0.gates": found["G"]}
     if gate.temperature is not None:
         named["gates.0.temperature"] = torch.tensor([found["temperature"]], dtype=torch.float64)
@@ -162,9 +162,9 @@ def make_case(
     output_dim: int | None = None,
     **options: Any,
 ) -> Case:
-    """A top-any layer of E slots. `G` is a value or a range; `temperature` the gate's, None for none; `options` go to
-    the layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: where
-    there are few, they pass all thresholds, and no positive one. Asserts the margin of every decision.
+    """A top-any layer of E slots. `G` is a value or a range, `temperature` the gate's (or None); `options` go to the
+    layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: if these are
+    few, the first passes all thresholds and the second no positive one. Asserts the margin of every decision.
     """
     from dynmoe_tutel import moe
 
@@ -211,7 +211,7 @@ def make_case(
 
 
 def oracle_gate(gate: nn.Module) -> oracle.Gate:
-    """The oracle's view of a top-any gate as it is now."""
+    """The oracle's view of a top-any gate's current state."""
     temperature = None if gate.temperature is None else gate.temperature.item()
     tensors = (gate.sim_matrix.detach().cpu().double().clone(), gate.gates.detach().cpu().double().clone())
     return oracle.Gate(*tensors, gate.experts_mask.nonzero().flatten().tolist(), temperature)
@@ -225,7 +225,7 @@ def oracle_experts(experts: nn.Module, kind: str, activation: Callable[[Tensor],
 
 
 def margin(x_TD: Tensor, gate: oracle.Gate) -> float:
-    """The smallest distance of a decision from flipping: cosine to threshold, and best to second for the fallback."""
+    """The least distance of any decision from flipping: cosine to threshold, or best to second in the fallback."""
     cos_TE = oracle.cosines(x_TD, gate)[:, list(gate.active)]
     distances = [(cos_TE - gate.G_E[list(gate.active)]).abs().flatten()]
     unrouted_T = ~oracle.assignments(x_TD, gate).any(dim=1)
@@ -236,7 +236,7 @@ def margin(x_TD: Tensor, gate: oracle.Gate) -> float:
 
 
 def assert_margin(layer: Any, x: Tensor, gate_index: int = 0, least: float = MARGIN) -> None:
-    """No decision of a top-any gate on these tokens is in doubt, so that two ways of computing it agree."""
+    """Assert that no decision of a top-any gate on these tokens is in doubt, so that two computations agree."""
     gate = layer.gates[gate_index]
     if hasattr(gate, "sim_matrix") and hasattr(gate, "experts_mask"):
         tokens_TD = x.detach().cpu().double().flatten(end_dim=-2)
@@ -246,7 +246,7 @@ def assert_margin(layer: Any, x: Tensor, gate_index: int = 0, least: float = MAR
 
 
 def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The gradients that lie at x and at every parameter; asserts that every one has a gradient."""
+    """The gradients of x and of every parameter; asserts that each has one."""
     named = {"x": x, **dict(layer.named_parameters())}
     missing = [name for name, tensor in named.items() if tensor.grad is None]
     assert not missing, f"no gradient at {missing}"
@@ -260,9 +260,9 @@ def assert_gradients(
     tolerance: float,
     few: float | None = None,
 ) -> None:
-    """Every gradient is within `tolerance`; within `few`, if given, those of the router, which are sums over products
-    of rows and dy that cancel: up to 2.5 times the error of the others, by the data. The temperature's counts against
-    the two parts that it is the sum of, through scores and through thresholds (the latter is sum_e G_e * dL/dG_e)."""
+    """Assert every gradient within `tolerance`, the router's within `few`, if given: these are sums of products of rows
+    and dy that cancel, with up to 2.5 times the error of the others. The temperature's error counts against the two
+    parts of its sum, through scores and through thresholds (the latter is sum_e G_e * dL/dG_e)."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         scale, allowed = 0.0, tolerance

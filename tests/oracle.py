@@ -1,8 +1,8 @@
 """The executable specification of the DynMoE layer: the design, section 3 in float64, loops over tokens and experts.
 
-It knows torch and nothing of the package; every path of the package is compared with it.
+It imports torch and nothing of the package; tests compare every path of the package with it.
 Suffixes: T tokens, D model dim, O output dim, E slots. A pair is (token t, slot e). Tensors are float64.
-Gradients are written out; only an expert's own derivative, of one expert at one token, is left to autograd.
+Gradients are written out; autograd computes only the derivative of one expert at one token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def llama_ffn(x_D: Tensor, w1_DH: Tensor, w2_DH: Tensor, w3_HO: Tensor) -> Tenso
 
 
 def unit(v: Tensor) -> Tensor:
-    """Rows of length 1; a zero row has no direction and stays zero."""
+    """Rows scaled to length 1; a zero row stays zero."""
     norm = v.norm(dim=-1, keepdim=True)
     return torch.where(norm > 0, v / norm, 0.0)
 
@@ -74,9 +74,9 @@ def thresholds(gate: Gate) -> Tensor:
 
 
 def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
-    """a[t, e]: the slot is active and its score is over its threshold (tau > 0, so the cosine is over G).
+    """a[t, e]: the slot is active and its score exceeds its threshold (tau > 0, so the cosine exceeds G).
 
-    In eval a token without an assignment goes to the active expert of highest score (of equals, the first).
+    In eval an unrouted token goes to the active expert of highest score (the first among equals).
     """
     cos_TE = cosines(x_TD, gate)
     a_TE = torch.zeros_like(cos_TE, dtype=torch.bool)
@@ -89,7 +89,7 @@ def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
 
 
 def forward(x_TD: Tensor, gate: Gate, experts: Experts, training: bool) -> Tensor:
-    """y_t, the mean of the token's experts, 0 for a token without one."""
+    """y_t, the mean of the token's experts, 0 for a token without experts."""
     a_TE = assignments(x_TD, gate, training)
     y_TO = x_TD.new_zeros(len(x_TD), len(experts(0, x_TD.new_zeros(x_TD.shape[1]))))
     for t, e in a_TE.nonzero().tolist():
@@ -115,7 +115,7 @@ def gate_backward(x_TD: Tensor, gate: Gate, ds_TE: Tensor) -> dict[str, Any]:
 def backward(
     x_TD: Tensor, gate: Gate, experts: Experts, dy_TO: Tensor, training: bool, combine_gradient: str
 ) -> dict[str, Any]:
-    """Those of `gate_backward`, and of the experts' parameters by slot."""
+    """Gradients of `gate_backward`, and of the experts' parameters by slot."""
     passed_TE, chosen_TE = assignments(x_TD, gate), assignments(x_TD, gate, training)
     y_TO, ds_TE, dx_TD = forward(x_TD, gate, experts, training), 0 * cosines(x_TD, gate), 0 * x_TD
     dparameters = [[torch.zeros_like(parameter) for parameter in slot] for slot in experts.parameters]
@@ -132,9 +132,9 @@ def backward(
 
 
 def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
-    """Name -> (value, its gradient in w directly [D, E], its gradient in the assignments [T, E], 0 off the assigned).
+    """Name -> (value, its direct gradient in w [D, E], its gradient in the assignments [T, E], 0 outside these).
 
-    The last goes straight through: `gate_backward(x, gate, da)`. A token without an assignment counts for none.
+    The last goes straight through: `gate_backward(x, gate, da)`. No loss counts an unrouted token.
     """
     a_TE, score_TE, active, w_ED = assignments(x_TD, gate), scores(x_TD, gate), gate.active, gate.w_DE.T
     T, E = a_TE.shape
@@ -164,7 +164,7 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
 
 
 def load_importance(score_TE: Tensor, limit_T: Tensor, noise: float) -> Tensor:
-    """Fixed k, as Tutel: softmax scores without noise against the k-th noisy logit (which is Tutel's formula)."""
+    """Fixed k, by Tutel's formula: softmax scores without noise against the k-th noisy logit."""
     load_TE = torch.distributions.Normal(0, noise / score_TE.shape[1]).cdf(score_TE - limit_T[:, None])
     importance, load = (a_TE.sum(dim=0).var() / (a_TE.sum(dim=0).mean() ** 2 + 1e-10) for a_TE in (score_TE, load_TE))
     return (importance + load) / 2
@@ -182,8 +182,8 @@ def index(a_TE: Tensor) -> dict[str, list[int]]:
 
 
 def adapt(batches: Sequence[Tensor], gate: Gate) -> tuple[Gate, list[int], int | None, int | None]:
-    """Policy "dynmoe" over a window of training batches: the gate after it; slots pruned; slot grown and its parent,
-    the expert that it copies under init="nearest"."""
+    """Policy "dynmoe" over a window of training batches: the resulting gate, pruned slots, the grown slot, and its
+    parent, which it copies under init="nearest"."""
     x_TD = torch.cat([gate.w_DE.T[:0], *batches])
     a_TE = assignments(x_TD, gate)
     unrouted_ND = x_TD[~a_TE.any(dim=1)]

@@ -1,4 +1,4 @@
-"""Which module may import which: imports point down, the kernels know tensors only, and importing needs torch alone."""
+"""Rules of imports: they point down, kernels know only tensors, and importing the package needs only torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tute
     ("__main__", "benchmarks", "cli"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-GUESTS = {"tutel": "tutel_backend", "deepspeed": "deepspeed"}  # who alone may import it, even in a function
+GUESTS = {"tutel": "tutel_backend", "deepspeed": "deepspeed"}  # only this module may import it, even in a function
 
 
 @cache
@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> list[tuple[str, bool]]:
-    """What a module imports, modules by name, and whether importing the module itself does it."""
+    """The modules that a module imports, and whether importing the module itself imports them."""
     path = modules()[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
@@ -59,7 +59,7 @@ def imports(module: str) -> list[tuple[str, bool]]:
 
 
 def walk(node: ast.AST, at_once: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes below, and whether they run on import: not in a function, nor for type checkers alone."""
+    """All nodes below, and whether they run on import: not those in functions or only for type checkers."""
     for child in ast.iter_child_nodes(node):
         types_alone = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         later = isinstance(child, ast.FunctionDef | ast.Lambda) or types_alone
@@ -81,7 +81,7 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_there_is_no_circle() -> None:
-    """Neither of rooms, functions' imports among them, nor of modules."""
+    """Neither among rooms (imports in functions count) nor among modules."""
     rooms: dict[str, set[str]] = {}
     for module in modules():
         rooms.setdefault(room(module), set()).update(room(n) for n, _ in imports(module) if n in modules())
@@ -102,7 +102,7 @@ def test_kernels_know_tensors_only() -> None:
 
 
 def test_importing_needs_torch_alone() -> None:
-    """Everything that `import dynmoe_tutel` reaches, packages on the way among it."""
+    """Everything that `import dynmoe_tutel` reaches, including parent packages."""
     reached, left, others = set(), ["dynmoe_tutel"], set()
     while left:
         module = left.pop()

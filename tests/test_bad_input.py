@@ -1,4 +1,4 @@
-"""What a careless user would do: each case is a ValueError that names the argument, the value and the remedy."""
+"""Mistakes of a careless user: each raises a ValueError that names the argument, the value and the remedy."""
 
 from __future__ import annotations
 

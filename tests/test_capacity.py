@@ -1,4 +1,4 @@
-"""Tutel's capacity factor on ragged assignments: which rows are dropped, and what that leaves of y and gradients."""
+"""Tutel's capacity factor on ragged assignments: the dropped rows, and the resulting y and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 @st.composite
 def routings(draw: st.DrawFn) -> Routing:
-    """A ragged assignment with scores, without equal ones."""
+    """A ragged assignment with distinct scores."""
     tokens, experts = draw(st.integers(0, 30)), draw(st.sampled_from([1, 2, 5, 65]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     score_TE = torch.rand(tokens, experts, generator=generator)
@@ -30,7 +30,7 @@ def routings(draw: st.DrawFn) -> Routing:
 
 
 def kept_by_loops(routing: Routing, capacity: int, prioritized: bool) -> Tensor:
-    """Tutel's rule word by word: all first picks, then all second picks, ..., each while its expert has room."""
+    """Tutel's rule, literally: all first picks, then all second picks, ..., each while its expert has room."""
     assigned_TE, score_TE = routing.assigned, routing.scores.detach()
     tokens = list(range(routing.num_tokens))
     queues = [
@@ -195,7 +195,7 @@ def test_fixed_k_gates_drop_too(name: str, factor: float) -> None:
 
 
 def test_where_the_factor_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call's, else the gate's, else CAP_FACTOR; upstream's gates drop only where the call says so."""
+    """From the call, else the gate, else CAP_FACTOR; upstream's gates drop only if the call says so."""
 
     def dropped(gate: dict, factor: float | None = None) -> int:
         torch.manual_seed(0)

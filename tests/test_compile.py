@@ -125,7 +125,7 @@ class TestOneGraph:
 
     @pytest.mark.parametrize("keep_tokens", [0, 5])
     def test_in_an_open_record_window(self, keep_tokens: int) -> None:
-        """`keep_tokens` is what a controller that grows several experts a window sets."""
+        """A controller that grows several experts per window sets `keep_tokens`."""
         layer, eager = layer_with(), layer_with()
         run, counter = compiled(layer)
         for one in (layer, eager):
@@ -244,7 +244,7 @@ class TestInAModel:
         assert counter.frame_count == 1
 
     def test_gradient_checkpointing(self) -> None:
-        """Recorded once: the compiler, told to, leaves side effects out of the recompute."""
+        """Recorded once: with the right option, the compiler leaves side effects out of the recompute."""
         layer = layer_with()
         layer.begin_record_routing()
 
@@ -269,7 +269,7 @@ class TestInAModel:
             assert torch.equal(run(x, gate_index=index), layer(x, gate_index=index))
 
     def test_the_functional_form(self) -> None:
-        """Layers of one's own, from `moe.top_any_routing` and the routing's packed rows."""
+        """A custom layer from `moe.top_any_routing` and the routing's packed rows."""
         torch.manual_seed(0)
         w, g, tau = torch.randn(D, 4), torch.zeros(4), torch.tensor(2.0, requires_grad=True)
 
@@ -300,8 +300,8 @@ def gradients(run: Callable[[Tensor], Tensor], layer: Any, x: Tensor) -> list[Te
 def test_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer = layer_with()
     run = torch.compile(layer, fullgraph=True)
-    # Inductor asks the processor for its vectors. Where ATen was told of others, its cache may hold code for the wrong
-    # ones; where ATen was told of none, code with vectors does not compile.
+    # Inductor reads the vector width from the processor. If ATen was told of another, Inductor's cache may hold code
+    # for the wrong one; if ATen was told of none, vector code does not compile.
     if "ATEN_CPU_CAPABILITY" in os.environ:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     lanes = 1 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else None
@@ -312,7 +312,7 @@ def test_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_kernel_is_not_traced_where_torch_leaves_its_caller_to_python() -> None:
-    """It would be compiled piece by piece, and again for every shape."""
+    """Otherwise the compiler would compile it piece by piece, and again for every shape."""
     rows, index = torch.randn(4, 3), kernels.ragged_index(kernels.pack_bits(torch.ones(2, 2, dtype=torch.bool)), 2)
 
     @torch._dynamo.disable(recursive=False)

@@ -18,7 +18,7 @@ from dynmoe_tutel.kernels.grouped_ffn import _gemm_dtype
 
 FEW = 1e-2  # in half precision, for the router: 8e-3 is the largest of 20 draws
 
-# The arguments of make_case, and what the k of its tokens must be for the case to be what its name says.
+# The arguments of make_case, and a condition on its tokens' k that makes the case fit its name.
 CASES: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
     "mixed": ({}, lambda k: {0, 1, 2, 5} <= set(k)),
     "masked slots": ({"E": 7, "active": [1, 2, 5]}, lambda k: {0, 1, 2, 3} == set(k)),
@@ -93,14 +93,14 @@ def test_half_precision(kind: str, training: bool, combine_gradient: str, dtype:
         combine_gradient=combine_gradient,
     )
     assert min(case.k()) == 0
-    # a processor's own products are rounded to half precision one by one, the fp32 ones that replace them once a chain
+    # a processor's half-precision products each round to half; the fp32 products that replace them round once a chain
     native = _gemm_dtype(dtype, "cpu") == dtype
     check(case, training, combine_gradient, 5e-3 if native else HALF, FEW)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Experts in half precision (their weights fit in it here), the gate in fp32: the same loss bit by bit."""
+    """Experts in half precision (exact for their weights here), the gate in fp32: the same loss bit by bit."""
     case = make_case(48, 32, 40, 6, temperature=1.3, dtype=dtype, aux_losses=dict.fromkeys(helpers.TERMS, 1.0))
     case.layer.float()
     l_aux = case.layer(case.x.float()).l_aux
@@ -145,9 +145,9 @@ def test_kinds_of_experts(
 
 @pytest.mark.parametrize("temperature", [4.7, 6.0])
 def test_a_temperature_over_its_bound(temperature: float) -> None:
-    """tau stays 100 = exp(4.605...) and the temperature has no gradient. A rounding of the cosine counts 100 times.
+    """tau stays 100 = exp(4.605...) and the temperature has no gradient. Rounding errors of the cosine count 100-fold.
 
-    Thresholds are near 0, where scores are not saturated: of a saturated one, 1 - s has no digits in fp32."""
+    Thresholds are near 0, where scores are not saturated: for a saturated score, 1 - s has no digits in fp32."""
     case = make_case(T=100, G=(-0.02, 0.02), temperature=temperature)
     assert case.gate.tau == pytest.approx(100)
     check(case, True, "mean", 10 * FP32)
@@ -155,7 +155,7 @@ def test_a_temperature_over_its_bound(temperature: float) -> None:
 
 
 def test_a_saturated_score_is_still_over_a_saturated_threshold() -> None:
-    """cos = 0.9 against G = 0.4 at tau = 100: in fp32 both sigmoids round to 1 and the comparison of them fails."""
+    """cos = 0.9 against G = 0.4 at tau = 100: in fp32 both sigmoids round to 1, so comparing them would fail."""
     case = make_case(T=3, G=0.4, temperature=6.0)
     w_D = F.normalize(case.layer.gates[0].sim_matrix.detach(), dim=0)[:, 1]
     across_D = F.normalize(case.x[1] - (case.x[1] @ w_D) * w_D, dim=0)
@@ -185,7 +185,7 @@ def test_routing(name: str, temperature: float | None, training: bool) -> None:
 
 
 def test_a_zero_token_has_cosine_zero_and_passes_no_gate_gradient() -> None:
-    """0 / 0 in the normalisation would be NaN; over negative thresholds the token is routed all the same."""
+    """0 / 0 in the normalisation would be NaN; with negative thresholds the token is still routed."""
     case = make_case(G=(-0.3, -0.1))
     case.x[3] = 0
     assert case.k()[3] == 5
@@ -197,7 +197,7 @@ def test_a_zero_token_has_cosine_zero_and_passes_no_gate_gradient() -> None:
 
 
 def test_a_score_equal_to_its_threshold_is_no_assignment() -> None:
-    """A zero token has the cosine 0 exactly, and G is 0."""
+    """A zero token has cosine exactly 0, and G is 0."""
     case = make_case(G=0.0)
     case.x[3] = 0
     assert int(case.layer.route(case.x).k_per_token[3]) == 0
@@ -234,7 +234,7 @@ def test_two_runs_are_bitwise_equal(training: bool) -> None:
 @pytest.mark.parametrize("capacity", ["full", 5.0, 2.5])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_capacity_that_holds_all_changes_nothing(capacity: float | str, training: bool) -> None:
-    """Row arrays with room behind the A-th row: the same output and gradients, whatever lies there."""
+    """Row arrays with unused rows give the same output and gradients, whatever these rows hold."""
     exact, bounded = (make_case(capacity=c, temperature=1.3) for c in ("exact", capacity))
     assert sum(exact.k()) <= 2.5 * 24 - exact.k().count(0)
     results = []
@@ -274,7 +274,7 @@ def test_inference_mode_and_no_grad(dtype: torch.dtype) -> None:
 
 
 def test_frozen_experts_or_gate_change_no_other_gradient() -> None:
-    """A fine-tuning that freezes one part: the rest learns as before."""
+    """If fine-tuning freezes one part, the rest learns as before."""
     for frozen in ("experts", "gates", "x"):
         case = make_case()
         x = case.x.clone().requires_grad_(frozen != "x")

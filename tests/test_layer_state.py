@@ -1,4 +1,4 @@
-"""Loading a layer's state into other active counts and other slot counts, and refusing what is not its state."""
+"""Loading a layer's state into other active and slot counts, and refusing foreign states."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class TestOtherSlots:
             assert other.num_global_experts == 3
 
     def test_a_batched_module_whose_parts_are_numbered(self) -> None:
-        """Those numbers are no slots: nn.Sequential numbers its layers."""
+        """These numbers are not slots: nn.Sequential numbers its layers."""
 
         class Layers(nn.Sequential):
             def forward(self, x: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
@@ -212,7 +212,7 @@ class TestForeign:
         ],
     )
     def test_another_layout_of_equal_size_is_refused(self, name: str, change: Any) -> None:
-        """A transposed matrix has as many numbers: to reshape it would scramble the weights without a word."""
+        """A transposed matrix has as many numbers: reshaping it would silently scramble the weights."""
         other = layer_with(seed=5)
         state = dict(layer_with().state_dict())
         state[name] = change(state[name])

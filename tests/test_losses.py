@@ -1,4 +1,4 @@
-"""Auxiliary losses against the oracle: every term, its gradients, and how l_aux is made of them."""
+"""Auxiliary losses against the oracle: every term, its gradients, and their sum l_aux."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loss_gradients(case: Case, l_aux: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 @cache
 def reference(name: str, temperature: float | None) -> dict[str, tuple[float, Tensor, Tensor]]:
-    """The oracle's losses of a case, which are the same for every term, in train and eval."""
+    """The oracle's losses of a case, shared by the tests of every term, in train and eval."""
     case = make_case(**CASES[name], temperature=temperature)
     return oracle.losses(case.x.double(), case.gate)
 

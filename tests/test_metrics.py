@@ -1,4 +1,4 @@
-"""What the meter counts equals the routing itself, and parameter counts equal a count by hand."""
+"""The meter's counts equal the routing's, and parameter counts equal a count by hand."""
 
 from __future__ import annotations
 

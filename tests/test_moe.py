@@ -1,4 +1,4 @@
-"""The surface of a layer: shapes, modes, copies, capacity, the functional form, and what is said of bad input."""
+"""The surface of a layer: shapes, modes, copies, capacity, the functional form, and errors on bad input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tokens(T: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def gradients(layer: Any, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> list[Tensor]:
-    """Of x and of every parameter, for a loss of output and l_aux."""
+    """Gradients of x and of every parameter, for a loss of output and l_aux."""
     x = x.detach().clone().requires_grad_()
     layer.zero_grad()
     if run is None:
@@ -70,7 +70,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the package warns of, from here on, as if it had not warned before."""
+    """Capture the package's warnings from here on, as if it had not warned before."""
     monkeypatch.setattr(validation, "_warned", set())
     caplog.set_level(logging.WARNING, "dynmoe_tutel")
     return caplog
@@ -237,7 +237,7 @@ class TestModes:
     @pytest.mark.parametrize("experts", list(EXPERTS))
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_every_parameter_gets_a_gradient(self, kind: str, experts: str, capacity: Any, train: bool) -> None:
-        """Regression: data-parallel training hangs or fails where a rank has none; zeros where nothing was used."""
+        """Regression: data-parallel training hangs or fails if a rank has none. Unused parameters get zeros."""
         layer = layer_with(kind, experts, capacity=capacity).train(train)
         everything = dict(layer.named_parameters())
         for x in (tokens(), tokens(1), tokens(0), torch.zeros(3, D)):
@@ -352,7 +352,7 @@ class TestAutocast:
     @pytest.mark.parametrize("experts", list(EXPERTS))
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_backward_inside_the_context_equals_that_outside(self, kind: str, experts: str) -> None:
-        """torch advises against it, many scripts do it: no crash, and what the layer computes itself stays fp32."""
+        """torch advises against it, but many scripts do it: no crash, and the layer's own arithmetic stays fp32."""
         layer, found = layer_with(kind, experts), []
         for inside in (False, True):
             layer.zero_grad()
@@ -459,7 +459,7 @@ class TestCopies:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_construction_under_another_default_dtype(self, kind: str, dtype: torch.dtype) -> None:
-        """As model loaders do: torch.set_default_dtype(bfloat16) around the constructors."""
+        """Model loaders call the constructors under torch.set_default_dtype(bfloat16)."""
         torch.set_default_dtype(dtype)
         try:
             layer = layer_with(kind)
@@ -486,7 +486,7 @@ class TestCopies:
         assert int(empty.record.tokens) == 40
 
     def test_an_open_window_goes_with_the_layer(self) -> None:
-        """Regression: a controller made before the weights were, on meta, recorded nothing and failed at its update."""
+        """Regression: a controller made on meta, before the weights, recorded nothing and failed at its update."""
         layer, x = layer_with(), tokens()
         with torch.device("meta"):
             empty = layer_with()
@@ -504,7 +504,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("assign", [True, False])
     def test_a_bounded_layer_built_on_the_meta_device(self, assign: bool) -> None:
-        """What a state dict does not hold must be sound too: the count of drops, the records."""
+        """Tensors outside the state dict must be valid too: the count of drops, the records."""
         layer, x = layer_with(capacity=0.5), tokens()
         with torch.device("meta"):
             config = {**EXPERTS["ffn"], "num_experts_per_device": START, "hidden_size_per_expert": H}
@@ -610,7 +610,7 @@ class TestCapacity:
 
 
 def layer_of(layer: Any, routing: Routing) -> Any:
-    """The experts of `layer` under a routing, densely."""
+    """The experts of `layer` under a routing, computed densely."""
 
     def forward(x: Tensor) -> Tensor:
         assigned = routing.assigned.float()

@@ -1,4 +1,4 @@
-"""The paths that modules had before 0.2: they give the modules of today, and import nothing before they are asked."""
+"""Module paths from before 0.2 give today's modules, and import nothing until they are used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_promised_ones_are_there() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_import_finds_the_module_itself(form: str) -> None:
-    """Each in a process of its own for all paths, since an import changes what the next one finds."""
+    """Each form runs in its own process for all paths, since an import changes what the next one finds."""
     code = [
         f"{form.format(old=old, new=new)}\nimport dynmoe_tutel.{new} as now\nassert found is now, found"
         for old, new in old_paths.MOVED.items()
@@ -58,7 +58,7 @@ def test_a_path_that_never_was_is_refused() -> None:
 
 
 def test_a_record_of_before_is_unpickled() -> None:
-    """The class of a pickle is found by its path of then."""
+    """A pickle names its class by the old path."""
     record = RoutingRecord(3, 2)
     record.counts += 5
     packed = pickle.dumps(record, protocol=0).replace(b"dynmoe_tutel.adaptive.records", b"dynmoe_tutel.records")

@@ -1,4 +1,4 @@
-"""The specification checked: its written-out gradients by finite differences, the rest by cases done by hand."""
+"""Checks the specification: its written-out gradients by finite differences, the rest by hand-computed cases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def central_differences(function: Callable[[Tensor], float], at: Tensor) -> Tens
 
 
 def check(gradients: dict[str, Tensor | float], surrogate: Callable[[Tensor, oracle.Gate], float], *at: object) -> None:
-    """`gradients` are those of surrogate(x, gate) at `at`, one input at a time."""
+    """Assert that `gradients` are the derivatives of surrogate(x, gate) at `at`, one input at a time."""
     x_TD, gate = at
     assert isinstance(x_TD, Tensor)
     assert isinstance(gate, oracle.Gate)

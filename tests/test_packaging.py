@@ -1,4 +1,4 @@
-"""The wheel: what is in it, that it imports anywhere, and what importing costs and touches."""
+"""The wheel: its content, importing it anywhere, and the cost and side effects of importing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     link = source / "dynmoe_tutel" / "kernels"
     if request.param == "a checkout without symbolic links":
         link.unlink()
-        link.write_text("../kernels")  # what git leaves there
+        link.write_text("../kernels")  # git may write a file in place of the link
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +50,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def python(unpacked: Path, tmp_path: Path) -> Callable[[str], dict]:
-    """Runs code in an empty directory with the unpacked wheel first on the path; it leaves a dict in `found`."""
+    """Run code in an empty directory with the unpacked wheel first on the path; the code puts a dict in `found`."""
 
     def run(code: str) -> dict:
         program = f"import json, sys\nsys.path.insert(0, {str(unpacked)!r})\n{code}\nprint(json.dumps(found))"
@@ -119,7 +119,7 @@ found = {"files": [dynmoe_tutel.__file__, dynmoe_tutel.kernels.__file__], "shape
 
 
 def test_importing_is_light(python: Callable[[str], dict], record_property: Callable[[str, object], None]) -> None:
-    """Nothing heavy is imported or so much as looked for; the time is reported, not judged."""
+    """Nothing heavy is imported or even searched for; the time is reported, not judged."""
     found = python(
         f"""
 import time, torch

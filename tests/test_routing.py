@@ -1,4 +1,4 @@
-"""Properties of `Routing` on random ragged assignments: stable, its two directions inverse, equal to the oracle's."""
+"""Properties of `Routing` on random ragged assignments: stable order, inverse directions, equal to the oracle's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gates(draw: st.DrawFn) -> tuple[Tensor, oracle.Gate]:
 
 
 def check_index(routing: Routing, assigned_TE: Tensor) -> None:
-    """The index arrays of `routing` are the oracle's for `assigned_TE`, in int32, and agree among themselves."""
+    """Assert that the index arrays of `routing` are the oracle's for `assigned_TE`, int32, and consistent."""
     T, E = assigned_TE.shape
     for field, values in oracle.index(assigned_TE).items():
         assert torch.equal(getattr(routing, field), torch.tensor(values, dtype=torch.int32)), field
@@ -175,7 +175,7 @@ def test_bad_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [None, 3, "a", [1.0], torch.ones(3, device="meta"), torch.ones(3).cfloat()], ids=repr)
 def test_what_is_no_tensor_of_this_device_is_refused_by_name(value: object) -> None:
-    """As the last argument of each: by ValueError, where attributes were asked of it or the dispatcher complained."""
+    """As the last argument of each: a ValueError, where there was an AttributeError or the dispatcher's error."""
     x, w, G, assigned = torch.ones(4, 8), torch.ones(8, 3), torch.zeros(3), torch.ones(4, 3).bool()
     routing = Routing.from_assignments(assigned)
     calls = {

@@ -1,4 +1,4 @@
-"""Padding in a batch: a layer with `token_mask` does what it does to the real tokens alone."""
+"""Padding in a batch: a layer with `token_mask` computes the same as on the real tokens alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUMS = ("counts", "k_histogram", "tokens", "unrouted_tokens", "unrouted_sum", "u
 
 
 class Assigns(nn.Module):
-    """A custom gate that returns a routing: experts of positive logits, which some tokens have none of."""
+    """A custom gate that returns a routing: the experts with positive logits; some tokens have none."""
 
     def __init__(self, weighted: bool, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def some_mask() -> Tensor:
 
 
 def run(layer: Any, x: Tensor, d_y: Tensor, mask: Tensor | None = None, **given: Any) -> tuple[Tensor, dict, dict]:
-    """Output, auxiliary terms, and gradients of x and of every parameter, of the output and all terms."""
+    """Output, auxiliary terms, and the gradients of both in x and every parameter."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     y = layer(x, token_mask=mask, **given)
@@ -106,7 +106,7 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("held", [50.0, math.nan], ids=["large", "nan"])
 def test_padding_changes_nothing(held: float, gate: str, capacity: str, training: bool) -> None:
-    """Output, gradients, every auxiliary term and the record are those of the real tokens alone."""
+    """Output, gradients, auxiliary terms and the record equal those of the real tokens alone."""
     x, d_y, mask = tokens(), tokens(seed=1), some_mask()
     x[~mask] *= held
     padded, alone = (layer_with(gate, capacity=capacity).train(training) for _ in range(2))
@@ -223,8 +223,8 @@ def test_kept_unrouted_tokens_are_real_ones() -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_a_bounded_capacity_is_for_real_tokens(gate: str) -> None:
-    """The rows are a factor of all tokens, padding too, which is what a static shape can be; padding takes none of
-    them: the same assignments are dropped as from the real tokens alone with as many rows."""
+    """The rows are a factor of all tokens including padding, since the shape is static; but padding takes no row: the
+    layer drops the same assignments as from the real tokens alone with as many rows."""
     x, d_y, mask = tokens(), tokens(seed=1), some_mask()
     n, rows = int(mask.sum()), 4
     padded = layer_with(gate, capacity=(rows - 0.5) / T)
@@ -319,7 +319,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("mask", "got"), BAD.values(), ids=BAD)
 def test_bad_masks(mask: Any, got: str) -> None:
-    """The message says what came and what is allowed, and nothing was recorded."""
+    """The message names the value and what is allowed, and nothing is recorded."""
     layer, x = layer_with(), tokens().view(2, 13, D)
     for call in (layer, layer.route):
         with pytest.raises(ValueError, match="token_mask must be bool") as error:

@@ -23,7 +23,7 @@ def layer_with(gate: str = "top_any", experts: dict[str, Any] | None = None, **o
 
 
 def tokens() -> Tensor:
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(32))  # no cosine is near 0, the thresholds
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(32))  # no cosine is near the thresholds, 0
 
 
 @pytest.mark.parametrize("gate", ["top_any", "top"])
@@ -36,7 +36,7 @@ class TestHooks:
         assert calls == [1]
 
     def test_pruned_weights_are_computed_anew(self, gate: str) -> None:
-        """torch.nn.utils.prune masks in a forward pre-hook: without it the first masked copy would be used for ever."""
+        """torch.nn.utils.prune masks in a forward pre-hook: without the hook, the first masked copy would stay."""
         layer = layer_with(gate)
         prune.l1_unstructured(layer.experts, "batched_fc2_w", 0.5)
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -66,7 +66,7 @@ def test_an_activation_that_makes_no_tensor(made: Any) -> None:
 
 @pytest.mark.parametrize("gate", ["top_any", "top"])
 def test_forward_mode_is_refused(gate: str) -> None:
-    """The operations have no forward derivative, and torch would take it for zero."""
+    """The operations have no forward derivative, and torch would silently use zero."""
     layer, x = layer_with(gate).requires_grad_(False), tokens()
     with pytest.raises(NotImplementedError, match="only backward"):
         torch.func.jvp(layer, (x,), (x,))

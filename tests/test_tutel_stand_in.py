@@ -1,4 +1,4 @@
-"""The stand-in for Tutel: what is there, that it comes and goes without a trace, and collectives over two processes."""
+"""The stand-in for Tutel: its content, its traceless installation and removal, and collectives over two processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def single(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer_of(kind: str, max_expert_num: int = 4) -> Any:
-    """A layer as upstream's scripts build it."""
+    """A layer built as in upstream's scripts."""
     from tutel import moe as tutel_moe
 
     return tutel_moe.moe_layer(
@@ -185,7 +185,7 @@ def test_tutel_itself_is_never_hidden(code: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_named_tutel_is_not_tutel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tutel").mkdir()  # as beside the experiments of the repository that DynMoE was published in
+    (tmp_path / "tutel").mkdir()  # as beside the experiments in DynMoE's repository
     monkeypatch.syspath_prepend(str(tmp_path))
     assert not tutel_stand_in.tutel_is_importable()
     folder = importlib.import_module("tutel")
@@ -267,7 +267,7 @@ def test_collectives_of_one_process_return_their_input() -> None:
         assert torch.equal(x.grad, torch.ones_like(x))
 
 
-# Two processes: every collective against the same on the list of both ranks' tensors
+# Two processes: every collective against the same operation on the list of both ranks' tensors
 
 SHAPE = (4, 6, 8)
 WORLD = 2

@@ -86,7 +86,7 @@ class TestTraining:
             y.sum().backward()
 
     def test_d9_a_pruned_slot_gets_no_gradient(self) -> None:
-        """Upstream's norm term pulled at inactive columns too, which then moved through Adam."""
+        """Upstream's norm term also pulled at inactive columns, and Adam then moved them."""
         layer = six_slots(4, aux_losses=dict.fromkeys(TERMS, 1.0))
         assert update(layer, axes(0, 1, 3)) == [(2, "pruned")]
         y = layer(axes(0, 1, 2, 3))
@@ -96,7 +96,7 @@ class TestTraining:
         assert all(parameter.grad[index].any() for parameter, index in layer.slot_parameters(3))
 
     def test_d20_layers_of_several_types_in_one_process(self) -> None:
-        """Upstream's kernels were compiled for the first dtype that came."""
+        """Upstream compiled its kernels for the first dtype that it met."""
         for dtype in (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float32):
             case = make_case(dtype=dtype)
             tolerance = 4e-3 if dtype.itemsize == 2 else FP32
@@ -120,7 +120,7 @@ class TestTraining:
                 assert torch.equal(torch.as_tensor(result[name]), torch.as_tensor(value)), name
 
     def test_s3_the_auxiliary_loss_survives_gradient_checkpointing(self) -> None:
-        """A recompute must not put the loss of its own graph in the place of the forward's."""
+        """A recompute must not replace the forward's loss with the loss of its own graph."""
         results = []
         for wrap in (False, True):
             case = make_case(aux_losses=dict.fromkeys(TERMS, 1.0))
@@ -191,7 +191,7 @@ class TestUpdates:
         assert layer.num_global_experts == len(active(layer)) == 1
 
     def test_d8_a_grown_expert_copies_its_nearest(self) -> None:
-        """Upstream left in the slot what lay there. Unrouted tokens near axis 1 (cosine 0.45): slot 1 is the parent."""
+        """Upstream kept the slot's old weights. Unrouted tokens are near axis 1 (cosine 0.45): slot 1 is the parent."""
         layer = six_slots()
         x = axes(1) * 0.45 + axes(6) * 0.89
         assert update(layer, axes(0, 1, 2), x) == [(3, "grown")]
@@ -252,7 +252,7 @@ class TestRecords:
             assert not (isinstance(value, Tensor) and value.requires_grad)
 
     def test_d12_eval_forwards_are_not_recorded(self) -> None:
-        """Upstream recorded in eval: the held-out set decided what was pruned."""
+        """Upstream recorded in eval: the held-out set decided which experts to prune."""
         layer = build()
         layer.begin_record_routing()
         layer.eval()(axes(0, 1, 6))
@@ -374,7 +374,7 @@ class TestConstruction:
 
     @pytest.mark.parametrize("kind", ["top", "top_any"])
     def test_d23_gshard_loss_needs_no_third_argument(self, kind: str) -> None:
-        """Upstream's function gained a required argument and stayed a default of its callers."""
+        """Upstream's function gained a required argument, but its callers still used it as a default."""
         score_TE, first_TE = torch.full((4, 2), 0.5), F.one_hot(torch.tensor([0, 0, 0, 1]), 2)
         assert float(losses.gshard_loss(score_TE, first_TE)) == 2 / 16 * (2 * 3 + 2 * 1)
         layer = build(kind, is_gshard_loss=True)
@@ -473,7 +473,7 @@ class TestCheckpoints:
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
     def test_d18_upstream_s_counts_may_be_missing(self, caplog: pytest.LogCaptureFixture) -> None:
-        """As where a pretrained dense model was copied into every expert, biases [E, 1, H]."""
+        """As after copying a pretrained dense model into every expert, with biases [E, 1, H]."""
         saved, state = self.saved(3, 6)
         state = {name: value for name, value in state.items() if "num_global_experts" not in name}
         state["experts.batched_fc1_bias"] = state["experts.batched_fc1_bias"].unsqueeze(1)
@@ -485,7 +485,7 @@ class TestCheckpoints:
         assert torch.equal(layer.eval()(axes(0, 6)), saved.eval()(axes(0, 6)))
 
     def test_d18_a_missing_count_is_that_of_the_mask(self) -> None:
-        """The mask says who is active; a count kept from the layer would contradict it."""
+        """The mask tells which slots are active; a count kept from the layer would contradict it."""
         _, state = self.saved(5, 6)
         del state["_num_global_experts"]
         layer = six_slots(2)

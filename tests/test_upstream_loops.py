@@ -1,7 +1,7 @@
-"""Training loops as upstream's experiments write them, on BERT and ViT of `transformers` with random weights.
+"""Training loops in the style of upstream's experiments, on BERT and ViT of `transformers` with random weights.
 
-The model's FFN becomes an MoE layer by upstream's constructor call, a window is recorded over a part of each epoch, and
-`adaptive_update_experts()` ends it; experts grow and are pruned as the oracle says from the tokens of the window.
+Upstream's constructor call turns the model's FFN into an MoE layer. A window covers a part of each epoch, and
+`adaptive_update_experts()` ends it; growth and pruning match the oracle on the window's tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TUTEL = pytest.param("tutel", marks=pytest.mark.skipif(find_spec("tutel") is Non
 
 @pytest.fixture(params=["dynmoe_tutel", TUTEL])
 def tutel_moe(request: pytest.FixtureRequest) -> Any:
-    """What an experiment imports as `tutel_moe`: this package's module, and Tutel's with the gates registered."""
+    """The module to import as `tutel_moe`: this package's, or Tutel's with the gates registered."""
     if request.param == "dynmoe_tutel":
         from dynmoe_tutel import moe
 
@@ -51,7 +51,7 @@ class DropoutGelu(nn.Module):
 
 
 def moe_of(moe: Any, fc1: nn.Linear, fc2: nn.Linear, gate: str) -> Any:
-    """A layer of full copies, as `bert_to_MoE` builds it (without its divided bias)."""
+    """A layer of full copies as in `bert_to_MoE` (without its divided bias)."""
     layer = moe.moe_layer(
         gate_type={"type": gate, "max_expert_num": SLOTS, "fp32_gate": True, "adaptive_experts": True},
         experts={
@@ -147,7 +147,7 @@ def test_experts_change_as_the_oracle_says(build: Any, gate: str, tutel_moe: Any
                     layer.begin_record_routing()
                     seen[i].clear()
                 model.eval()
-                model(**batches[0])  # the window knows nothing of it
+                model(**batches[0])  # the window does not record this
                 model.train()
             loss = model(**batch).loss
             l_aux = sum(layer.l_aux for layer in layers)
@@ -170,10 +170,10 @@ def test_experts_change_as_the_oracle_says(build: Any, gate: str, tutel_moe: Any
 
 
 def check_update(layer: Any, window: list[tuple[Tensor, oracle.Gate]]) -> None:
-    """One update against the rule of the design, section 3, on the oracle's assignments of the window's tokens.
+    """One update against the rule in the design, section 3, on the oracle's assignments of the window's tokens.
 
-    The window follows many steps of training, which no other processor repeats: where a decision lies within the margin
-    of the design, the layer's own is taken."""
+    The window follows many training steps, which no other processor repeats exactly: for a decision within the design's
+    margin, the layer's own is taken."""
     before, experts = oracle_gate(layer.gates[0]), layer.experts.batched_fc1_w.detach().clone()
     count_E, lost_D, lost = torch.zeros(SLOTS, dtype=torch.int64), torch.zeros(D, dtype=torch.float64), 0
     doubt_E = torch.zeros(SLOTS, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""timm without torchvision: `import_timm` gives timm where torchvision is absent, by a stand-in that leaves no trace.
+"""timm without torchvision: `import_timm` imports timm with a stand-in for torchvision that leaves no trace.
 
-timm imports torchvision at import time, for transforms, data sets and a frozen normalisation; its models need none of
-them. The stand-in answers every `import torchvision...` with modules of empty classes while timm is imported, and then
-takes itself out of `sys.meta_path` and `sys.modules`, so that nobody else believes torchvision is installed.
+timm imports torchvision for transforms, data sets and a frozen normalisation; its models need none of them. During the
+import of timm, the stand-in answers every `import torchvision...` with modules of empty classes. Then it removes itself
+from `sys.meta_path` and `sys.modules`, so that no other package believes torchvision is installed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_timm() -> types.ModuleType:
-    """timm, with torchvision where it is installed; the calling module is skipped where timm is not."""
+    """Import timm, with torchvision if installed; skip the calling module if timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed: pip install 'dynmoe_tutel[vision]'", allow_module_level=True)
     if importlib.util.find_spec(NAME) is not None:

@@ -1,4 +1,4 @@
-"""What the tests of the controller share: a small model whose slots answer to axes, and a step of its training."""
+"""Shared by the controller's tests: a small model whose slots answer to axes, and a training step."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def active_slots(layer: Any, gate: int = 0) -> list[int]:
 
 
 def slot_mask(name: str, parameter: Tensor, slots: list[int]) -> Tensor:
-    """True at the entries of `slots`, by the shapes that the design fixes; nothing for other parameters."""
+    """True at the entries of `slots`, by the shapes in the design; False for other parameters."""
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if name.endswith("sim_matrix"):
         mask[:, slots] = True
@@ -87,7 +87,7 @@ def slot_mask(name: str, parameter: Tensor, slots: list[int]) -> Tensor:
 
 
 def recording_policy(seen: list[tuple[int, list[int]]]) -> Callable[..., Decision]:
-    """A policy that changes nothing and notes (tokens, counts) of every window."""
+    """A policy that changes nothing and records (tokens, counts) of every window."""
 
     def note(record: Any, active: Tensor, free_slots: int, silent: list[int]) -> Decision:
         seen.append((int(record.tokens), record.counts.tolist()))

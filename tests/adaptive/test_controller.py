@@ -40,7 +40,7 @@ class TestWindows:
         ],
     )
     def test_a_window_holds_the_forwards_of_its_steps(self, schedule: dict[str, int], windows: list[int]) -> None:
-        """Batch sizes are powers of two, so the number of tokens tells which forwards were recorded."""
+        """Batch sizes are powers of two, so the token count tells which forwards were recorded."""
         seen: list[tuple[int, list[int]]] = []
         model = Net()
         controller = ExpertController(model, None, schedule, recording_policy(seen))
@@ -120,7 +120,7 @@ class TestUpdates:
         assert controller.state_dict()["values"]["gates"]["mlp.gates.0"]["silent_windows"] == [0] * SLOTS
 
     def test_a_layer_keeps_an_expert_when_all_are_silent(self) -> None:
-        """Regression for upstream's defect D3: every silent expert was pruned, the last one too."""
+        """Regression for upstream's defect D3: it pruned every silent expert, even the last one."""
         model = Net(experts=3)
         controller = ExpertController(model, None, 1)
         opposite = torch.cat([near(5), near(5, sign=-1)])
@@ -142,7 +142,7 @@ class TestUpdates:
         assert controller.events[-1].experts == len(active_slots(model.mlp))
 
     def test_opposite_unrouted_tokens_cancel(self) -> None:
-        """Regression for upstream's defect D13: the zero sum became a NaN column of the gate."""
+        """Regression for upstream's defect D13: a zero sum became a NaN column of the gate."""
         model = Net()
         controller = ExpertController(model, None, 1)
         events = train(model, None, controller, torch.cat([near(0, 1), near(5), near(5, sign=-1)]))
@@ -163,7 +163,7 @@ class TestUpdates:
         controller = ExpertController(model, None, 1, patience=2)
         silent, busy = near(0), near(0, 1)
         assert [train(model, None, controller, x) for x in (silent, busy, silent)] == [[], [], []]
-        controller.step()  # an empty window says nothing about a slot
+        controller.step()  # an empty window tells nothing about a slot
         [event] = train(model, None, controller, silent)
         assert (event.slot, event.action) == (1, "pruned")
         assert event.reason == "no assignment in 4 tokens of the window, nor in the 1 before"
@@ -330,7 +330,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_decide_as_one(tmp_path: Path) -> None:
-    """Regression for upstream's defect D7: a rank without unrouted tokens stayed away from the reduction."""
+    """Regression for upstream's defect D7: a rank without unrouted tokens skipped the reduction."""
     spawn_ranks(_rank, (2, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(ranks[0], ranks[1])

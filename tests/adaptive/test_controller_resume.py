@@ -1,4 +1,4 @@
-"""A resumed controller goes on bitwise, and refuses a state that is not its own."""
+"""A resumed controller continues bitwise and refuses another controller's state."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _resumable_run(directory: Path, start: int = 0, save_at: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Steps `start` to 38 on data whose clusters move; loads what an earlier run saved there, saves at `save_at`.
+    """Run steps `start` to 38 on data whose clusters move; load an earlier run's save at `start`, save at `save_at`.
 
-    A resumed run starts from other seeds than the first, so that whatever it does not load differs.
+    A resumed run has other seeds than the first, so that everything it does not load differs.
     """
     torch.manual_seed(start)
     model = Net(experts=3)
@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 
 
 class TestResume:
-    # 11: a window has just opened; 15: after an update, before the next window; 18: in the middle of a window
+    # 11: a window has just opened; 15: between an update and the next window; 18: in the middle of a window
     @pytest.mark.parametrize("save_at", [11, 15, 18])
     def test_twenty_steps_after_a_resume_are_bitwiseassert_same(
         self, uninterrupted: tuple[Path, dict[str, Any]], save_at: int

@@ -1,4 +1,4 @@
-"""What an update resets in the state of optimizers, and what it leaves alone."""
+"""An update resets the right part of the optimizers' state and leaves the rest alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TestOptimizers:
             for key, value in state.items():
                 if key != "step":
                     value.fill_(7.0)
-        model(batch).sum().backward()  # lr is 0: the step below changes moments only, of active slots
+        model(batch).sum().backward()  # lr is 0: the step below changes only the moments of active slots
         reference = {id(p): dict(optimizer.state[p]) for p in model.parameters()}
         optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
         model.zero_grad()
@@ -132,7 +132,7 @@ class TestOptimizers:
     def test_averages_and_copies_take_the_new_value_and_unknown_state_is_warned_of(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Of SGD's average and of schedule-free optimizers' z, zero would be a weight."""
+        """SGD's average and a schedule-free optimizer's z are weights, so zero would be wrong."""
         model = Net(experts=2)
         optimizer = torch.optim.ASGD(model.parameters(), lr=1e-3)
         controller = ExpertController(model, optimizer, 1)

@@ -1,4 +1,4 @@
-"""The decisions of a record window, from records built by hand."""
+"""The policy's decisions on hand-made records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Record:
 
 
 def record_of(counts: list[int], tokens: int, unrouted: Tensor | None = None, keep: int = 0) -> Record:
-    """The record of `tokens` tokens, those in `unrouted` [n, D] without an expert."""
+    """A record of `tokens` tokens, of which those in `unrouted` [n, D] have no expert."""
     record = Record(torch.tensor(counts), torch.tensor(tokens), keep_tokens=keep)
     if unrouted is not None:
         record.unrouted_sum = unrouted.float().sum(0)
@@ -45,7 +45,7 @@ def decide(policy: DynMoEPolicy, record: Record, active: list[int], silent: list
 
 
 def clusters(directions: Tensor, each: int | list[int], noise: float = 0.1, seed: int = 0) -> Tensor:
-    """Tokens of different lengths scattered around each of `directions` [C, D], shuffled."""
+    """Shuffled tokens of different lengths, scattered around each of `directions` [C, D]."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [each] * len(directions) if isinstance(each, int) else each
     centres = directions.repeat_interleave(torch.tensor(sizes), 0)
@@ -106,10 +106,10 @@ class TestGrow:
         assert len(decision.prune) == len(decision.grow) == 1
 
     def test_opposite_tokens_that_cancel_grow_nothing(self) -> None:
-        """Regression for upstream's defect D13: a zero sum divided by its norm gave a NaN column."""
+        """Regression for upstream's defect D13: dividing a zero sum by its norm gave a NaN column."""
         x = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
         record = record_of([5, 0], 200, torch.cat([x, -x]))
-        record.unrouted_sum += 1e-5 * torch.ones(D)  # what fp32 sums in another order may leave over
+        record.unrouted_sum += 1e-5 * torch.ones(D)  # the rounding error of fp32 sums in another order
         assert decide(DynMoEPolicy(), record, [1, 0]).grow == []
 
     def test_nearly_opposite_tokens_still_have_a_direction(self) -> None:
@@ -152,7 +152,7 @@ class TestSeveral:
         assert len(decision.grow) == 1
 
     def test_opposite_clusters_give_two_experts(self) -> None:
-        """Their sum cancels, which is no reason to serve neither."""
+        """Their sum cancels, but both clusters still get an expert."""
         x = clusters(torch.eye(D)[:1], 40)
         decision = decide(DynMoEPolicy(max_new_experts=2), record_of([9, 0, 0], 99, torch.cat([x, -x]), 128), [1, 0, 0])
         (first, _), (second, _) = decision.grow

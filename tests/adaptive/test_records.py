@@ -1,4 +1,4 @@
-"""`RoutingRecord`: what a window sums, sampling, saving, and the windows of a layer."""
+"""`RoutingRecord`: the sums of a window, sampling, saving, and a layer's windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUMS = ("counts", "k_histogram", "tokens", "unrouted_tokens", "unrouted_sum", "u
 
 
 def layer_with(gate: Any = None, **given: Any) -> Any:
-    """Thresholds are such that some tokens are unrouted."""
+    """A layer whose thresholds leave some tokens unrouted."""
     gate = {"type": "top_any", "max_expert_num": E} if gate is None else gate
     layer = moe.moe_layer(gate, D, {"num_experts_per_device": 4, "hidden_size_per_expert": 5}, seeds=(1, 2), **given)
     with torch.no_grad():
@@ -71,7 +71,7 @@ class TestSums:
             assert torch.allclose(getattr(parts, name).double(), getattr(whole, name).double(), rtol=1e-5), name
 
     def test_eval_fallbacks_count_as_assignments_and_as_unrouted(self) -> None:
-        """counts are what the experts did; unrouted tokens and k are what the thresholds said."""
+        """Counts include fallbacks; unrouted tokens and k follow the thresholds alone."""
         layer, x_TD = layer_with().eval(), tokens()
         record = RoutingRecord(E, D)
         routing = layer.route(x_TD)
@@ -88,7 +88,7 @@ class TestSums:
         assert torch.equal(record.unrouted_sum, x_TD[2])
 
     def test_nothing_of_the_graph_is_kept(self) -> None:
-        """Regression: a record that holds x with its graph keeps all activations of the window alive."""
+        """Regression: a record that held x with its graph kept all activations of the window alive."""
         layer, kept = layer_with(), []
         layer.begin_record_routing()
         layer.record.keep_tokens = 5
@@ -258,7 +258,7 @@ class TestWindowsOfALayer:
         assert int(layer.record.tokens) == 4
 
     def test_what_is_read_does_not_change_with_later_forwards(self) -> None:
-        """Experiments keep the records of a window while the next one runs."""
+        """Experiments keep a window's records while the next window runs."""
         layer = layer_with()
         layer.begin_record_routing()
         layer(tokens())
@@ -269,7 +269,7 @@ class TestWindowsOfALayer:
         assert torch.equal(sample, saved[1])
 
     def test_eval_forwards_only_if_asked(self) -> None:
-        """Regression for upstream's defect D12: test data was counted into the statistics."""
+        """Regression for upstream's defect D12: the statistics included test data."""
         layer, x_TD = layer_with(), tokens()
         layer.begin_record_routing()
         layer.eval()(x_TD)

@@ -17,9 +17,9 @@ class TestSchedule:
             (Schedule(every=5, window=5, stop=14), [(0, 5), (5, 10)]),
             (Schedule(every=5, window=2), [(3, 5), (8, 10), (13, 15), (18, 20)]),
             (Schedule(every=5, window=1, stop=10), [(4, 5), (9, 10)]),
-            (Schedule(every=6, start=3), [(3, 9), (9, 15), (15, 21)]),  # before step 3 no whole window fits
+            (Schedule(every=6, start=3), [(3, 9), (9, 15), (15, 21)]),  # no whole window fits before step 3
             (Schedule(every=6, window=2, start=3), [(1, 3), (7, 9), (13, 15), (19, 21)]),
-            (Schedule(every=9, window=3, start=6), [(3, 6), (12, 15)]),  # DynMoE-DeepSpeed's, in hundreds
+            (Schedule(every=9, window=3, start=6), [(3, 6), (12, 15)]),  # DynMoE-DeepSpeed's schedule, in hundreds
             (Schedule(every=1), [(i, i + 1) for i in range(21)]),
             (Schedule(every=7, window=3, start=17), [(14, 17)]),
         ],

@@ -1,4 +1,4 @@
-"""Growing and pruning by the layer's own methods, against the oracle's adaptive process."""
+"""Growing and pruning by the layer's methods, against the oracle's adaptive process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def update_case(seed: int, kind: str = "ffn", batches: int = 3, T: int = 5) -> t
     """A layer of six slots and a window of a few small batches: some experts silent, some tokens unrouted."""
     case = make_case(E=6, active=ACTIVE[seed % len(ACTIVE)], G=(0.1, 0.5), kind=kind, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    T = 40 if seed == 9 else T  # nothing silent, no slot free
+    T = 40 if seed == 9 else T  # no silent expert, no free slot
     window = [torch.randn(T, case.x.shape[1], generator=generator) for _ in range(batches)]
     assert margin(torch.cat(window).double(), case.gate) >= MARGIN
     return case, window
@@ -29,7 +29,7 @@ def update_case(seed: int, kind: str = "ffn", batches: int = 3, T: int = 5) -> t
 @pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_update_is_the_oracle_s(seed: int, kind: str) -> None:
-    """Mask, routing vectors, thresholds, the copied expert, the counts and what is reported; the rest stays bitwise."""
+    """Mask, routing vectors, thresholds, copied expert, counts and report match; everything else stays bitwise."""
     case, batches = update_case(seed, kind)
     layer, names = case.layer, LLAMA if kind == "llama_ffn" else FFN
     before = copy.deepcopy(layer.state_dict())
@@ -58,7 +58,7 @@ def test_an_update_is_the_oracle_s(seed: int, kind: str) -> None:
 
 
 def test_the_updates_above_are_of_every_kind() -> None:
-    """(pruned, grew, into a slot that it pruned): among them all that can happen."""
+    """The updates above cover every combination of (pruned, grew, grew into a slot that it pruned)."""
     seen = set()
     for seed in SEEDS:
         case, batches = update_case(seed)

@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation of the Triton kernels: all are compiled and judged, and what is wrong is found.
+"""Ahead-of-time compilation of the Triton kernels: it compiles and judges all of them, and finds the wrong ones.
 
-The process of the tests may run Triton's interpreter, under which nothing compiles: each compilation has its own.
+The test process may run Triton's interpreter, in which nothing compiles, so each compilation has its own process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def arguments_kernel(tensor, none, one, sixteen, seventeen, large, flag, ratio, 
 
 
 def python(code: str, directory: Path, **environment: str) -> str:
-    """What the code prints, without Triton's interpreter, with kernels of the module `toys` at hand."""
+    """Run the code without Triton's interpreter, with the kernels of module `toys`; return what it prints."""
     (directory / "toys.py").write_text(TOYS)
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), str(directory)])
@@ -80,7 +80,7 @@ def python(code: str, directory: Path, **environment: str) -> str:
 
 
 def toy(call: str, tmp_path: Path, arch: str = "sm_90", module: str = "toys") -> dict:
-    """The report and the judgement of the one launch that `call` makes."""
+    """The report and judgement of the one launch that `call` makes."""
     code = f"""
 with record.recording() as found:
     {call}
@@ -93,7 +93,7 @@ print(json.dumps({{**asdict(report), "problems": aot.judge(report)}}))
 
 @pytest.mark.slow
 def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None:
-    """What `make test` guards: no spill, no overflow of shared memory, matrix instructions; for four architectures."""
+    """`make test` guards this: no spill, no overflow of shared memory, matrix instructions; four architectures."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.aot", "--jobs", "1", "--out", str(tmp_path / "reports.json")]
     done = subprocess.run(command, cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -114,14 +114,14 @@ def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None
         assert all(r["matrix"]["wgmma"] for r in reports if (r["arch"], r["kernel"]) == ("sm_90", name))
 
 
-# of the widest reduction and of fixed-k gates alone: compiled by --all
+# only for the widest reduction and fixed-k gates: --all compiles it
 NOT_IN_THE_SET = {"sum_parts_kernel"}
 
 
 class TestJudgement:
     @pytest.mark.parametrize(("arch", "N"), [("sm_90", 2**14), ("gfx942", 2**16)])
     def test_a_spilling_kernel(self, arch: str, N: int, tmp_path: Path) -> None:
-        """In one warp these are 512 and 1,024 values a thread; there are 255 and 512 registers."""
+        """One warp needs 512 and 1,024 values per thread but has 255 and 512 registers."""
         tensors = "*(torch.empty(65536, device='meta'),) * 2"
         found = toy(f"toys.spilling_kernel[(1,)]({tensors}, {N}, num_warps=1)", tmp_path, arch)
         assert found["spilled"] > 0
@@ -140,7 +140,7 @@ print(json.dumps([aot.judge(report), aot.judge(replace(report, arch="sm_90")),
 
     @pytest.mark.parametrize("rows", [16, 64])
     def test_wgmma_is_asked_of_the_expert_networks_on_sm_90(self, rows: int, tmp_path: Path) -> None:
-        """With 64 rows and 4 warps the compiler uses it, with 16 it cannot; two warps never make a warpgroup."""
+        """The compiler uses wgmma with 64 rows and 4 warps; 16 rows are too few, and two warps are no warpgroup."""
         call = "toys.matrix_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, {})"
         found = toy(call.format(f"{rows}, num_warps=4"), tmp_path, module="gemm_kernels")
         assert bool(found["matrix"]["wgmma"]) == (rows >= 64)
@@ -165,7 +165,7 @@ print(json.dumps([aot.judge(r) for r in variants]))
 
     @pytest.mark.parametrize("reduced", [False, True])
     def test_rows_that_are_stored_element_by_element(self, reduced: bool, tmp_path: Path) -> None:
-        """What the epilogues did: a first column out of a reduction, of which the compiler knows no alignment."""
+        """The epilogues once did this: the compiler knows no alignment of a first column that a reduction gives."""
         call = (
             f"toys.rows_kernel[(1,)](*(torch.empty(64, 64, device='meta', dtype=torch.bfloat16),) * 2, 64, {reduced})"
         )
@@ -201,7 +201,7 @@ print(json.dumps([status, slept, tools]))
 
 
 class TestABusyMachine:
-    """A tool that could not be started made the kernel "wrong: does not compile"."""
+    """Regression: if a tool could not start, the kernel was "wrong: does not compile"."""
 
     @pytest.mark.parametrize("tool", ["ptxas", "cuobjdump"])
     @pytest.mark.parametrize("times", [2, 99])
@@ -219,7 +219,7 @@ class TestABusyMachine:
         assert ("NOT STARTED sm_90 matrix_kernel" in text) == (times == 99)
 
     def test_one_that_waited_in_vain_is_followed_by_single_tries(self, tmp_path: Path) -> None:
-        """Until the machine gives again."""
+        """The single tries last until a tool starts again."""
         code = """
 from benchmarks.common import patience
 slept, calls = [], []
@@ -239,7 +239,7 @@ print(json.dumps([[bool(r.not_started) for r in found], [bool(r.error) for r in 
         assert slept == [0.5, 2.0, 8.0] * 2
 
     def test_a_process_that_ends_is_no_wrong_kernel(self, tmp_path: Path) -> None:
-        """Of several processes: what it had not said is compiled by another, or is not judged."""
+        """Another process compiles the kernels that it had not reported, or they are not judged."""
         (tmp_path / "ending.py").write_text("""
 import os, signal
 from benchmarks import aot
@@ -264,8 +264,8 @@ print(json.dumps([[r.kernel, bool(r.not_started), aot.judge(r)] for r in found])
 
 
 def test_what_is_wrong_is_the_exit_status(tmp_path: Path) -> None:
-    """The command itself: 0 where all is right, else the number of kernels with a spill, an overflow, without wgmma;
-    101 where nothing is known of some, and none is wrong."""
+    """The command returns the number of kernels with a spill, an overflow or no wgmma; 101 if some could not be judged
+    and none is wrong."""
     code = """
 right = aot.Report("sm_90", "gemm_kernels", "up_kernel", "bf16", "", 8, 128, 1024, 0, (aot.Dot(128, 128, 64, "bf16"),),
                    {"wgmma": 4})
@@ -329,7 +329,7 @@ def test_the_interpreter_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_entry_of_the_tuned_table_is_compiled(tmp_path: Path) -> None:
-    """For each entry there are operations that ask for exactly its bucket."""
+    """For each entry some operation uses exactly its bucket."""
     code = """
 from dynmoe_tutel.kernels.gpu import tiles
 asked, choose = set(), tiles.gemm
@@ -348,7 +348,7 @@ print(json.dumps(sorted(set(entries) - asked)))
 
 
 def test_numbers_that_change_every_step_make_no_new_kernel(tmp_path: Path) -> None:
-    """Rows, capacity and splits: 1 and multiples of 16 were kernels of their own, compiled in the middle of a run."""
+    """Regression: rows, capacities and splits of 1 or multiples of 16 compiled new kernels in the middle of a run."""
     code = """
 from dynmoe_tutel.kernels.gpu import dispatch_combine, gemm_kernels, ragged_index
 numbers = {"R", "capacity", "SPLIT", "S"}

@@ -1,4 +1,4 @@
-"""`make gpu`: it runs from a checkout, and where there is no GPU it says so; the runner of its parts."""
+"""`make gpu` runs from a checkout and says when there is no GPU; the runner of its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The sources alone, with the link to the kernels as it stands in a checkout."""
+    """A copy of only the sources, with the checkout's link to the kernels."""
     for name in ("dynmoe_tutel", "kernels", "benchmarks", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
@@ -83,7 +83,7 @@ class TestTime:
             assert ("--resume" in gpu._command(part, 100.0, again=True)) or not part.resumes or part.name == "tests"
 
     def test_what_a_part_does_not_use_the_next_ones_have(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Shares 0.2, 0.3, 0.5 of 100 s; the first takes 10 s of its 20, the second overruns by 3 s."""
+        """Shares 0.2, 0.3, 0.5 of 100 s; the first part takes 10 s of its 20, the second overruns by 3 s."""
         clock, used, limits = [1000.0], iter([10.0, 36.75, 50.0]), []
 
         def run(part: gpu.Part, limit: float, results: Path, again: bool = False) -> tuple[str, int]:
@@ -99,7 +99,7 @@ class TestTime:
 
 
 class TestCrashes:
-    """A benchmark that lost the device goes on in a fresh process; one that is done, and one that was ended, do not."""
+    """A benchmark that lost the device goes on in a fresh process; one that finished or was ended does not."""
 
     @pytest.mark.parametrize(
         ("statuses", "outcome"),
@@ -135,7 +135,7 @@ class TestCrashes:
     def test_a_part_that_fails_ends_no_other(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """And the exit status and the last lines tell."""
+        """The exit status and the last lines report the failure."""
         monkeypatch.setattr(gpu, "missing", lambda: None)
         good, bad = "print('good')", "raise SystemExit(1)"
         monkeypatch.setattr(gpu, "parts", lambda _: [*parts(0.3, code=bad), *parts(0.3, 0.4, code=good)[1:]])
@@ -150,7 +150,7 @@ class TestCrashes:
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each timer that was set, of which the shortest runs out when the file `begun` is there."""
+    """Records the seconds of each timer; the shortest timer fires once the file `begun` exists."""
     seconds: list[float] = []
 
     class Timer:
@@ -200,7 +200,7 @@ def test_b():
 def test_tests_that_overrun_say_what_failed(
     tmp_path: Path, begun: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They are interrupted first; the names of tests that pass are in the log alone."""
+    """They are interrupted first; only the log has the names of tests that pass."""
     (tmp_path / "test_x.py").write_text("def test_0(): pass\n" + TESTS)
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path))
     outcome, _ = gpu.run(gpu.Part("tests", command, 1.0, "log.txt", grace=22.0), 30.0, tmp_path)
@@ -216,7 +216,7 @@ def test_tests_that_overrun_say_what_failed(
 
 
 def test_what_a_part_leaves_behind_is_ended(tmp_path: Path) -> None:
-    """A child that keeps the pipe open."""
+    """The part leaves a child that keeps the pipe open."""
     code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {WAIT!r}]).pid)"
     outcome, _ = gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0, "log.txt"), PATIENCE, tmp_path)
     assert outcome == "passed"
@@ -225,7 +225,7 @@ def test_what_a_part_leaves_behind_is_ended(tmp_path: Path) -> None:
 
 
 def _is_gone(pid: int) -> bool:
-    """Ended, though perhaps not yet collected by whoever inherited it."""
+    """Whether it ended, even if its parent has not reaped it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
     except OSError:
@@ -248,7 +248,7 @@ class TestOptions:
     def test_results_that_cannot_be_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Where a file is in the way of the folder, and where a folder is in the way of a file."""
+        """A file is in the way of the folder, or a folder is in the way of a file."""
         monkeypatch.setattr(gpu, "missing", lambda: None)
         monkeypatch.setattr(gpu, "run", never)
         (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The benchmarks of kernels and of the layer on a GPU, as far as a machine without one can run them."""
+"""The GPU benchmarks of kernels and layer, as far as a machine without a GPU can run them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
 
 
 def _check_models(found: dict[str, dict[str, Any]]) -> None:
-    """Bytes and FLOPs at T 40, D 32, H 48, E 4 in fp32, counted by hand from what each kernel reads and writes."""
+    """Bytes and FLOPs at T 40, D 32, H 48, E 4 in fp32, counted by hand from each kernel's reads and writes."""
     tokens, weight, router = 4 * 40 * 32, 4 * 4 * 32 * 48, 4 * 40 * 4  # 5120, 24576, 640
     A = (found["dispatch"]["bytes"] - tokens) // (4 * 32 + 4)
     assert 30 < A < 90  # mean k 1.5
     rows_D, rows_H = 4 * A * 32, 4 * A * 48
     product = 2 * A * 32 * 48
     expected = {
-        # x, w; scores, a word of bits, a flag and a norm each
+        # x, w, scores; per token a word of bits, a flag and a norm
         "gate": (tokens + 4 * 32 * 4 + router + 8 * 40 + 40 + 4 * 40, 2 * 40 * 32 * 4),
         "index (bounded)": (8 * 40 + 4 * (2 * A + 40 + 4), 0),
         "dispatch": (tokens + rows_D + 4 * A, 0),
@@ -69,7 +69,7 @@ def _check_models(found: dict[str, dict[str, Any]]) -> None:
     }
     for name, numbers in expected.items():
         assert (found[name]["bytes"], found[name]["flops"]) == numbers, name
-    # rows, x, dy (for the bias), dx; scores, their gradient and that of the cosines; parts of the gate's gradient
+    # rows, x, dy (for the bias), dx, scores, the gradients of scores and cosines, parts of the gate's gradient
     rest = found["token gradient"]["bytes"] - (rows_D + 3 * tokens + 3 * router)
     assert rest % (4 * A) == 0
     assert rest > 0
@@ -89,24 +89,24 @@ class TestJudgement:
         assert (found["bound_by"], found["share_of_bound"]) == ("flops", pytest.approx(0.5))
 
     def test_what_is_not_finite_differs_wherever_it_is(self) -> None:
-        """A NaN in the second of two outputs: the maximum of a number and NaN may be the number."""
+        """A NaN in the second output: the maximum of a number and NaN may be the number."""
         good, bad = torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0])
         assert kernels.difference((good, good), (good, good)) == 0
         assert kernels.difference((good, bad), (good, good)) == float("inf")
         assert kernels.difference((bad, good), (good, good)) == float("inf")
         assert kernels.difference(good[:3], good) == float("inf")
-        assert kernels.difference(good[:0], good.new_empty(0, 5)) == 0  # an output that there is not
+        assert kernels.difference(good[:0], good.new_empty(0, 5)) == 0  # an empty output
         assert kernels.difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
         assert kernels.difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
 
     @pytest.mark.parametrize("name", GPU_SHAPES)
     def test_sets_of_tokens_do_not_fit_in_a_cache(self, name: str) -> None:
-        """Together at least 1.1 times the H200's 60 MB of L2, but where eight sets are less."""
+        """Together they take 1.1 times the H200's 60 MB of L2, unless eight sets are less."""
         shape = GPU_SHAPES[name]
         sets, tokens = kernels.sets_of_inputs(shape, torch.bfloat16), 2 * shape.T * shape.D
         assert 1 <= sets <= 8
         assert sets * tokens > 1.1 * 60e6 or sets == 8
-        if shape.T * shape.D >= 8 << 20:  # where the gate has a target
+        if shape.T * shape.D >= 8 << 20:  # the gate has a target here
             assert sets * tokens > 120e6
 
 
@@ -119,7 +119,7 @@ def _fake_results(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
 
 
 class TestRuns:
-    """Of shapes whose kernels are made up, without the plot, which takes a second."""
+    """Runs with made-up kernels, without the plot, which takes a second."""
 
     @pytest.fixture(autouse=True)
     def _unplotted(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ class TestRuns:
         assert seen == [1, 2]
 
     def test_a_lost_device_is_left_for_a_fresh_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Which goes on with the next shape."""
+        """The fresh process goes on with the next shape."""
         out = tmp_path / "x.json"
         monkeypatch.setattr(kernels, "measure", _fake_results)
         monkeypatch.setattr(kernels, "usable", lambda _: False)
@@ -209,7 +209,7 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_so() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
-    """All of them but Triton's own, on a CPU; each result is in the table."""
+    """All contestants except Triton's run on a CPU; each result is in the table."""
     shape = Shape(TINY.T, TINY.D, TINY.H, TINY.E, TINY.k, gated)
     cpu = torch.device("cpu")
     *_, result = layer_gpu.measure(shape, torch.float32, cpu, 2)
@@ -217,7 +217,7 @@ def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
     names = set(result["milliseconds"])
     assert {"bare", "dense", "loop", "grouped_mm", "ours, exact", "ours, bounded", "ours, full"} <= names
     assert result["relative_rms_to_loop"] < 1e-5
-    assert 0.9 < result["saved_over_bound"] < 3  # for so few tokens the scores and flags weigh more than 8 A
+    assert 0.9 < result["saved_over_bound"] < 3  # with so few tokens, scores and flags take more than 8 A
     assert result["skipped"] == {}
     assert set(result["peers"]) == {"ours", *peers.ADAPTERS}
     assert result["peers"]["ours"]["it_over_ours"] == 1
@@ -264,7 +264,7 @@ class TestPeers:
         assert "milliseconds" in found["ours"]
 
     def test_one_that_is_wrong_is_named_and_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Off by 3 %: the reason is in its place in the table."""
+        """It is off by 3 %: the table has the reason in place of its time."""
         monkeypatch.setattr(peers, "unavailable", lambda *_: None)
         timed = []
 
@@ -284,7 +284,7 @@ class TestPeers:
         assert "skipped: RuntimeError: its output differs" in lines[1]
 
     def test_every_peer_is_in_the_results(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Ours is measured once where no peer is, and again beside those that tune where one is."""
+        """Ours is measured once, and again if there is a peer that tunes."""
         cpu, measured = torch.device("cpu"), []
         ours = peers.ours
         monkeypatch.setattr(peers, "ours", lambda case: measured.append("ours") or ours(case))
@@ -329,7 +329,7 @@ class Products(TorchDispatchMode):
 
 class TestLayer:
     def test_time_against_assignments(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A made-up clock of 1 s and 10 ms an assignment; one token more takes 1 % more than the mean around it."""
+        """A made-up clock: 1 s plus 10 ms per assignment; the heavy token takes 1 % more than the mean around it."""
         rows: list[int] = []
         made = layer_gpu.Case
 
@@ -354,14 +354,14 @@ class TestLayer:
         assert r2 == pytest.approx(1 - (1 / 6) / (14 / 3))
 
     def test_flops_by_hand(self) -> None:
-        """20 rows of 3 by 5: two products of 2 * 20 * 15, three for gated experts, thrice with the backward."""
+        """20 rows of 3 by 5: two products of 2 * 20 * 15, three if gated, all times three with the backward."""
         assert Shape(10, 3, 5, 4, 2).flops(backward=False) == 1200
         assert Shape(10, 3, 5, 4, 2).flops(backward=True) == 3600
         assert Shape(10, 3, 5, 4, 2, gated=True).flops(backward=True) == 5400
 
     @pytest.mark.parametrize("gated", [False, True])
     def test_bare_and_dense_multiply_as_much_as_the_layer(self, gated: bool) -> None:
-        """Counted by torch; the layer's loop has the gate's products beside."""
+        """Counted by torch; the layer's loop also has the gate's products."""
         shape = Shape(64, 16, 24, 4, 2, gated)
         case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
         flops = replace(shape, k=case.rows / shape.T).flops(backward=True)
@@ -371,11 +371,11 @@ class TestLayer:
             assert counter.flops == flops
 
     def test_saved_by_hand(self) -> None:
-        """x, h and the index, and what else the backward of the CPU's operations keeps, over the first two and 8 A."""
+        """All that the CPU's backward keeps (x, h, the index and more), over x, h and 8 A."""
         shape = Shape(512, 64, 256, 4, 2)
         case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
         bound = 4 * 512 * 64 + 4 * case.rows * 256 + 8 * case.rows
-        # scores, bits, flags, norms; offsets; and what the loss keeps of the routing vectors
+        # scores, bits, flags, norms; offsets; the routing vectors' tensors that the loss keeps
         more = 512 * (4 * 4 + 8 + 1 + 4) + 4 * (512 + 1 + 4 + 1)
         assert 1 + more / bound <= case.saved_share() < 1 + (more + 8192) / bound
 
@@ -403,7 +403,7 @@ class TestLayer:
         assert failed == [("ours, exact", "CUDA out of memory")]
 
     def test_a_run_in_order_of_weight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Shapes with targets, the fit, other shapes, peers; what cannot run fails the run and ends nothing."""
+        """Shapes with targets, the fit, other shapes, peers; a failing step fails the run but does not end it."""
         order: list[str] = []
 
         def bad(*_: object) -> dict[str, Any]:
@@ -466,7 +466,7 @@ def test_nothing_is_tuned_without_a_gpu() -> None:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would be measured fails the test; Triton's interpreter seems to run."""
+    """Fail the test if anything is measured; pretend that Triton's interpreter runs."""
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("measured before the options were checked")
@@ -478,7 +478,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line in which the options are refused."""
+    """The one-line error that refuses the options."""
     with pytest.raises(SystemExit) as stopped:
         main(list(argv))
     assert stopped.value.code == 2
@@ -581,7 +581,7 @@ class TestOptions:
 
 
 def test_entries_of_other_shapes_stay_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under --out in a folder that is not there yet, then again."""
+    """Written with --out to a folder that does not exist yet, then again."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     out = tmp_path / "new" / "folder" / "x.json"
     for key in ("up/1", "linear/2"):
@@ -594,7 +594,7 @@ def test_entries_of_other_shapes_stay_in_the_table(tmp_path: Path, monkeypatch: 
 def test_time_that_is_up_before_the_first_shape(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """No empty table, and no success."""
+    """It writes no empty table and reports no success."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for module in (kernels, layer_gpu):
         monkeypatch.setattr(module, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})

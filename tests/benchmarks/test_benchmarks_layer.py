@@ -31,7 +31,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line in which the options are refused."""
+    """The one-line error that refuses the options."""
     with pytest.raises(SystemExit, match=r"^2$"):
         layer.main(argv)
     captured = capsys.readouterr()
@@ -93,7 +93,7 @@ class TestOptions:
     def test_results_that_the_table_would_overwrite(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """On a GPU, where a table is written beside the results."""
+        """On a GPU the benchmark writes a table beside the results."""
         monkeypatch.setattr(layer, "unable", lambda *_, **__: None)
         out = str(tmp_path / "x.md")
         assert "a file beside it has this name" in refused(capsys, "--device", "cuda", "--out", out)
@@ -114,7 +114,7 @@ def test_on_a_gpu_the_options_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_repeat_is_its_own_spread_in_a_folder_that_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny shape, from the command line to the file."""
+    """From the command line to the file, on a tiny shape."""
     monkeypatch.setattr(layer, "SHAPES", (TINY, replace(TINY, T=32)))
     out = tmp_path / "a" / "b" / "x.json"
     assert layer.main(["--dtype", "float32", "--shape", "1", "--repeats", "1", "--out", str(out)]) == 0
@@ -128,7 +128,7 @@ def test_one_repeat_is_its_own_spread_in_a_folder_that_is_made(tmp_path: Path, m
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_operations_are_recorded_for_the_types_that_the_layer_calls_them_with(gated: bool) -> None:
-    """Else what is compiled ahead is not what is launched: dtypes, shapes and what is None, argument by argument."""
+    """Otherwise other kernels compile ahead than launch: dtypes, shapes and None must match for every argument."""
     shape = Shape(64, 32, 48, 4, 2, gated)
     case = layer_gpu.Case(shape, torch.bfloat16, torch.device("cpu"))
     with Calls() as called:
@@ -151,7 +151,7 @@ def test_operations_are_recorded_for_the_types_that_the_layer_calls_them_with(ga
 
 
 def described(args: Sequence[Any]) -> list[Any]:
-    """Of a tensor its dtype and shape, of a group or list those of each, of None None, of another value its type."""
+    """A tensor's dtype and shape, those of each in a group or list, None for None, otherwise the value's type."""
 
     def of(a: Any) -> Any:
         if isinstance(a, torch.Tensor):
@@ -164,7 +164,7 @@ def described(args: Sequence[Any]) -> list[Any]:
 
 
 class Calls(TorchDispatchMode):
-    """The package's operations that are called, with the last arguments of each."""
+    """Records calls of the package's operations, with the last arguments of each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ FORMAT = Format(12, 2)
 
 
 def by_hand(exchange: str, assigned: list[Tensor], backward: bool) -> Tensor:
-    """Bytes from rank to rank, message by message, in loops over tokens and experts; of the forward or the backward."""
+    """Bytes of the forward or the backward from rank to rank, message by message, in loops over tokens and experts."""
     R, E = len(assigned), assigned[0].shape[1]
     local, row = E // R, 12 * 2
     sent = torch.zeros(R, R, dtype=torch.int64)
@@ -104,7 +104,7 @@ def laws() -> dict[str, Choice]:
 
 
 def subsets(choice: Choice) -> dict[tuple[int, ...], float]:
-    """P(S) of every set, by the definition."""
+    """P(S) of every set, by definition."""
     sets = [s for k in range(7) for s in itertools.combinations(range(6), k)]
     weight = {s: math.prod(choice.odds[list(s)].tolist()) for s in sets}
     k_pmf = [*choice.k_pmf.tolist(), *[0.0] * 7][:7]
@@ -163,7 +163,7 @@ def test_the_largest_load_is_that_of_enumeration() -> None:
         q = math.prod(binomial(n, p) for n, p in zip(counts, (0.3, 0.3, 0.6, 0.6), strict=True))
         expected += q * max(1, *counts)
     found = expected_largest(load, 3, 2)
-    nobody = (0.7 * 0.4) ** 6  # where all counts are 0, C is 1 and the maximum 0
+    nobody = (0.7 * 0.4) ** 6  # if all counts are 0, C is 1 and the maximum is 0
     assert found == pytest.approx(expected - nobody, abs=1e-12)
 
 
@@ -182,15 +182,15 @@ def test_expected_bytes_are_the_mean_of_routings(law: parallel.Law) -> None:
 
 
 def test_what_the_two_limits_are_made_of() -> None:
-    """8 ranks, 64 experts, independent, mean k 6: a rank is touched with 1 - (1 - 6/64)^8; k exactly 6: 4.53 of 8."""
+    """8 ranks, 64 experts, mean k 6: a token touches a rank with 1 - (1 - 6/64)^8; with k exactly 6, 4.53 of 8."""
     choice = Choice.of_loads(skewed_loads(64, 6, 1.0))
     assert choice.touched(8).tolist() == pytest.approx([1 - (1 - 6 / 64) ** 8] * 8)
     exactly = Choice.of_loads(skewed_loads(64, 6, 1.0), fixed(6))
     assert exactly.touched(8).tolist() == pytest.approx([1 - math.comb(56, 6) / math.comb(64, 6)] * 8)
     assert all(x["holds"] for x in report.limits([], parallel.SHAPE))
     narrow = [x for x in report.limits([], replace(parallel.SHAPE, D=16)) if "D 16" in x["what"]]
-    assert {x["over"] for x in narrow if not x["holds"]} == {"per expert"}  # bitmasks weigh on rows of 64 bytes
-    assert 8 * float(exactly.touched(8)[0]) / 6 > 0.75  # where every token takes six, the limit would not hold
+    assert {x["over"] for x in narrow if not x["holds"]} == {"per expert"}  # bitmasks cost much beside rows of 64 bytes
+    assert 8 * float(exactly.touched(8)[0]) / 6 > 0.75  # if every token took six, the limit would not hold
 
 
 def test_seconds_of_a_collective() -> None:
@@ -201,7 +201,7 @@ def test_seconds_of_a_collective() -> None:
     assert network.seconds(bytes_RR * torch.tensor([1, 100, 0, 0])) == pytest.approx(60000 / 100 + 1.0)
     assert network.seconds(bytes_RR.t()) == network.seconds(bytes_RR)  # the other direction, as busy
     assert network.share_between(bytes_RR) == pytest.approx(350 / 950)
-    d = Demand(torch.ones(4, 4), torch.ones(4, 4), 1, 4)  # a count of 8 bytes, then rows of 24 there and back
+    d = Demand(torch.ones(4, 4), torch.ones(4, 4), 1, 4)  # a count of 8 bytes, then rows of 24 bytes each way
     between = [(2 * size) / 10 + 2 * 2.0 for size in (8, 24, 24)]
     assert network.pass_seconds("padded", d, FORMAT, False) == pytest.approx(sum(between))
 
@@ -209,7 +209,7 @@ def test_seconds_of_a_collective() -> None:
 def test_real_processes_send_what_the_model_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two processes, from the command line to the files; `parallel.Case` raises where bytes or results differ."""
+    """Two processes, from the command line to the files; `parallel.Case` raises if bytes or results differ."""
     few = partial(report.extrapolate, layouts=((8, 64), (64, 64)))
     monkeypatch.setattr(report, "extrapolate", few)
     laws = [parallel.Law(2, 2.0), parallel.Law(2, 1.0, True)]

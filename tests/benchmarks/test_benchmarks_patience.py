@@ -1,4 +1,4 @@
-"""What a busy machine refuses is asked for again, and then told apart from what is wrong with the thing worked on."""
+"""Refusals of a busy machine are retried, and told apart from faults of the input."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ FINDINGS = [
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made, in no time."""
+    """Records the pauses without sleeping."""
     pauses: list[float] = []
     monkeypatch.setattr(patience.time, "sleep", pauses.append)
     return pauses
 
 
 def refusing(errors: list[Exception]) -> Callable[[], str]:
-    """A call that raises these, one a try, and then gives a result."""
+    """A call that raises one of these errors per try, then returns a result."""
     left = iter(errors)
 
     def call() -> str:
@@ -114,7 +114,7 @@ class TestInProcesses:
         assert "BrokenProcessPool" in str(found[2])
 
     def test_a_process_that_cannot_be_started(self, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-        """The second of two: the first, which waits for work, is ended, and one alone does all."""
+        """The second of two cannot start: the first, which waits for work, is killed, and one process does all."""
         start, tries = patience.get_context("spawn").Process.start, iter([False, True])
 
         def refuse(process: object) -> None:
@@ -128,7 +128,7 @@ class TestInProcesses:
         assert not patience.active_children()
 
     def test_no_process_can_be_started(self, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Waited for once: the tasks behind the one that was waited for are tried once."""
+        """It waits only for the first task; the tasks after it are tried once."""
 
         def refuse(process: object) -> None:
             raise AGAIN
@@ -140,7 +140,7 @@ class TestInProcesses:
 
 
 class TestParts:
-    """Of `make gpu`."""
+    """The parts of `make gpu`."""
 
     def refuse(self, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
         start, left = subprocess.Popen, iter(range(times))
@@ -168,7 +168,7 @@ class TestParts:
 
 
 def test_it_imports_nothing_heavy() -> None:
-    """`make gpu` is run by an interpreter that may have no torch, and says so."""
+    """The interpreter that runs `make gpu` may have no torch; then `make gpu` says so."""
     code = (
         "import sys, json, benchmarks.common.patience as _; "
         "print(json.dumps([m for m in sys.modules if m in ('torch', 'triton')]))"

@@ -1,4 +1,4 @@
-"""What a benchmark found is on disk after every step, and a run goes on behind the step that broke one off."""
+"""A benchmark's results are on disk after every step, and a resumed run goes on after the step that failed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_failure_is_printed_in_a_line_and_has_its_traceback_in_the_file(
 
 
 def test_a_run_that_goes_on_begins_nothing_twice(tmp_path: Path) -> None:
-    """The first broke off in b, without a word of it; what the machine is, is the new one's."""
+    """The first run died in b without noting it; the environment is the second run's."""
     out = tmp_path / "x.json"
     first = Progress(out, {"bounds": 1}, table)
     for step in ("a", "b"):

@@ -1,4 +1,4 @@
-"""The table of targets, against numbers worked out by hand."""
+"""The table of targets, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_each_is_held_against_the_worst_of_its_shapes(summaries: Any) -> None:
 
 
 def test_what_is_not_measured_is_said_so_and_met_by_nothing(summaries: Any) -> None:
-    """One of two shapes, a contestant that was skipped, a kernel that failed, a file that is not there."""
+    """A missing shape, a skipped contestant, a failed kernel, a missing file."""
     kernels, layers = summaries
     del layers["results"][1], layers["affine"]
     layers["results"][0]["bare_over"] = {}
@@ -100,14 +100,14 @@ def test_other_types_do_not_count(summaries: Any) -> None:
 
 
 def test_the_page_of_performance_has_these_lines() -> None:
-    """A measured table replaces that of docs/performance.md by copying."""
+    """A measured table can be copied over that of docs/performance.md."""
     page = (ROOT / "docs" / "performance.md").read_text()
     for target in targets.targets(None, None):
         assert f"| {target.name} | {target.bounds} |" in page
 
 
 def test_report_of_files(tmp_path: Path, summaries: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is there, one that is cut off."""
+    """One file is complete, the other truncated."""
     (tmp_path / "layer.json").write_text(json.dumps(summaries[1]))
     (tmp_path / "kernels.json").write_text("{")
     out = tmp_path / "targets.md"

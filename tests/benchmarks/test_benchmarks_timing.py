@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks' clocks and counters on a device that is made up: a clock that calls advance."""
+"""The arithmetic of the benchmarks' clocks and counters, on a made-up device whose clock advances with calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MICROSECOND = 1e-6
 
 
 class MadeUp:
-    """A GPU of which only the clock runs: calls advance it, and a graph by what was called while it was captured."""
+    """A GPU that is only a clock: a call advances it, and a graph replay advances it by the captured calls."""
 
     def __init__(self) -> None:
         self.now, self.captures, self.replays, self.eager = 0.0, 0, 0, 0
@@ -96,7 +96,7 @@ def test_a_graph_of_sets_in_turn_is_divided_by_their_number(gpu: MadeUp) -> None
     times = timing.seconds([gpu.call(100 * MICROSECOND), gpu.call(300 * MICROSECOND)], GPU, 7)
     assert times == pytest.approx([200 * MICROSECOND] * 7)
     assert gpu.captures == 1
-    assert gpu.replays == 7 + 3  # three are not counted
+    assert gpu.replays == 7 + 3  # three are warm-up
     assert gpu.eager == 2 * 2 + 2 * 2  # compile and allocate, then find the number of rounds
 
 
@@ -113,7 +113,7 @@ def test_without_a_graph_the_calls_themselves_are_timed(gpu: MadeUp) -> None:
 def test_bounds_count_bytes_read_and_written_and_two_operations_a_term(
     gpu: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a copy that takes 3 s and of a product that takes 5 s."""
+    """The copy takes 3 s and the product 5 s."""
     monkeypatch.setattr(timing, "COPY_BYTES", 4096)
     monkeypatch.setattr(timing, "PRODUCT", 10)
     made_up = iter([[3.0, 3.0, 3.0], [5.0, 5.0, 5.0]])

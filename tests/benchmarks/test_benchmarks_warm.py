@@ -1,6 +1,6 @@
-"""What is compiled ahead is what Triton asks for later, found in its cache on disk; without a GPU.
+"""Triton later finds what was compiled ahead in its disk cache; without a GPU.
 
-The process of the tests may run Triton's interpreter, under which nothing compiles: each compilation has its own.
+The test process may run Triton's interpreter, in which nothing compiles, so each compilation has its own process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ for share, shares, seconds in eval(sys.argv[1]):
 
 
 def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[list[tuple[int, int]], set[str]]:
-    """Of shares (which, of how many, seconds) how many launches were to be compiled and were, and what is cached."""
+    """For shares (which, of how many, seconds): how many launches were to compile and did, and the cache's content."""
     script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(CODE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -44,7 +44,7 @@ def compile_shares(tmp_path: Path, *shares: tuple[int, int, float]) -> tuple[lis
 
 
 def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Path) -> None:
-    """A share without time compiles nothing, two halves everything, and the whole then nothing more."""
+    """A share without time compiles nothing, two halves compile everything, and the whole then adds nothing."""
     (late, first, second), kernels = compile_shares(tmp_path, (0, 2, 0), (0, 2, PATIENCE), (1, 2, PATIENCE))
     assert late == (first[0], 0)
     assert first[0] == first[1] > 0

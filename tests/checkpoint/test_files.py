@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, are whole or absent, and everything else is refused with its name."""
+"""Checkpoints load bit for bit and are whole or absent; anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NESTED: dict[str, Any] = {
     "dtypes": {str(d): torch.ones(2, dtype=d) for d in (torch.bfloat16, torch.float64, torch.bool, torch.int64)},
     "view": torch.arange(12.0).view(3, 4).t(),
     "umlaut/slash": "ä\n",
-    # paths that read alike are different tensors
+    # paths that look alike name different tensors
     "a": {"b": torch.ones(2)},
     "a/b": torch.zeros(2),
     "keys": {1: torch.full((1,), 3.0), "1": torch.full((1,), 4.0)},

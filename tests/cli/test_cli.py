@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and that bad input gives one line and no traceback."""
+"""The command line: its output and exit codes; bad input gives one line and no traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = {"config.json", METRICS, EVENTS, "checkpoints", "table.md", "table.json"
 
 
 def call(*arguments: str | Path) -> Result:
-    """The command in this process; an unexpected exception is raised."""
+    """Run the command in this process; unexpected exceptions propagate."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -35,7 +35,7 @@ def call(*arguments: str | Path) -> Result:
 
 
 def refused(*arguments: str | Path) -> str:
-    """The one line of an error."""
+    """The one-line error message."""
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -46,7 +46,7 @@ def refused(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real job, short."""
+    """The folder of a real, short job."""
     folder = tmp_path_factory.mktemp("cli") / "new" / "run"
     options = ["--rows", "top-1,dynmoe", "--seeds", "1", "--steps", "6", "--test-domain", "0", "--out", str(folder)]
     result = call("train", *options)
@@ -222,7 +222,7 @@ def test_inspect_wraps_many_slots_and_names_further_gates(tmp_path: Path) -> Non
 
 
 def test_inspect_reads_a_folder_of_transformers_whose_config_is_not_ours(tmp_path: Path) -> None:
-    """As `save_pretrained` and the Trainer write them, in one file or in several."""
+    """`save_pretrained` and the Trainer write such folders, with one file or several."""
     layer = moe.moe_layer("top_any", 8, {"num_experts_per_device": 3, "hidden_size_per_expert": 4})
     state = {f"a.{name}": tensor for name, tensor in layer.state_dict().items()}
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -290,7 +290,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_tries_tutel_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Tutel that aborts while it is imported does not take the doctor with it."""
+    """A Tutel that aborts on import does not kill the doctor."""
     package = tmp_path / "tutel"
     package.mkdir()
     (package / "__init__.py").write_text("")

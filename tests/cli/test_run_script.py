@@ -1,4 +1,4 @@
-"""`dynmoe-tutel run`: a script runs as python runs it, finds `tutel`, and leaves the process as it was."""
+"""`dynmoe-tutel run` runs a script as python does, lets it find `tutel`, and restores the process afterwards."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def write(folder: Path, text: str, name: str = "script.py") -> Path:
 
 
 def call(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in its own process."""
     env = {**os.environ, **environment}
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=env)
 
 
 def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same by python itself."""
+    """Run the same with plain python."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd)
 

@@ -1,4 +1,4 @@
-"""`convert` and `revert` on plain torch models; those of libraries are in test_convert_hosts and _timm."""
+"""`convert` and `revert` on plain torch models; test_convert_hosts and _timm cover libraries' models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Gated(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Shaped as an FFN, and none: it scales its result."""
+    """Looks like an FFN but is none: it scales its result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def mlp(p: float = 0.0, last: float = 0.0) -> nn.Module:
 
 
 class Host(nn.Module):
-    """Residual blocks of FFNs over [B, L, D], with an attention mask as transformers give it."""
+    """Residual blocks of FFNs over [B, L, D], with an attention mask in the style of transformers."""
 
     def __init__(self, *ffns: nn.Module, checkpointed: bool = False) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TestEquality:
     @pytest.mark.parametrize("ffn", [mlp, Gated], ids=["mlp", "gated"])
     @pytest.mark.parametrize("gate", [{"type": "top_any", "max_expert_num": 6}, {"type": "cosine_top", "k": 2}])
     def test_copies(self, ffn: Any, gate: dict[str, Any]) -> None:
-        """In eval every token is routed, and gets what the dense model gave it."""
+        """In eval every token is routed and gets the dense model's output."""
         model = Host(*(ffn() for _ in range(BLOCKS))).eval()
         before = model(tokens())
         assert convert(model, "all", gate_type=gate, num_experts=4) is model
@@ -92,7 +92,7 @@ class TestEquality:
     @pytest.mark.parametrize(("split", "repeat"), SPLIT)
     @pytest.mark.parametrize("ffn", [mlp, Gated], ids=["mlp", "gated"])
     def test_shares_of_the_neurons(self, ffn: Any, split: str, repeat: int) -> None:
-        """A token that activates every slot; 3 slots, so that no scale is a power of two."""
+        """The token activates every slot; 3 slots, so that no scale is a power of two."""
         model = Host(*(ffn() for _ in range(2))).eval()
         before = model(tokens())
         convert(model, "all", "emoe", num_experts=3, split=split, expert_repeat=repeat)
@@ -102,7 +102,7 @@ class TestEquality:
         assert relative_rms(model(tokens()), before) < FP32
 
     def test_the_gate_of_emoe(self) -> None:
-        """avg-k: keys are the means of the first weights, scores count as ones."""
+        """avg-k: keys are means of the first weights, and scores count as 1."""
         model = host().eval()
         before = model(tokens())
         convert(
@@ -186,7 +186,7 @@ class TestRevert:
             revert(host())
 
     def test_after_copies_and_files(self) -> None:
-        """deepcopy, pickle and the state dict of another conversion."""
+        """After deepcopy, pickle and loading another conversion's state dict."""
         model = host()
         dense = copy.deepcopy(model.state_dict())
         convert(model, "all")
@@ -280,7 +280,7 @@ class TestPadding:
         layer.begin_record_routing()
         model(tokens()[:, -2:], self.MASK)
         assert int(layer.record.tokens) == 4
-        model(tokens(), self.MASK[:, :3])  # not of these tokens
+        model(tokens(), self.MASK[:, :3])  # does not fit these tokens
         assert int(layer.record.tokens) == 4 + 21
 
     def test_can_be_left_out(self) -> None:

@@ -1,4 +1,4 @@
-"""`convert` on hosts easily got wrong: masks of others, shared modules, dropouts out of order, labels for a mask."""
+"""`convert` on tricky hosts: foreign masks, shared modules, dropouts out of order, labels in place of a mask."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FFN(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Two FFNs over an embedding, and the loss of targets: the second argument is no mask."""
+    """Two FFNs over an embedding, with a loss on targets: the second argument is no mask."""
 
     def __init__(self, shared: bool = False) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def tokens_seen(model: nn.Module, *args: Any, **kwargs: Any) -> list[int]:
-    """Tokens in each layer's record of one training forward."""
+    """Token count in each layer's record of one training forward."""
     model.train()
     for layer in moe_layers(model):
         layer.begin_record_routing()
@@ -105,7 +105,7 @@ def tiny_t5() -> Any:
 
 
 def test_targets_in_second_place_are_no_mask() -> None:
-    """`model(idx, targets)`, as nanoGPT's: tokens whose target is class 0 are tokens."""
+    """`model(idx, targets)` as in nanoGPT: tokens whose target is class 0 still count."""
     model = convert(seeded(LanguageModel), layers="all", num_experts=4)
     targets = torch.zeros(2, 5, dtype=torch.long)
     assert tokens_seen(model, ids(2, 5), targets) == [10, 10]
@@ -134,7 +134,7 @@ def test_a_mask_is_not_used_after_its_forward() -> None:
 
 
 def test_padding_does_not_change_the_loss() -> None:
-    """Losses over batches padded to 5 and to 7 are equal, gradient checkpointing or not."""
+    """Losses of batches padded to 5 and to 7 are equal, with and without gradient checkpointing."""
     losses = []
     for width, checkpointing in ((5, False), (7, False), (7, True)):
         model = convert(tiny_bert(), layers="all", num_experts=4, is_gshard_loss=True, seeds=(0, 0)).train()
@@ -153,7 +153,7 @@ def test_padding_does_not_change_the_loss() -> None:
 
 
 def test_a_decoder_has_its_own_mask() -> None:
-    """T5: the encoder's mask says nothing of the decoder's tokens, as long as they are or not."""
+    """T5: the encoder's mask does not apply to the decoder's tokens, even if both have the same length."""
     model = convert(tiny_t5(), layers="all", num_experts=4)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     for L in (3, 5):
@@ -187,7 +187,7 @@ def test_generation_with_a_cache_and_left_padding_is_the_dense_models() -> None:
 
 
 def test_dropouts_keep_their_places_whatever_the_order_of_the_children() -> None:
-    """T5 has the dropout inside last among its children; DistilBERT the one at the end first."""
+    """T5's inner dropout is its last child; DistilBERT's final dropout is its first."""
     t5 = convert(tiny_t5(), layers=[0], num_experts=4)
     assert type(t5.encoder.block[0].layer[1].DenseReluDense) is MoELayer
     assert moe_layers(t5)[0].experts.activation_fn.p == 0.25

@@ -48,7 +48,7 @@ HOSTS = [bert, roberta, gpt2, llama, vit]
 
 
 def host(make: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
-    """The model in eval mode, its biases drawn at random (they start at zero), and inputs."""
+    """The model in eval mode, with random biases (they start at zero), and its inputs."""
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_the_host_computes_what_it_did_and_comes_back(make: Callable[[], Any], r
     assert relative_rms(model(**inputs).logits, expected) < EXACT
     keys = {key for key in before if key not in model.state_dict()}
     weights = 3 if make is llama else 2
-    assert len(keys) == 4 * (weights if make is llama else 2 * weights)  # and biases: no dense FFN is left
+    assert len(keys) == 4 * (weights if make is llama else 2 * weights)  # weights and biases: no dense FFN is left
     revert(model)
     after = model.state_dict()
     assert after.keys() == before.keys()

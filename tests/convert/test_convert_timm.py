@@ -46,7 +46,7 @@ def dense_keys(model: nn.Module) -> set[str]:
 
 
 def test_the_stand_in_leaves_no_trace() -> None:
-    """Nobody else may believe torchvision is installed: transformers would import it."""
+    """No other package may believe torchvision is installed: transformers would import it."""
     left = [
         name
         for name, m in sys.modules.items()
@@ -135,7 +135,7 @@ def test_gradients_reach_every_expert_and_gate() -> None:
 
 
 def test_checkpointed_blocks_count_the_loss_once() -> None:
-    """timm recomputes blocks in the backward: same loss and gradients as without."""
+    """timm recomputes blocks in the backward: same loss and gradients as without checkpointing."""
     results = []
     for checkpointing in (False, True):
         model = convert(vit(), layers="every_other", num_experts=4).train()

@@ -1,4 +1,4 @@
-"""What `convert` takes for an FFN: nothing that its replacement would lose, and nothing that is used elsewhere."""
+"""`convert` takes a module for an FFN only if the replacement loses nothing and nothing else uses the module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXACT = 1e-6
 
 
 class FFN(nn.Module):
-    """`drop` runs at one of the places "input", "hidden", "activated", "output"."""
+    """An FFN with `drop` at "input", "hidden", "activated" or "output"."""
 
     def __init__(self, drop: nn.Module | None = None, place: str = "", act: nn.Module | None = None) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def pruned() -> FFN:
 
 
 def with_own_forward() -> FFN:
-    """As offloading libraries wrap a module."""
+    """An FFN wrapped the way offloading libraries do."""
     ffn = FFN()
     inner = ffn.up.forward
     ffn.up.forward = lambda x: inner(x)  # type: ignore[method-assign]
@@ -87,7 +87,7 @@ def with_own_forward() -> FFN:
         (lambda: FFN(), (0.0, 0.0)),
         (lambda: FFN(nn.Dropout(0.5), "activated"), (0.5, 0.0)),
         (lambda: FFN(nn.Dropout(0.5), "output"), (0.0, 0.5)),
-        (lambda: FFN(nn.Dropout(0.5), "hidden", nn.ReLU()), (0.5, 0.0)),  # ReLU and dropout can change places
+        (lambda: FFN(nn.Dropout(0.5), "hidden", nn.ReLU()), (0.5, 0.0)),  # ReLU and dropout commute
     ],
 )
 def test_dropouts_that_the_layer_can_have(make: Callable[[], FFN], ps: tuple[float, float]) -> None:
@@ -177,7 +177,7 @@ def test_what_is_frozen_stays_frozen_map_by_map() -> None:
 
 
 def test_corrections_of_fp32_bits_stay_out_of_another_dtype() -> None:
-    """Three slots: `down` is multiplied by 3, and what division by 3 misses is kept in units of fp32's last place."""
+    """Three slots multiply `down` by 3; the error of dividing by 3 is kept in units of fp32's last place."""
     torch.manual_seed(0)
     model = convert(Host(FFN()), "all", "emoe", split="random", num_experts=3)
     layer: Any = model.blocks[0]

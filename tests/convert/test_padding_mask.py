@@ -1,4 +1,4 @@
-"""Attention masks of every kind reach the MoE layers of a converted model as what they say."""
+"""A converted model's MoE layers read every kind of attention mask correctly."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def converted(flat: bool = False) -> tuple[Host, MoELayer]:
         (torch.where(KEPT == 1, 0.0, LOWEST).bfloat16(), 8),
         (torch.zeros(2, 5), 10),  # added to the scores, and nothing is padding
         (torch.zeros(2, 5, dtype=torch.long), 0),
-        (KEPT[:1], 6),  # of one row, for all
-        (torch.ones(2, 1, 5, 5), 10),  # says who sees whom
+        (KEPT[:1], 6),  # one row for all
+        (torch.ones(2, 1, 5, 5), 10),  # tells which token sees which
     ],
 )
 def test_a_mask_is_read_as_what_it_is(mask: Tensor, real: int, flat: bool) -> None:

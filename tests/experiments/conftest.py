@@ -1,4 +1,4 @@
-"""Modules beside these tests are imported by name, in the folders below too."""
+"""Lets tests here and in the subfolders import the modules beside them by name."""
 
 from __future__ import annotations
 

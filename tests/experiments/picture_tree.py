@@ -1,4 +1,4 @@
-"""A tiny tree of images laid out as PACS: DATA/<domain>/<class>/<image>, that can be told apart by looking."""
+"""A tiny tree of images laid out as PACS, DATA/<domain>/<class>/<image>, that are easy to tell apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 24
 
 
 def write_tree(root: Path, per_class: int = PER_CLASS, seed: int = 0) -> Path:
-    """The class is the colour of the upper half, the domain that of the lower one, the rest is noise."""
+    """Colour the upper half by class and the lower half by domain, and add noise."""
     generator = torch.Generator().manual_seed(seed)
     for d, domain in enumerate(DOMAINS):
         for c, name in enumerate(CLASSES):

@@ -1,4 +1,4 @@
-"""Folders of experiments: runs in any order merge, a stop and a resume change nothing, other protocols are refused."""
+"""Experiment folders: runs merge in any order, stop and resume change nothing, other protocols are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TinyTask(DigitsTask):
 
     def protocol(self) -> dict[str, Any]:
         content = super().protocol()
-        del content["model"]  # as it is in the tests
+        del content["model"]  # the same in all tests
         return content
 
 
@@ -107,7 +107,7 @@ def test_rows_and_seeds_in_any_order_merge_into_the_whole_job(whole: Path, tmp_p
 def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped inside a record window of the second run; the runs after it are known to --resume."""
+    """Stopped inside a record window of the second run; --resume knows the later runs."""
     path, train_step = tmp_path / "job", Run.train_step
     handler, handlers = signal.getsignal(signal.SIGINT), []
 
@@ -161,7 +161,7 @@ def test_other_protocols_and_other_folders_are_refused(whole: Path, tmp_path: Pa
 def test_options_that_no_model_can_be_built_with_leave_the_folder_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the protocol of a mistake in it, the folder would refuse the command put right."""
+    """If the folder kept the mistaken protocol, it would refuse the corrected command."""
 
     def build(*_: Any) -> Any:
         raise ValueError("layers: FFN 99 of 6")
@@ -174,7 +174,7 @@ def test_options_that_no_model_can_be_built_with_leave_the_folder_empty(
 
 
 def test_a_run_that_is_not_finished_is_in_no_plot(whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where parts are left out in turn, a row may be finished for one and not for another."""
+    """If parts are left out in turn, a row may be finished for one part and not for another."""
     metrics, events = experiment.read_runs(whole)
     lines = [{**line, "test": "b"} for line in metrics]
     lines += [{**line, "test": "a"} for line in metrics if line["row"] == "dense" or line["step"] == 0]
@@ -290,7 +290,7 @@ def test_trade_off_marks_every_row() -> None:
 
 
 def test_names_in_the_trade_off_do_not_cover_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Points as of a real run: pairs at almost the same place."""
+    """Points as in a real run: pairs lie almost on top of each other."""
     figures: list[Any] = []
     monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
     places = [(0.20, 0.78), (0.21, 0.78), (0.212, 0.779), (0.44, 0.73), (0.44, 0.73), (0.47, 0.731)]

@@ -1,4 +1,4 @@
-"""The job: determinism, resume after every kind of end, equal budgets, and what it says when the disk is full."""
+"""The job: determinism, resume after every kind of end, equal budgets, and its message when the disk is full."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ PROGRAM = [sys.executable, str(Path(tiny_job.__file__))]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job that was not interrupted."""
+    """An uninterrupted job."""
     return tiny_job.run_job(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these jobs; test_results looks at them."""
+    """Plots take longer than these jobs; test_results covers them."""
     monkeypatch.setattr(results, "write_plots", lambda *_: [])
 
 
 @pytest.fixture(autouse=True)
 def _global_state() -> Iterator[None]:
-    """Whatever a test does, the job leaves torch's random state, its threads and the signal handlers alone."""
+    """Check that the job leaves torch's random state, its threads and the signal handlers alone."""
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     yield
@@ -54,7 +54,7 @@ def _global_state() -> Iterator[None]:
 
 
 def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
-    """Bitwise, through all nesting."""
+    """Assert bitwise equality through all nesting."""
     assert type(actual) is type(expected), where
     if isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype, where
@@ -78,7 +78,7 @@ def assert_same_job(actual: Path, expected: Path) -> None:
     for run in RUNS:
         states = [read_checkpoint(checkpoints_of(path, run)[-1]) for path in (actual, expected)]
         for state in states:
-            del state["log_bytes"]  # the lines hold times, which are not equally long
+            del state["log_bytes"]  # log lines contain times of varying length
         assert_same(*states, run)
 
 
@@ -90,7 +90,7 @@ def test_two_jobs_with_one_seed_are_bitwise_equal_and_those_with_another_are_not
 
 
 def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
-    """Neither the weights nor the statistics of the training forwards, also between two lines of the log."""
+    """Neither weights nor statistics of training forwards change, even between two log lines."""
     often, seldom = (
         tiny_job.run_job(
             tmp_path / str(every), replace(tiny_job.CONFIG, rows=("dynmoe",), log_every=3, eval_every=every)
@@ -117,7 +117,7 @@ def test_job_adapts_experts_and_logs_every_change(whole: Path) -> None:
 
 
 def test_resume_after_sigkill_is_bitwise_the_uninterrupted_job(whole: Path, tmp_path: Path) -> None:
-    """Killed while a checkpoint is written, when the logs hold lines that no checkpoint covers."""
+    """Killed during a checkpoint, when the logs have lines that no checkpoint covers."""
     folder = tmp_path / "run"
     killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -134,7 +134,7 @@ def test_resume_after_sigkill_is_bitwise_the_uninterrupted_job(whole: Path, tmp_
 def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_job(
     whole: Path, tmp_path: Path
 ) -> None:
-    """Step 5 is inside a record window and off the steps of logs and checkpoints."""
+    """Step 5 is inside a record window and is no step of logs or checkpoints."""
     folder = tmp_path / "run"
     with subprocess.Popen(
         [*PROGRAM, str(folder), "wait", "5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -207,7 +207,7 @@ def test_no_space_keeps_the_last_checkpoint_and_says_so(
 
 
 def test_no_space_in_a_log_loses_nothing_either(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/dev/full takes no byte."""
+    """/dev/full accepts no byte."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     folder, log = tmp_path / "run", RunFolder.log

@@ -1,7 +1,7 @@
-"""A job of seconds for the tests, and a program that starts it and is killed: `python tiny_job.py FOLDER WHEN STEP`.
+"""A job of a few seconds for the tests, and a program to kill in it: `python tiny_job.py FOLDER WHEN STEP`.
 
-WHEN: "kill" kills with SIGKILL while the DynMoE run's checkpoint of that step is written; "wait" says "ready" in that
-step and waits there for a signal.
+WHEN "kill": SIGKILL while the DynMoE run writes its checkpoint of that step. WHEN "wait": print "ready" in that step
+and wait for a signal.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ CONFIG = TrainConfig(
 
 
 def quiet() -> Console:
-    """A console whose text is in `console.file`."""
+    """A console that writes to `console.file`."""
     return Console(file=io.StringIO(), width=100)
 
 
 def run_job(path: Path, config: TrainConfig = CONFIG) -> Path:
-    """Do the whole job in this process."""
+    """Run the whole job in this process."""
     assert job.start(config, path, quiet()) == 0
     return path
 
 
 def untimed(path: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a log without the fields that hold time."""
+    """A log's lines without their times."""
     return [{key: value for key, value in line.items() if key != "step_ms"} for line in read_log(path, name)]
 
 

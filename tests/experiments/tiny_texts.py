@@ -1,4 +1,4 @@
-"""A BERT of a few thousand weights and small files of rated sentences, for the tests of the language experiment."""
+"""A BERT of a few thousand weights and small files of rated sentences, for tests of the language experiment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def write_model(folder: Path) -> Path:
-    """A BERT of three layers with random weights, and its tokenizer."""
+    """Write a BERT of three layers with random weights, and its tokenizer."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     folder.mkdir(parents=True)
@@ -35,7 +35,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_texts(folder: Path, seed: int = 0) -> Path:
-    """The four files: documents of two sentences with "good" or "bad" among other words."""
+    """Write the four files: documents of two sentences with "good" or "bad" among other words."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for name, (stem, _) in FILES.items():

@@ -1,4 +1,4 @@
-"""The options that `ffn` and `llama_ffn` experts share: the activation by name, `engine`, `recompute`."""
+"""Options shared by `ffn` and `llama_ffn` experts: the activation by name, `engine`, `recompute`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: f
 
 
 def bytes_kept(layer: Any) -> int:
-    """Of distinct storages that a forward keeps for its backward, beside the parameters."""
+    """Bytes of distinct storages that a forward keeps for its backward, besides the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -85,7 +85,7 @@ class TestActivationByName:
     @pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
     @pytest.mark.parametrize("name", list(ACTIVATIONS))
     def test_is_the_function(self, name: str, kind: str) -> None:
-        """Fused by its name, and by stages through a function that the kernels do not know."""
+        """The fused path by name equals the unfused path with a function that the kernels do not know."""
         named = layer_with(kind, activation_fn=name)
         assert named.experts.activation == name
         assert callable(named.experts.activation_fn)
@@ -115,7 +115,7 @@ class TestEngine:
     @pytest.mark.parametrize("gate", list(GATES))
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_all_give_the_same(self, kind: str, gate: str, capacity: Any) -> None:
-        """Also in eval, where a token without experts falls back to one."""
+        """Also in eval, where an unrouted token falls back to an expert."""
         layers = {engine: layer_with(kind, gate, capacity, engine=engine) for engine in ("torch", "auto", "grouped_mm")}
         for training in (True, False):
             found = {engine: outcome(layer.train(training)) for engine, layer in layers.items()}
@@ -245,7 +245,7 @@ class TestCompiled:
 
 
 def test_the_options_are_not_of_custom_experts() -> None:
-    """Modules of the user's own decide for themselves."""
+    """The user's own modules decide for themselves."""
     modules = [nn.Linear(D, D) for _ in range(E)]
     for option in ({"engine": "torch"}, {"recompute": "up"}):
         experts = {"type": "custom", "num_experts_per_device": E, "module": modules, **option}

@@ -1,4 +1,4 @@
-"""Expert networks under a fixed routing, which has no gradient of its own, against dense formulas in float64."""
+"""Expert networks under a fixed routing without gradient, against dense formulas in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ D, H, E, T = 12, 10, 5, 11
 
 
 class Fixed(nn.Module):
-    """A gate that routes by a map, by the mean or by weights; expert 0 and token 3 have nothing."""
+    """A gate that routes by a map, by the mean or by weights; expert 0 and token 3 have no assignment."""
 
     def __init__(self, weighted: bool = False, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Fixed(nn.Module):
         return Routing.from_assignments(self.assigned_TE, weights=self.weights_TE, capacity=self.capacity)
 
     def combine(self) -> Tensor:
-        """[T, E]: how much of each expert a token gets."""
+        """[T, E]: each expert's weight in a token's output."""
         if self.weights_TE is not None:
             return self.weights_TE * self.assigned_TE
         return self.assigned_TE / self.assigned_TE.sum(1, keepdim=True).clamp(min=1).double()
@@ -136,7 +136,7 @@ class TestFFN:
         check(run(first), run(second))
 
     def test_a_subclass_of_gelu_does_what_it_says(self) -> None:
-        """Experiments subclass activations, with dropout in front for one; only its own forward counts."""
+        """Experiments subclass activations, for example with dropout first; the subclass's forward must run."""
 
         class Doubled(nn.GELU):
             def forward(self, h: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class TestFFN:
 
     @pytest.mark.parametrize("capacity", ["exact", "full", 20.0])
     def test_an_activation_that_learns(self, capacity: Any, poisoned: None) -> None:
-        """Spare rows of a bounded layer hold anything: they must not reach the gradient of a slope shared by all."""
+        """Spare rows of a bounded layer may hold anything; they must not reach the gradient of the shared slope."""
         layer = layer_with(ffn(activation_fn=nn.PReLU(dtype=torch.float64)), capacity=capacity)
         layer.gates[0].module.capacity = capacity
         slope = layer.experts.activation_fn.weight
@@ -219,7 +219,7 @@ class TestFFN:
         assert float((y.double() - exact).norm() / exact.norm()) < (8e-3 if half else 1e-6)
 
     def test_tokens_of_another_dtype_than_the_weights(self) -> None:
-        """The experts compute in the dtype of their weights, as Tutel casts; the output has the tokens'."""
+        """The experts compute in their weights' dtype, as in Tutel; the output has the tokens' dtype."""
         layer = layer_with(ffn(activation_fn=F.gelu), dtype=torch.float32)
         for dtype in (torch.bfloat16, torch.float64):
             y = layer(tokens(dtype))
@@ -246,7 +246,7 @@ class TestLlama:
 
 
 class Expert(nn.Module):
-    """One expert of the user's own."""
+    """A user's own expert."""
 
     def __init__(self, hidden: int = H, output_dim: int = D) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class Batched(nn.Module):
 
 
 class BatchedOfWidth(nn.Module):
-    """As Tutel's kind, with an option that has no default."""
+    """Like Tutel's kind, with an option that has no default."""
 
     def __init__(self, model_dim: int, width: int) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class BatchedOfWidth(nn.Module):
 
 
 def copy_ffn(source: Any, target: nn.Module) -> None:
-    """The weights of ffn experts into custom ones."""
+    """Copy the weights of ffn experts into custom ones."""
     with torch.no_grad():
         if isinstance(target, Batched):
             target.w1.copy_(source.batched_fc1_w.transpose(1, 2))
@@ -303,7 +303,7 @@ def copy_ffn(source: Any, target: nn.Module) -> None:
 
 
 def as_ffn(found: dict[str, Tensor], batched: bool) -> dict[str, Tensor]:
-    """Gradients of custom experts by the names of ffn."""
+    """Gradients of custom experts under ffn's names."""
 
     def of_list(name: str) -> Tensor:
         return torch.stack([found[f"module.{e}.{name}"] for e in range(E)])
@@ -353,7 +353,7 @@ class TestCustom:
             assert all((value == 0).all() for value in found.values()), kind
 
     def test_the_same_module_in_every_slot(self) -> None:
-        """Tied experts: a module may stand in the list more than once."""
+        """Tied experts: the list may contain a module more than once."""
         expert = Expert().double()
         layer = layer_with({"type": "custom", "module": [expert] * E})
         share_T1 = layer.gates[0].module.combine().sum(1, keepdim=True)
@@ -405,7 +405,7 @@ class TestSlots:
 
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_slot_parameters_select_one_expert(self, kind: str) -> None:
-        """Zeroing what they select changes the output of that expert alone."""
+        """Zeroing the selected parameters changes only that expert's output."""
         for slot in range(1, E):
             layer = layer_with(copy.deepcopy(self.KINDS[kind]))
             before, assigned_TE = layer(tokens()), layer.gates[0].module.assigned_TE
@@ -483,7 +483,7 @@ class TestSurface:
         assert not any(hasattr(p, "_tutel_expert") for p in layer.gates.parameters())
 
     def test_marks_survive_a_copy(self) -> None:
-        """Optimizer groups and gradient reducers are chosen by them, often after a deepcopy."""
+        """Optimizer groups and gradient reducers depend on them, often after a deepcopy."""
         for copied in (copy.deepcopy(layer_with(ffn())), pickle.loads(pickle.dumps(layer_with(ffn())))):
             assert all(getattr(p, "_tutel_expert", False) for p in copied.experts.parameters())
 

@@ -1,4 +1,4 @@
-"""Gates against their formulas in plain torch: fixed k, the cosine router, top-any, gates of the user's own, lists."""
+"""Gates against their formulas in plain torch: fixed k, the cosine router, top-any, custom gates, lists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
 
 
 def layer_with(gate_type: Any, num_experts: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A layer of gelu experts, drawn from private generators."""
+    """A layer of gelu experts with weights from private generators."""
     options = {"seeds": (1, 2), **options}
     experts = {"num_experts_per_device": num_experts, "hidden_size_per_expert": H, "activation_fn": F.gelu}
     return moe.moe_layer(gate_type, D, experts, **options).to(dtype)
@@ -50,13 +50,13 @@ def naive_experts(x_TD: Tensor, params: list[Tensor]) -> Tensor:
 
 
 def leaves(layer: Any, x_TD: Tensor) -> dict[str, Tensor]:
-    """Copies of x and of every parameter, as leaves of a graph of their own."""
+    """Copies of x and of every parameter, as leaves of a new graph."""
     named = {"x": x_TD, **dict(layer.named_parameters())}
     return {name: t.detach().clone().requires_grad_() for name, t in named.items()}
 
 
 def check_against(layer: Any, x_TD: Tensor, naive: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> None:
-    """Output, loss and all gradients of the layer equal those of `naive`, which gives (weights [T, E], l_aux)."""
+    """Output, loss and all gradients of the layer equal those of `naive`, which returns (weights [T, E], l_aux)."""
     x_TD = x_TD.clone().requires_grad_()
     mine, d_y = leaves(layer, x_TD), tokens(len(x_TD), seed=7)
     weights_TE, l_aux = naive(mine)
@@ -75,14 +75,14 @@ def check_against(layer: Any, x_TD: Tensor, naive: Callable[[dict[str, Tensor]],
 
 
 def gshard(scores_TE: Tensor) -> Tensor:
-    """E / T^2 sum_e (sum_t s) (tokens whose best is e)."""
+    """E / T^2 sum_e (sum_t s) (number of tokens whose best expert is e)."""
     T, E = scores_TE.shape
     return E / T**2 * (scores_TE.sum(0) * F.one_hot(scores_TE.argmax(1), E).sum(0)).sum()
 
 
 @pytest.fixture
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings that came once may come again."""
+    """Let warnings that come once come again."""
     monkeypatch.setattr(validation, "_warned", set())
 
 
@@ -144,7 +144,7 @@ class TestTop:
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_load_and_importance_loss(self) -> None:
-        """Tutel's: squared coefficients of variation of sum_t s and of sum_t cdf((s - limit) / (noise / E))."""
+        """Tutel's loss: squared coefficients of variation of sum_t s and of sum_t cdf((s - limit) / (noise / E))."""
         layer = layer_with({"type": "top", "k": 2, "gate_noise": 2.0}, is_gshard_loss=False)
         x_TD = tokens(20)
         torch.manual_seed(3)
@@ -248,7 +248,7 @@ class TestTopAny:
     @pytest.mark.parametrize("kind", ["gated_multi_gate", "gated_multi_gate_t"])
     @pytest.mark.parametrize(("model_dim", "slots"), [(16, 8), (8, 16), (16, 16)])
     def test_upstream_names_reproduce_upstream_bits(self, kind: str, model_dim: int, slots: int) -> None:
-        """Upstream draws under torch.manual_seed(1), once per layer; here the global random state is left alone."""
+        """Upstream draws under torch.manual_seed(1) in every layer; this package leaves the global state alone."""
         torch.manual_seed(99)
         state = torch.get_rng_state()
         common = {"model_dim": model_dim, "num_experts": 2, "slots": slots, "aux_names": ()}
@@ -381,7 +381,7 @@ class TestNamesAndLists:
 
 
 class Logits(nn.Module):
-    """A linear gate as Tutel's custom gates are."""
+    """A linear gate like Tutel's custom gates."""
 
     def __init__(self, model_dim: int, num_global_experts: int, **given: Any) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class Logits(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Routes by a map [T, E]; weights, where given, are learned."""
+    """Routes by a map [T, E]; learns the weights, if given."""
 
     def __init__(self, assigned_TE: Tensor, weights_TE: Tensor | None = None) -> None:
         super().__init__()
@@ -426,7 +426,7 @@ class TestCustom:
             assert torch.equal(mine, expected)
 
     def test_the_terms_of_a_routing(self) -> None:
-        """GShard's is computed from its scores where the gate gave none; the gate's own object is not changed."""
+        """If the gate gave no GShard term, it comes from the routing's scores; the gate's object does not change."""
         given = Routing.from_assignments(torch.eye(4).bool().repeat(3, 1), torch.rand(12, 4, dtype=torch.float64))
 
         class Fixed(nn.Module):
@@ -473,7 +473,7 @@ class TestCustom:
 
     @pytest.mark.parametrize(("capacity", "rows"), [("exact", 20), (0.5, 5), ("full", 40)])
     def test_a_routing_keeps_to_the_capacity_of_the_layer(self, capacity: Any, rows: int) -> None:
-        """The memory of a layer is bounded as the user said, whoever routes."""
+        """The user's bound on the layer's memory holds for every gate."""
         assigned_TE = torch.arange(40).view(10, 4) % 2 == 0
         layer = layer_with({"type": "custom", "module": Chosen(assigned_TE)}, capacity=capacity)
         assert layer.route(tokens(10)).token_of_row.shape == (rows,)
@@ -517,7 +517,7 @@ class TestSeeds:
         assert not torch.equal(base.experts.batched_fc1_w, experts.experts.batched_fc1_w)
 
     def test_classes_of_ones_own_are_drawn_from_the_seeds(self) -> None:
-        """Regression: they were drawn from the global state, alike on ranks that were seeded alike."""
+        """Regression: they came from the global state, so equally seeded ranks drew equal ones."""
 
         def router(model_dim: int, num_global_experts: int) -> nn.Module:
             return nn.Linear(model_dim, num_global_experts)
@@ -546,7 +546,7 @@ class TestSeeds:
     @pytest.mark.parametrize("seeds", [None, (1, 2), (1, 2, 3)])
     @pytest.mark.parametrize("kind", ["top_any", "gated_multi_gate", "top", "cosine_top"])
     def test_the_global_random_state_is_never_reseeded(self, kind: str, seeds: Any) -> None:
-        """Regression: upstream calls torch.manual_seed in every layer, so that all later draws repeat."""
+        """Regression: upstream calls torch.manual_seed in every layer, so all later draws repeat."""
         after = []
         for seed in (11, 12):
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Tests that need a GPU. `DYNMOE_TEST_DEVICE=cpu` runs on a CPU the bodies that it can run, to check the tests."""
+"""Tests that need a GPU. `DYNMOE_TEST_DEVICE=cpu` runs those that a CPU can run, to check the tests themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = os.environ.get("DYNMOE_TEST_DEVICE", "cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this directory carries the marker `gpu`."""
+    """Mark every test in this directory `gpu`."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.gpu)
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """ "cuda", or what the environment says, but for tests that are about streams, graphs or memory of a GPU."""
+    """ "cuda", or the environment's device; tests of a GPU's streams, graphs or memory skip on any other."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU that torch sees")
     if DEVICE != "cuda" and request.node.get_closest_marker("cuda_only"):
@@ -36,8 +36,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _own_state() -> Iterator[None]:
-    """fp32 products are fp32 unless a test asks for tf32, and warnings come anew; both as before afterwards."""
-    matmul = torch.backends.cuda.matmul  # its flag is read, since torch's older getter raises where that was set
+    """Multiply fp32 in fp32 unless a test asks for tf32, let warnings come anew, and restore both afterwards."""
+    matmul = torch.backends.cuda.matmul  # read its flag: torch's older getter raises once that is set
     precision, warned = matmul.fp32_precision, set(validation._warned)
     torch.set_float32_matmul_precision("highest")
     validation._warned.clear()

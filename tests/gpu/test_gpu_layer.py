@@ -1,4 +1,4 @@
-"""The whole layer on a GPU against the oracle, its invariants bit by bit, and its indices against the CPU's."""
+"""The whole layer on a GPU: against the oracle, its invariants bit by bit, and its indices against the CPU's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dynmoe_tutel import kernels
 
-TF32 = 4e-3  # tensor cores cut fp32 operands off to 10 bits, they do not round: emulated, that is off by 2.3e-3
-# dtype, "highest" or "high" (tf32), tolerance, tolerance of the few numbers of thresholds and temperature
+TF32 = 4e-3  # tensor cores truncate fp32 operands to 10 bits instead of rounding: emulated, the error is 2.3e-3
+# dtype, "highest" or "high" (tf32), tolerance, tolerance for the few numbers of thresholds and temperature
 PRECISIONS = {
     "bf16": (torch.bfloat16, "highest", HALF, FEW),
     "fp16": (torch.float16, "highest", HALF, FEW),
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 
 
 def run(case: Case, device: str, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and every gradient of a copy of the case's layer on `device`, on the CPU."""
+    """Output and every gradient of a copy of the case's layer on `device`, moved to the CPU."""
     layer = copy.deepcopy(case.layer).to(device).train(training)
     x = case.x.clone().to(device).requires_grad_()
     y = layer(x)
@@ -56,7 +56,7 @@ def check(
 ) -> None:
     """Output and every gradient on `device` against the oracle's.
 
-    In half precision, where sums of few rows cancel, half as much again as the loop over the experts on the CPU is off.
+    In half precision, where sums of few rows cancel, the error may be 1.5 times that of the CPU's loop over experts.
     """
     expected_y = case.expected_output(training)
     expected = case.expected_gradients(training, combine_gradient)
@@ -113,7 +113,7 @@ def _plain(experts: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _gated(experts: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The oracle's view of gated experts with another activation than silu."""
+    """The oracle's view of gated experts with an activation other than silu."""
     view = helpers.oracle_experts(experts, "llama_ffn", function)
     return type(view)(lambda x, w1, w2, w3: (function(x @ w1) * (x @ w2)) @ w3, view.parameters)
 
@@ -121,7 +121,7 @@ def _gated(experts: Any, function: Callable[[Tensor], Tensor]) -> Any:
 @pytest.mark.parametrize("engine", ["triton", "grouped_mm", "torch"])
 @pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
 def test_engines_agree(kind: str, engine: str, device: str) -> None:
-    """All within the tolerance of the oracle; sizes are multiples of 16 bytes, as grouped_mm asks."""
+    """All are within tolerance of the oracle; sizes are multiples of 16 bytes, as grouped_mm requires."""
     if engine == "triton" and device == "cpu":
         pytest.skip("Triton has no kernels for a CPU")
     activation = F.silu if kind == "llama_ffn" else F.gelu
@@ -144,9 +144,9 @@ def test_recompute_gives_the_same_bits(device: str) -> None:
 def test_capacity_changes_no_bit_where_nothing_is_dropped(
     capacity: float | str, dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
-    """Rows behind the last are NaN here; a result that read one would show it.
+    """Unused rows are NaN here; a result that read one would show it.
 
-    But for the gradients of weights: into how many sums they are split depends on the length of the row arrays.
+    The gradients of weights may differ: their split into sums depends on the length of the row arrays.
     """
     results = []
     for mode in ("exact", capacity):
@@ -176,7 +176,7 @@ def test_two_runs_are_bitwise_equal(capacity: float | str, combine_gradient: str
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_token_does_not_depend_on_the_others(training: bool, device: str) -> None:
-    """The same bits in another order and among other tokens; the length of the arrays is the same throughout."""
+    """The same bits in another order and among other tokens, with arrays of the same length."""
     case = make_case(512, 96, 160, 8, dtype=torch.bfloat16, seed=1, capacity="full")
     layer, x = case.layer.to(device).train(training), case.x.to(device)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_token_does_not_depend_on_the_others(training: bool, device: str) -> N
 
 
 def test_a_token_alone(device: str) -> None:
-    """A batch of one chooses smaller tiles: the same decisions, and values that differ by rounding at most."""
+    """A batch of one gets smaller tiles: the same decisions, and values equal up to rounding."""
     case = make_case(64, 96, 160, 8, dtype=torch.bfloat16, seed=1)
     layer, x = case.layer.to(device), case.x.to(device)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_indices_are_those_of_the_cpu(T: int, E: int, density: float, device: st
 @pytest.mark.parametrize("distinct", [True, False])
 @pytest.mark.parametrize("E", [5, 64, 130])
 def test_what_a_bound_drops_is_what_the_cpu_drops(E: int, distinct: bool, device: str) -> None:
-    """Also where margins are equal, and later assignments go first."""
+    """Also if margins are equal, when later assignments go first."""
     generator = torch.Generator().manual_seed(E)
     T = 1000
     assigned_TE = torch.rand(T, E, generator=generator) < 0.4
@@ -233,7 +233,7 @@ def test_what_a_bound_drops_is_what_the_cpu_drops(E: int, distinct: bool, device
 
 @pytest.mark.parametrize(("T", "E"), [(70_001, 8), (40_000, 200)])
 def test_indices_of_many_tokens(T: int, E: int, device: str, poisoned: None) -> None:
-    """More than 1,024 blocks: the prefixes take several steps, the choice several tiles a program."""
+    """More than 1,024 blocks: prefixes take several steps, and selection takes several tiles per program."""
     generator = torch.Generator().manual_seed(T)
     assigned_TE = torch.rand(T, E, generator=generator) < 0.2
     margin_TE = torch.randint(-500, 500, (T, E), generator=generator) / 500
@@ -250,7 +250,7 @@ def test_indices_of_many_tokens(T: int, E: int, device: str, poisoned: None) -> 
 
 @pytest.mark.parametrize("E", [1, 8, 65, 200])
 def test_decisions_of_the_gate_are_those_of_the_cpu(E: int, device: str) -> None:
-    """In fp32 arithmetic of any dtype, but nearer than the margin to a threshold."""
+    """In fp32 arithmetic for any dtype, except closer to a threshold than the margin."""
     case = make_case(500, 96, 8, E, dtype=torch.bfloat16, G=(-0.05, 0.2), seed=4) if E < 60 else make_case(
         60, 96, 8, E, dtype=torch.bfloat16, G=(0.1, 0.3), seed=4
     )  # fmt: skip
@@ -262,7 +262,7 @@ def test_decisions_of_the_gate_are_those_of_the_cpu(E: int, device: str) -> None
 
 
 def test_autocast(device: str) -> None:
-    """Experts in half precision, the gate in fp32."""
+    """Experts compute in half precision, the gate in fp32."""
     case = make_case(100, 64, 96, 6, temperature=1.3, dtype=torch.bfloat16)
     layer = case.layer.float().to(device)
     x = case.x.float().to(device).requires_grad_()

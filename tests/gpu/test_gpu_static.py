@@ -1,4 +1,4 @@
-"""What a bounded or full capacity promises on a GPU: no waiting for the device, CUDA graphs; compilation; memory."""
+"""Promises of a bounded or full capacity on a GPU: no waiting for the device, CUDA graphs; compilation; memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynmoe_tutel import kernels, moe
 
-STATIC = [2.5, 0.7, "full"]  # 0.7 drops
+STATIC = [2.5, 0.7, "full"]  # 0.7 drops assignments
 cuda_only = pytest.mark.cuda_only
 
 
@@ -37,7 +37,7 @@ def layer_with(
     gate = more.pop("gate", {"type": "top_any", "max_expert_num": E})
     layer = moe.moe_layer(gate, D, experts, seeds=(1, 2), capacity=capacity, **more)
     with torch.no_grad():
-        layer.gates[0].gates.fill_(0.67 * D**-0.5)  # a cosine passes it in a quarter of the cases
+        layer.gates[0].gates.fill_(0.67 * D**-0.5)  # a quarter of the cosines pass
     return layer.to(device, torch.bfloat16)
 
 
@@ -52,7 +52,7 @@ OTHERS = ("fixed k", "custom activation", "token mask")
 
 
 def other_layer(name: str, device: str) -> tuple[Any, Tensor | None]:
-    """A layer that takes other kernels, and its token mask."""
+    """A layer that runs other kernels, and its token mask."""
     mask = torch.arange(600, device=device) % 4 > 0 if name == "token mask" else None
     if name == "fixed k":
         layer = moe.moe_layer(
@@ -76,7 +76,7 @@ def step(layer: Any, x: Tensor, dy: Tensor, mask: Tensor | None = None) -> list[
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Any call that waits for the device raises."""
+    """Make any call that waits for the device raise."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -86,7 +86,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def captured(call: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of the call, after three on a side stream, and what it returns."""
+    """A CUDA graph of the call, after three warm-up calls on a side stream, and its result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -101,7 +101,7 @@ def captured(call: Callable[[], Any]) -> tuple[Any, Any]:
 
 @cuda_only
 def test_tensors_on_a_device_that_is_not_the_current_one(device: str) -> None:
-    """The engine makes it the current one: Triton launches there."""
+    """The engine makes the tensors' device current, since Triton launches on the current one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     results = []
@@ -210,7 +210,7 @@ class TestGraphs:
 
     @cuda_only
     def test_a_record_window_opened_after_the_capture_counts(self, device: str) -> None:
-        """The graph holds the addresses of the window that was open when it was captured."""
+        """The graph holds the addresses of the window that was open at its capture."""
         layer = layer_with(device, 2.5)
         x, dy = batch(device)
         layer.begin_record_routing()
@@ -244,7 +244,7 @@ class TestGraphs:
 
 
 def test_overflow_warns_once(device: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A step or two late, since nothing waits for the count; and never where all fits."""
+    """It warns a step or two late, since nothing waits for the count, and never if all fits."""
     x, dy = batch(device)
     with caplog.at_level(logging.WARNING, logger="dynmoe_tutel"):
         for capacity in ("full", 0.7):
@@ -263,7 +263,7 @@ class TestCompile:
     @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("capacity", ["exact", 2.5, "full"])
     def test_one_graph_and_the_eager_results(self, capacity: float | str, backend: str, device: str) -> None:
-        """Two batches of different A compile once."""
+        """Two batches of different A share one compilation."""
         torch._dynamo.reset()
         layer = layer_with(device, capacity)
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -327,7 +327,7 @@ def operations(device: str) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
 class TestMemory:
     @pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
     def test_saved_for_the_backward(self, kind: str, device: str) -> None:
-        """x, pre-activations and 8 bytes an assignment, within the design's 1.05; and nothing of that for "up"."""
+        """x, pre-activations and 8 bytes per assignment, within the design's 1.05; no pre-activations with "up"."""
         T, D, H = 2048, 128, 256
         saved = {}
         for recompute in ("none", "up"):
@@ -369,7 +369,7 @@ class TestMemory:
 
     @cuda_only
     def test_rows_beyond_32_bits(self, device: str) -> None:
-        """T * D > 2**31: a row's place is its number times its length, in 64 bits."""
+        """T * D > 2**31: the address of a row needs 64 bits."""
         T, D = 600_000, 4096
         _needs(26 << 30)
         x = torch.empty(T, D, dtype=torch.bfloat16, device=device).normal_()
@@ -415,7 +415,7 @@ class TestMemory:
 
 
 def _needs(size: int) -> None:
-    """Skip where fewer bytes are free."""
+    """Skip if fewer bytes are free."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < size:

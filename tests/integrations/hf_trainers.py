@@ -1,4 +1,4 @@
-"""Trainers of transformers for a few steps, with the callback, and what is to be compared of them."""
+"""Short runs of transformers' Trainer with the callback, and the results to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT = 0.3
 
 
 class Gradients(transformers.TrainerCallback):
-    """What the optimizer was given at each step."""
+    """Records the gradients that the optimizer gets at each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []

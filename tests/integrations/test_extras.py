@@ -1,4 +1,4 @@
-"""Without the libraries, the package imports, and what is missing is named with the extra that brings it."""
+"""The package imports without the libraries, and an error names the missing one and its extra."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Watch(lightning.Callback):
 
 
 def test_evaluation_and_prediction_are_not_recorded(tmp_path: Path) -> None:
-    """With a sanity check before and validations between the training batches."""
+    """With a sanity check first and validations between the training batches."""
     callback, watch, module = DynMoECallback(100), Watch(), Module()
     trainer = trainer_of(tmp_path, callback, watch, num_sanity_val_steps=2, val_check_interval=1, max_epochs=2)
     trainer.fit(module, loader(), loader(seed=1))
@@ -136,7 +136,7 @@ class Log(lightning.loggers.logger.Logger):
 
 
 def test_logs(tmp_path: Path) -> None:
-    """Steps 2 and 4 of four, each of two batches; also the host is waited for at no other."""
+    """It logs at steps 2 and 4 of four, each of two batches, and waits for the device at no other."""
     log, callback = Log(), DynMoECallback(2, WEIGHT)
     options = {"logger": log, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "max_epochs": 2}
     trainer_of(tmp_path, callback, **options).fit(Module(), loader())
@@ -167,7 +167,7 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def run(folder: Path, epochs: int = 4, ckpt_path: Any = None, schedule: Any = 3, **given: Any) -> tuple[Any, ...]:
-    """Two steps an epoch: with updates after every third, an odd number of epochs ends in the middle of a window."""
+    """Two steps per epoch: with updates every three steps, an odd number of epochs ends inside a window."""
     save = lightning.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
     module, callback = Module(), DynMoECallback(schedule, WEIGHT, max_new_experts=2)
     trainer = trainer_of(folder, save, callback, max_epochs=epochs, enable_checkpointing=True, **given)
@@ -202,7 +202,7 @@ def test_resume_of_a_run_without_the_callback(tmp_path: Path, caplog: pytest.Log
 
 
 def test_fitting_on_continues(tmp_path: Path) -> None:
-    """In the middle of a window, with the optimizers that Lightning makes anew."""
+    """A second fit begins in the middle of a window, with new optimizers from Lightning."""
     module, trainer, callback = run(tmp_path, epochs=2)
     before = list(callback.events)
     assert {event.step for event in before} == {3}

@@ -40,7 +40,7 @@ def test_gradient_is_that_of_one_batch(kind: Any, size: int, accumulation: int, 
 
 @pytest.mark.parametrize("kind", [Net, CountedNet])
 def test_last_step_of_an_epoch_has_fewer_micro_batches(kind: Any, tmp_path: Path) -> None:
-    """12 items are 3 batches: with 2 to accumulate, the second step of an epoch has one."""
+    """12 items are 3 batches: accumulating 2, the second step of an epoch has only one."""
     watch = Gradients()
     options = {"gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 0.0}
     trainer = trainer_of(kind(), tmp_path, Items(12), callbacks=[watch], **options)
@@ -65,7 +65,7 @@ def with_none(kind: Any, folder: Path, options: dict[str, Any], weight: float) -
 
 
 def test_loss_function_of_the_user(tmp_path: Path) -> None:
-    """The model's outputs have no loss then."""
+    """The model's outputs then have no loss."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
@@ -75,7 +75,7 @@ def test_loss_function_of_the_user(tmp_path: Path) -> None:
 
 
 def test_gradient_scaler(tmp_path: Path) -> None:
-    """fp16 scales the loss: the gradient of the auxiliary loss must be scaled alike."""
+    """fp16 scales the loss, so the auxiliary loss's gradient must get the same scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaled = first_gradients(Net(), tmp_path, scaler, gradient_accumulation_steps=4)
     found = {name: gradient / 1024 for name, gradient in scaled.items()}
@@ -108,7 +108,7 @@ def test_compiled_model(tmp_path: Path) -> None:
 
 
 def test_evaluation_and_prediction_are_not_recorded(tmp_path: Path) -> None:
-    """The record's token count is that of the training tokens, with evaluations at every step and before the first."""
+    """The record counts only training tokens, with evaluations at every step and before the first."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "logging_steps": 2}
     model = Net()
     trainer = trainer_of(
@@ -136,7 +136,7 @@ def test_evaluation_and_prediction_are_not_recorded(tmp_path: Path) -> None:
 def test_logs(tmp_path: Path) -> None:
     watch: list[dict[str, float]] = []
 
-    class Reporter(transformers.TrainerCallback):  # before ours, as reporters are
+    class Reporter(transformers.TrainerCallback):  # runs before ours, as reporters do
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             watch.append(dict(logs))
 
@@ -187,7 +187,7 @@ def test_fixed_k_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_converted_bert(tmp_path: Path) -> None:
-    """Gradients are those of the loss plus `aux_loss`; padding is in no record, evaluations neither."""
+    """Gradients include `aux_loss`; no record contains padding or evaluations."""
     from dynmoe_tutel.convert import aux_loss, convert
 
     def bert() -> nn.Module:
@@ -224,7 +224,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         DynMoECallback(trainer_of(Dense(), tmp_path))
     with pytest.raises(ValueError, match="unknown option 'pacience': allowed are aux_weight, schedule"):
         DynMoECallback(trainer, pacience=2)
-    with pytest.raises(ValueError, match="schedule: unknown key 'evry'"):  # not only when training begins
+    with pytest.raises(ValueError, match="schedule: unknown key 'evry'"):  # at construction, not when training begins
         DynMoECallback(trainer, schedule={"evry": 3})
     with pytest.raises(ValueError, match=r"trainer must be the transformers\.Trainer itself, got Net"):
         DynMoECallback(trainer.model)

@@ -1,4 +1,4 @@
-"""`DynMoECallback` in `transformers.Trainer` runs that are resumed, repeated, or made of several ranks."""
+"""`DynMoECallback` in `transformers.Trainer` runs that are resumed, repeated, or on several ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynmoe_tutel.integrations.transformers import FOLDER
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[dict[str, float]]]:
-    """Seven steps with updates after 3 and 6, a checkpoint at each."""
+    """Seven steps with updates after 3 and 6, and a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     trainer = trainer_of(Net(), folder, gradient_accumulation_steps=2, **SAVING)
     callback = with_callback(trainer, max_new_experts=2)
@@ -35,7 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     [(2, "in place"), (3, "in place"), (5, "in place"), (2, "moved to output_dir"), (2, "moved elsewhere")],
 )
 def test_resume_is_bitwise(step: int, where: str, uninterrupted: Any, tmp_path: Path) -> None:
-    """In the middle of a window (2, 5) and between two; the later checkpoints of the first run are written anew."""
+    """Resume in the middle of a window (2, 5) and between two; the run writes the later checkpoints anew."""
     folder, expected, logged = uninterrupted
     run = tmp_path / "run"
     shutil.copytree(folder, run)
@@ -157,7 +157,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """The gradients are those of one process with the same items, and every rank resumes its own record."""
+    """The gradients equal one process's with the same items, and every rank resumes its own record."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))

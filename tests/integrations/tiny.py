@@ -27,7 +27,7 @@ def moe_layer(gate: str = "top_any", **gate_options: Any) -> nn.Module:
 
 
 class Net(nn.Module):
-    """x [B, TOKENS, D] and labels [B] to loss and logits; two MoE layers with residuals."""
+    """Maps x [B, TOKENS, D] and labels [B] to loss and logits; two MoE layers with residuals."""
 
     def __init__(self, gate: str = "top_any", checkpointing: bool | None = None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 class CountedNet(Net):
-    """Takes `num_items_in_batch`, as the models of transformers do, and divides its sum by it."""
+    """Divides the summed loss by `num_items_in_batch`, as transformers' models do."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         logits = self.logits(x)
@@ -85,9 +85,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def expected_gradients(model: nn.Module, weight: float, items: Dataset[Any]) -> dict[str, Tensor]:
-    """Of the loss of all items in one batch, plus `weight` times the sum of the layers' l_aux.
+    """Gradients of the loss of all items in one batch, plus `weight` times the sum of the layers' l_aux.
 
-    Asserts the margin of every decision of a top-any gate: the callbacks' runs divide the batch, and round otherwise.
+    Asserts the margin of every top-any decision, since the callbacks' runs split the batch and round differently.
     """
     model.train().zero_grad()
     watches = [layer.register_forward_pre_hook(_assert_margin) for layer in (model.first, model.second)]
@@ -103,7 +103,7 @@ def _assert_margin(layer: nn.Module, arguments: tuple[Tensor]) -> None:
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    """Bitwise, or within `tolerance`."""
+    """Assert equality, bitwise or within `tolerance`."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if tolerance:

@@ -1,4 +1,4 @@
-"""Random calls of the grouped expert networks, and the same rows one by one in float64."""
+"""Random calls of the grouped expert networks, and the same rows computed one by one in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAIVE_ACTIVATIONS = {
 
 @dataclass
 class Case:
-    """Random tensors of one call; `spare` rows behind the last, experts 0 and (by chance) others without rows."""
+    """Random tensors of one call, with `spare` unused rows; expert 0 and (by chance) others have no rows."""
 
     T: int
     D: int
@@ -95,7 +95,7 @@ class Case:
         return grouped_ffn(*self.arguments(t, save), self.engine)[0]
 
     def naive(self, t: dict[str, Any]) -> Tensor:
-        """The A rows in float64, one by one; a gate that is not applied still has its gradient, at the value 1."""
+        """The A rows in float64, one by one; a gate that is not applied still gets its gradient, at the value 1."""
         x, gate, w1, b1, w3, b3, w2, b2 = (None if t[n] is None else t[n].double().unbind(0) for n in NAMES)
         act, rows = NAIVE_ACTIVATIONS[self.activation], []
         for row, (token, e) in enumerate(self.pairs):
@@ -107,7 +107,7 @@ class Case:
         return torch.stack(rows) if rows else torch.zeros(0, self.Dout, dtype=torch.float64)
 
     def grads(self, function: str, d_rows_AO: Tensor, save: bool = True) -> dict[str, Tensor]:
-        """By name, of the "run" or the "naive" rows; zeros where these have none."""
+        """Gradients of the "run" or the "naive" rows by name; zeros for those without one."""
         variables = self.variables()
         rows = self.run(variables, save) if function == "run" else self.naive(variables)
         if rows.requires_grad:
@@ -122,9 +122,9 @@ class Case:
         return found
 
     def scales(self, d_rows_AO: Tensor) -> dict[str, float]:
-        """What the "rows" and their gradients, by name, are made of: see `conditions`.
+        """The size of the terms of the "rows" and of their gradients, by name: see `conditions`.
 
-        An activation is h times a sum such as 1 + erf(h), which is rounded where it is near 0 as the 1 in it is.
+        An activation is h times a sum such as 1 + erf(h); near 0 that sum has the rounding error of the 1.
         """
         names = [name for name, t in self.tensors.items() if t is not None]
 
@@ -139,5 +139,5 @@ class Case:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of one result; the half types round h, and a gate gradient cancels."""
+    """The tolerance of one result; the half types round h, and a gate gradient cancels."""
     return 1e-2 if dtype in HALF else 2e-6

@@ -1,4 +1,4 @@
-"""Rows out, rows back and the gate of a row, against plain loops; padding behind the last row is poisoned."""
+"""Dispatch, combine and row gates against plain loops; unused rows are poisoned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 class Index:
-    """A random assignment and its index arrays, with `spare` entries of -1 behind the A-th."""
+    """A random assignment and its index arrays, with `spare` entries of -1 past A."""
 
     def __init__(self, T: int, E: int, density: float, spare: int | None = None, seed: int = 0) -> None:
         self.assigned_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(seed)) < density
@@ -79,7 +79,7 @@ class TestDispatch:
         torch.library.opcheck(dispatch, (torch.randn(T, 3, requires_grad=True), *index.csr))
 
     def test_opcheck_with_spare_rows(self) -> None:
-        """What lies behind the last row is not defined, so shapes are compared and values are not."""
+        """Unused rows are undefined, so it compares shapes and not values."""
         index, checks = Index(6, 4, 0.5, 3), ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(dispatch, (torch.randn(6, 3), *index.csr), test_utils=checks)
 
@@ -116,7 +116,7 @@ class TestCombine:
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("D", [97, 64, 1])
     def test_half_precision_is_summed_in_fp32(self, D: int, dtype: torch.dtype) -> None:
-        """512 ones: in bf16 the sum would stop at 256, in fp16 it would not be off; 0.001 shows fp16."""
+        """512 ones: a bf16 sum would stop at 256, an fp16 sum would be right; 0.001 exposes fp16."""
         index = Index(2, 512, 1.0)
         for value in (1.0, 0.001):
             rows_AD = torch.full((index.A, D), value).to(dtype)
@@ -125,7 +125,7 @@ class TestCombine:
 
     @pytest.mark.parametrize("value", [1500.0, 30000.0])
     def test_the_mean_of_fp16_rows_does_not_overflow_in_its_sum(self, value: float) -> None:
-        """65 rows of 1500 sum to 97500, more than fp16's 65504; their mean is 1500."""
+        """65 rows of 1500 sum to 97500, above fp16's 65504; their mean is 1500."""
         index = Index(3, 65, 1.0)
         y_TD = combine(torch.full((index.A, 8), value, dtype=torch.float16), *index.csr, True)
         assert (y_TD == value).all()
@@ -193,7 +193,7 @@ class TestCombine:
 
 
 def straight_through(d_gate_A: Tensor, unrouted_T: Tensor, index: Index, centred: bool) -> tuple[Tensor, Tensor]:
-    """dL/ds and dL/dtheta by their formula: the row's gradient, less the token's mean if centred."""
+    """dL/ds and dL/dtheta by their formula: the row's gradient, minus the token's mean if centred."""
     d_score_TE = torch.zeros(index.T, index.E, dtype=torch.float64)
     for row, (t, e) in enumerate(index.pairs):
         d_score_TE[t, e] = d_gate_A[row]
@@ -212,7 +212,7 @@ class TestRowGates:
         self, T: int, D: int, E: int, density: float, spare: int | None, centred: bool
     ) -> None:
         index = Index(T, E, density, spare)
-        unrouted_T = torch.arange(T) % 5 == 1  # also tokens with rows: those that eval gave their best expert
+        unrouted_T = torch.arange(T) % 5 == 1  # also tokens with rows: in eval they got their best expert
         score_TE = torch.rand(T, E).requires_grad_()
         threshold_E = torch.rand(E).requires_grad_()
         gate_A = row_gates(score_TE, threshold_E, unrouted_T, index.all, centred)
@@ -259,7 +259,7 @@ class TestRowGates:
         assert torch.autograd.gradcheck(lambda w: row_gates(w, None, unrouted_T, index.all, False), (weight_TE,))
 
     def test_token_times_slots_beyond_int32(self) -> None:
-        """Pair 30000 * 100000 + 0 of row 0 does not fit an int32, which the index arrays are."""
+        """Pair 30000 * 100000 + 0 of row 0 does not fit in the index arrays' int32."""
         E = 100_000
         expert_offsets = torch.ones(E + 1, dtype=torch.int32)
         expert_offsets[0] = 0
@@ -272,7 +272,7 @@ class TestRowGates:
         index, unrouted_T = Index(T, 4, 0.5), torch.zeros(T, dtype=torch.bool)
         weight_TE = torch.rand(T, 4, requires_grad=True)
         torch.library.opcheck(row_gates, (weight_TE, None, unrouted_T, index.all, False))
-        # the straight-through gradient is no derivative, but tracing must agree with it
+        # the straight-through gradient is no derivative, but a traced backward must agree with it
         threshold_E = torch.rand(4, requires_grad=True)
         torch.library.opcheck(row_gates, (weight_TE, threshold_E, unrouted_T, index.all, centred))
         for straight in (False, True):

@@ -30,7 +30,7 @@ from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linea
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways of a half-precision GEMM: in fp32, as here where the processor has none, and in its own type."""
+    """Half-precision GEMMs both ways: in fp32, as on a processor without them, and in their own type."""
     module = sys.modules["dynmoe_tutel.kernels.grouped_ffn"]
     widened = () if request.param else HALF
     monkeypatch.setattr(module, "_gemm_dtype", lambda dtype, *device: torch.float32 if dtype in widened else dtype)
@@ -72,7 +72,7 @@ class TestForward:
 
     @pytest.mark.parametrize("elements", [1, 100, 2000])
     def test_blocks_of_experts_do_not_show(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Experts of few rows are worked on together; how many at once changes no more than the last bit."""
+        """Experts with few rows share a block; the size of the block changes at most the last bit."""
         case = Case(40, 12, 10, 7, 65, 0.1, gated=True, apply_gate=True)
         d_rows_AO = torch.randn(case.A, 7)
         rows, grads = case.run(case.tensors), case.grads("run", d_rows_AO)
@@ -111,7 +111,7 @@ class TestForward:
 
     @pytest.mark.parametrize("dtype", HALF)
     def test_autocast_inside_the_operation_changes_nothing(self, dtype: torch.dtype) -> None:
-        """Products are taken in the operation's own type: autocast around it must not round them once more."""
+        """Products run in the operation's own type: autocast around it must not round them again."""
         case = Case(60, 64, 96, 64, 4, dtype=dtype)
         plain = case.run(case.tensors)
         with torch.autocast("cpu", dtype):
@@ -120,7 +120,7 @@ class TestForward:
 
     @pytest.mark.parametrize("gated", [False, True])
     def test_fp32_stays_fp32_under_autocast(self, gated: bool) -> None:
-        """In the backward too: a caller may call backward() under autocast."""
+        """Also in the backward: a caller may call backward() under autocast."""
         case = Case(60, 64, 96, 64, 4, gated=gated, apply_gate=True)
         d_rows_AO = torch.randn(case.A, 64)
         plain, grads = case.run(case.tensors), case.grads("run", d_rows_AO)
@@ -171,7 +171,7 @@ class TestBackward:
                 assert relative_rms(grads[name], reference) < tolerance(dtype), name
 
     def test_the_gate_gradient_is_the_row_times_its_gradient(self) -> None:
-        """d_gate = <d_row, row / gate>, also where the gate is the constant 1 of a top-any gate."""
+        """d_gate = <d_row, row / gate>, also for the constant gate value 1 of a top-any gate."""
         case = Case(33, 16, 24, 8, 4)
         d_rows_AO = torch.randn(case.A, 8)
         rows = case.run(case.tensors)
@@ -270,7 +270,7 @@ class TestBackward:
 
 
 class TestRecompute:
-    """A forward that keeps no pre-activations: its backward computes them again."""
+    """A forward that keeps no pre-activations; its backward recomputes them."""
 
     @pytest.mark.parametrize("engine", ["torch", "grouped_mm"])
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -317,7 +317,7 @@ class TestRecompute:
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("engine", ["torch", "grouped_mm"])
     def test_what_is_kept(self, engine: str, gated: bool, apply_gate: bool) -> None:
-        """x, the index, and with `save` the pre-activations; a gate only where it is applied."""
+        """It keeps x, the index, with `save` the pre-activations, and the gate only if it is applied."""
         case = Case(33, 16, 24, 8, 4, gated=gated, apply_gate=apply_gate, spare=3, engine=engine)
         parameters = {t.untyped_storage().data_ptr() for n, t in case.tensors.items() if n[0] in "wb" and t is not None}
         for save in (True, False):

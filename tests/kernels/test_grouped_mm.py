@@ -40,7 +40,7 @@ def case_of(*shape: Any, **options: Any) -> Case:
 
 @pytest.fixture
 def loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What falls back to the loop fails."""
+    """Fail if anything falls back to the loop."""
     monkeypatch.setattr(sys.modules["dynmoe_tutel.kernels.grouped_ffn"], "_blocks", None)
 
 
@@ -50,7 +50,7 @@ class TestFFN:
     @pytest.mark.parametrize("biases", [True, False])
     @pytest.mark.parametrize("shape", [*SHAPES, ALIGNED])
     def test_equals_the_rows_one_by_one(self, shape: tuple, biases: bool, gated: bool) -> None:
-        """With every gradient, where fresh memory and what lies behind the last row are NaN."""
+        """With every gradient; fresh memory and unused rows are NaN."""
         for apply_gate in (False, True):
             case = case_of(*shape, biases=biases, gated=gated, apply_gate=apply_gate, spare=3)
             exact = copy.copy(case)
@@ -112,7 +112,7 @@ class TestFFN:
             assert torch.equal(grad.to(dtype), same.to(dtype)), name
 
     def test_parameters_at_any_address(self) -> None:
-        """Views into one flat buffer, as sharded training keeps them. Bits may depend on the address: MKL says so."""
+        """Views into one flat buffer, as in sharded training. Bits may depend on the address, says MKL."""
         case, flat = case_of(*ALIGNED), case_of(*ALIGNED)
         for name in ("w1", "w2", "b1"):
             t = case.tensors[name].contiguous()
@@ -185,7 +185,7 @@ def test_opcheck(T: int, gated: bool, biases: bool) -> None:
 @pytest.mark.parametrize(("D", "H", "O"), [(16, 24, 8), (17, 23, 9)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_no_value_is_asked_of_the_device(gated: bool, D: int, H: int, O: int) -> None:
-    """On a GPU that would wait for it: meta tensors have none."""
+    """Meta tensors have no values: reading one, for which a GPU would wait, fails here."""
     case = Case(9, D, H, O, 4, dtype=torch.bfloat16, gated=gated, apply_gate=True, spare=3)
     arguments = tree_map_only(Tensor, lambda t: t.to("meta"), case.arguments(case.tensors))
     _, _, index, weights, *_ = arguments
@@ -206,7 +206,7 @@ class TestLinear:
     @pytest.mark.parametrize("shape", [*SHAPES, ALIGNED])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_equals_each_expert_in_float64(self, dtype: torch.dtype, shape: tuple, bias: bool) -> None:
-        """Rows behind the last are zero, in the result and in the gradient, whatever they and theirs were."""
+        """Unused rows are zero in the result and in the gradient, whatever the inputs hold there."""
         case = Case(*shape, dtype=dtype, biases=bias, spare=3)
         variables = case.variables()
         w, b = variables["w1"], variables["b1"]
@@ -248,7 +248,7 @@ class TestLinear:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """No interpreter, nothing remembered."""
+        """Turn off the interpreter and clear the caches."""
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         for cached in (engines._multiplies_groups, engines._warn_of_float64):
             cached.cache_clear()
@@ -292,7 +292,7 @@ class TestChoice:
     def test_a_gpu_without_triton(
         self, capability: tuple[int, int], dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """torch's own grouped product where it does not wait for the device: bf16 on sm_90 and sm_100."""
+        """It takes torch's grouped product where that does not wait for the device: bf16 on sm_90 and sm_100."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", None)
         with FakeTensorMode():

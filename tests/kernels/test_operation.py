@@ -1,4 +1,4 @@
-"""What the operations refuse at their entry, by name, and what all of them owe to their declaration."""
+"""The operations' input checks, which name the argument, and the behaviour that their declaration gives them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def arguments(operation: str, given: dict[str, Any]) -> list[Any]:
 
 
 INDEX = ("token_offsets", "token_of_row", "row_of_assignment")
-OPERATIONS: dict[str, tuple[Any, ...]] = {  # with the arguments of each by name; a group takes those of its fields
+OPERATIONS: dict[str, tuple[Any, ...]] = {  # each operation's arguments by name; a group lists its fields
     "threshold_gate": ("x_TD", "w_DE", "threshold_E", "active_E", "scale", "fallback", "token_mask_T"),
     "ragged_index": ("bits_TW", "num_experts", "capacity", "block_counts"),
     "bound_assignments": ("bits_TW", "margin_TE", "capacity"),
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_by_name(operation: str, name: str, value: 
 
 @pytest.mark.parametrize("name_of_operation", [name for name in OPERATIONS if name != "unpack_bits"])
 def test_tensors_of_two_devices_are_refused_by_name(name_of_operation: str) -> None:
-    """Of any argument, also in a group; Triton says of such a pointer only at which place it stands."""
+    """For any argument, also in a group; Triton's error gives only a pointer's position."""
     good, groups = inputs(), OPERATIONS[name_of_operation]
     names = [field for name in groups for field in ([name] if isinstance(name, str) else name._fields)]
     for name in names[1:]:
@@ -145,7 +145,7 @@ def test_bits_are_packed_of_bools() -> None:
 def test_a_gpu_implementation_is_checked_and_runs_with_the_device_of_its_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Triton launches on the current device: with tensors on cuda:1 and cuda:0 current, it read what is not there."""
+    """Triton launches on the current device: with tensors on cuda:1 and cuda:0 current, it read invalid addresses."""
 
     def twice(x: Tensor) -> Tensor:
         raise AssertionError("the GPU's implementation runs")
@@ -179,7 +179,7 @@ def test_float64_and_the_engines_of_torch_are_seen_in_groups_too() -> None:
 
 @pytest.mark.parametrize("leaves", [("x_TD",), ("thresholds_E",), ("b2_EO",), ("w_DE", "b2_EO"), ("x_TD", "scale")])
 def test_a_backward_is_told_what_is_asked_for(leaves: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With frozen weights nothing is spent on their gradients; a tensor alone in its group gets one."""
+    """Frozen weights cost no gradient work; a single tensor of a group can still get a gradient."""
     module = sys.modules["dynmoe_tutel.kernels.top_any_ffn"]
     backward, wanted = module.top_any_ffn_backward, []  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "top_any_ffn_backward", lambda *args: wanted.append(args[-2]) or backward(*args))
@@ -201,7 +201,7 @@ def test_a_gradient_has_none_of_its_own() -> None:
 
 
 def test_what_an_operation_changes_has_a_new_version() -> None:
-    """Autograd finds by it that a tensor which was saved is no longer what it was."""
+    """Autograd uses the version to detect that a saved tensor has changed."""
     good = inputs()
     before = good["sample_ND"]._version, good["x_TD"]._version
     kernels.keep_strided(*arguments("keep_strided", good))

@@ -1,4 +1,4 @@
-"""Bitmasks, the index in both directions, and the choice of what a bounded capacity drops, against plain loops."""
+"""Bitmasks, the index in both directions, and the assignments that a bounded capacity drops, against plain loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = (0, 1, 7, 33)
 
 
 def assignment(T: int, E: int, density: float, seed: int = 0) -> Tensor:
-    """A random map [T, E] with an empty token and an empty expert where there is room for them."""
+    """A random map [T, E], with an empty token and an empty expert if there is room."""
     generator = torch.Generator().manual_seed(seed)
     assigned_TE = torch.rand(T, E, generator=generator) < density
     if 0 < density < 1:
@@ -150,7 +150,7 @@ class TestBoundAssignments:
     @pytest.mark.parametrize(("T", "E"), [(7, 3), (5, 65), (1, 1), (3, 130)])
     @pytest.mark.parametrize("levels", [2, 5, 10**6])
     def test_drops_exactly_the_smallest_margins(self, T: int, E: int, keep: float, levels: int) -> None:
-        """`levels` few: many equal margins, of which the later ones go."""
+        """Few `levels` give many equal margins, of which the later ones are dropped."""
         assigned_TE = assignment(T, E, 0.6, seed=levels)
         margin_TE = torch.randint(levels, (T, E), generator=torch.Generator().manual_seed(T)).float() / levels - 0.5
         capacity = int(keep * int(assigned_TE.sum()))

@@ -21,7 +21,7 @@ def vectors(D: int, E: int, count: int, dtype: torch.dtype = torch.float64) -> t
 
 
 def by_definition(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor]:
-    """||(U^T U - I) o m m^T||_F, its diagonal left out because it is zero, and the mean norm."""
+    """||(U^T U - I) o m m^T||_F without its zero diagonal, and the mean norm."""
     unit_DE = F.normalize(w_DE, dim=0)[:, active_E]
     gram_EE = unit_DE.t() @ unit_DE
     off_diagonal = gram_EE * (1 - torch.eye(len(gram_EE), dtype=w_DE.dtype))
@@ -82,7 +82,7 @@ def test_operation_checks() -> None:
 
 
 def test_no_active_slot_has_no_loss() -> None:
-    """0, as on a GPU; it was NaN."""
+    """0, as on a GPU. Regression: it was NaN."""
     leaf = torch.ones(8, 3).requires_grad_()
     losses = vector_losses(leaf, torch.zeros(3, dtype=torch.bool))[:2]
     sum(losses).backward()

@@ -1,4 +1,4 @@
-"""The sample at an even stride: which rows stay, in whatever batches they came, and the operation that keeps them."""
+"""The sample at an even stride: the kept rows do not depend on the batches; the operation that keeps them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def empty(most: int, D: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def naive_sample(rows_ND: Tensor, most: int) -> tuple[Tensor, int]:
-    """Every s-th row, s the least power of two that leaves at most `most`."""
+    """Every s-th row, with the smallest power of two s that leaves at most `most`."""
     stride = 1
     while -(-len(rows_ND) // stride) > most:
         stride *= 2

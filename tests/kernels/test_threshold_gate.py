@@ -1,4 +1,4 @@
-"""The threshold gate against its formula in float64: scores, decisions, the gradient of the scores."""
+"""The threshold gate against its formula in float64: scores, decisions, score gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(7, 97, 65), (64, 16, 4), (1, 1, 1), (33, 47, 512), (5, 8, 64), (0, 8, 3), (9, 300, 130)]
-MARGIN = 2e-6  # closer than this to the threshold, a decision in fp32 may differ from that in float64
+MARGIN = 2e-6  # closer to the threshold than this, a decision in fp32 may differ from float64's
 ONE = torch.ones(())
 
 
 def cosine(x_TD: Tensor, w_DE: Tensor) -> Tensor:
-    """cos(x_t, w_e) in float64, differentiable, 0 where a vector is zero."""
+    """cos(x_t, w_e) in float64, differentiable, 0 for a zero vector."""
     x, w = x_TD.double(), w_DE.double()
     norm_T1, norm_E = x.norm(dim=1, keepdim=True), w.norm(dim=0)
     return (x @ w) / norm_T1.masked_fill(norm_T1 == 0, 1) / norm_E.masked_fill(norm_E == 0, 1)
@@ -130,7 +130,7 @@ class TestForward:
             assert unrouted_T.tolist() == [threshold == 2.0]
 
     def test_the_best_of_experts_that_all_point_away(self) -> None:
-        """Cosines -1 and -0.6 of active slots lose to nothing, not to an inactive slot at right angles or closer."""
+        """Cosines -1 and -0.6 of active slots lose to no inactive slot, even at right angles or closer."""
         w_DE = torch.tensor([[0.0, -1.0, -0.6, 1.0], [1.0, 0.0, 0.8, 0.0]])
         active_E = torch.tensor([False, True, True, False])
         _, bits, unrouted_T, *_ = threshold_gate(torch.eye(2)[:1], w_DE, torch.zeros(4), active_E, ONE, True)
@@ -278,10 +278,10 @@ class TestMask:
         assert int(block_counts.sum()) == int(unpack_bits(bits, 5).sum())
 
     def test_gradients_of_the_real_tokens(self) -> None:
-        """The mask decides about experts; scores and their gradient are those of each token."""
+        """The mask decides only about experts; each token keeps its scores and their gradient."""
         x_TD, w_DE, threshold_E, active_E = gate_inputs(12, 8, 5)
         mask_T, d_score_TE = torch.arange(12) % 3 > 0, torch.randn(12, 5)
-        d_score_TE[~mask_T] = 0  # as from a loss over the real tokens
+        d_score_TE[~mask_T] = 0  # as with a loss over the real tokens
         found = []
         for x, mask, d_score in ((x_TD, mask_T, d_score_TE), (x_TD[mask_T], None, d_score_TE[mask_T])):
             variables = [t.clone().requires_grad_() for t in (x, w_DE, ONE)]
@@ -371,7 +371,7 @@ class TestBackward:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_inactive_slot_may_hold_anything(value: float) -> None:
-    """Its score has no gradient; as a factor of 0, the vector reached those of x and of the active ones."""
+    """Its score has no gradient. Regression: times 0, its vector reached the gradients of x and of active slots."""
     x, w, G, active_E = gate_inputs(9, 16, 5)
     active_E[1] = False
     results = []

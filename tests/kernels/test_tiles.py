@@ -1,4 +1,4 @@
-"""Where the tuned tiles are looked for."""
+"""The folder of the tuned tiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the operation from tokens to tokens refuses, by name, and how it is registered.
+"""The input checks of `top_any_ffn`, which name the argument, and its registration.
 
-Its results are tested with the layer and in `gpu`.
+The layer's tests and `gpu` test its results.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value", "said"), BAD, ids=lambda v: v if isinstance(v, str) else "")
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, said: str) -> None:
-    """Kernels take sizes on trust: what is too short would be read behind its end."""
+    """Kernels trust sizes: they would read past the end of a tensor that is too short."""
     good = inputs()
     kernels.top_any_ffn(*arguments(good))
     with pytest.raises(ValueError, match=name) as refused:

@@ -1,4 +1,4 @@
-"""Modules beside these tests are imported by name, in the processes that they start too."""
+"""Lets these tests, and the processes that they start, import the modules beside them by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a divided layer offers beside its forward, inside a rank of a real process group; and what it refuses there."""
+"""A divided layer's features besides its forward, and its refusals, inside a rank of a real process group."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def pair(gate: Any, experts: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-    """A divided layer and, with the same seeds, the whole one."""
+    """A divided layer, and the whole one with the same seeds."""
     ranks = dist.get_world_size()
     options = {"seeds": (3, 5), **options}
     layer = MoELayer(gate, D, {**experts, "num_experts_per_device": E // ranks}, group=dist.group.WORLD, **options)
@@ -58,7 +58,7 @@ def pair(gate: Any, experts: dict[str, Any], **options: Any) -> tuple[Any, Any]:
 
 
 def custom_experts() -> None:
-    """A list, a class (drawn slot by slot from the seed; without one, differently on every rank), and Tutel's kind."""
+    """A list, a class (drawn per slot from the seed; without a seed, differently on every rank), and Tutel's kind."""
     x, dy = batch()
     torch.manual_seed(0)  # the same on all ranks
     modules = [Expert() for _ in range(E)]
@@ -104,7 +104,7 @@ def gate_lists() -> None:
 
 
 def masks() -> None:
-    """Padding, NaN here, gets no expert and is in no record, in all capacities, in training and eval."""
+    """Padding (NaN here) gets no expert and enters no record, in all capacities, in training and eval."""
     case, rank = make_case(T=24, D=D, H=H, E=E), dist.get_rank()
     mask = torch.rand(24, generator=torch.Generator().manual_seed(1)) > 0.4
     x = case.x.masked_fill(~mask.unsqueeze(1), torch.nan)
@@ -152,7 +152,7 @@ def modes() -> None:
 
 
 def capacity_factors() -> None:
-    """Tutel's drops count the ranks of the group; a layer that is not divided asks no other rank."""
+    """Tutel's drops count over the group's ranks; an undivided layer communicates with no rank."""
     layer, whole = pair({"type": "top", "k": 2}, {"hidden_size_per_expert": H})
     x, _ = batch(dist.get_rank())
     assert relative_rms(layer(x, capacity_factor=1.0), whole(x, capacity_factor=1.0)) < FP32
@@ -162,7 +162,7 @@ def capacity_factors() -> None:
 
 
 def bound_later() -> None:
-    """A layer made in one process, divided by `bind`: the same outputs and gradients, by other slots."""
+    """A layer made in one process and divided by `bind` gives the same outputs and gradients with other slots."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     experts = {"hidden_size_per_expert": H, "num_experts_per_device": E // 2, "activation_fn": F.gelu}
     for kind, gate in (
@@ -199,7 +199,7 @@ def bound_later() -> None:
 
 
 def equal_tokens() -> None:
-    """Bounded capacities refuse different numbers of tokens on every rank, and go on afterwards."""
+    """On every rank, bounded capacities refuse unequal token counts, and the layer still works afterwards."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for capacity in ("full", 1.0):
         layer = divided({"capacity": capacity}, TOP_ANY, "ffn", F.gelu)
@@ -212,7 +212,7 @@ def equal_tokens() -> None:
 
 
 def copies_and_states() -> None:
-    """deepcopy keeps the groups; a state dict is the rank's block and fits no other rank; whole states are divided."""
+    """deepcopy keeps the groups; a state dict holds the rank's block and fits no other rank; whole states split."""
     layer = divided({"seeds": (1, 2)}, TOP_ANY, "ffn", F.gelu)
     x = batch()[0].chunk(dist.get_world_size())[dist.get_rank()]
     layer(x).sum().backward()
@@ -236,7 +236,7 @@ def copies_and_states() -> None:
         ({"type": "custom", "module": Expert}, E),
         ({"type": "custom", "module": Batched}, E // 2),
     ):
-        slots = {"type": "top_any", "max_expert_num": start}  # of fewer slots, those that it lacks stay inactive
+        slots = {"type": "top_any", "max_expert_num": start}  # fewer slots in the state: the missing ones stay inactive
         whole = MoELayer(slots, D, {**experts, "num_experts_per_device": start}, seeds=(7, 8))
         layer, _ = pair(TOP_ANY, experts)
         layer.load_state_dict(whole.state_dict())
@@ -247,21 +247,21 @@ def copies_and_states() -> None:
 
 
 def keys_of_one_score() -> None:
-    """EMoE's avg-k gate has the keys of the experts of all ranks."""
+    """EMoE's avg-k gate has the keys of all ranks' experts."""
     layer, whole = pair({"type": "top", "k": 2}, {"hidden_size_per_expert": H}, one_score_gate=True)
     layer.update_one_score_gate(), whole.update_one_score_gate()
     assert torch.equal(layer.gates[0].wg.weight, whole.gates[0].wg.weight)
 
 
 def a_rank_without_tokens_and_degrees() -> None:
-    """One rank never gets a token while the controller grows; the overlap of a call stays; text is refused."""
+    """One rank never gets a token while the controller grows; a call's overlap persists; text is refused."""
     torch.manual_seed(dist.get_rank())
     layer = divided({"seeds": (1, 2)}, {"type": "top_any", "max_expert_num": 2 * E}, "ffn", F.gelu)
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
     controller = ExpertController(layer, optimizer, schedule=2, max_new_experts=3)
     for _ in range(4):
         optimizer.zero_grad()
-        x = -F.normalize(layer.gates[0].sim_matrix.detach(), dim=0).sum(dim=1).expand(24, D)  # no expert's
+        x = -F.normalize(layer.gates[0].sim_matrix.detach(), dim=0).sum(dim=1).expand(24, D)  # away from every expert
         layer(x[: 0 if dist.get_rank() else 24], a2a_ffn_overlap_degree=2).sum().backward()
         optimizer.step()
         controller.step()
@@ -274,7 +274,7 @@ def a_rank_without_tokens_and_degrees() -> None:
 
 
 def unlike_layers() -> None:
-    """Ranks that build different layers are told on all of them."""
+    """If ranks build different layers, all of them raise."""
     width = H + (dist.get_rank() == 1)
     said = refusal(lambda: pair(TOP_ANY, {"hidden_size_per_expert": width}))
     assert "'hidden_size_per_expert': 21" in said

@@ -1,7 +1,7 @@
-"""A torchrun job that saves every four steps, and of which, the first time, one rank is killed while it saves.
+"""A torchrun job that saves every four steps; at the first start, one rank is killed during a save.
 
-The arguments are a folder and "kill" or "resume". Written there: where each rank began, and its states at the end of an
-uninterrupted and of the resumed job.
+The arguments are a folder and "kill" or "resume". The folder gets each rank's first step, and its final states in an
+uninterrupted and in the resumed job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(folder: Path, what: str) -> None:
     while job.step < STEPS:
         job.train(job.step + 4)
         if what == "kill" and job.step == KILLED_AFTER and rank == 1:
-            # the temporary folder is there, and rank 0 waits for what this rank writes
+            # the temporary folder exists, and rank 0 waits for this rank's files
             dcp.FileSystemWriter.write_data = _die  # type: ignore[assignment]
         job.save(folder / f"step-{job.step}")
     whole = Job(max_new_experts=2).train(STEPS)

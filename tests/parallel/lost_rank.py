@@ -1,4 +1,4 @@
-"""A job of which one rank raises or is killed in its second forward; each rank's last words go to the log."""
+"""A job in which one rank raises or is killed in its second forward; each rank logs its last words."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ D, H, E = 16, 20, 8
 
 
 def run(rank: int, ranks: int, folder: str, checks: Sequence[Callable[[], None]]) -> None:
-    """`checks` on one rank, over a file store."""
+    """Run `checks` on one rank, over a file store."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=GROUP_PATIENCE
@@ -34,7 +34,7 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[Callable[[], None]]
 
 
 def load_block(layer: Any, whole: Any) -> None:
-    """The whole layer's gates, and its block of experts."""
+    """Load the whole layer's gates and this rank's block of its experts."""
     layer.gates.load_state_dict(whole.gates.state_dict())
     layer._num_global_experts.copy_(whole._num_global_experts)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def tokens_of_ranks(T: int, how: str) -> list[int]:
 def compare(
     layer: Any, whole: Any, x: Tensor, dy: Tensor, sizes: list[int], tolerance: float = FP32, **call: Any
 ) -> None:
-    """Output, token gradients, gate gradients (summed over ranks) and expert gradients, against one process."""
+    """Compare output and gradients of tokens, gates (summed over ranks) and experts with one process."""
     rank = dist.get_rank()
     assert_margin(whole, x)
     full = x.clone().requires_grad_()
@@ -121,7 +121,7 @@ def against_oracle() -> None:
 
 
 def fixed_k() -> None:
-    """Combine weights travel with the rows; same seeds give the same layer on any number of ranks."""
+    """Combine weights travel with the rows; equal seeds give the same layer on any number of ranks."""
     for how, capacity in (("unequal", "exact"), ("equal", "full")):
         gate, options = {"type": "top", "k": 3}, {"seeds": (3, 5), "capacity": capacity}
         layer = divided(options, gate, "ffn", F.gelu)
@@ -139,12 +139,12 @@ def fixed_k() -> None:
 
 
 def no_token_routed() -> None:
-    """One rank's tokens are all unrouted, all others' are routed: no deadlock, zeros and gradients everywhere."""
+    """One rank's tokens are all unrouted, the others' routed: no deadlock, zeros and gradients everywhere."""
     layer = divided({"seeds": (1, 2)}, {"type": "top_any", "max_expert_num": E}, "ffn", F.gelu)
     x = layer.gates[0].sim_matrix.detach().t().sum(dim=0).expand(4, D).clone()
     if dist.get_rank() == 0:
         x = -x
-    y = layer(x)  # no token wants a gradient
+    y = layer(x)  # no token requires a gradient
     y.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
     assert bool(y.any()) == (dist.get_rank() != 0)
@@ -207,7 +207,7 @@ def precisions_and_checkpointing() -> None:
 
 
 def traffic() -> None:
-    """Bytes by hand: counts, bitmasks, rows, partial sums; backward the same rows and a number an assignment."""
+    """Bytes by hand: counts, bitmasks, rows, partial sums; the backward has the same rows and one number per pair."""
     case = make_case(T=24, D=D, H=H, E=E)
     layer = divided({}, {"type": "top_any", "max_expert_num": E}, "ffn", F.gelu)
     load_block(layer, case.layer)
@@ -224,7 +224,7 @@ def traffic() -> None:
 
 
 def slots() -> None:
-    """Copies across ranks are exact, a drawn slot is that of one process, others' parameters are not there."""
+    """Copies across ranks are exact, a drawn slot equals one process's, and a rank holds no other rank's parameters."""
     gate = {"type": "top_any", "max_expert_num": E}
     layer = divided({"seeds": (3, 5)}, gate, "ffn", F.gelu)
     whole = MoELayer(gate, D, {"type": "ffn", "hidden_size_per_expert": H, "num_experts_per_device": E}, seeds=(3, 5))
@@ -238,7 +238,7 @@ def slots() -> None:
         assert torch.equal(own, full.chunk(layer.world_size)[layer.rank])
     held = [bool(layer.expert_slots.slot_parameters(slot)) for slot in range(E)]
     assert held == [slot // layer.placement.local == layer.rank for slot in range(E)]
-    torch.manual_seed(dist.get_rank())  # without seeds, gates are those of the first rank, experts differ
+    torch.manual_seed(dist.get_rank())  # without seeds, all ranks get the first one's gates, and different experts
     layer = divided({}, {"type": "top_any", "max_expert_num": 2 * E}, "ffn", F.gelu)
     w = layer.gates[0].sim_matrix.detach().clone()
     dist.broadcast(w, 0)
@@ -249,7 +249,7 @@ def slots() -> None:
 
 
 def blocks() -> None:
-    """Packed to equal blocks and back."""
+    """Pack to equal blocks and unpack."""
     x = torch.arange(1.0, 7.0)
     layout = _Blocks(torch.tensor([2, 0, 3]), 2 + 1)
     padded = torch.cat([x[:5], torch.zeros(4)])

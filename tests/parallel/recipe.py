@@ -1,4 +1,4 @@
-"""Data and expert parallel under torchrun: gradients by DDP, FSDP2 or plain all-reduce are those of one process."""
+"""Data and expert parallel under torchrun: gradients by DDP, FSDP2 or plain all-reduce equal one process's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from dynmoe_tutel import MoELayer, parallel
 
 D, E, T = 8, 8, 6
-EPS = 1e-4  # of Adam: divided by less, the rounding of a gradient near 0 would be a step
+EPS = 1e-4  # of Adam: a smaller divisor would turn the rounding of a gradient near 0 into a step
 
 
 class Model(nn.Module):

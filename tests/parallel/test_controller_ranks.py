@@ -1,6 +1,6 @@
-"""Controller, rebalance and checkpoints on 4, 2 and 1 real processes: one start, a process group for each number.
+"""Controller, rebalance and checkpoints on 4, 2 and 1 real processes: one start, one process group per number.
 
-The processes report, the test compares: equal to one process, the same on every rank, bitwise after a resume.
+The processes report and the test compares: equal to one process, the same on every rank, bitwise after a resume.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _report(folder: Path, world: int) -> dict[str, Any]:
 
 
 def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
-    """Two jobs, of which one exchanges experts in the middle of a window, and of which that one is resumed then."""
+    """Two jobs, of which one exchanges experts in the middle of a window and is resumed after that."""
     stays, moves = Job().train(SAVED), Job().train(SAVED)
     before = moves.result()["output"]
     report = moves.controller.rebalance(1.05)
@@ -82,14 +82,14 @@ def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
 
 
 def record_counts(job: Job) -> list[int]:
-    """Assignments of each slot in the window so far, of all ranks."""
+    """Each slot's assignments in the window so far, over all ranks."""
     counts = job.model.mlp.record.counts.clone()
     dist.all_reduce(counts)
     return counts.tolist()
 
 
 def _checkpoints(folder: Path, world: int) -> dict[str, Any]:
-    """What 4 ranks saved, loaded on as many and on fewer; and what does not fit."""
+    """A save of 4 ranks, loaded on as many and on fewer; and states that do not fit."""
     found: dict[str, Any] = {}
     target = folder / f"step-{SAVED}"
     if world == 4:
@@ -141,7 +141,7 @@ def _replicated(folder: Path) -> dict[str, Any]:
 
 
 def _refused_kinds() -> list[str]:
-    """What FSDP has sharded, to a controller; a list of modules over ranks, to a checkpoint."""
+    """A controller refuses FSDP shards; a checkpoint refuses a list of modules divided over ranks."""
     sharded = Net(None)
     fully_shard(sharded, ignored_params={p for _, p in parallel.expert_parameters(sharded)})
     modules = [torch.nn.Linear(8, 8) for _ in range(4)]
@@ -194,12 +194,12 @@ def check_training(reports: dict[int, list[Any]]) -> None:
             assert rank["trained"]["slots"] == reports[world][0]["trained"]["slots"]
             assert relative_rms(rank["trained"]["output"], one["trained"]["output"]) < 1e-6
     grown = {world: reports[world][0]["trained"]["slots"][0] for world in WORLDS}
-    # with one rank the lowest free slot, else the lowest free one of the last rank, which has the least load
+    # the lowest free slot: of all with one rank, else of the last rank, which has the least load
     assert grown == {1: (3, "grown"), 2: (5, "grown"), 4: (6, "grown")}
 
 
 def check_inits(reports: dict[int, list[Any]]) -> None:
-    """The new expert's weights come from another rank, and are what one process makes."""
+    """The new expert's weights come from another rank and equal one process's."""
     [one] = reports[1]
     for init in INITS:
         slot, expected = one[init]
@@ -212,7 +212,7 @@ def check_inits(reports: dict[int, list[Any]]) -> None:
 
 
 def check_rebalance(reports: dict[int, list[Any]]) -> None:
-    """The function stays, the load does not; optimizer rows and the window in progress move too."""
+    """The function stays and the load changes; optimizer rows and the window in progress move too."""
     for world in WORLDS:
         first = reports[world][0]["rebalanced"]
         for rank in reports[world]:
@@ -236,7 +236,7 @@ def check_rebalance(reports: dict[int, list[Any]]) -> None:
 
 
 def check_checkpoints(reports: dict[int, list[Any]]) -> None:
-    """Bitwise on as many ranks, else equal; a window in progress has the same totals; refusals name what is wrong."""
+    """Bitwise on as many ranks, else equal; a window in progress has the same totals; refusals name the fault."""
     whole = reports[4][0]["checkpoints"]["whole"]
     assert len(whole["events"]) > 2, "the resumed part must have something to get wrong"
     for world in WORLDS:
@@ -265,7 +265,7 @@ def check_checkpoints(reports: dict[int, list[Any]]) -> None:
 
 
 def check_replicated(reports: dict[int, list[Any]]) -> None:
-    """Replicas of an expert stay bitwise equal; their checkpoint is read by experts divided otherwise."""
+    """Replicas of an expert stay bitwise equal; experts divided differently can read their checkpoint."""
     [one] = reports[1]
     for rank in reports[4]:
         found = rank["replicated"]

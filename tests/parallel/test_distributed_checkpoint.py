@@ -23,7 +23,7 @@ D = 8
 
 
 def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL on one of two ranks during a save; the second start is bitwise what an uninterrupted job is."""
+    """SIGKILL on one of two ranks during a save; the second start equals an uninterrupted job bitwise."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

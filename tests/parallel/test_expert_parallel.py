@@ -28,7 +28,7 @@ def test_processes_agree_with_one_and_with_the_oracle(processes: int, tmp_path: 
 
 @pytest.mark.parametrize(("processes", "expert_ranks"), [(2, 2), (4, 2)])
 def test_recipes_with_ddp_fsdp_and_all_reduce(processes: int, expert_ranks: int) -> None:
-    """2 ranks share the experts; of 4, two pairs hold copies. Two steps of Adam, gradients of the global mean loss."""
+    """2 ranks share the experts; with 4, each pair holds a copy. Two Adam steps, gradients of the global mean loss."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [*command, str(HERE / "recipe.py"), str(expert_ranks)],
@@ -49,7 +49,7 @@ def test_ddp_goes_on_ignoring_what_it_was_told_to() -> None:
 
 @pytest.mark.parametrize(("lost", "end"), [(2, "kill"), (0, "raise")])
 def test_a_lost_rank_ends_the_others_with_its_name(lost: int, end: str, tmp_path: Path) -> None:
-    """Long before the group's own patience. The store is a file, or it is lost with the rank that keeps it."""
+    """They end long before the group's timeout. The store is a file, or dies with the rank that keeps it."""
     store = f"file://{tmp_path}/store" if lost else f"tcp://127.0.0.1:{free_port()}"
     jobs = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Placement of experts: the plans against a search over all placements, and their laws on random loads."""
+"""Placement of experts: plans against a search over all placements, and their laws on random loads."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ loads = st.integers(1, 4).flatmap(
 @settings(deadline=None, max_examples=200)
 @given(loads, st.sampled_from([1.0, 1.2, 2.0]))
 def test_laws(case: tuple[int, list[int]], threshold: float) -> None:
-    """Every swap crosses ranks; a plan gains or is empty; below the threshold nothing moves, and none goes on there."""
+    """Every swap crosses ranks; a plan gains or is empty; below the threshold it makes no swap."""
     ranks, load = case
     local, before = len(load) // ranks, imbalance(load, ranks)
     swaps = plan_swaps(load, ranks, threshold)

@@ -1,4 +1,4 @@
-"""One job, the same on any number of ranks: a model, global batches with wide margins, a step, and what came of it."""
+"""One job, the same on any number of ranks: a model, global batches with wide margins, a step, and the results."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ class Job:
         return restored
 
     def state(self) -> dict[str, Any]:
-        """All that this rank holds."""
+        """The rank's whole state."""
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {**states, "controller": self.controller.state_dict()}
 
     def result(self) -> dict[str, Any]:
-        """What does not depend on which slot holds an expert, nor on the number of ranks."""
+        """Results that depend neither on the experts' slots nor on the number of ranks."""
         output = self.model.eval()(global_batch(99).chunk(dist.get_world_size())[dist.get_rank()])
         self.model.train()
         gate = self.model.mlp.gates[0]

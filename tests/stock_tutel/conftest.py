@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need stock Tutel; each file skips, with the reason, where it is absent."""
+"""Fixtures for tests that need stock Tutel; without it, each file skips with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """The top-any gates are in Tutel during the test."""
+    """Register the top-any gates in Tutel during the test."""
     from dynmoe_tutel import tutel_backend
 
     tutel_backend.register()

@@ -1,4 +1,4 @@
-"""Registration leaves Tutel as it was but for the new gate types; its functions take a ragged routing too."""
+"""Registration only adds gate types to Tutel, whose functions then also take a ragged routing."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def experts_of(rows_ECD: Tensor) -> Tensor:
 @pytest.mark.parametrize("postscore", [True, False])
 @pytest.mark.parametrize("combine_gradient", ["mean", "normalized"])
 def test_tutels_kernels_read_the_ragged_tuple(combine_gradient: str, postscore: bool, registered: None) -> None:
-    """Index -1 is skipped by Tutel's own kernels; output and gradients are those of the ragged routing."""
+    """Tutel's own kernels skip index -1; output and gradients equal the ragged routing's."""
     from tutel import moe
 
     found = []
@@ -208,7 +208,7 @@ def test_the_dispatcher_still_takes_tutels_lists(registered: None) -> None:
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.0}, {"normalize_gate": False, "alignment": 4}], ids=str)
 def test_this_packages_top_k_routing_is_tutels(options: dict, k: int) -> None:
-    """Without Tutel, `dynmoe_tutel.moe` has the same functions."""
+    """`dynmoe_tutel.moe` has the same functions without Tutel."""
     from dynmoe_tutel import moe
 
     score_TE = torch.rand(33, 6, generator=torch.Generator().manual_seed(k)).softmax(dim=1).requires_grad_()
@@ -269,7 +269,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("pruned", [False, True])
     def test_gather_and_scatter(self, pruned: bool, tmp_path: Path, registered: None) -> None:
-        """Tutel's own tools, on a model whose active experts are fewer than its slots."""
+        """Tutel's own tools, on a model with fewer active experts than slots."""
         from tutel import moe
 
         def build() -> nn.Module:
@@ -311,7 +311,7 @@ class TestCheckpoints:
 
 
 def test_the_layer_through_the_functions(registered: None) -> None:
-    """A layer of one's own from the registered functions is the registered layer."""
+    """A custom layer built from the registered functions equals the registered layer."""
     from tutel import moe
 
     torch.manual_seed(0)

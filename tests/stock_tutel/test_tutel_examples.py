@@ -27,7 +27,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, processes: int, tmp_path: Path) -> None:
-    """Only the gate is another one; the loss falls, and every process ends well."""
+    """Only the gate changes; the loss falls, and every process exits cleanly."""
     source = (Path(tutel.__file__).parent / "examples" / f"{name}.py").read_text()
     gate = "gate_type = {'type': 'top_any', 'max_expert_num': 4}"
     edited, edits = re.subn(r"gate_type\s*=\s*\{'type': '(top|custom)'[^}]*\}", gate, source)

@@ -1,4 +1,4 @@
-"""Every feature of Tutel's that the registered layer has, packed and padded, and custom experts."""
+"""Every feature of Tutel in the registered layer, packed and padded, and custom experts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TestFeatures:
         assert [cls.global_expert_count(n) for n in (3, 1, -1)] == [3, 1, 1]
 
     def test_seeds(self, layout: str) -> None:
-        """Gates and experts by their seeds, whatever the global state, which only the third seed sets."""
+        """Seeds alone determine gates and experts; only the third seed sets the global state."""
         from tutel import moe
 
         def build(seeds: Any) -> Any:
@@ -117,7 +117,7 @@ class TestFeatures:
         assert not torch.equal(first.experts.batched_fc1_w, third.experts.batched_fc1_w)
 
     def test_growing_and_pruning(self, layout: str) -> None:
-        """The same record and the same events as the native layer, and a grown slot is the same copy."""
+        """The same record, events and grown copy as in the native layer."""
         case = make_case(T=60, E=6, active=[0, 1, 3], G=0.2)
         with torch.no_grad():
             case.layer.gates[0].gates[3] = 5.0  # never activated
@@ -153,7 +153,7 @@ class TestFeatures:
         assert "grown" in events
 
     def test_twenty_steps_follow_the_native_layer(self, layout: str) -> None:
-        """Where no decision of any step is in doubt: one token that goes elsewhere would part the trainings."""
+        """No decision of any step is in doubt: one differently routed token would make the trainings diverge."""
         case = make_case(T=60, seed=57)
         losses = []
         for layer in (copy.deepcopy(case.layer), tutel_twin(case.layer, layout=layout)):
@@ -199,7 +199,7 @@ class _Flat(nn.Module):
 
 
 class OptionsExpert(nn.Module):
-    """Tutel's custom expert with any options, as its example has it."""
+    """Tutel's custom expert with any options, as in its example."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class OptionsExpert(nn.Module):
 
 
 class OldExpert(nn.Module):
-    """With the argument's old name, and a flat parameter as Tutel's sharded example."""
+    """Uses the argument's old name, and a flat parameter as in Tutel's sharded example."""
 
     def __init__(self, model_dim: int, local_experts: int, sharded_count: int, my_config: str) -> None:
         super().__init__()

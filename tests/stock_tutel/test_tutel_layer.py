@@ -116,8 +116,8 @@ def test_drops_of_both_layouts(factor: float, training: bool, combine_gradient: 
 def test_drops_are_tutels(k: int, factor: float, prioritized: bool, normalize: bool) -> None:
     """Tutel's own layer with its own `top` gate against this package's layer with the same weights.
 
-    Not batch-prioritised without a positive factor: there Tutel 0.3 takes the last token's place in the sorted order
-    for the load of an expert, and drops rows where none were to be dropped.
+    Batch priority is tested only with a positive factor: otherwise Tutel 0.3 takes the last token's place in the
+    sorted order for an expert's load, and drops rows that it should keep.
     """
     if prioritized and factor <= 0:
         pytest.skip("Tutel 0.3 drops rows that it was not asked to drop")
@@ -154,7 +154,7 @@ def test_drops_are_tutels(k: int, factor: float, prioritized: bool, normalize: b
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("factor", [0.5, -0.5])
 def test_the_dropped_pairs_are_those_of_extract_critical(factor: float, k: int) -> None:
-    """A top-any routing in which every token has k experts, against Tutel's function on the same scores."""
+    """A top-any routing with k experts for every token, against Tutel's function on the same scores."""
     from tutel import moe
 
     from dynmoe_tutel import Routing

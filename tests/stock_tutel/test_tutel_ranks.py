@@ -20,7 +20,7 @@ ACTIVATION = F.gelu
 
 
 def spawn(function: Any, folder: Path, *arguments: Any) -> list[Any]:
-    """What `function(rank, *arguments)` returned on each rank."""
+    """Run `function(rank, *arguments)` on each rank; return the results."""
     spawn_ranks(_rank, (str(folder), function, arguments), RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
@@ -44,7 +44,7 @@ def native(kind: str, slots: int, **options: Any) -> Any:
 
 
 def fill(layer: Any, whole: Any, rank: int) -> None:
-    """The rank's part of the native layer's weights; a sharded expert's hidden units (and output bias) are split."""
+    """Copy the rank's part of the native layer's weights; splits a sharded expert's hidden units and output bias."""
     layer.gates.load_state_dict(whole.gates.state_dict())
     layer._num_global_experts.copy_(whole._num_global_experts)
     own, full = dict(layer.experts.named_parameters()), dict(whole.experts.named_parameters())

@@ -1,4 +1,4 @@
-"""A layer of stock Tutel with the configuration and the weights of a native one, and what comes out of it."""
+"""A stock Tutel layer with the configuration and weights of a native one, and its results."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def tutel_twin(native: MoELayer, **options: Any) -> Any:
 
 @torch.no_grad()
 def draw(module: nn.Module, seed: int = 0) -> None:
-    """Every parameter from a normal distribution: what an expert module starts at is Tutel's affair, which from some
-    version on starts all biases at 0, and equal numbers tell no two experts apart."""
+    """Draw every parameter from a normal distribution: some versions of Tutel start all biases at 0, and equal numbers
+    would not tell experts apart."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.normal_(0, 0.3, generator=generator)

@@ -1,4 +1,4 @@
-"""GLUE tasks with their partners, read from small saved copies by the library itself."""
+"""GLUE tasks with their partners, read by the datasets library from small saved copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save(folder: Path, **splits: dict[str, list[Any]]) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """sst2 and its partners; "text 0" is in training and in a test, one label is hidden."""
+    """sst2 and its partners; "text 0" occurs in training and in a test, and one label is hidden."""
     sentences = [f"text {n}" for n in range(40)]
     save(
         tmp_path / "sst2",

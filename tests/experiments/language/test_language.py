@@ -1,4 +1,4 @@
-"""The language experiment end to end on a tiny BERT: stops change nothing, test texts reach the tests alone."""
+"""The language experiment end to end on a tiny BERT: stops change nothing, and only the tests see test texts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> LanguageConfig:
 
 @pytest.fixture(autouse=True)
 def _global_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No plots, which take longer than these jobs; and torch's random state is the caller's."""
+    """Skip plots, which take longer than these jobs, and restore torch's random state."""
     monkeypatch.setattr(results, "draw", lambda *_: {})
     monkeypatch.setattr(plots, "trade_off", lambda *_: b"")
     random = torch.get_rng_state()
@@ -78,7 +78,7 @@ def whole(config: LanguageConfig, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def training(path: Path, name: str) -> tuple[Any, Any, Any]:
-    """What a run's training left: its lines, its events, its gates."""
+    """The log lines, events and gates of a run's training."""
     folder = path / RUNS / name
     gates = read_checkpoint(checkpoints_of(folder, name)[-1])["model"]
     lines = [line for line in tiny_job.untimed(folder, METRICS) if line["kind"] == "train"]
@@ -86,7 +86,7 @@ def training(path: Path, name: str) -> tuple[Any, Any, Any]:
 
 
 def test_test_texts_reach_neither_training_nor_controller(config: LanguageConfig, whole: Path, tmp_path: Path) -> None:
-    """Other texts in every test domain, evaluated inside the record windows, change no bit of training or of events."""
+    """Other test texts, evaluated inside the record windows, change no bit of training or events."""
     task = LanguageTask(replace(config, rows=("dynmoe",)))
     corpus = task.corpus
     noise = {name: [Example("w1 w2 bad", 1), Example("good w3", 0)] * 9 for name in corpus.outside}
@@ -105,7 +105,7 @@ def test_test_texts_reach_neither_training_nor_controller(config: LanguageConfig
 def test_an_update_has_seen_as_many_tokens_as_its_training_steps(
     config: LanguageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations fall into every window: after steps 3, 6 and 9, updates after 4 and 8."""
+    """Every window contains evaluations: these run after steps 3, 6 and 9, updates after 4 and 8."""
     task, update = LanguageTask(replace(config, rows=("dynmoe",))), ExpertController._update
     seen = []
 
@@ -124,7 +124,7 @@ def test_an_update_has_seen_as_many_tokens_as_its_training_steps(
 def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
     config: LanguageConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, inside a record window and inside a group of batches."""
+    """With dropout, stopped inside a record window and a group of batches."""
     path, train_step = tmp_path / "job", Run.train_step
 
     def interrupted(run: Run) -> None:

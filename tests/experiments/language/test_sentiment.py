@@ -1,4 +1,4 @@
-"""The sentiment texts: where they come from, what is refused, and that nothing is on both sides of a split."""
+"""The sentiment texts: their source, refusals, and no text on both sides of a split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def archive(files: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Small files in the place of the published ones, with their hashes."""
+    """Small files in place of the published ones, with their hashes."""
     content = {
         name: "".join(f"{d}_{s}\t{(-1) ** d * 2}\t{name} {d} {s}\r\n" for d in range(20) for s in range(3)).encode()
         for name in DOMAINS

@@ -1,4 +1,4 @@
-"""Table and plots: the numbers are recomputed here from the log, and the pictures are looked at as pixels."""
+"""Table and plots: the tests recompute the numbers from the log and look at the pictures' pixels."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 def share(picture: np.ndarray, colour: str) -> float:
-    """Share of the pixels that have this colour."""
+    """Share of pixels with this colour."""
     return float((np.abs(picture - np.array(to_rgb(colour))).max(-1) < 0.02).mean())
 
 
@@ -162,7 +162,7 @@ def test_all_plots_are_there_large_enough_to_read_and_not_empty(folder: Path) ->
 
 
 def test_plots_show_their_data(folder: Path) -> None:
-    """A curve, bar or mark that the data lack is not in the picture, and one that they have is."""
+    """The picture has a curve, bar or mark exactly if the data have it."""
     metrics, events = read_log(folder, METRICS), read_log(folder, EVENTS)
     rows = tiny_job.CONFIG.rows
     both, one = pixels(plots.accuracy(metrics, rows)), pixels(plots.accuracy(metrics, rows[:1]))

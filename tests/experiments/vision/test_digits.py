@@ -1,4 +1,4 @@
-"""The data: no image is in two places, batches are a function of seed and step, and rotations are what they say."""
+"""The data: no image is in two parts, batches depend only on seed and step, and rotations are correct."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_no_image_is_in_two_domains_or_in_two_parts(test_angle: int, seed: int) 
 
 
 def test_pixels_are_those_of_no_other_part(split: Digits) -> None:
-    """By content, not by index: upright images are distinct, so equal upright pixels would be a leak."""
+    """Compares content, not indices: upright images are distinct, so equal upright pixels would be a leak."""
     upright = _all_images()[0].flatten(1)
     assert len(upright.unique(dim=0)) == len(upright)
     for angle, part in [*split.train.items(), *split.validation.items(), (75, split.test)]:
@@ -62,7 +62,7 @@ def test_a_batch_is_a_function_of_seed_and_step(split: Digits) -> None:
 
 @pytest.mark.parametrize("size", [7, 16, 239, 500])
 def test_every_epoch_shows_every_training_image_once(split: Digits, size: int) -> None:
-    """Also where a batch spans the end of an epoch, or several."""
+    """Also if a batch spans the end of one or several epochs."""
     smallest = min(len(domain) for domain in split.train.values())
     known = {image.numpy().tobytes(): angle for angle, domain in split.train.items() for image in domain.image}
     seen: Counter[bytes] = Counter()

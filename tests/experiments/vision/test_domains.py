@@ -1,4 +1,4 @@
-"""DomainBed's protocol: its splits to the image, nothing of the target in training, batches that resume anywhere."""
+"""DomainBed's protocol: its exact splits, no target data in training, batches that resume anywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = {"art": 41, "photo": 25, "sketch": 32}
 
 
 class Numbers:
-    """Images that are their own number, 1000 times the domain's position added; augmented ones carry their stream."""
+    """An image is its number plus 1000 times the domain's position; an augmented one carries its stream."""
 
     domains = tuple(SIZES)
 
@@ -31,8 +31,8 @@ class Numbers:
 
 
 def test_the_split_is_domainbeds() -> None:
-    """The seeds are those that DomainBed's `seed_hash` gives, and the images are dealt as its `split_dataset` deals
-    them: a list shuffled by a RandomState, `int(0.2 * n)` first ones out."""
+    """Seeds come from DomainBed's `seed_hash`, and images are split as by its `split_dataset`: a RandomState shuffles
+    the list, and the first `int(0.2 * n)` are held out."""
     assert seed_hash(0, 1) == 1514274641  # md5 of "(0, 1)" modulo 2**31
     for size, seed, position in ((41, 0, 0), (9, 2, 3), (1670, 1, 2)):
         keys = list(range(size))
@@ -88,7 +88,7 @@ def test_augmentation_differs_between_seeds_steps_domains_and_places() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_any_step_are_those_of_the_whole_run(workers: int) -> None:
-    """Whoever makes them, and without drawing from the global stream."""
+    """Any number of workers makes the same batches, without the global random stream."""
     leave_out = LeaveOut(Numbers(), ["art"], 0, 5)
     state = torch.get_rng_state()
     whole, rest = list(leave_out.batches(0, 9)), list(leave_out.batches(4, 9, workers))

@@ -1,4 +1,4 @@
-"""Trees of images: order and labels as DomainBed has them, and every tree that would spoil an experiment is refused."""
+"""Image trees: DomainBed's order and labels, and refusal of every tree that would spoil an experiment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tree(written: Path, tmp_path: Path) -> Path:
-    """A copy to be spoilt."""
+    """A copy that the test may spoil."""
     return Path(shutil.copytree(written, tmp_path / "PACS"))
 
 
@@ -110,7 +110,7 @@ def test_one_class_is_refused(tree: Path) -> None:
 
 def test_a_domain_without_classes_is_not_left_out_without_a_word(tree: Path) -> None:
     (tree / "cartoon").mkdir()
-    assert ImageFolders(tree, 16).domains == ("art", "photo", "sketch")  # empty, as archives leave them
+    assert ImageFolders(tree, 16).domains == ("art", "photo", "sketch")  # archives leave empty folders
     shutil.copy(tree / "art" / "dog" / "pic_001.jpg", tree / "cartoon")
     with pytest.raises(ValueError, match="PACS has images without classes in cartoon: DATA/<domain>"):
         ImageFolders(tree, 16)
@@ -145,7 +145,7 @@ def test_a_broken_image_is_one_line_from_a_worker_too(tree: Path, workers: int) 
 
 
 def test_links_that_lead_nowhere_are_named(tree: Path) -> None:
-    """They would be left out without a word, and the splits be others."""
+    """Otherwise they would be silently skipped, and the splits would differ."""
     (tree / "art" / "dog" / "pic_009.jpg").symlink_to(tree / "gone.jpg")
     with pytest.raises(ValueError, match=r"art/dog holds links that lead nowhere \(pic_009\.jpg\)"):
         ImageFolders(tree, 16)

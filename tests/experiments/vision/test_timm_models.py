@@ -1,4 +1,4 @@
-"""Models of timm with local weights: what is loaded is what computes, and files of another model are refused."""
+"""timm models with local weights: the loaded weights compute, and another model's files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation: what each operation does to known pixels, how often, and that it draws from its own stream alone."""
+"""Augmentation: each operation's effect on known pixels, its frequency, and its own random stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment: nothing of the domain left out reaches training, selection or controller; resume, merge, refusals."""
+"""The experiment: the held-out domain never reaches training, selection or controller; resume, merge, refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dynmoe_tutel.experiments.vision import task as vision
 from dynmoe_tutel.experiments.vision.digits import RotatedDigits
 from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask, make_config
 
-ESTIMATE = experiment.estimate  # which the tests replace
+ESTIMATE = experiment.estimate  # the tests replace it
 TINY = VisionConfig(
     rows=("dense", "dynmoe"),
     seeds=(0,),
@@ -47,7 +47,7 @@ TINY = VisionConfig(
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    """Neither plots nor estimates."""
+    """Skip plots and estimates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "draw", lambda *_: {})
         patch.setattr(plots, "trade_off", lambda *_: b"")
@@ -76,7 +76,7 @@ def lines(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def end(path: Path, run: str) -> dict[str, Any]:
-    """What the last checkpoint of a run keeps: gates, masks."""
+    """The gates and masks in a run's last checkpoint."""
     return dict(read_checkpoint(checkpoints_of(path / "runs" / run, run)[-1])["model"])
 
 
@@ -95,7 +95,7 @@ def whole(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Spoilt(RotatedDigits):
-    """The images of the domain left out are noise, their labels are all 0."""
+    """The held-out domain's images are noise and its labels all 0."""
 
     def images(self, domain: str, index_B: Tensor) -> Tensor:
         images = super().images(domain, index_B)
@@ -110,7 +110,7 @@ class Spoilt(RotatedDigits):
 def test_the_domain_left_out_reaches_neither_training_nor_selection_nor_controller(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever its images and labels are, all but its own accuracy is bitwise the same."""
+    """With any images and labels there, everything except its own accuracy is bitwise the same."""
     monkeypatch.setattr(vision, "RotatedDigits", Spoilt)
     spoilt = done(tmp_path / "spoilt")
     assert_same_training(spoilt, whole)
@@ -125,7 +125,7 @@ def test_the_domain_left_out_reaches_neither_training_nor_selection_nor_controll
 
 
 def test_evaluation_forwards_are_not_recorded(whole: Path, tmp_path: Path) -> None:
-    """Evaluating after every step, inside the record windows, changes neither training nor what grows."""
+    """Evaluating after every step, inside the record windows, changes neither training nor growth."""
     assert_same_training(done(tmp_path / "often", replace(TINY, eval_every=1)), whole)
 
 
@@ -201,7 +201,7 @@ def test_rows_seeds_and_test_domains_merge_in_any_order(whole: Path, tmp_path: P
 
 
 def test_rows_start_as_the_dense_model_computes() -> None:
-    """The experts of a row are copies of the dense FFN, and all else starts equal too."""
+    """A row's experts are copies of the dense FFN, and everything else starts equal too."""
     task = VisionTask(TINY)
     image = task.data.images("0", torch.arange(20))
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_rows_start_as_the_dense_model_computes() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_jobs_of_fewer_steps_than_are_timed_have_an_estimate(steps: int) -> None:
-    """A task has batches for its steps alone: the third ended in StopIteration."""
+    """Regression: a task has batches only for its steps, and the third ended in StopIteration."""
     task = VisionTask(replace(TINY, steps=steps))
     assert ESTIMATE(task, task.plan[:1]) > 0
 
@@ -244,7 +244,7 @@ def test_a_device_that_is_not_here_is_refused(device: str) -> None:
 
 
 def test_a_tree_of_images_with_a_model_of_timm_from_the_command_line(tmp_path: Path) -> None:
-    """PACS in small: fine-tuned from a local file, resumed by name, and refused where the files are others."""
+    """A small PACS: fine-tuned from a local file, resumed by name, and refused with other files."""
     timm = import_timm()
     tree = picture_tree.write_tree(tmp_path / "PACS")
     weights = tmp_path / "weights.pth"

@@ -1,4 +1,4 @@
-"""The model: sizes, where the MoE layers are, and seeds that touch nothing global."""
+"""The model: sizes, positions of the MoE layers, and seeds that touch no global state."""
 
 from __future__ import annotations
 

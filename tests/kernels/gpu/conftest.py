@@ -1,4 +1,4 @@
-"""Triton kernels on what is here: a GPU, or the CPU with Triton's interpreter, mended for bf16."""
+"""Runs Triton kernels on a GPU or, without one, in Triton's interpreter on the CPU, patched for bf16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels of these tests run."""
+    """The device for the kernels of these tests."""
     return "cuda" if HAS_GPU else "cpu"
 
 
@@ -32,7 +32,7 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _guard_pages() -> Iterator[None]:
-    """With GUARD_PAGES=end (or start) in the environment, accesses out of bounds end the process."""
+    """With GUARD_PAGES=end (or start) in the environment, out-of-bounds accesses end the process."""
     side = os.environ.get("GUARD_PAGES")
     if side is None:
         yield
@@ -43,7 +43,7 @@ def _guard_pages() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_with_bfloat16() -> Iterator[None]:
-    """The interpreter holds bf16 as 16 bits: it multiplies these as integers, and drops bits where a GPU rounds."""
+    """Patches the interpreter, which multiplies bf16 as 16-bit integers and truncates where a GPU rounds."""
     if HAS_GPU:
         yield
         return

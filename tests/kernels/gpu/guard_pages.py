@@ -1,7 +1,6 @@
-"""Every new tensor ends, or begins, at a page that no process may touch: out-of-bounds accesses end the process.
+"""Puts every new tensor at the end (or start) of a protected page, so that an out-of-bounds access ends the process.
 
-What a memory checker does on a GPU, for kernels in Triton's interpreter, which reads and writes raw addresses.
-New memory is filled with NaN.
+It works like a GPU's memory checker, for Triton's interpreter, which reads and writes raw addresses. New memory is NaN.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ def guarded(like: Tensor, side: Literal["end", "start"]) -> Tensor:
 
 
 class GuardPages(TorchDispatchMode):
-    """Moves the results of every operation that are not views into guarded memory."""
+    """Moves every operation's results, except views, into guarded memory."""
 
     def __init__(self, side: Literal["end", "start"]) -> None:
         super().__init__()
         self.side = side
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, then guard what it made."""
+        """Run `func`, then guard its results."""
         kwargs = kwargs or {}
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
 

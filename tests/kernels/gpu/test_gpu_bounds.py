@@ -1,6 +1,6 @@
-"""Kernels on odd shapes between pages that nobody may touch: an access out of bounds ends the process.
+"""Kernels on odd shapes between protected pages: an out-of-bounds access ends the process.
 
-A sample of the tests in this directory; all of them: GUARD_PAGES=end (and start) pytest tests/kernels/gpu.
+It runs a sample of this directory's tests; for all of them: GUARD_PAGES=end (and start) pytest tests/kernels/gpu.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _copy_kernel(x, out, FIRST: tl.constexpr, N: tl.constexpr):
 
 
 def guarded(side: str, *tests: str) -> subprocess.CompletedProcess[str]:
-    """The tests of this directory under guard pages on that side."""
+    """Run tests of this directory with guard pages on that side."""
     paths = [str(Path(__file__).parent / test) for test in tests]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", *paths]
     return subprocess.run(command, env={**os.environ, "GUARD_PAGES": side}, capture_output=True, text=True)

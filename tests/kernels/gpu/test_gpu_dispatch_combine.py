@@ -1,4 +1,4 @@
-"""Triton's rows of the assignment against the torch operations."""
+"""Triton's dispatch, combine and row gates against the torch operations."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_rows_to_tokens(
 
 
 def wide(t: Tensor) -> Tensor:
-    """The same values in some columns of a wider matrix of NaN."""
+    """The same values as columns of a wider matrix of NaN."""
     around = t.new_full((t.shape[0], t.shape[1] + 3), float("nan"))
     around[:, 2:-1] = t
     return around[:, 2:-1]
@@ -130,7 +130,7 @@ def test_gate_values(shape: tuple, spare: int | None, device: str, poisoned: Non
 
 @pytest.mark.parametrize(("straight_through", "centred"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("spare", [None, 5])
-@pytest.mark.parametrize("shape", [*SHAPES, (4, 40, 3, 0.9)], ids=str)  # the last: more of a token than a tile holds
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 40, 3, 0.9)], ids=str)  # the last: a token has more rows than a tile
 def test_gate_gradients(
     shape: tuple, spare: int | None, straight_through: bool, centred: bool, device: str, poisoned: None
 ) -> None:
@@ -148,7 +148,7 @@ def test_gate_gradients(
 
 
 def test_few_programs_walk_all_rows(device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of many rows, where there are more blocks than programs."""
+    """As with many rows: there are more blocks than programs."""
     batch = Batch(20, 4, 2500, 0.6, device, 9)
     x, value = batch.draw(20, 2500), batch.draw(20, 4)
     monkeypatch.setattr(gpu, "PROGRAMS", 1)

@@ -1,7 +1,7 @@
-"""The gate's arithmetic on matrix cores, which no interpreter has, emulated: decisions are right to the margin.
+"""Emulates the gate's arithmetic on matrix cores, which the interpreter lacks: decisions are right to the margin.
 
-A matrix core adds 16 products of half precision and the sum so far without rounding: it aligns them to the largest and
-cuts off what lies behind the mantissa (fewer bits here than any NVIDIA chip keeps), and the sum is cut off to fp32.
+A matrix core adds 16 half-precision products and the running sum without rounding: it aligns them to the largest,
+truncates them (here to fewer bits than any NVIDIA chip keeps), and truncates the sum to fp32.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T, E = 16, 8
 
 
 def cut_off(value: Tensor, largest: Tensor) -> Tensor:
-    """`value` without what is smaller than the last bit of `largest`."""
+    """`value` truncated at the last bit of `largest`."""
     unit = torch.exp2(largest.abs().clamp(min=1e-300).log2().floor() - KEPT_BITS)
     return torch.trunc(value / unit) * unit
 
 
 def cosines(x_TD: Tensor, w_DE: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
-    """As `threshold_gate_kernel` on sm_90, from its own parts of the routing vectors."""
+    """The cosines of `threshold_gate_kernel` on sm_90, from its own parts of the routing vectors."""
     tile = gpu._tile(16, dtype, parts, "sm_90")
     parts_PED, inv_norm_E = gpu._routing_vectors(w_DE, dtype, tile, parts)
     x_TD = torch.nn.functional.pad(x_TD.double(), (0, parts_PED.shape[2] - x_TD.shape[1]))
@@ -43,7 +43,7 @@ def cosines(x_TD: Tensor, w_DE: Tensor, parts: int, dtype: torch.dtype) -> Tenso
 
 
 def hard_batches(D: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tokens [T, D] and routing vectors [D, E]: near to 1, where errors of one sign add up, or of few large terms."""
+    """Tokens [T, D] and routing vectors [D, E]: near 1, so that errors of one sign add up, or with few large terms."""
     generator = torch.Generator().manual_seed(D)
 
     def normal(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def hard_batches(D: int) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("D", [97, 384, 2048])
 def test_cosines_are_right_to_the_margin_of_a_decision(D: int, dtype: torch.dtype) -> None:
-    """With the parts that are shipped; with one less they are wrong, in bf16 by 2e-5 and in fp16 by 4e-4."""
+    """With the shipped number of parts; one less is wrong by 2e-5 in bf16 and by 4e-4 in fp16."""
     worst = [0.0, 0.0]
     for x_TD, w_DE in hard_batches(D).values():
         x_TD = x_TD.to(dtype)

@@ -1,4 +1,4 @@
-"""What the experts' products launch and work on: tiles that have rows, splits, precisions; numbers as without."""
+"""The experts' products: they work only on tiles with rows; splits and precisions; the same numbers either way."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_both_limits_and_what_lies_between(name: str, spare: int, device: str, p
 
 @pytest.fixture
 def dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
-    """Matrix products of tiles that a call makes in the interpreter."""
+    """Counts the tile products of a call in the interpreter."""
     if HAS_GPU:
         pytest.skip("counted in the interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -73,7 +73,7 @@ def dots(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
 @pytest.mark.parametrize("spare", [0, 50])
 @pytest.mark.parametrize("name", LOADS)
 def test_work_follows_the_rows(name: str, spare: int, device: str, dots: Callable) -> None:
-    """No tile for an expert without rows nor for rows behind the last, which only the device knows."""
+    """No tile for an expert without rows nor for unused rows, whose number only the device knows."""
     load = LOADS[name]
     call = routed(load, spare, device)
     found: list[Any] = []
@@ -90,7 +90,7 @@ def test_work_follows_the_rows(name: str, spare: int, device: str, dots: Callabl
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_is_cleared_behind_the_last_row_is_not_a_row(rows: int, device: str, poisoned: None) -> None:
-    """One tile, so that the program that clears has written the rows before: elsewhere another may repair it."""
+    """One tile, so that the program that clears has also written the rows; with more, another could repair them."""
     call = routed([rows, 0, 0, 0], 40, device)
     w = call.tensors[3].w1_EDH[:, :, :17]
     out = products.linear(torch.randn(rows + 40, D), w, call.index[0], zero_tail=True)
@@ -101,7 +101,7 @@ def test_what_is_cleared_behind_the_last_row_is_not_a_row(rows: int, device: str
 def test_without_rows_no_product_is_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = routed([0] * E, 0, device)
     for kernel in ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel"):
-        monkeypatch.setattr(products.gemm_kernels, kernel, None)  # nothing can be launched on it
+        monkeypatch.setattr(products.gemm_kernels, kernel, None)  # any launch would fail
     rows, h, u = gpu.grouped_ffn(*call.on_device(call.tensors), "gelu", False, True)
     gradients = gpu.grouped_ffn_backward(rows, h, u, *call.on_device(call.tensors), "gelu", False, True)
     assert rows.shape == (0, O)

@@ -1,4 +1,4 @@
-"""Triton's expert networks against the torch operations, which are tested against float64 row by row."""
+"""Triton's expert networks against the torch operations, which other tests compare with float64 row by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynmoe_tutel.kernels.grouped_ffn import grouped_ffn_backward, grouped_linea
 NAMES = ("x", "gate", "w1", "b1", "w3", "b3", "w2", "b2")
 SHAPES = [  # T, D, H, O, E, density
     (33, 16, 24, 8, 4, 0.5),
-    (70, 40, 72, 33, 3, 0.6),  # more than one row tile an expert
+    (70, 40, 72, 33, 3, 0.6),  # more than one row tile per expert
     (9, 8, 16, 8, 3, 1.0),
     (6, 5, 4, 5, 3, 0.0),
     (0, 5, 4, 5, 3, 0.5),
@@ -89,7 +89,7 @@ class Call:
 
 
 def scales_of(call: Call) -> list[float]:
-    """What the three results and the eight gradients are made of where they are few numbers."""
+    """The size of the terms of the three results and eight gradients that are few numbers."""
 
     def results(d_rows: Tensor, *tensors: Any) -> tuple[Any, ...]:
         out = grouped_ffn(*tensors, *call.options, True)
@@ -111,7 +111,7 @@ def compare(call: Call, limit: float) -> None:
     poisoned[A:] = float("nan")
     found = tuple(t.clone() for t in found)
     for t in found:
-        t[A:] = float("nan")  # rows behind the last are not read
+        t[A:] = float("nan")  # unused rows are not read
     wanted = grouped_ffn_backward(
         call.d_rows.double(), *(t.nan_to_num() for t in expected[1:]), *call.in_fp64(), *activation_and_gate, True
     )
@@ -140,7 +140,7 @@ def test_one_bias_of_a_gated_expert(missing: str, device: str, poisoned: None) -
 
 @pytest.mark.parametrize("shape", [(20, 32, 64, 35), (20, 64, 47, 32), (17, 33, 32, 64)], ids=str)
 def test_edges_of_tiles(shape: tuple, device: str, poisoned: None) -> None:
-    """Some dimensions are multiples of a tile's, others not: which loads need a mask differs."""
+    """Some dimensions are multiples of a tile's, others are not, so different loads need a mask."""
     compare(Call(*shape, 2, 1.0, device=device, gated=True), 1e-6)
 
 
@@ -187,7 +187,7 @@ def test_without_gradients_of_the_weights(device: str) -> None:
 
 
 def test_weights_of_another_type_get_their_own_gradient(device: str) -> None:
-    """Under autocast the weights stay fp32; their gradients must not be rounded to the tokens' type."""
+    """Under autocast the weights stay fp32; their gradients must not round to the tokens' type."""
     call = Call(33, 16, 24, 8, 4, device=device)
     x, *others = call.on_device(call.tensors)
     rows, h, u = gpu.grouped_ffn(x.bfloat16(), *others, "gelu", False, True)
@@ -201,7 +201,7 @@ def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
     rows = gpu.grouped_ffn(*tensors, "gelu", False, False)[0].view(3, 40, 8)
     one = Index(*ragged_index(pack_bits(torch.ones(1, 3, dtype=torch.bool)), 3))
     alone = gpu.grouped_ffn(x[17:18], *call.on_device((torch.ones(3), one)), weights, "gelu", False, False)[0]
-    if HAS_GPU:  # the bucket of the shape may choose another tile
+    if HAS_GPU:  # the shape's bucket may choose another tile
         assert relative_rms(alone, rows[:, 17]) < 1e-6
     else:
         assert torch.equal(alone, rows[:, 17])
@@ -210,7 +210,7 @@ def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_grouped_linear(bias: bool, dtype: torch.dtype, device: str, poisoned: None) -> None:
-    """Rows behind the last are zero, whatever the memory held."""
+    """Unused rows are zero, whatever the memory held."""
     call = Call(40, 24, 40, 1, 4, device=device, spare=7, dtype=dtype)
     offsets, w, b = call.index.expert_offsets, call.tensors[3].w1_EDH, call.tensors[3].b1_EH if bias else None
     rows, d_out = torch.randn(call.A + 7, 24).to(dtype), torch.randn(call.A + 7, 40).to(dtype)

@@ -1,4 +1,4 @@
-"""Triton's index and its choice of what to drop against the torch operations: equal, not close."""
+"""Triton's index and its choice of dropped assignments against the torch operations: equal, not close."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_capacity_that_is_too_small_writes_nothing_beyond_it(device: str) -> N
 
 
 def drop(assigned: Tensor, margin: Tensor, capacity: int, device: str) -> None:
-    """The kept bits and the number dropped are those of the torch operation."""
+    """The kept bits and the number dropped equal the torch operation's."""
     bits = pack_bits(assigned)
     kept, dropped = gpu.bound_assignments(bits.to(device), margin.to(device), capacity)
     expected, number = bound_assignments(bits, margin, capacity)
@@ -108,7 +108,7 @@ def test_strided_margins(device: str) -> None:
 
 @pytest.mark.parametrize("capacity", [0, 1, 20, 60])
 def test_a_capacity_that_is_too_small_leads_nowhere_behind_it(capacity: int, device: str, poisoned: None) -> None:
-    """Not refused, which would be to wait: cut off. Before, offsets and rows beyond it were stored and followed."""
+    """Refusing would mean waiting, so it cuts off. Regression: it stored and followed offsets and rows beyond it."""
     assigned = assignment(70, 5, 0.6)
     index = gpu.ragged_index(pack_bits(assigned).to(device), 5, capacity)
     assert int(assigned.sum()) > 60
@@ -122,7 +122,7 @@ def test_a_capacity_that_is_too_small_leads_nowhere_behind_it(capacity: int, dev
 
 @pytest.mark.parametrize("E", [513, 2049])
 def test_more_experts_than_a_tile_holds(E: int, device: str, poisoned: None) -> None:
-    """The tile of the gate had too few tokens to compile, the selection's none at all."""
+    """Regression: the gate's tile had too few tokens to compile, the selection's tile had none."""
     assigned = assignment(9, E, 0.1)
     A = int(assigned.sum())
     for capacity in (-1, A + 3):
@@ -135,7 +135,7 @@ def test_more_experts_than_a_tile_holds(E: int, device: str, poisoned: None) -> 
 @pytest.mark.parametrize("capacity", [0, 3, 40, 80])
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_nan_is_the_largest_margin(share: float, capacity: int, device: str) -> None:
-    """Equal to every other NaN, above +inf: on the CPU nothing was dropped where the limit was one."""
+    """NaN equals every other NaN and is above +inf. Regression: with a NaN limit the CPU dropped nothing."""
     assigned = assignment(90, 5, 0.4)
     generator = torch.Generator().manual_seed(5)
     margin = torch.randn(90, 5, generator=generator)
@@ -148,7 +148,7 @@ def test_nan_is_the_largest_margin(share: float, capacity: int, device: str) -> 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU takes many tokens, in tests/gpu")
 @pytest.mark.parametrize("chunks", [2, 8])
 def test_many_blocks(chunks: int, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8,192 tokens and more: several runs of blocks, several steps of a run, and a tail for several programs."""
+    """As with 8,192 tokens or more: several runs of blocks, several steps per run, a tail for several programs."""
     monkeypatch.setattr(gpu, "SCAN_BLOCKS", 2)
     monkeypatch.setattr(gpu, "MOST_CHUNKS", chunks)
     monkeypatch.setattr(gpu, "TAIL", 4)
@@ -166,7 +166,7 @@ def test_many_blocks(chunks: int, device: str, poisoned: None, monkeypatch: pyte
 def test_the_choice_among_many_tokens(
     equal: bool, programs: int, elements: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 4,096 tokens and more a program has several tiles; more than 16 programs are added up in several steps."""
+    """With 4,096 tokens or more a program has several tiles; summing over 16 programs takes several steps."""
     monkeypatch.setattr(gpu, "SELECT_PROGRAMS", programs)
     monkeypatch.setattr(gpu, "SELECT_ELEMENTS", elements)
     T = 20 if elements == 64 else 150

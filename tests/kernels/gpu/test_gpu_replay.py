@@ -1,8 +1,8 @@
-"""A bounded or full capacity as a CUDA graph needs it, tried without a GPU: a tape of one step stands in for the graph.
+"""Tests without a GPU that a bounded or full capacity works in a CUDA graph: a tape of one step replaces the graph.
 
-The tape holds every torch operation and every Triton launch of a step with its buffers, as a graph holds addresses, and
-refuses what would wait for a device. Replayed on other data in the same buffers it must be right again: a size, a grid
-or a branch taken from the first batch would not be. `tests/gpu` has the same on CUDA's own graphs.
+The tape holds every torch operation and Triton launch of a step with its buffers, as a graph holds addresses, and
+refuses calls that would wait for a device. A replay on other data in the same buffers must be right; it would not be if
+a size, a grid or a branch came from the first batch. `tests/gpu` tests the same with real CUDA graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dynmoe_tutel.kernels.operation import OPERATIONS
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs")
 aten = torch.ops.aten
-# on a GPU each waits for a value or a size, or copies from the host's memory
+# on a GPU each waits for a value or a size, or copies from host memory
 WAITING = (
     aten._local_scalar_dense,
     aten.is_nonzero,
@@ -38,14 +38,14 @@ WAITING = (
 
 @lru_cache
 def implementation(name: str) -> Callable[..., Any]:
-    """What a GPU runs for the operation: its Triton kernels, or else torch operations."""
+    """The operation's GPU implementation: its Triton kernels, or else torch operations."""
     declared = OPERATIONS[name]
     triton = declared.engines.get("triton")
     return declared.run if triton is None else lambda *args: triton(*declared.grouped(args))
 
 
 class Tape(TorchDispatchMode):
-    """What the code inside does to tensors, to be done again in the same buffers."""
+    """Records the tensor operations inside, to repeat them in the same buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Tape(TorchDispatchMode):
         return made
 
     def launch(self, run: Callable[[], None]) -> None:
-        """A Triton launch: run, and kept."""
+        """Run a Triton launch and keep it."""
         with _disable_current_modes():
             run()
         self.steps.append(run)
@@ -81,14 +81,14 @@ def _selects_by_mask(func: Any, args: tuple) -> bool:
 
 
 def _refill(made: Any, again: Any) -> None:
-    """The buffers that an operation made get what it makes now; views and what it wrote in place have it already."""
+    """Copy an operation's new results to its old buffers; views and in-place results are already there."""
     for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
         if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
             old.copy_(new)
 
 
 def on_tape(call: Callable[[], Any]) -> tuple[Tape, Any]:
-    """A tape of the call, and what it returns."""
+    """A tape of the call, and its result."""
     tape, run = Tape(), GridExecutor.__call__
     with pytest.MonkeyPatch.context() as patch, tape:
         patch.setattr(GridExecutor, "__call__", lambda *args, **given: tape.launch(lambda: run(*args, **given)))
@@ -116,7 +116,7 @@ def test_replays_on_other_data_are_right(capacity: float | str, training: bool, 
     T, D, E = 20, 16, 5
     case = make_case(T, D, 12, E, kind=kind, activation=torch.nn.functional.silu, capacity=capacity, G=(0.0, 0.2))
     layer = case.layer.train(training)
-    # a CPU reads the count, to warn; a GPU reads a copy of it at a later step
+    # to warn, a CPU reads the count; a GPU reads a copy of it at a later step
     layer._count_dropped = layer.dropped_assignments.add_
     x, dy, mask = case.x.clone().requires_grad_(), case.dy.clone(), torch.arange(T) % 7 > 0
     layer.begin_record_routing()

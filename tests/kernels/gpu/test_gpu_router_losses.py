@@ -59,7 +59,7 @@ def test_no_active_slot(device: str, poisoned: None) -> None:
 
 
 def test_more_tiles_than_are_added_at_once(device: str) -> None:
-    """As of 257 slots and more: 289 tiles."""
+    """As with 257 slots or more: 289 tiles."""
     sums, inv_norm = (
         torch.rand(289, generator=torch.Generator().manual_seed(0)).to(device),
         torch.ones(2, device=device),

@@ -14,7 +14,7 @@ T, E = 70, 24  # the interpreter has 16 programs, and every expert fills two til
 
 
 def case(device: str) -> tuple[Index, list[tuple[int, int]]]:
-    """The index of tokens of which expert 1 has none, and (token, expert) of its rows."""
+    """An index in which expert 1 has no tokens, and the (token, expert) of each row."""
     assigned_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(0)) < 0.95
     assigned_TE[:, 1] = False
     index = ragged_index(pack_bits(assigned_TE), E)

@@ -1,4 +1,4 @@
-"""Triton's threshold gate and the gradient of its scores against the torch operations in float64."""
+"""Triton's threshold gate and its score gradient against the torch operations in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MARGIN = 1e-5
 
 
 class Batch:
-    """Tokens, routing vectors, and thresholds that no cosine is near to."""
+    """Tokens, routing vectors, and thresholds far from every cosine."""
 
     def __init__(
         self, T: int, D: int, E: int, dtype: torch.dtype = torch.float32, w_dtype: torch.dtype | None = None
@@ -70,7 +70,7 @@ def compare(batch: Batch, device: str, fallback: bool, mask: Tensor | None = Non
 
 
 def gradient_errors(batch: Batch, d_score: Tensor, device: str) -> dict[str, float]:
-    """Relative to the terms that the gradients are differences of, and in units of what their dtype can hold."""
+    """Errors relative to the terms whose differences the gradients are, in units of their dtype's precision."""
     x, w, *_, scale = batch.arguments(device)
     score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
     found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
@@ -125,7 +125,7 @@ def test_padding_alone(device: str, poisoned: None) -> None:
 
 
 def test_a_negative_threshold_admits_no_padding(device: str, poisoned: None) -> None:
-    """Padding, and what a tile holds behind the last token, have cosine 0, which is above it."""
+    """Padding, and a tile's entries past the last token, have cosine 0, which is above it."""
     batch, mask = Batch(70, 24, 5), torch.arange(70) % 3 > 0
     batch.G -= 1
     for given in (mask, None):
@@ -136,7 +136,7 @@ def test_a_negative_threshold_admits_no_padding(device: str, poisoned: None) -> 
 
 
 def test_masked_tokens_leave_the_others_as_they_are(device: str) -> None:
-    """And a mask that masks nothing is none."""
+    """A mask that masks nothing changes nothing."""
     batch, mask = Batch(65, 47, 16), torch.arange(65) % 2 > 0
     plain = gpu.threshold_gate(*batch.arguments(device), True)
     all_real = gpu.threshold_gate(*batch.arguments(device), True, torch.ones(65, dtype=torch.bool, device=device))
@@ -164,7 +164,7 @@ def test_half_precision_decides_as_fp32(
 def test_routing_vectors_are_the_sum_of_their_parts(
     norm: float, dtype: torch.dtype, w_dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
-    """Without loss but fp32 in fp16: two parts have 22 bits. D = 4100 is more than one program holds at once."""
+    """Without loss, except fp32 in fp16: two parts have 22 bits. D = 4100 exceeds one program's registers."""
     if w_dtype == torch.float16:
         norm = max(norm, 1e-4)
     for D, E in ((47, 5), (4100, 3)):
@@ -176,7 +176,7 @@ def test_routing_vectors_are_the_sum_of_their_parts(
         unit_DE = (parts_PED.sum(dim=0) * inv_norm_E[:, None]).t()
         norm_E = w.double().norm(dim=0).masked_fill(w.double().norm(dim=0) <= 1e-12, torch.inf)
         exact = dtype == torch.bfloat16 or w_dtype != torch.float32
-        assert relative_rms(unit_DE[:D, :E], w.double() / norm_E) < (6e-8 if exact else 1.5e-7)  # of the norms
+        assert relative_rms(unit_DE[:D, :E], w.double() / norm_E) < (6e-8 if exact else 1.5e-7)  # relative to the norms
         assert not parts_PED[:, E:].any()
         assert not parts_PED[:, :, D:].any()
         assert not inv_norm_E[E:].any()
@@ -194,7 +194,7 @@ def test_fp32_tokens_and_parameters_in_half_precision(dtype: torch.dtype, device
 
 
 def in_other_strides(t: Tensor, how: str) -> Tensor:
-    """The same values in memory of other strides, NaN in between."""
+    """The same values with other strides, and NaN in between."""
     rows, columns = t.shape
     if how == "transposed":
         return t.t().contiguous().t()
@@ -229,18 +229,18 @@ def test_strides(how_x: str, how_w: str, device: str) -> None:
 
 
 def test_an_expanded_gradient(device: str) -> None:
-    """That of a sum has no strides at all."""
+    """The gradient of a sum has strides of 0."""
     batch = Batch(33, 40, 6)
     assert max(gradient_errors(batch, torch.ones(()).expand(33, 6), device).values()) < 3
 
 
 def test_unrouted_tokens_take_the_best_active_expert(device: str, poisoned: None) -> None:
-    """Whatever the inactive ones and the padded columns have; E = 5 is padded to 16, 65 to 128."""
+    """Whatever inactive slots and padded columns hold; E = 5 is padded to 16, 65 to 128."""
     for E in (5, 65):
         batch = Batch(20, 24, E)
         batch.G += 2  # nobody passes
         batch.w[:, batch.active] = batch.w[:, :1] * -1 + 0.1 * batch.w[:, batch.active]  # all point away from most
-        batch.w[:, 1] = batch.x.sum(dim=0)  # inactive, and near to all
+        batch.w[:, 1] = batch.x.sum(dim=0)  # inactive, and close to all tokens
         assert compare(batch, device, True).all()
         bits = gpu.threshold_gate(*batch.arguments(device), True)[1].cpu()
         assigned = unpack_bits(bits, E)
@@ -344,7 +344,7 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
 
 
 def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None:
-    """It is storage: neither the tokens' gradients nor those of the active vectors see it."""
+    """It is only storage: it affects neither the tokens' gradients nor the active vectors'."""
     batch = Batch(20, 24, 5)
     assert not batch.active[1]
     results = []
@@ -364,7 +364,7 @@ def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("block_e", [16, 64, 128, 256, 512])
 def test_the_tile_fits_where_shared_memory_is_small(block_e: int, parts: int, chip: str) -> None:
-    """99 KB: at 256 experts in three parts, three stages were 100 KB."""
+    """Regression: at 256 experts in three parts, three stages took 100 of 99 KB."""
     for dtype in (torch.bfloat16, torch.float32):
         tile = gpu._tile(block_e, dtype, parts if dtype == torch.bfloat16 else 1, chip)
         rows = tile["BLOCK_T"] + block_e * (parts if dtype == torch.bfloat16 else 1)

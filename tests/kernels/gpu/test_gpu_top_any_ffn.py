@@ -35,7 +35,7 @@ HALF_SHAPES = (
 
 
 class Call:
-    """A routed batch; `gate` and `experts` are the arguments of the operation around the index."""
+    """A routed batch; `gate` and `experts` are the operation's arguments before and after the index."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ def compare(call: Call, device: str, centred: bool, dtype: torch.dtype, limit: f
     gradients = gpu.top_any_ffn_backward(call.d_y.to(device), *found[1:], *call.on(device), *options, dtype, True)
     assert len(gradients) == len(NAMES)
     for name, f, e in zip(NAMES, gradients, wanted, strict=True):
-        # that of the scale is one number, a difference of larger ones: they add up to the thresholds' gradient too
+        # the scale's gradient is one number, a difference of terms as large as the thresholds' gradient
         assert relative_rms(f, e, scale=float(wanted[2].norm()) if name == "scale" else 0.0) < limit, name
     for f, given in zip(gradients[:4], (call.tensors[0], *call.tensors[1]), strict=False):
         assert (f.shape, f.dtype) == (given.shape, given.dtype)
@@ -116,7 +116,7 @@ def test_half_precision(shape: tuple, gated: bool, dtype: torch.dtype, device: s
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_tokens_in_fp32_products_in_half_precision(dtype: torch.dtype, device: str) -> None:
-    """As under autocast: the gate's tokens and all weights stay fp32, and so do their gradients."""
+    """As under autocast: tokens of the gate, all weights and their gradients stay fp32."""
     call = Call(*HALF_SHAPES[0])
     compare(call, device, False, dtype, 8e-3)
     y, h, u = gpu.top_any_ffn(*call.on(device), "gelu", False, dtype, True)
@@ -167,7 +167,7 @@ def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: N
 
 
 def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned: None) -> None:
-    """It has no assignment, and so no gradient."""
+    """It has no assignment, hence no gradient."""
     generator = torch.Generator().manual_seed(0)
     w, d_unit = (torch.randn(shape, generator=generator).to(device) for shape in ((8, 3), (3, 8)))
     G, d_scores = torch.randn(3, generator=generator).to(device), torch.tensor([1.0, 0.0, -2.0], device=device)
@@ -185,7 +185,7 @@ def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned
 
 
 def test_the_gradient_of_a_token_from_many_parts(device: str, poisoned: None) -> None:
-    """More partial sums of a row than are added at once, as of H > 1,024; experts of every word; a NaN score."""
+    """More partial sums per row than one step adds, as with H > 1,024; experts of every word; a NaN score."""
     call = Call(6, 16, 8, 16, 65, 0.1, biases=False)
     x, gate, index, _ = call.on(device)
     gate.score_TE[:, 1] = float("nan")  # an inactive slot

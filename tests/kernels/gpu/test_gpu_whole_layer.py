@@ -27,12 +27,12 @@ from torch import nn
 from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS, Operation, takes_triton
 
 GATE = ("threshold_gate", "ragged_index", "vector_losses")
-_counts: Counter[str] | None = None  # of calls by name, while the operations of the CPU are switched
+_counts: Counter[str] | None = None  # calls by name, while the CPU's operations are switched
 
 
 @lru_cache
 def _make_switchable() -> None:
-    """Give each operation a CPU kernel that is its Triton kernel while `_counts` is set, else what it was."""
+    """Give each operation a CPU kernel that runs its Triton kernel while `_counts` is set, else the original."""
     for declared in OPERATIONS.values():
         if "triton" not in declared.engines:
             continue
@@ -87,7 +87,7 @@ def test_output_and_every_gradient(
 
 @pytest.mark.parametrize("capacity", [0.6, "full"])
 def test_capacities(capacity: float | str, device: str, calls: Counter) -> None:
-    """A bounded layer is that of the CPU with the same bound, drops included; a full one that of the oracle."""
+    """A bounded layer equals the CPU's with the same bound, drops included; a full one equals the oracle."""
     case = make_case(capacity=capacity)
     expected = run(case, "cpu") if HAS_GPU else _on_torch(case)
     found = run(case, device)
@@ -102,7 +102,7 @@ def test_capacities(capacity: float | str, device: str, calls: Counter) -> None:
 
 
 def _on_torch(case: Case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The layer on the torch operations, in a test whose operations are switched; it is left as it was."""
+    """The layer on torch operations, in a test that switches them; leaves the switch as it was."""
     global _counts
     counts, _counts = _counts, None
     try:
@@ -126,7 +126,7 @@ def test_an_activation_that_no_kernel_knows(device: str, calls: Counter) -> None
 
 
 def test_losses_on_the_scores_join_the_gradient_of_the_experts(device: str, calls: Counter) -> None:
-    """A loss on the scores goes back through the gate, the experts' through their own operation; both must count."""
+    """A loss on the scores goes through the gate, the experts' gradient through their operation; both must count."""
     terms = {"load_balance": 1.0, "efficiency": 0.5, "diversity": 1.0}
     case = make_case(aux_losses=terms)
     expected = _with_losses(case, "cpu") if HAS_GPU else _on_torch_with_losses(case)
@@ -180,9 +180,9 @@ def _copy(layer: nn.Module) -> nn.Module:
 
 
 def test_training_grows_as_on_the_cpu(device: str, calls: Counter) -> None:
-    """Twenty steps with a record window and an update: the same experts, and the same loss to rounding.
+    """Twenty steps with a record window and an update: the same experts, and the same loss up to rounding.
 
-    No decision of any step is in doubt, or one token that goes elsewhere would part the trainings."""
+    No decision of any step is in doubt, since one differently routed token would make the trainings diverge."""
     torch_losses, torch_layer = _train("cpu", on_torch=True)
     losses, layer = _train(device, on_torch=False)
     mask = layer.gates[0].experts_mask
@@ -207,7 +207,7 @@ def _train(device: str, on_torch: bool) -> tuple[torch.Tensor, nn.Module]:
             model_dim=8,
             seeds=(3, 4),
         ).to(device)
-        with torch.no_grad():  # at the orthogonal start, the direction of diversity's gradient is rounding
+        with torch.no_grad():  # at the orthogonal start, rounding decides the direction of diversity's gradient
             layer.gates[0].sim_matrix.copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(5)))
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(69)).to(device)
         target = torch.randn(32, 8, generator=torch.Generator().manual_seed(70)).to(device)
