@@ -19,7 +19,7 @@ def generators_of(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[
         raise ValueError(f"seeds = {seeds!r}: give (gates, experts), each an integer below 2**63 or None")
     given = tuple(seeds or ())
     if len(given) > 2 and given[2] is not None:
-        warn_once("seeds[2] is ignored: the global random state is the caller's")
+        warn_once("seeds[2] is ignored: seeding the global random state is left to the caller")
     gate_seed, expert_seed = (*given, None, None)[:2]
     values = [None if gate_seed is None else gate_seed + i for i in range(num_gates)] + [expert_seed]
     return [None if value is None else torch.Generator().manual_seed(value) for value in values]

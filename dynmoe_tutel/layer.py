@@ -132,7 +132,7 @@ class MoELayer(AdaptiveExperts):
             return self.result_func(y) if self.result_func is not None else y
         if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
             raise NotImplementedError(
-                "forward-mode differentiation (jvp, jacfwd, dual tensors) of a MoELayer: only backward is there"
+                "a MoELayer has no forward-mode differentiation (jvp, jacfwd, dual tensors): use the backward"
             )
         if a2a_ffn_overlap_degree is not None:
             self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)

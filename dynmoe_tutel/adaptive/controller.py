@@ -142,7 +142,7 @@ class ExpertController:
             if self._window_open:
                 events = self._update()
             else:
-                logger.warning("step %d: no update, the state loaded had no window open for it", self._step)
+                logger.warning("step %d: no update, the loaded state had no open record window", self._step)
             self._set_window(False)
         if self.schedule.opens_at(self._step):
             self._set_window(True)
@@ -304,7 +304,7 @@ class ExpertController:
         unexpected = sorted(set(gates) - {history.key for history in self._histories})
         absent = sorted({history.key for history in self._histories} - set(gates))
         if unexpected or absent:
-            raise ValueError(f"state is of other layers: only it has {unexpected}, only the model has {absent}")
+            raise ValueError(f"state does not fit the model: only it has {unexpected}, only the model has {absent}")
         records = {history.key: history.checked_state(gates[history.key], tensors) for history in self._histories}
         try:
             events = [ExpertEvent(**event) for event in values["events"]]

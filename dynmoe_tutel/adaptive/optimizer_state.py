@@ -62,8 +62,8 @@ class OptimizerRows:
                 continue
             if name not in _MOMENTS:
                 self._warn_once(
-                    f"optimizer state {name!r} is not known here: its entries of a changed expert are set to zero, as "
-                    "those of a moment"
+                    f"optimizer state {name!r} is unknown: a changed expert's entries in it are set to zero, like "
+                    "moments"
                 )
             value[index] = 0
 

@@ -183,7 +183,7 @@ def checked_decision(decision: Decision, active: Sequence[bool], like_D: Tensor,
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(active):
             raise refuse(f"prunes slot {slot!r}, allowed are 0 to {len(active) - 1}")
         if not active[slot] or slots.count(slot) > 1:
-            raise refuse(f"prunes slot {slot}, which is {'twice in it' if active[slot] else 'not active'}")
+            raise refuse(f"prunes slot {slot}, which is {'named twice' if active[slot] else 'not active'}")
     free = len(active) - sum(active) + len(slots)
     if len(decision.grow) > free:
         raise refuse(f"grows {len(decision.grow)} experts, free slots are {free}")

@@ -151,7 +151,7 @@ class AdaptiveExperts(nn.Module):
         """
         gate = self._adaptive_gate(gate_index)
         if not self.record_routing:
-            raise ValueError("no record window is open: call begin_record_routing() before the forwards to judge by")
+            raise ValueError("no record window is open: call begin_record_routing() before the forwards")
         record = self.records[gate_index]
         record.all_reduce(self.record_group)
         active_E = gate.active()

@@ -182,7 +182,7 @@ def _check_model(folder: Path, tensors: Mapping[str, Tensor], properties: Proper
     saved = {name for name in properties if name.startswith("model.")}
     lacking, unknown = sorted(set(tensors) - saved), sorted(saved - set(tensors))
     if lacking or unknown:
-        raise ValueError(f"checkpoint {folder} lacks {lacking[:3]} of this model, and only it has {unknown[:3]}")
+        raise ValueError(f"checkpoint {folder} lacks {lacking[:3]} of this model and has unknown {unknown[:3]}")
     for name, tensor in tensors.items():
         shape = properties[name][0]
         if shape != tuple(tensor.shape):

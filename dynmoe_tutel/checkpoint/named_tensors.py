@@ -140,7 +140,7 @@ class ShardedState:
 def _check_names(where: str, saved: Any, own: Any) -> None:
     missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or unknown:
-        raise ValueError(f"{where}: the checkpoint lacks {missing[:3]}, and only it has {unknown[:3]}")
+        raise ValueError(f"{where}: the checkpoint lacks {missing[:3]} and has unknown {unknown[:3]}")
 
 
 def _expert_meshes(model: nn.Module) -> dict[int, DeviceMesh]:

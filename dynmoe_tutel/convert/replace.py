@@ -152,8 +152,8 @@ def refuse_no_module(model: object, wrapped: bool = False) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not wrapped and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            "model is in DistributedDataParallel, which would never average the gradients of parameters that come "
-            "later: convert or revert it before it is wrapped"
+            "model is wrapped by DistributedDataParallel, which does not average gradients of parameters added later: "
+            "convert or revert the model before wrapping it"
         )
 
 
@@ -241,7 +241,7 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> list[nn.Modul
     """Replace `old` by `new` everywhere; returns the modules that hold it."""
     places = _places(model, old)
     if not places:
-        raise ValueError("the model itself is one FFN: put it into a module that holds it")
+        raise ValueError("the model itself is an FFN, which cannot be replaced in place: wrap it in a module")
     for parent, key in places:
         setattr(parent, key, new)
     return [parent for parent, _ in places]

@@ -79,10 +79,10 @@ def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
         config["has_fc1_bias"], config["has_fc2_bias"] = (m.bias is not None for m in (ffn.up, ffn.down))
     layer = MoELayer(gate_type=options.gate, model_dim=ffn.model_dim, experts=config, **options.layer)
     if layer.world_size > 1:
-        raise ValueError(f"group: convert makes layers that have all experts, and group has {layer.world_size} ranks")
+        raise ValueError(f"group has {layer.world_size} ranks, but convert makes layers with all experts: leave it out")
     layer.to(up.device, up.dtype).train(ffn.module.training)
     if layer.one_score_gate and options.recipe == "gmoe":
-        raise ValueError("one_score_gate adds the experts up, and those of recipe 'gmoe' are whole FFNs: use 'emoe'")
+        raise ValueError("one_score_gate adds the experts up, and with recipe 'gmoe' each is a whole FFN: use 'emoe'")
     scale, bias_scale = 1.0, 1.0
     if neurons_EH is not None:
         scale = layer.slots / options.repeat
@@ -205,7 +205,7 @@ def _key_gate(layer: MoELayer, options: Conversion) -> None:
     if not flag("key_gate", wanted):
         return
     if options.recipe != "emoe":
-        raise ValueError("key_gate = True with recipe 'gmoe': the experts are equal, and so would be their keys")
+        raise ValueError("key_gate = True with recipe 'gmoe' gives equal experts equal keys: use recipe 'emoe'")
     first = layer.experts.dense_view("gate" if "gate" in layer.experts.dense_names else "up")
     keys_ED = first.mean(dim=1)
     if layer.normalize_one_score_gate:

@@ -34,7 +34,7 @@ def experts_at_start(config: Mapping[str, Any]) -> int:
     given = [key for key in COUNT_KEYS if key in config]
     if len(given) == 2 and config[given[0]] != config[given[1]]:
         raise ValueError(
-            f"experts: {given[0]} = {config[given[0]]} and {given[1]} = {config[given[1]]} are one thing: give one"
+            f"experts: {given[0]} = {config[given[0]]} and {given[1]} = {config[given[1]]} mean the same: give one"
         )
     count = config[given[0]] if given else 1
     if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:

@@ -62,7 +62,7 @@ class CustomExperts(Experts):
         self.padded = takes_context(module)
         built_already = isinstance(module, nn.Module | Iterable) and not isinstance(module, type)
         if built_already and options:
-            raise ValueError(f"experts of type 'custom': {sorted(options)} go to a class, but 'module' is built")
+            raise ValueError(f"experts of type 'custom': {sorted(options)} are for a class, but 'module' is built")
         if self.padded:
             if isinstance(module, nn.Module):
                 self.module = module
@@ -107,11 +107,11 @@ class CustomExperts(Experts):
             for slot, (part, result) in enumerate(zip(parts, outs, strict=True)):
                 if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != part.shape[0]:
                     raise ValueError(
-                        f"custom expert {slot} made {describe(result)} of {list(part.shape)}: give [n, D_out]"
+                        f"custom expert {slot} returned {describe(result)} for {list(part.shape)}: return [n, D_out]"
                     )
             if len({result.shape[1] for result in outs}) > 1:
                 raise ValueError(
-                    f"custom experts made outputs of {[result.shape[1] for result in outs]}: give one D_out"
+                    f"custom experts returned widths {[result.shape[1] for result in outs]}: return one D_out"
                 )
             out = torch.cat(outs)
         out = out * gate_A[: out.shape[0]].unsqueeze(1).to(out.dtype)
@@ -128,7 +128,7 @@ class CustomExperts(Experts):
         out = self.module(places.pad(rows_AD).view(E, C, *token_shape), context)
         if not isinstance(out, Tensor) or out.dim() < 3 or out.shape[:2] != (E, C):
             raise ValueError(
-                f"the custom expert made {describe(out)} of {[E, C, *token_shape]}: give [{E}, {C}, D_out]"
+                f"the custom expert returned {describe(out)} for {[E, C, *token_shape]}: return [{E}, {C}, D_out]"
             )
         return places.unpad(out.flatten(2))
 

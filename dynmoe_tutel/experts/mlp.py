@@ -118,7 +118,7 @@ class GroupedMLP(Experts):
             h = grouped_linear(rows, routing.expert_offsets, w1, b1, self.engine)
             a = self.activation_fn(h)
             if not isinstance(a, Tensor) or a.shape != h.shape:
-                raise ValueError(f"activation_fn made {describe(a)} of {list(h.shape)}: it must keep the shape")
+                raise ValueError(f"activation_fn returned {describe(a)} for {list(h.shape)}: it must keep the shape")
             if w3 is not None:
                 a = a * grouped_linear(rows, routing.expert_offsets, w3, b3, self.engine)
             rows = grouped_linear(a, routing.expert_offsets, w2, b2, self.engine)

@@ -93,9 +93,7 @@ class Gate(nn.Module):
         else:
             self.capacity_factor = number("gate_type['capacity_factor']", capacity_factor, -math.inf)
         if self.adaptive and not adaptive_experts:
-            warn_once(
-                "gate_type['adaptive_experts'] = False is ignored: experts change only where an update is asked for"
-            )
+            warn_once("gate_type['adaptive_experts'] = False is ignored: experts change only when you call an update")
         if not fp32_gate:
             warn_once("gate_type['fp32_gate'] = False is ignored: gate arithmetic is always fp32")
 

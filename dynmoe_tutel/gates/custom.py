@@ -63,7 +63,7 @@ class CustomGate(FixedKGate):
                 module = _built(module, common["model_dim"], common["slots"], given)
         elif options:
             raise ValueError(
-                f"gate_type of type 'custom': {sorted(options)} go to a class, but 'module' is built already"
+                f"gate_type of type 'custom': {sorted(options)} are for a class, but 'module' is built already"
             )
         top_k = k if k is not None else getattr(module, "top_k", 1)
         super().__init__(

@@ -94,8 +94,8 @@ class AuxiliaryGradient:
                 return None
             if not isinstance(y, Tensor):
                 raise ValueError(
-                    f"the result_func of {name or 'the layer'} makes {type(y).__name__}, not a tensor: "
-                    "the gradient of the auxiliary loss has no place there"
+                    f"the result_func of {name or 'the layer'} returns {type(y).__name__}: return a tensor, through "
+                    "which the gradient of the auxiliary loss can pass"
                 )
             l_aux: Tensor | None = getattr(y, "l_aux", None)
             if l_aux is None:  # SKIP_MOE

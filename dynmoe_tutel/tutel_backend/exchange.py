@@ -43,7 +43,7 @@ def tutel_exchange(config: MoEConfig, layout: str) -> Exchange:
         *["experts of Tutel's custom kind"] * of_tutel,
     ]
     if layout == "packed" and reasons:
-        raise ValueError(f"layout = 'packed' cannot have {' and '.join(reasons)}: leave it 'auto' or 'padded'")
+        raise ValueError(f"layout = 'packed' does not support {' and '.join(reasons)}: give 'auto' or 'padded'")
     if layout != "padded" and not reasons:
         return LocalExchange(placement, start)
     if module is not None and not of_tutel:
@@ -188,7 +188,7 @@ class PaddedExchange:
         y = experts(rows, context)
         if not isinstance(y, Tensor) or y.shape[:2] != rows.shape[:2]:
             made = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"the experts made {made} of {list(rows.shape)}: give [E, C, ...] with the same E and C")
+            raise ValueError(f"the experts returned {made} for {list(rows.shape)}: return [E, C, ...], same E and C")
         return y
 
 

@@ -28,7 +28,7 @@ def tutel_experts(
     if kind == "custom":
         cls = options.pop("module")
         if isinstance(cls, nn.Module):
-            raise ValueError("experts['module'] is built: give Tutel its class, which it builds for its slots")
+            raise ValueError("experts['module'] is an instance: give its class, so that Tutel builds it for its slots")
     else:
         try:
             cls = importlib.import_module(f"tutel.experts.{kind}").ExpertModule

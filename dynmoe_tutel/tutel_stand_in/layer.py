@@ -20,5 +20,5 @@ class MOELayer(MoELayer):
             raise ValueError(
                 f"moe_layer over {ranks} ranks needs Tutel itself, which divides the experts over them and is not "
                 "installed (https://github.com/microsoft/Tutel). dynmoe_tutel.moe.moe_layer divides them where it is "
-                "given group=; without, every rank has all experts, and their gradients are to be reduced too"
+                "given group=; without it, every rank has all experts: all-reduce their gradients too"
             )

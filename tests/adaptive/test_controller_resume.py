@@ -111,7 +111,7 @@ class TestResume:
         second = ExpertController(model, None, 4)
         second.load_state_dict(first.state_dict())
         assert [train(model, None, second, near(0)) for _ in range(4)] == [[]] * 4
-        assert "step 4: no update, the state loaded had no window open for it" in caplog.messages
+        assert "step 4: no update, the loaded state had no open record window" in caplog.messages
         assert model.mlp.record_routing
 
     def test_a_state_that_does_not_fit_is_refused_by_name(self) -> None:

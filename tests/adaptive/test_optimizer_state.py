@@ -146,7 +146,7 @@ class TestOptimizers:
             assert torch.equal(state["z"][2], parameter[2])
             assert not torch.equal(state["z"][1], parameter[1])
             assert not state["curvature"][2].any()
-        assert [m for m in caplog.messages if "optimizer state 'curvature' is not known here" in m] == caplog.messages
+        assert [m for m in caplog.messages if "optimizer state 'curvature' is unknown" in m] == caplog.messages
         assert len(caplog.messages) == 1
 
     def test_no_optimizer_warns_once(self, caplog: pytest.LogCaptureFixture) -> None:

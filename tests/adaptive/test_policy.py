@@ -244,7 +244,7 @@ class TestCheckedDecision:
             (Decision([(3, "")]), "prunes slot 3, allowed are 0 to 2"),
             (Decision([(-1, "")]), "prunes slot -1, allowed are 0 to 2"),
             (Decision([(2, "")]), "prunes slot 2, which is not active"),
-            (Decision([(0, ""), (0, "")]), "prunes slot 0, which is twice in it"),
+            (Decision([(0, ""), (0, "")]), "prunes slot 0, which is named twice"),
             (Decision([], [(torch.ones(D), "")] * 2), "grows 2 experts, free slots are 1"),
             (Decision([], [(torch.ones(D + 1), "")]), r"direction of shape \[9\], must be \[8\]"),
             (Decision([], [([1.0] * D, "")]), "direction of shape list"),  # type: ignore[list-item]
