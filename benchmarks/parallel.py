@@ -5,9 +5,8 @@
 It runs three exchanges of the same routed tokens and checks them against the package's layer on one process (outputs,
 gradients of tokens, router and experts). It counts their bytes in the calls of torch.distributed; these must equal the
 cost model's whole numbers, or the command fails. Then it times them in turn; a time is the slowest rank's. `--count`
-only counts, on as many processes. Last come the model's expectation on 8, 64 and 512 ranks with assumed links
-(`--inside-rate` and its like), and whether the two limits on bytes hold. Processes talk over Gloo on one machine, so
-the ratios of times say nothing about a network.
+only counts, on as many processes. Last come the bytes that the model expects on 8, 64 and 512 ranks, and whether the
+two limits on bytes hold. Processes talk over Gloo on one machine, so the ratios of times say nothing about a network.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from dynmoe_tutel.experts.ffn import FFNExperts
 from .common.shapes import Shape
 from .common.timing import beside, check_outputs, environment, spread, whole, write
 from .exchange import report as parallel_report
-from .exchange.cost_model import EXCHANGES, Format, Network, demand, traffic
+from .exchange.cost_model import EXCHANGES, Format, demand, traffic
 from .exchange.exchanges import RUN, WireCounter
 from .exchange.token_choices import Choice, fixed, skewed_loads, tokens_of
 
@@ -194,13 +193,6 @@ def on_processes(ranks: int, shape: Shape, laws: Sequence[Law], repeats: int) ->
         return json.loads((Path(folder) / "results.json").read_text())
 
 
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"came {text!r}, allowed: a positive number")
-    return value
-
-
 def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence[Law] = tuple(LAWS)) -> int:
     """Command line; returns 1 if a limit on the bytes does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,15 +201,11 @@ def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence
     parser.add_argument("--count", nargs="*", type=number, default=[8], help="counted only")
     parser.add_argument("--repeats", type=whole(1), default=9)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON; a table .md and a plot .png beside it")
-    for name, value in asdict(Network()).items():
-        kind = whole(1) if name == "node" else _rate
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"assumed; default {value:g}")
     args = parser.parse_args(argv)
     for ranks in (*args.processes, *args.count):
         if shape.E % ranks:
             parser.error(f"came {ranks} processes, allowed: a divisor of the {shape.E} experts")
     check_outputs(parser, "--out", beside(args.out, ".md", ".png"))
-    network = Network(**{name: getattr(args, name) for name in asdict(Network())})
     results = []
     for ranks in args.processes:
         results += on_processes(ranks, shape, laws, args.repeats)
@@ -226,24 +214,23 @@ def main(argv: Sequence[str] | None = None, shape: Shape = SHAPE, laws: Sequence
     options = " ".join(sys.argv[1:] if argv is None else argv).replace(str(args.out), args.out.name)
     command = f"python -m benchmarks.parallel {options}".strip()
     machine = environment(torch.device("cpu")) | {"backend": "gloo", "threads": 1}
-    return report(args.out, results, shape, network, {"command": command, "environment": machine})
+    return report(args.out, results, shape, {"command": command, "environment": machine})
 
 
-def report(out: Path, results: list[dict[str, Any]], shape: Shape, network: Network, run: dict[str, Any]) -> int:
+def report(out: Path, results: list[dict[str, Any]], shape: Shape, run: dict[str, Any]) -> int:
     """Print and write the report; return 1 if a limit on the bytes does not hold."""
-    model = parallel_report.extrapolate(network)
+    model = parallel_report.extrapolate()
     limits = parallel_report.limits(results, shape)
-    text = parallel_report.table(results, model, limits, network)
+    text = parallel_report.table(results, model, limits)
     print(text)
     found = {
         **run,
-        "network_assumed": asdict(network),
         "limits": limits,
         "results": results,
         "model": model,
     }
     write(out, found, text)
-    out.with_suffix(".png").write_bytes(parallel_report.plot(results, network))
+    out.with_suffix(".png").write_bytes(parallel_report.plot(results))
     return 0 if all(limit["holds"] for limit in limits) else 1
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel.gates import Gate
 from dynmoe_tutel.layer import MoELayer, in_backward
+from dynmoe_tutel.parallel.collectives import sum_over_ranks
 from dynmoe_tutel.routing import Routing
 
 
@@ -43,10 +44,7 @@ class RoutingMeter:
         self.training_only = training_only
         self._sums: dict[str, dict[str, Tensor]] = {}
         self.reset()
-        self._hooks = [
-            layer.gates[0].register_forward_hook(self._hook(name, layer.max_num_global_experts))
-            for name, layer in self.layers.items()
-        ]
+        self._hooks = [layer.gates[0].register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
 
     def close(self) -> None:
         """Stop counting; the sums can still be read."""
@@ -77,10 +75,7 @@ class RoutingMeter:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return
         values = [value for sums in self._sums.values() for value in sums.values()]
-        flat = torch.cat([value.reshape(-1) for value in values])
-        dist.all_reduce(flat, group=group)
-        for value, total in zip(values, flat.split([value.numel() for value in values]), strict=True):
-            value.copy_(total.reshape(value.shape))
+        sum_over_ranks(values, group)
 
     def read(self) -> dict[str, dict[str, Any]]:
         """For each layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
@@ -100,19 +95,13 @@ class RoutingMeter:
         result["load"] = [n / tokens for n in sums["counts"].tolist()]
         return result
 
-    def _hook(self, name: str, slots: int) -> Any:
+    def _hook(self, name: str) -> Any:
         @torch.no_grad()
         def add(gate: nn.Module, _inputs: Any, routing: Routing) -> None:
             if (self.training_only and not gate.training) or in_backward():
                 return
             sums = self._sums[name]
-            # In eval unrouted tokens get their best expert, but passed 0 thresholds.
-            passed_T = routing.k_per_token.masked_fill(routing.unrouted, 0)
-            if routing.token_mask is not None:
-                passed_T = passed_T.masked_fill(~routing.token_mask, slots + 1)  # outside the histogram
-            bins = sums["k_histogram"].new_zeros(slots + 2)
-            bins.index_add_(0, passed_T, bins.new_ones(passed_T.shape))  # bincount synchronises
-            sums["k_histogram"].add_(bins[:-1])
+            sums["k_histogram"].add_(routing.k_histogram)
             sums["counts"].add_(routing.counts)
             sums["unrouted"].add_(routing.unrouted.sum())
 

@@ -152,6 +152,15 @@ class Routing:
         return self.scores.shape[1]
 
     @property
+    def k_histogram(self) -> Tensor:
+        """[E+1] int64: tokens by the number of experts that passed their thresholds; padding is in no bin."""
+        k_T = self.k_per_token.masked_fill(self.unrouted, 0)  # in eval unrouted tokens get their best expert
+        if self.token_mask is not None:
+            k_T = k_T.masked_fill(~self.token_mask, self.num_experts + 1)
+        bins = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=k_T.device)
+        return bins.index_add_(0, k_T, bins.new_ones(k_T.shape))[:-1]  # bincount synchronises
+
+    @property
     def k_per_token(self) -> Tensor:
         """Assignments of each token, [T] int32."""
         return self.token_offsets.diff()

@@ -131,39 +131,3 @@ def traffic(exchange: str, d: Demand, f: Format, backward: bool) -> Tensor:
     """Bytes [R, R] of a forward, or of a forward and a backward."""
     passes = (False, True) if backward else (False,)
     return torch.stack([b for p in passes for b in collectives(exchange, d, f, p).values()]).sum(dim=0)
-
-
-@dataclass(frozen=True)
-class Network:
-    """Assumed, not measured: a rank's bytes per second each way and seconds per message, inside a node and between."""
-
-    node: int = 8
-    inside_rate: float = 300e9
-    inside_latency: float = 2e-6
-    between_rate: float = 40e9
-    between_latency: float = 10e-6
-
-    def seconds(self, bytes_RR: Tensor) -> float:
-        """Seconds of one collective on its slowest rank; links and directions overlap, messages do not."""
-        R = len(bytes_RR)
-        node_R = torch.arange(R) // self.node
-        inside_RR = node_R.unsqueeze(0) == node_R.unsqueeze(1)
-        found = []
-        for link_RR, rate, latency in (
-            (inside_RR & ~torch.eye(R, dtype=torch.bool), self.inside_rate, self.inside_latency),
-            (~inside_RR, self.between_rate, self.between_latency),
-        ):
-            through_RR = bytes_RR.double() * link_RR
-            busiest_R = torch.maximum(through_RR.sum(dim=1), through_RR.sum(dim=0))
-            found.append(float((busiest_R / rate + link_RR.sum(dim=1) * latency).max()))
-        return max(found)
-
-    def pass_seconds(self, exchange: str, d: Demand, f: Format, backward: bool) -> float:
-        """Seconds of the collectives one after the other, overlapped with nothing."""
-        passes = (False, True) if backward else (False,)
-        return sum(self.seconds(b) for p in passes for b in collectives(exchange, d, f, p).values())
-
-    def share_between(self, bytes_RR: Tensor) -> float:
-        """The share of the bytes that leaves its node."""
-        node_R = torch.arange(len(bytes_RR)) // self.node
-        return float(bytes_RR[node_R.unsqueeze(0) != node_R.unsqueeze(1)].sum() / bytes_RR.sum().clamp(min=1))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ..common.shapes import GPU_SHAPES, Shape
-from .cost_model import EXCHANGES, Format, Network, expected_demand, traffic
+from .cost_model import EXCHANGES, Format, expected_demand, traffic
 from .token_choices import Choice, fixed, skewed_loads
 
 Results = Sequence[dict[str, Any]]
@@ -63,8 +63,8 @@ def limits(results: Results, shape: Shape) -> list[dict[str, Any]]:
     return found
 
 
-def extrapolate(network: Network, shape: Shape = GPU_SHAPES["llm-4k"], layouts: Any = LAYOUTS) -> list[dict[str, Any]]:
-    """Expected bytes and seconds per rank of a forward and a backward of `shape` in bf16; T/8 tokens per rank."""
+def extrapolate(shape: Shape = GPU_SHAPES["llm-4k"], layouts: Any = LAYOUTS) -> list[dict[str, Any]]:
+    """Expected bytes a rank of a forward and a backward of `shape` in bf16; T/8 tokens a rank."""
     f, T = Format(shape.D, 2), shape.T // 8
     found = []
     for ranks, experts in layouts:
@@ -73,17 +73,12 @@ def extrapolate(network: Network, shape: Shape = GPU_SHAPES["llm-4k"], layouts: 
             d = expected_demand(choice, T, ranks)
             row: dict[str, Any] = {"ranks": ranks, "experts": experts, "skew": skew, "fixed_k": pmf is not None}
             for exchange in EXCHANGES:
-                bytes_RR = traffic(exchange, d, f, True)
-                row[exchange] = {
-                    "bytes_a_rank": float(bytes_RR.sum()) / ranks,
-                    "share_between_nodes": network.share_between(bytes_RR),
-                    "seconds": network.pass_seconds(exchange, d, f, True),
-                }
+                row[exchange] = {"bytes_a_rank": float(traffic(exchange, d, f, True).sum()) / ranks}
             found.append(row)
     return found
 
 
-def table(results: Results, model: Results, found: Results, network: Network) -> str:
+def table(results: Results, model: Results, found: Results) -> str:
     """The report as Markdown."""
     lines = ["Once per rank over the others, forward+backward: bytes, and times (median and quartiles):\n"]
     lines.append("| processes | k | max / mean load | bytes: per expert | padded | time: per expert | padded |")
@@ -95,21 +90,14 @@ def table(results: Results, model: Results, found: Results, network: Network) ->
         load = f"{r['max_over_mean_load']:.2f}"
         ratios = [f"{bytes_[OURS] / bytes_[other]:.3f}" for other in (PER_EXPERT, PADDED)]
         lines.append(f"| {' | '.join([str(r['processes']), k, load, *ratios, *times])} |")
-    lines += ["", "Expected by the model, D 4096, bf16, 4096 tokens a rank, k 6, forward+backward. Assumed links, not"]
-    lines += [f"measured: {', '.join(f'{name} {value:g}' for name, value in asdict(network).items())}.", ""]
-    lines.append(
-        "| ranks | experts | k | max / mean load | MB a rank | bytes / per expert | bytes / padded "
-        "| between nodes | ms | ms / per expert | ms / padded |"
-    )
-    lines.append("|---" * 11 + "|")
+    lines += ["", "Expected by the model, D 4096, bf16, 4096 tokens a rank, k 6, forward+backward.", ""]
+    lines.append("| ranks | experts | k | max / mean load | MB a rank | bytes / per expert | bytes / padded |")
+    lines.append("|---" * 7 + "|")
     for m in model:
-        ours, one, pad = (m[exchange] for exchange in EXCHANGES)
+        ours, one, pad = (m[exchange]["bytes_a_rank"] for exchange in EXCHANGES)
         lines.append(
             f"| {m['ranks']} | {m['experts']} | {'exactly 6' if m['fixed_k'] else 'mean 6'} | {m['skew']:g} "
-            f"| {ours['bytes_a_rank'] / 1e6:.0f} | {ours['bytes_a_rank'] / one['bytes_a_rank']:.3f} "
-            f"| {ours['bytes_a_rank'] / pad['bytes_a_rank']:.3f} | {100 * ours['share_between_nodes']:.0f} % "
-            f"| {1e3 * ours['seconds']:.2f} | {ours['seconds'] / one['seconds']:.2f} "
-            f"| {ours['seconds'] / pad['seconds']:.2f} |"
+            f"| {ours / 1e6:.0f} | {ours / one:.3f} | {ours / pad:.3f} |"
         )
     lines += [
         "",
@@ -128,7 +116,7 @@ def _quartiles(s: dict[str, float] | None) -> str:
     return "-" if s is None else f"{s['median']:.2f} ({s['quartile_1']:.2f} to {s['quartile_3']:.2f})"
 
 
-def plot(results: Results, network: Network) -> bytes:
+def plot(results: Results) -> bytes:
     """PNG: our bytes over the others' against k, counted and expected; and the model against the number of ranks."""
     from matplotlib.figure import Figure
 

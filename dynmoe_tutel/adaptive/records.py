@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import keep_strided, thinned
+from ..parallel.collectives import sum_over_ranks
 from ..routing import Routing
 from ..validation import describe
 
@@ -128,14 +129,10 @@ class RoutingRecord:
     def add(self, x_TD: Tensor, routing: Routing) -> None:
         """Add one batch: tokens [T, D] and their routing."""
         unrouted_T = routing.unrouted
-        k_T = routing.k_per_token.masked_fill(unrouted_T, 0)  # in eval unrouted tokens get their best expert
-        if routing.token_mask is not None:
-            k_T = k_T.masked_fill(~routing.token_mask, self.num_experts + 1)  # padding falls outside the histogram
-        bins = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=k_T.device)
         x = x_TD.detach().float()
         lost_TD = torch.where(unrouted_T.unsqueeze(1), x, 0)  # no product: 0 * inf is NaN
         self.counts += routing.counts
-        self.k_histogram += bins.index_add_(0, k_T, bins.new_ones(k_T.shape))[:-1]  # bincount synchronises
+        self.k_histogram += routing.k_histogram
         self.tokens += routing.real_tokens
         self.unrouted_tokens += unrouted_T.sum()
         self.unrouted_sum += lost_TD.sum(dim=0)
@@ -151,10 +148,7 @@ class RoutingRecord:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return
         for names in (_SUMS, _FLOATS):
-            flat = torch.cat([getattr(self, name).reshape(-1) for name in names])
-            dist.all_reduce(flat, group=group)
-            for name, part in zip(names, flat.split([getattr(self, n).numel() for n in names]), strict=True):
-                getattr(self, name).copy_(part.reshape(getattr(self, name).shape))
+            sum_over_ranks([getattr(self, name) for name in names], group)
         if self.keep_tokens > 0:
             self._gather_sample(group)
 

@@ -6,7 +6,7 @@ Every rank of the group must make the same calls in the same order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,14 @@ def gathered(tensor: Tensor, group: Any) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.detach().contiguous(), group=group)
     return torch.cat(parts)
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], group: Any) -> None:
+    """Sum each tensor over the ranks of `group` (None: all), in place and in one collective; all have one dtype."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
 
 
 def shared_seed(group: Any) -> int:

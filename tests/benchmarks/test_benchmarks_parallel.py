@@ -18,9 +18,7 @@ from benchmarks.common.shapes import Shape
 from benchmarks.exchange import report
 from benchmarks.exchange.cost_model import (
     EXCHANGES,
-    Demand,
     Format,
-    Network,
     collectives,
     demand,
     expected_demand,
@@ -193,19 +191,6 @@ def test_what_the_two_limits_are_made_of() -> None:
     assert 8 * float(exactly.touched(8)[0]) / 6 > 0.75  # if every token took six, the limit would not hold
 
 
-def test_seconds_of_a_collective() -> None:
-    """Two nodes of two ranks: rank 0 sends 600 inside and 200 + 100 between, rank 3 receives 100 + 50 between."""
-    bytes_RR = torch.tensor([[0, 600, 200, 100], [0, 0, 0, 50], [0, 0, 0, 0], [0, 0, 0, 0]])
-    network = Network(2, 100.0, 1.0, 10.0, 2.0)
-    assert network.seconds(bytes_RR) == pytest.approx(300 / 10 + 2 * 2.0)
-    assert network.seconds(bytes_RR * torch.tensor([1, 100, 0, 0])) == pytest.approx(60000 / 100 + 1.0)
-    assert network.seconds(bytes_RR.t()) == network.seconds(bytes_RR)  # the other direction, as busy
-    assert network.share_between(bytes_RR) == pytest.approx(350 / 950)
-    d = Demand(torch.ones(4, 4), torch.ones(4, 4), 1, 4)  # a count of 8 bytes, then rows of 24 bytes each way
-    between = [(2 * size) / 10 + 2 * 2.0 for size in (8, 24, 24)]
-    assert network.pass_seconds("padded", d, FORMAT, False) == pytest.approx(sum(between))
-
-
 def test_real_processes_send_what_the_model_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,8 +217,6 @@ def test_real_processes_send_what_the_model_says(
     [
         ("--processes 3", "came 3 processes, allowed: a divisor of the 64 experts"),
         ("--repeats 0", "argument --repeats: came '0'"),
-        ("--node 0", "argument --node: came '0'"),
-        ("--inside-rate -1", "argument --inside-rate: came '-1', allowed: a positive number"),
     ],
 )
 def test_options_are_checked_before_a_process_starts(
