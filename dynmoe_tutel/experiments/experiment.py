@@ -1,9 +1,11 @@
-"""The commands `experiment ...` from a task to the last line: a folder of runs that merges, estimate, table and plots.
+"""The commands `train` and `experiment ...` from a task to the last line: a folder of runs that merges, an estimate of
+its time, table and plots.
 
     config.json  runs/<run>/{config.json, metrics.jsonl, events.jsonl, checkpoints/}  table.md  table.json  *.png
 
 Every run is a run folder of its own (run_folder.py), so runs can be done in any order and by several commands, as long
-as the protocol in config.json is the same; the table is made of all runs that are finished.
+as the protocol in config.json is the same; the table is made of all runs that are finished. `train` once wrote one run
+folder for all runs; such a folder is resumed as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import os
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ import torch
 from rich.console import Console
 
 from dynmoe_tutel.checkpoint import write_file
-from dynmoe_tutel.experiments.job import Several, warn_of_other_versions
-from dynmoe_tutel.experiments.report import comparison, plots, results, tensorboard
+from dynmoe_tutel.experiments.report import plots, table, tensorboard
 from dynmoe_tutel.experiments.report.progress import ProgressBar
+from dynmoe_tutel.experiments.report.reporters import Several
 from dynmoe_tutel.experiments.rows import row_order
 from dynmoe_tutel.experiments.run_folder import (
     CONFIG,
@@ -40,6 +43,7 @@ from dynmoe_tutel.experiments.task import RunKey, Task
 from dynmoe_tutel.version import __version__
 
 VERSIONS = {"dynmoe_tutel": __version__, "torch": torch.__version__}
+SHARED = "job"  # in config.json of a run folder for all runs: the settings
 WARM_UP_STEPS, TIMED_STEPS, TIMED_BATCHES = 1, 2, 2
 
 
@@ -56,45 +60,86 @@ def start(task: Task, out: Path | None, console: Console) -> int:
         _make_folder(path)
     else:
         about = read_config(path)
-        _refuse_other_protocol(path, about, task.name, protocol)
-        warn_of_other_versions(about, console)
-    _announce(task, path, task.plan, console)
+        _refuse_other_task(path, about, type(task))
+        _refuse_other_protocol(path, about, protocol)
+        _warn_of_other_versions(about, console)
+    job = _Job(task, path, [(path / RUNS / key.name, [key]) for key in task.plan])
+    _announce(job, console)
     if is_new:
-        _write(path, CONFIG, json.dumps({"experiment": task.name, "protocol": protocol, **VERSIONS}, indent=2) + "\n")
-    for key in task.plan:
-        folder = path / RUNS / key.name
+        about = {"experiment": task.experiment_name(), "protocol": protocol, **VERSIONS}
+        _write(path, CONFIG, json.dumps(about, indent=2) + "\n")
+    for folder, key in job.runs():
         if not (folder / CONFIG).exists():
             axes = {axis: list(_plain(getattr(task.settings, axis))) for axis in task.axes}
             with RunFolder.create(folder, {"run": key.fields, "axes": axes, **VERSIONS}):
                 pass
-    return _finish(task, path, task.plan, console)
+    return _finish(job, console)
 
 
-def resume(path: Path, make_task: Callable[[str, Mapping[str, Any]], Task], console: Console) -> int:
+def resume(path: Path, task_type: type[Task], console: Console, **moved: Any) -> int:
     """Do what was asked for in this folder and is not done yet; the exit code.
 
-    `make_task(name, settings)` builds the task from its settings with all axes. ValueError where the folder holds no
-    experiment, or its data are not those of its start.
+    `moved`: settings that no folder remembers. ValueError where the folder holds no job of the task, or its data are
+    not those of its start.
     """
     about = read_config(path)
-    protocol = about.get("protocol")
-    if "experiment" not in about or not isinstance(protocol, dict):
-        raise ValueError(f"{path} holds no job of 'experiment'")
+    if isinstance(about.get(SHARED), dict) and task_type.experiment_name() == "train":
+        task = task_type.of(about[SHARED], **moved)
+        job = _Job(task, path, [(path, task.plan)])
+    else:
+        if "experiment" not in about or not isinstance(about.get("protocol"), dict):
+            raise ValueError(f"{path} holds no job of {task_type.command!r}")
+        _refuse_other_task(path, about, task_type)
+        task = task_type.of({**about["protocol"], **_asked_for(path)}, **moved)
+        _refuse_other_protocol(path, about, _plain(task.protocol()))
+        groups = [(path / RUNS / key.name, [key]) for key in task.plan]
+        job = _Job(task, path, [(folder, keys) for folder, keys in groups if (folder / CONFIG).exists()])
+    _warn_of_other_versions(about, console)
+    _announce(job, console)
+    return _finish(job, console)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a command does in the folder `path`: run folders, each with the runs that write to its logs."""
+
+    task: Task
+    path: Path
+    groups: list[tuple[Path, list[RunKey]]]
+
+    def runs(self) -> Iterator[tuple[Path, RunKey]]:
+        """All runs with their folders."""
+        return ((folder, key) for folder, keys in self.groups for key in keys)
+
+    @property
+    def to_resume(self) -> str:
+        """What follows --resume in the command that goes on with it."""
+        return shlex.quote(str(self.path)) + self.task.resume_options
+
+
+def _asked_for(path: Path) -> dict[str, list[Any]]:
+    """The axes of all commands that were given for this folder, together."""
     configs = [read_config(folder) for folder in sorted((path / RUNS).glob("*")) if (folder / CONFIG).exists()]
     if not configs:
         raise ValueError(f"{path} holds no run")
     axes: dict[str, list[Any]] = {}
     for config in configs:
-        if not isinstance(config.get("axes"), dict):
+        of_run = config.get("axes")
+        if not isinstance(of_run, dict) or not all(isinstance(values, list) for values in of_run.values()):
             raise ValueError(f"{path} has a run whose {CONFIG} has no axes: it is damaged or of another version")
-        for axis, values in config["axes"].items():
+        for axis, values in of_run.items():
             axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *values]))
-    task = make_task(about["experiment"], {**protocol, **axes})
-    _refuse_other_protocol(path, about, task.name, _plain(task.protocol()))
-    warn_of_other_versions(about, console)
-    plan = [key for key in task.plan if (path / RUNS / key.name / CONFIG).exists()]
-    _announce(task, path, plan, console)
-    return _finish(task, path, plan, console)
+    return axes
+
+
+def _warn_of_other_versions(about: Mapping[str, Any], console: Console) -> None:
+    """Say where a job was started with other versions than these."""
+    for name, version in VERSIONS.items():
+        if about.get(name) != version:
+            console.print(
+                f"[yellow]The job was started with {name} {about.get(name)}, this is {version}: "
+                "the result may differ from an uninterrupted job's.[/yellow]"
+            )
 
 
 def estimate(task: Task, plan: list[RunKey]) -> float:
@@ -139,52 +184,50 @@ class _NoFolder(RunFolder):
         pass
 
 
-def _announce(task: Task, path: Path, plan: list[RunKey], console: Console) -> None:
+def _announce(job: _Job, console: Console) -> None:
     """Print the folder, and how long what is not done yet will take."""
-    console.print(f"Folder: {path}", highlight=False, soft_wrap=True)
-    pending = [key for key in plan if not _is_done(path, key, task.settings.steps)]
+    console.print(f"Folder: {job.path}", highlight=False, soft_wrap=True)
+    task, steps = job.task, job.task.settings.steps
+    pending = [key for folder, key in job.runs() if not _is_done(folder, key, steps)]
     if pending:
         minutes = estimate(task, pending) / 60
         console.print(
-            f"{len(pending)} runs of {task.settings.steps} steps: about {minutes:.0f} min on {task.settings.threads} "
+            f"{len(pending)} runs of {steps} steps: about {minutes:.0f} min on {task.settings.threads} "
             f"threads, measured on {TIMED_STEPS} steps of every row. Ctrl-C stops, "
-            f"--resume {_resuming(task, path)} goes on.",
+            f"--resume {job.to_resume} goes on.",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _resuming(task: Task, path: Path) -> str:
-    return shlex.quote(str(path)) + task.resume_options
-
-
-def _finish(task: Task, path: Path, plan: list[RunKey], console: Console) -> int:
+def _finish(job: _Job, console: Console) -> int:
     started = time.perf_counter()
-    reporters = Several()
+    task = job.task
     try:
-        with ProgressBar(console, len(plan), task.settings.steps) as bar, stop_requests() as stop_request:
-            for key in plan:
+        with ProgressBar(console, len(list(job.runs())), task.settings.steps) as bar, stop_requests() as stop_request:
+            for path, keys in job.groups:
                 signum = stop_request()
                 if signum is not None:
                     raise Interrupted(signum)
-                with RunFolder.resume(path / RUNS / key.name) as folder:
+                with RunFolder.resume(path) as folder:
                     reporters = Several([bar])
                     if tensorboard.available():
-                        reporters.add(tensorboard.ScalarWriter(folder.path))
+                        reporters.add(tensorboard.ScalarWriter(path))
                     try:
-                        run_all(task, [key], folder, reporters, stop_request)
+                        run_all(task, keys, folder, reporters, stop_request)
                     finally:
                         reporters.close()
     except Interrupted as interrupted:
         console.print(
             f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
-            f"  dynmoe-tutel experiment {task.name} --resume {_resuming(task, path)}",
+            f"  dynmoe-tutel {task.command} --resume {job.to_resume}",
             highlight=False,
             soft_wrap=True,
         )
         return 128 + interrupted.signum
-    _report(task, path, console)
-    console.print(f"{time.perf_counter() - started:.0f} s. Tables and plots in {path}", highlight=False, soft_wrap=True)
+    _report(task, job.path, console)
+    seconds = time.perf_counter() - started
+    console.print(f"{task.about}{seconds:.0f} s. Tables and plots in {job.path}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -193,11 +236,11 @@ def _report(task: Task, path: Path, console: Console) -> None:
     metrics, events = read_runs(path)
     rows = row_order({line["row"] for line in metrics})
     steps = task.settings.steps
-    summaries = comparison.summarise(metrics, rows, steps, task.selection)
-    _write(path, "table.md", comparison.markdown(summaries, steps, task.selection))
-    content = comparison.as_json(summaries, steps, task.selection)
+    summaries = table.summarise(metrics, rows, steps, task.selection)
+    _write(path, "table.md", table.markdown(summaries, steps, task.selection))
+    content = table.as_json(summaries, steps, task.selection)
     if task.selection != "last":
-        content["after_last_step"] = comparison.as_json(comparison.summarise(metrics, rows, steps), steps, "last")
+        content["after_last_step"] = table.as_json(table.summarise(metrics, rows, steps), steps, "last")
     _write(path, "table.json", json.dumps(content, indent=2) + "\n")
     done = {(row.row, *run) for row in summaries for run in row.runs}
     first = min(test for _, _, test in done)  # the plots against steps are of runs that left out the same part
@@ -205,31 +248,35 @@ def _report(task: Task, path: Path, console: Console) -> None:
         [line for line in log if line.get("test", "") == first and (line["row"], line["seed"], first) in done]
         for log in (metrics, events)
     )
-    drawn = [row.row for row in summaries if first in {test for _, test in row.runs}]
-    made = results.draw(metrics, events, drawn, task.slots)
-    made["trade_off.png"] = plots.trade_off(summaries)
-    for name, picture in made.items():
+    for name, picture in plots.draw(metrics, events, summaries, task.settings.slots).items():
         _write(path, name, picture)
-    for table in comparison.rich_tables(summaries, steps, task.selection, console.width):
-        console.print(table)
-    console.print(comparison.verdict(summaries), highlight=False)
+    for drawn in table.rich_tables(summaries, steps, task.selection, console.width):
+        console.print(drawn)
+    console.print(table.verdict(summaries), highlight=False)
 
 
 def read_runs(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of metrics and events of all runs in an experiment's folder."""
-    folders = [folder for folder in sorted((path / RUNS).glob("*")) if (folder / METRICS).exists()]
+    """The lines of metrics and events of all runs in a job's folder."""
+    folders = [path, *sorted((path / RUNS).glob("*"))]
+    folders = [folder for folder in folders if (folder / METRICS).exists()]
     metrics, events = ([line for folder in folders for line in read_log(folder, name)] for name in (METRICS, EVENTS))
     return metrics, events
 
 
-def _is_done(path: Path, key: RunKey, steps: int) -> bool:
-    found = checkpoints_of(path / RUNS / key.name, key.name)
+def _is_done(folder: Path, key: RunKey, steps: int) -> bool:
+    found = checkpoints_of(folder, key.name)
     return bool(found) and found[-1].name.endswith(f"-{steps:06d}")
 
 
-def _refuse_other_protocol(path: Path, about: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) -> None:
-    if about.get("experiment") != name:
-        raise ValueError(f"{path} holds a job of {about.get('experiment') or 'train'!r}, not of {name!r}")
+def _refuse_other_task(path: Path, about: Mapping[str, Any], task_type: type[Task]) -> None:
+    found, name = about.get("experiment") or "train", task_type.experiment_name()
+    if found != name:
+        raise ValueError(f"{path} holds a job of {found!r}, not of {name!r}")
+    if SHARED in about:
+        raise ValueError(f"folder {path} is not empty: name another, or continue the job in it with --resume")
+
+
+def _refuse_other_protocol(path: Path, about: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
     before = about.get("protocol")
     if not isinstance(before, Mapping):
         raise ValueError(f"{path / CONFIG} has no protocol: it is damaged or of another version")

@@ -1,6 +1,7 @@
 """The rows of the experiments: their names, and the MoE layer that each puts in the place of a dense FFN.
 
-`dense`; `top-K-of-E`, GMoE's cosine router with K of E experts; `dynmoe`, the top-any gate with adaptive experts.
+`dense`; `top-K-of-E`, GMoE's cosine router with K of E experts, or `top-K` of as many as DynMoE starts with; `dynmoe`,
+the top-any gate with adaptive experts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-FIXED = re.compile(r"top-([1-9]\d*)-of-([1-9]\d*)")
+FIXED = re.compile(r"top-([1-9]\d*)(?:-of-([1-9]\d*))?")
 ROWS = (
     "dense",
     *[f"top-{k}-of-{experts}" for experts in (8, 16) for k in (1, 2, 4)],
@@ -18,10 +19,10 @@ ROWS = (
 
 
 def check_rows(rows: tuple[str, ...]) -> None:
-    """ValueError for names that are no rows, for equal ones and for none."""
+    """ValueError for names that do not say everything about a row, for equal ones and for none."""
     for row in rows:
         fixed = FIXED.fullmatch(row)
-        if row not in ("dense", "dynmoe") and (fixed is None or int(fixed[1]) > int(fixed[2])):
+        if row not in ("dense", "dynmoe") and (fixed is None or int(fixed[1]) > int(fixed[2] or 0)):
             raise ValueError(
                 f"rows must be dense, dynmoe or top-K-of-E with K at most E, such as top-2-of-8, got {row!r}"
             )
@@ -34,18 +35,19 @@ def row_order(rows: Iterable[str]) -> tuple[str, ...]:
 
     def place(row: str) -> tuple[int, int, int]:
         fixed = FIXED.fullmatch(row)
-        return (1, int(fixed[2]), int(fixed[1])) if fixed else (0 if row == "dense" else 2, 0, 0)
+        return (1, int(fixed[2] or 0), int(fixed[1])) if fixed else (0 if row == "dense" else 2, 0, 0)
 
     return tuple(sorted(rows, key=place))
 
 
 def moe_options(row: str, experts: int, slots: int) -> dict[str, Any]:
-    """`gate_type` and `num_experts` (active at start) of a MoE row; `experts` and `slots` are DynMoE's."""
+    """`gate_type` and `num_experts` (active at start) of a MoE row; `experts` and `slots` are DynMoE's,
+    `experts` also those of a row that does not say how many."""
     fixed = FIXED.fullmatch(row)
     if fixed is None:
         gate = {"type": "top_any", "max_expert_num": slots, "fp32_gate": True}
         return {"gate_type": gate, "num_experts": experts}
     return {
         "gate_type": {"type": "cosine_top", "k": int(fixed[1]), "fp32_gate": True},
-        "num_experts": int(fixed[2]),
+        "num_experts": int(fixed[2] or experts),
     }

@@ -7,40 +7,55 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel.experiments import options
+from dynmoe_tutel.experiments.options import option
+
 MAX_SEED = 2**31
 KINDS = ("validation", "in", "out")
 
 S = TypeVar("S", bound="Settings")
+T = TypeVar("T", bound="Task")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every row of a job has in common. ValueError for values out of range; a task adds its own by inheritance."""
+    """What every row of a job has in common. ValueError for values out of range; a task adds its own by inheritance.
 
-    rows: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 200
-    learning_rate: float = 2e-3
+    Fields made by `option` are options of the task's command.
+    """
+
+    rows: tuple[str, ...] = option((), "Rows of the table, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe.")
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2),
+        "Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.",
+        options.seeds,
+    )
+    steps: int = option(200, "Optimizer steps of each run.")
+    learning_rate: float = option(2e-3, "Of all rows.")
     warmup: float = 0.1  # share of the steps
     aux_weight: float = 0.01  # GMoE's and upstream DynMoE's
     update_every: int = 25  # steps from one adaptive update of DynMoE to the next
     log_every: int = 5
     eval_every: int = 25
-    threads: int = 1
+    threads: int = option(1, "CPU threads of torch. The last bits of the result depend on it.")
+    experts: int = 8  # active in DynMoE's layers at start
+    slots: int = 16  # to which they may grow
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
         if not all(0 <= seed < MAX_SEED for seed in self.seeds):
             raise ValueError(f"seeds must be from 0 to {MAX_SEED - 1}, got {list(self.seeds)}")
-        self.refuse_below_one("steps", "update_every", "log_every", "eval_every", "threads")
+        self.refuse_below_one("steps", "update_every", "log_every", "eval_every", "threads", "experts", "slots")
+        if self.experts > self.slots:
+            raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
         if not isinstance(self.learning_rate, float) or not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
 
@@ -50,6 +65,17 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def quick(self: S) -> S:
+        """Fewer steps."""
+        return self
+
+    @classmethod
+    def of_options(cls: type[S], given: Mapping[str, Any], quick: bool) -> S:
+        """The settings of a command: what is given, the rest as usual; `quick` gives way to it. ValueError for what
+        does not fit."""
+        settings = cls()
+        return replace(settings.quick() if quick else settings, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""
@@ -112,22 +138,36 @@ class Part:
 class Task(ABC):
     """What a job trains. Every method is a pure function of its arguments and the settings.
 
-    A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors.
+    A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors. The docstring of a task is the help
+    of its command, that of its settings' `quick` the help of --quick.
     """
 
-    name = ""  # of the experiment, in config.json
+    command = ""  # its words after dynmoe-tutel
+    settings_type: type[Settings]
     settings: Settings
     axes: tuple[str, ...] = ("rows", "seeds")  # settings that say which runs, not what a run computes
-    selection = "last"  # or "validation": the evaluation that the table takes, see comparison.py
+    identity: tuple[str, ...] = ()  # what `protocol` adds to the settings
+    movable: tuple[str, ...] = ()  # settings that no folder remembers: options beside --resume
+    selection = "last"  # or "validation": the evaluation that the table takes, see report/table.py
     keep_weights = True  # False: the last checkpoint of a finished run keeps the gates alone, a few kilobytes
     checkpoints = True  # False: only at the end, and when stopped
     device = torch.device("cpu")
     resume_options = ""  # of the command line, what --resume needs beside the folder
+    about = ""  # a sentence under the table
 
-    @property
-    def slots(self) -> int:
-        """Expert slots of the adaptive rows, for the plots."""
-        return 0
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @classmethod
+    def of(cls: type[T], content: Mapping[str, Any], **moved: Any) -> T:
+        """The task of a folder's protocol and axes. ValueError where they are of another job or version."""
+        known = {name: value for name, value in content.items() if name not in cls.identity}
+        return cls(cls.settings_type.from_dict({**known, **moved}))
+
+    @classmethod
+    def experiment_name(cls) -> str:
+        """The experiment's name in config.json."""
+        return cls.command.split()[-1]
 
     @property
     def plan(self) -> list[RunKey]:
@@ -170,6 +210,20 @@ class Task(ABC):
     def adaptive(self, row: str) -> bool:
         """Whether a controller grows and prunes this row's experts."""
         return row.startswith("dynmoe")
+
+
+def walk(size: int, step: int, count: int, stream: Callable[[int], torch.Generator]) -> Tensor:
+    """Positions [count] int64 in 0 ... size - 1 that step 0, 1, ... takes.
+
+    Epoch 1, 2, ... is a permutation drawn from `stream(epoch)`; a step may span the end of one, or several.
+    """
+    first, last = step * count, (step + 1) * count
+    picked = []
+    for epoch in range(first // size, (last - 1) // size + 1):
+        order = torch.randperm(size, generator=stream(epoch + 1))
+        start = epoch * size
+        picked.append(order[max(first - start, 0) : last - start])
+    return torch.cat(picked)
 
 
 def refuse_bad_choice(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

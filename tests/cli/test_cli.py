@@ -22,8 +22,9 @@ from dynmoe_tutel import __version__, moe
 from dynmoe_tutel.cli import app, doctor, inspection
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 
-FILES = {"config.json", METRICS, EVENTS, "checkpoints", "table.md", "table.json", "accuracy.png", "experts.png",
-         "k_histogram.png", "load.png"}  # fmt: skip
+FILES = {"config.json", "runs", "table.md", "table.json", "accuracy.png", "experts.png", "k_histogram.png", "load.png",
+         "trade_off.png"}  # fmt: skip
+OF_RUN = {"config.json", METRICS, EVENTS, "checkpoints"}
 
 
 def call(*arguments: str | Path) -> Result:
@@ -67,14 +68,19 @@ def test_version_and_help() -> None:
 
 
 def test_train_leaves_everything_in_its_folder(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} - {"tensorboard"} == FILES
+    assert {path.name for path in run.iterdir()} == FILES
+    runs = [run / "runs" / name for name in ("top-1-seed0", "dynmoe-seed0")]
+    assert set((run / "runs").iterdir()) == set(runs)
+    for folder in runs:
+        assert {path.name for path in folder.iterdir()} - {"tensorboard"} == OF_RUN
     config = json.loads((run / "config.json").read_text())
     assert config["torch"] == torch.__version__
-    job = config["job"]
-    assert (job["rows"], job["seeds"], job["steps"], job["test_domain"]) == (["top-1", "dynmoe"], [0], 6, 0)
-    assert {(line["row"], line["step"]) for line in read_log(run, METRICS) if line["kind"] == "eval"} == {
-        (row, step) for row in ("top-1", "dynmoe") for step in (0, 6)
-    }
+    protocol = config["protocol"]
+    assert (config["experiment"], protocol["steps"], protocol["test_domain"]) == ("train", 6, 0)
+    for folder, row in zip(runs, ("top-1", "dynmoe"), strict=True):
+        assert json.loads((folder / "config.json").read_text())["axes"] == {"rows": ["top-1", "dynmoe"], "seeds": [0]}
+        lines = read_log(folder, METRICS)
+        assert [(line["row"], line["step"]) for line in lines if line["kind"] == "eval"] == [(row, 0), (row, 6)]
 
 
 @pytest.mark.parametrize(
@@ -99,39 +105,54 @@ def test_bad_options_give_one_line(options: list[str], message: str, tmp_path: P
 
 def test_train_refuses_a_folder_that_is_taken(run: Path, tmp_path: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    assert "is not empty: name another, or continue the job in it with --resume" in refused("train", "--out", run)
+    assert "holds runs of another protocol" in refused("train", "--out", run)
+    assert "holds a job of 'train', not of 'vision'" in refused("experiment", "vision", "--out", run)
+    assert "is not empty and holds no experiment: name another" in refused("train", "--out", run / "runs")
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
     taken = tmp_path / "file"
     taken.write_text("")
-    assert f"run folder {taken} cannot be written: File exists" in refused("train", "--out", taken)
+    assert f"folder {taken} cannot be written: File exists" in refused("train", "--out", taken)
 
 
 def test_train_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "run"
-    assert f"run folder {below} cannot be written: Not a directory" in refused("train", "--out", below)
+    assert f"folder {below} cannot be written: Not a directory" in refused("train", "--out", below)
     closed = tmp_path / "closed"
     closed.mkdir()
     closed.chmod(0o500)
     if not os.access(closed, os.W_OK):  # a superuser may write anywhere
-        assert "cannot be written: Permission denied" in refused("train", "--out", closed / "run")
+        assert "cannot be written: permission denied" in refused("train", "--out", closed / "run")
 
 
 def test_resume_refuses_what_is_no_job(run: Path, tmp_path: Path) -> None:
+    """Nor does it take what is damaged, whether it is of this layout or of one log for all runs ("job")."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())
+    settings = {**config["protocol"], "rows": ["dense"], "seeds": [0]}
     for content, message in [
         ("{", "is not valid JSON"),
         ("[]", "does not hold a configuration"),
         ("{}", "holds no job of 'train'"),
-        (json.dumps({**config, "job": {"steps": 3}}), "of another job or version"),
-        (json.dumps({**config, "job": {**config["job"], "steps": "3"}}), "steps must be an integer"),
-        (json.dumps({**config, "job": {**config["job"], "model": {"width": 3}}}), "of another job or version"),
-        (json.dumps({**config, "job": {**config["job"], "rows": 3}}), "of another job or version"),
+        *[
+            (json.dumps({**config, key: content}), message)
+            for key, whole in (("protocol", config["protocol"]), ("job", settings))
+            for content, message in (
+                ({"steps": 3}, "of another job or version"),
+                ({**whole, "steps": "3"}, "steps must be an integer"),
+                ({**whole, "model": {"width": 3}}, "of another job or version"),
+            )
+        ],
+        (json.dumps({**config, "job": {**settings, "rows": 3}}), "of another job or version"),
     ]:
         (folder / "config.json").write_text(content)
         assert message in refused("train", "--resume", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "holds a job of 'train', not of 'vision'" in refused("experiment", "vision", "--resume", folder)
+    of_run = folder / "runs" / "dynmoe-seed0" / "config.json"
+    of_run.write_text(json.dumps({**json.loads(of_run.read_text()), "axes": {"rows": 3, "seeds": [0]}}))
+    assert "has a run whose config.json has no axes" in refused("train", "--resume", folder)
 
 
 def test_resume_of_a_finished_job_prints_the_table(run: Path) -> None:
@@ -144,8 +165,8 @@ def test_resume_of_a_finished_job_prints_the_table(run: Path) -> None:
 def test_inspect_prints_every_layer_of_a_run_and_of_a_checkpoint(run: Path) -> None:
     whole = call("inspect", run).stdout
     assert all(f"{name}, step 6" in whole for name in ("top-1-seed0", "dynmoe-seed0"))
-    last = [line for line in read_log(run, METRICS) if line["kind"] == "eval" and line["row"] == "dynmoe"][-1]
-    folder = checkpoints_of(run, "dynmoe-seed0")[-1]
+    last = [line for line in read_log(run / "runs" / "dynmoe-seed0", METRICS) if line["kind"] == "eval"][-1]
+    folder = checkpoints_of(run / "runs" / "dynmoe-seed0", "dynmoe-seed0")[-1]
     for path in (folder, folder.parent):
         text = call("inspect", path).stdout
         assert "top-1" not in text
@@ -238,7 +259,7 @@ def test_inspect_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "folder").mkdir()
     damaged = tmp_path / "damaged"
-    shutil.copytree(checkpoints_of(run, "dynmoe-seed0")[-1], damaged)
+    shutil.copytree(checkpoints_of(run / "runs" / "dynmoe-seed0", "dynmoe-seed0")[-1], damaged)
     with (damaged / "tensors.safetensors").open("r+b") as file:
         file.truncate(1000)
     (tmp_path / "distributed").mkdir()

@@ -20,13 +20,12 @@ from matplotlib import image
 from dynmoe_tutel.checkpoint import read_checkpoint
 from dynmoe_tutel.experiments import experiment
 from dynmoe_tutel.experiments.experiment import RUNS
-from dynmoe_tutel.experiments.report import comparison, plots, results
-from dynmoe_tutel.experiments.report.comparison import Comparison
-from dynmoe_tutel.experiments.report.table import Spread
+from dynmoe_tutel.experiments.report import plots, table
+from dynmoe_tutel.experiments.report.table import RowSummary, Spread
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options, row_order
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 from dynmoe_tutel.experiments.runner import Run
-from dynmoe_tutel.experiments.train import DigitsTask, TrainConfig
+from dynmoe_tutel.experiments.vision.digits_task import DigitsTask
 
 CONFIG = replace(tiny_job.CONFIG, rows=("dense", "dynmoe"), seeds=(0, 1), steps=8)
 
@@ -34,24 +33,22 @@ CONFIG = replace(tiny_job.CONFIG, rows=("dense", "dynmoe"), seeds=(0, 1), steps=
 class TinyTask(DigitsTask):
     """The digits as an experiment."""
 
-    name = "tiny"
+    command = "experiment tiny"
     keep_weights = False
     checkpoints = False
-    slots = 4
 
     def protocol(self) -> dict[str, Any]:
         content = super().protocol()
         del content["model"]  # the same in all tests
         return content
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any], **moved: Any) -> TinyTask:
+        return super().of({**content, "model": CONFIG.to_dict()["model"]}, **moved)
+
 
 def task(**changes: Any) -> TinyTask:
     return TinyTask(replace(CONFIG, **changes))
-
-
-def make_task(name: str, settings: Mapping[str, Any]) -> TinyTask:
-    assert name == "tiny"
-    return TinyTask(TrainConfig.from_dict({**settings, "model": CONFIG.to_dict()["model"]}))
 
 
 def start(path: Path, **changes: Any) -> str:
@@ -74,8 +71,7 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if "whole" not in request.fixturenames:
         return
     request.getfixturevalue("whole")
-    monkeypatch.setattr(results, "draw", lambda *_: {})
-    monkeypatch.setattr(plots, "trade_off", lambda *_: b"")
+    monkeypatch.setattr(plots, "draw", lambda *_: {})
 
 
 def assert_same_runs(actual: Path, expected: Path) -> None:
@@ -89,8 +85,8 @@ def assert_same_runs(actual: Path, expected: Path) -> None:
         assert gates[0].keys() == gates[1].keys()
         assert all(gates[0][key].equal(gates[1][key]) for key in gates[0]), name
     tables = [json.loads((path / "table.json").read_text()) for path in (actual, expected)]
-    for table in tables:
-        for row in table["rows"]:
+    for content in tables:
+        for row in content["rows"]:
             del row["step_ms"], row["step_ratio"]
     assert tables[0] == tables[1]
 
@@ -127,7 +123,7 @@ def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
     assert not (path / "table.json").exists()
     monkeypatch.setattr(Run, "train_step", train_step)
     monkeypatch.setattr(experiment, "estimate", estimate)
-    assert experiment.resume(path, make_task, console) == 0
+    assert experiment.resume(path, TinyTask, console) == 0
     assert_same_runs(path, whole)
 
 
@@ -138,7 +134,7 @@ def test_other_protocols_and_other_folders_are_refused(whole: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="is not empty and holds no experiment"):
         start(tmp_path)
     with pytest.raises(ValueError, match="is not a run folder"):
-        experiment.resume(tmp_path, make_task, tiny_job.quiet())
+        experiment.resume(tmp_path, TinyTask, tiny_job.quiet())
     other = tmp_path / "other"
     shutil.copytree(whole, other)
     about = json.loads((other / "config.json").read_text())
@@ -151,11 +147,11 @@ def test_other_protocols_and_other_folders_are_refused(whole: Path, tmp_path: Pa
     (other / "config.json").write_text(json.dumps(about))
     (other / RUNS / "dense-seed0" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no axes: it is damaged or of another version"):
-        experiment.resume(other, make_task, tiny_job.quiet())
+        experiment.resume(other, TinyTask, tiny_job.quiet())
     (other / "config.json").unlink()
     (other / "config.json").mkdir()
     with pytest.raises(ValueError, match=r"config\.json cannot be read: Is a directory"):
-        experiment.resume(other, make_task, tiny_job.quiet())
+        experiment.resume(other, TinyTask, tiny_job.quiet())
 
 
 def test_options_that_no_model_can_be_built_with_leave_the_folder_empty(
@@ -178,13 +174,19 @@ def test_a_run_that_is_not_finished_is_in_no_plot(whole: Path, monkeypatch: pyte
     metrics, events = experiment.read_runs(whole)
     lines = [{**line, "test": "b"} for line in metrics]
     lines += [{**line, "test": "a"} for line in metrics if line["row"] == "dense" or line["step"] == 0]
+    monkeypatch.undo()  # plots are looked at here
     monkeypatch.setattr(experiment, "read_runs", lambda _: (lines, [{**event, "test": "b"} for event in events]))
     drawn: list[Any] = []
-    monkeypatch.setattr(results, "draw", lambda *given: drawn.append(given) or {})
+    draw = plots.draw
+    monkeypatch.setattr(plots, "draw", lambda *given: drawn.append(given) or draw(*given))
+    monkeypatch.setattr(plots, "accuracy", lambda *given: drawn.append(given) or b"")
+    monkeypatch.setattr(plots, "trade_off", lambda *_: b"")
     console = tiny_job.quiet()
     experiment._report(task(), tmp_path, console)
-    ((metrics, events, rows, _),) = drawn
+    (metrics, events, summaries, _), (_, rows) = drawn
     assert ({line["row"] for line in metrics}, list(rows), events) == ({"dense"}, ["dense"], [])
+    assert [row.row for row in summaries] == ["dense", "dynmoe"], "the table has both"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "trade_off.png"}
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "The rows are not means over the same seeds and parts left out: do the runs that are missing." in text
 
@@ -232,7 +234,7 @@ def test_table_has_means_spreads_and_ratios_to_dense_of_the_same_seed() -> None:
         lines += [evaluation("dynmoe", seed, 0, 0.5, 0.5), timed("dynmoe", seed, 300.0 * (1 + seed))]
         lines += [evaluation("dynmoe", seed, 8, 0.9, 0.7)]
     lines += [evaluation("dense", 2, 0, 0.1, 0.1), evaluation("dense", 2, 4, 0.1, 0.1)]  # not finished
-    dense, dynmoe = comparison.summarise(lines, ("dense", "dynmoe"), 8)
+    dense, dynmoe = table.summarise(lines, ("dense", "dynmoe"), 8)
     assert (dense.seeds, dynmoe.seeds) == ((0, 1), (0, 1))
     assert dense.out_accuracy.mean == pytest.approx(0.7)
     assert dense.out_accuracy.deviation == pytest.approx(0.2 / 2**0.5)
@@ -242,7 +244,7 @@ def test_table_has_means_spreads_and_ratios_to_dense_of_the_same_seed() -> None:
     assert dynmoe.mean_k is not None
     assert dynmoe.mean_k.mean == pytest.approx(1.75)
     assert (dynmoe.experts_start, dynmoe.experts_end) == ([4, 3], [12, 3])
-    text = comparison.markdown([dense, dynmoe], 8, "last")
+    text = table.markdown([dense, dynmoe], 8, "last")
     assert "| dynmoe | 2 | 90.0 ± 0.0 | 70.0 ± 0.0 | 1.75 | 4 3 | 12 3 | 2.0M | 4.0M | 450 | 3.00 |" in text
     assert "| dynmoe | 90.0 ± 0.0 | 70.0 ± 0.0 | 2.50 1 | 2.50 1 |" in text
     assert "| dense | 80.0 ± 0.0 | 70.0 ± 14.1 | - | - |" in text
@@ -251,13 +253,13 @@ def test_table_has_means_spreads_and_ratios_to_dense_of_the_same_seed() -> None:
 def test_table_fits_a_terminal_of_80_columns() -> None:
     spread = Spread(0.8251, 0.0123)
     k, experts = Spread(4.0, 0.0), [16.0, 16.0]
-    row = Comparison(
+    row = RowSummary(
         "top-4-of-16", (0, 1), spread, spread, k, experts, experts, 33.7e6, 42.8e6, spread, step_ratio=spread
     )
     for width, tables in ((80, 1), (200, 2)):
         console = tiny_job.quiet()
         console.width = width
-        made = comparison.rich_tables([row], 100, "last", width)
+        made = table.rich_tables([row], 100, "last", width)
         assert len(made) == tables
         console.print(made[0])
         text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -271,16 +273,16 @@ def test_a_seed_counts_once_whatever_number_of_parts_is_left_out_and_selection_i
         lines.append(timed("dense", 0, 1.0, test))
         for step, (out, valid) in enumerate(zip(outs, (0.99, 0.7, 0.7), strict=True)):
             lines.append(evaluation("dense", 0, 4 * step, 0.5, out, test, validation_accuracy=valid))
-    (row,) = comparison.summarise(lines, ("dense",), 8, "validation")
+    (row,) = table.summarise(lines, ("dense",), 8, "validation")
     assert row.out_accuracy == Spread(pytest.approx(0.5), None)  # 0.9 and 0.1: the first of equals, never step 0
     assert list(row.parts) == ["p", "qx", "qy"]
-    assert comparison.summarise(lines, ("dense",), 8)[0].out_accuracy.mean == pytest.approx(0.6)
+    assert table.summarise(lines, ("dense",), 8)[0].out_accuracy.mean == pytest.approx(0.6)
 
 
 def test_trade_off_marks_every_row() -> None:
-    def row(name: str, out: float, parameters: float) -> Comparison:
+    def row(name: str, out: float, parameters: float) -> RowSummary:
         spread = Spread(out, 0.01)
-        return Comparison(name, (0, 1), spread, spread, None, [], [], parameters, parameters, spread)
+        return RowSummary(name, (0, 1), spread, spread, None, [], [], parameters, parameters, spread)
 
     rows = [row("dense", 0.7, 2e6), row("top-1-of-8", 0.72, 3e6), row("dynmoe", 0.74, 4e6)]
     pictures = [image.imread(io.BytesIO(plots.trade_off(rows[:n])), format="png")[..., :3] for n in (1, 3)]
@@ -297,7 +299,7 @@ def test_names_in_the_trade_off_do_not_cover_each_other(monkeypatch: pytest.Monk
     names = ("dense", "top-1-of-8", "top-1-of-16", "top-4-of-8", "top-4-of-16", "dynmoe")
     points = dict(zip(names, places, strict=True))
     rows = [
-        Comparison(name, (0,), Spread(y, 0.01), Spread(y, None), None, [], [], 1e6 * x, 1e6 * x, Spread(1.0, None))
+        RowSummary(name, (0,), Spread(y, 0.01), Spread(y, None), None, [], [], 1e6 * x, 1e6 * x, Spread(1.0, None))
         for name, (x, y) in points.items()
     ]
     plots.trade_off(rows)
@@ -314,6 +316,10 @@ def test_rows_have_names_an_order_and_options() -> None:
     assert row_order(["dynmoe", "top-1-of-16", "top-4-of-8", "dense"]) == (
         "dense", "top-4-of-8", "top-1-of-16", "dynmoe",
     )  # fmt: skip
+    assert row_order({"dynmoe", "top-2", "top-1-of-8", "top-1", "dense"}) == (
+        "dense", "top-1", "top-2", "top-1-of-8", "dynmoe",
+    )  # fmt: skip
+    assert moe_options("top-2", 4, 8)["num_experts"] == 4
     assert moe_options("top-4-of-16", 8, 16) == {
         "gate_type": {"type": "cosine_top", "k": 4, "fp32_gate": True},
         "num_experts": 16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -19,11 +20,13 @@ import torch
 from helpers import PATIENCE
 
 from dynmoe_tutel.checkpoint import files, read_checkpoint
-from dynmoe_tutel.experiments import job
-from dynmoe_tutel.experiments.report import results
-from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder, checkpoints_of, read_log, runs_of
-from dynmoe_tutel.experiments.runner import Run
-from dynmoe_tutel.experiments.train import TrainConfig, build_model, train
+from dynmoe_tutel.experiments import experiment
+from dynmoe_tutel.experiments.report import plots
+from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder, runs_of
+from dynmoe_tutel.experiments.run_folder import RUNS as RUNS_FOLDER
+from dynmoe_tutel.experiments.runner import Interrupted, Run
+from dynmoe_tutel.experiments.vision.digits_task import TrainConfig, build_model
+from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask
 from dynmoe_tutel.experiments.vision.vit import ViTConfig
 
 RUNS = ["dense-seed0", "dynmoe-seed0", "top-2-seed0"]
@@ -37,9 +40,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these jobs; test_results covers them."""
-    monkeypatch.setattr(results, "write_plots", lambda *_: [])
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots and estimates take longer than these jobs; test_results and test_experiment cover them."""
+    monkeypatch.setattr(plots, "draw", lambda *_: {})
+    monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +77,11 @@ def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
 
 def assert_same_job(actual: Path, expected: Path) -> None:
     assert tiny_job.untimed(actual, METRICS) == tiny_job.untimed(expected, METRICS)
-    assert read_log(actual, EVENTS) == read_log(expected, EVENTS)
-    assert runs_of(actual) == runs_of(expected) == RUNS
+    assert tiny_job.lines(actual, EVENTS) == tiny_job.lines(expected, EVENTS)
+    for path in (actual, expected):
+        assert [run for run in RUNS if runs_of(tiny_job.run_folder(path, run)).count(run)] == RUNS
     for run in RUNS:
-        states = [read_checkpoint(checkpoints_of(path, run)[-1]) for path in (actual, expected)]
+        states = [read_checkpoint(tiny_job.checkpoints(path, run)[-1]) for path in (actual, expected)]
         for state in states:
             del state["log_bytes"]  # log lines contain times of varying length
         assert_same(*states, run)
@@ -85,7 +90,7 @@ def assert_same_job(actual: Path, expected: Path) -> None:
 def test_two_jobs_with_one_seed_are_bitwise_equal_and_those_with_another_are_not(whole: Path, tmp_path: Path) -> None:
     assert_same_job(tiny_job.run_job(tmp_path / "again"), whole)
     other = tiny_job.run_job(tmp_path / "other", replace(tiny_job.CONFIG, seeds=(1,), rows=("dense",)))
-    losses = [[line["loss"] for line in read_log(path, METRICS) if "loss" in line] for path in (whole, other)]
+    losses = [[line["loss"] for line in tiny_job.lines(path, METRICS) if "loss" in line] for path in (whole, other)]
     assert losses[0][: len(losses[1])] != losses[1]
 
 
@@ -100,19 +105,19 @@ def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
     lines = [[line for line in tiny_job.untimed(path, METRICS) if line["kind"] == "train"] for path in (often, seldom)]
     assert lines[0] == lines[1]
     assert lines[0][-1]["layers"]["blocks.1.mlp"]["k"] > 0
-    states = [read_checkpoint(checkpoints_of(path, "dynmoe-seed0")[-1]) for path in (often, seldom)]
+    states = [read_checkpoint(tiny_job.checkpoints(path, "dynmoe-seed0")[-1]) for path in (often, seldom)]
     assert_same(states[0]["model"], states[1]["model"])
     assert_same(states[0]["controller"], states[1]["controller"])
 
 
 def test_job_adapts_experts_and_logs_every_change(whole: Path) -> None:
-    events = read_log(whole, EVENTS)
+    events = tiny_job.lines(whole, EVENTS)
     assert events, "the tiny job is chosen so that experts change"
     assert {event["row"] for event in events} == {"dynmoe"}
     assert all(event["step"] in (4, 8) for event in events), "no update in the last stretch"
     for layer in ("blocks.1.mlp", "blocks.3.mlp"):
         changes = [1 if event["action"] == "grown" else -1 for event in events if event["layer"] == layer]
-        last = [line for line in read_log(whole, METRICS) if line["row"] == "dynmoe"][-1]
+        last = [line for line in tiny_job.lines(whole, METRICS) if line["row"] == "dynmoe"][-1]
         assert last["layers"][layer]["experts"] == tiny_job.CONFIG.experts + sum(changes)
 
 
@@ -121,14 +126,15 @@ def test_resume_after_sigkill_is_bitwise_the_uninterrupted_job(whole: Path, tmp_
     folder = tmp_path / "run"
     killed = subprocess.run([*PROGRAM, str(folder), "kill", "8"], capture_output=True, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [path.name for path in checkpoints_of(folder, "dynmoe-seed0")] == ["step-000004"]
-    assert list(folder.glob("checkpoints/dynmoe-seed0/.tmp*"))
-    assert read_log(folder, METRICS)[-1]["step"] == 8
+    assert [path.name for path in tiny_job.checkpoints(folder, "dynmoe-seed0")] == ["step-000004"]
+    run = tiny_job.run_folder(folder, "dynmoe-seed0")
+    assert list(run.glob("checkpoints/dynmoe-seed0/.tmp*"))
+    assert tiny_job.lines(run, METRICS)[-1]["step"] == 8
     console = tiny_job.quiet()
-    assert job.resume(folder, console) == 0
+    assert tiny_job.resume(folder, console) == 0
     assert "dense-seed0: done before" in console.file.getvalue()  # type: ignore[attr-defined]
     assert_same_job(folder, whole)
-    assert not list(folder.glob("checkpoints/*/.tmp*"))
+    assert not list(folder.rglob(".tmp*"))
 
 
 def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_job(
@@ -145,7 +151,7 @@ def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert_interrupted(folder, said)
-    assert job.resume(folder, tiny_job.quiet()) == 0
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
     assert_same_job(folder, whole)
 
 
@@ -159,17 +165,17 @@ def test_ctrl_c_saves_at_the_next_step_every_time(whole: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Run, "train_step", interrupted)
     console = tiny_job.quiet()
-    assert job.start(tiny_job.CONFIG, folder, console) == 130
+    assert tiny_job.start(tiny_job.CONFIG, folder, console) == 130
     assert_interrupted(folder, console.file.getvalue())  # type: ignore[attr-defined]
-    assert job.resume(folder, console) == 130
-    assert job.resume(folder, console) == 0
+    assert tiny_job.resume(folder, console) == 130
+    assert tiny_job.resume(folder, console) == 0
     assert_same_job(folder, whole)
 
 
 def assert_interrupted(folder: Path, said: str) -> None:
     assert f"--resume {folder}" in said
     assert "Traceback" not in said
-    assert [path.name for path in checkpoints_of(folder, "dynmoe-seed0")] == ["step-000005"]
+    assert [path.name for path in tiny_job.checkpoints(folder, "dynmoe-seed0")] == ["step-000005"]
     assert not (folder / "table.md").exists(), "an unfinished job has no table"
 
 
@@ -178,9 +184,10 @@ def test_resume_of_a_finished_job_changes_nothing_and_draws_again(whole: Path, t
     shutil.copytree(whole, folder)
     table = (folder / "table.md").read_bytes()
     (folder / "table.md").unlink()
-    logs = [(folder / name).read_bytes() for name in (METRICS, EVENTS)]
-    assert job.resume(folder, tiny_job.quiet()) == 0
-    assert [(folder / name).read_bytes() for name in (METRICS, EVENTS)] == logs
+    logs = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    assert len(logs) == 2 * len(RUNS)
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == logs
     assert (folder / "table.md").read_bytes() == table
 
 
@@ -198,11 +205,12 @@ def test_no_space_keeps_the_last_checkpoint_and_says_so(
     config = replace(tiny_job.CONFIG, rows=("dynmoe",))
     monkeypatch.setattr(files, "write_synced", full)
     with pytest.raises(ValueError, match=r"No space left on device.*step-000004, is whole.*--resume"):
-        job.start(config, folder, tiny_job.quiet())
-    assert [path.name for path in (folder / "checkpoints" / "dynmoe-seed0").iterdir()] == ["step-000004"]
+        tiny_job.start(config, folder, tiny_job.quiet())
+    run = tiny_job.run_folder(folder, "dynmoe-seed0")
+    assert [path.name for path in (run / "checkpoints" / "dynmoe-seed0").iterdir()] == ["step-000004"]
     monkeypatch.undo()
-    assert job.resume(folder, tiny_job.quiet()) == 0
-    final = [read_checkpoint(checkpoints_of(path, "dynmoe-seed0")[-1]) for path in (folder, whole)]
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
+    final = [read_checkpoint(tiny_job.checkpoints(path, "dynmoe-seed0")[-1]) for path in (folder, whole)]
     assert_same(final[0]["model"], final[1]["model"])
 
 
@@ -221,45 +229,105 @@ def test_no_space_in_a_log_loses_nothing_either(whole: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(RunFolder, "log", fill)
     with pytest.raises(ValueError, match=r"No space left on device.*step-000004, is whole"):
-        job.start(replace(tiny_job.CONFIG, rows=("dynmoe",)), folder, tiny_job.quiet())
+        tiny_job.start(replace(tiny_job.CONFIG, rows=("dynmoe",)), folder, tiny_job.quiet())
     monkeypatch.undo()
-    assert job.resume(folder, tiny_job.quiet()) == 0
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
     assert tiny_job.untimed(folder, METRICS) == [
         line for line in tiny_job.untimed(whole, METRICS) if line["row"] == "dynmoe"
     ]
 
 
-def test_damaged_checkpoint_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a job that was done when `train` wrote one for all runs."""
+    path = tmp_path_factory.mktemp("shared") / "run"
+    tiny_job.start_shared(path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["whole", "shared"])
+def test_damaged_checkpoint_is_refused_by_name(
+    layout: str, whole: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    damaged = checkpoints_of(folder, "top-2-seed0")[-1]
+    shutil.copytree(request.getfixturevalue(layout), folder)
+    damaged = tiny_job.checkpoints(folder, "top-2-seed0")[-1]
     tensors = damaged / files.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"truncated.*Remove .*top-2-seed0.*to repeat"):
-        job.resume(folder, tiny_job.quiet())
+        tiny_job.resume(folder, tiny_job.quiet())
     shutil.rmtree(damaged)
-    with pytest.raises(ValueError, match=r"checkpoint of dynmoe-seed0 but none of top-2-seed0"):
-        job.resume(folder, tiny_job.quiet())
-    shutil.rmtree(checkpoints_of(folder, "dynmoe-seed0")[-1])
-    assert job.resume(folder, tiny_job.quiet()) == 0
+    if layout == "shared":
+        with pytest.raises(ValueError, match=r"checkpoint of dynmoe-seed0 but none of top-2-seed0"):
+            tiny_job.resume(folder, tiny_job.quiet())
+        shutil.rmtree(tiny_job.checkpoints(folder, "dynmoe-seed0")[-1])
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
     assert_same_job(folder, whole)
 
 
-def test_logs_that_were_cut_are_refused(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["whole", "shared"])
+def test_logs_that_were_cut_are_refused(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    with (folder / METRICS).open("r+b") as log:
+    shutil.copytree(request.getfixturevalue(layout), folder)
+    with (tiny_job.run_folder(folder, "dynmoe-seed0") / METRICS).open("r+b") as log:
         log.truncate(100)
     with pytest.raises(ValueError, match=r"metrics.jsonl has 100 bytes.*cut or replaced"):
-        job.resume(folder, tiny_job.quiet())
+        tiny_job.resume(folder, tiny_job.quiet())
 
 
-def test_a_folder_in_use_is_refused(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["whole", "shared"])
+def test_a_folder_in_use_is_refused(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("fcntl")
     folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    with RunFolder.resume(folder), pytest.raises(ValueError, match="in use by another process"):
-        job.resume(folder, tiny_job.quiet())
+    shutil.copytree(request.getfixturevalue(layout), folder)
+    run = tiny_job.run_folder(folder, "dynmoe-seed0")
+    with RunFolder.resume(run), pytest.raises(ValueError, match="in use by another process"):
+        tiny_job.resume(folder, tiny_job.quiet())
+
+
+def test_a_folder_of_one_log_for_all_runs_is_resumed_as_it_is(
+    whole: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done, it only gets its table; stopped inside a record window, it ends bitwise as one of these days."""
+    folder, train_step = tmp_path / "run", Run.train_step
+
+    def interrupted(run: Run) -> None:
+        train_step(run)
+        if run.row == "dynmoe" and run.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "train_step", interrupted)
+    with pytest.raises(Interrupted):
+        tiny_job.start_shared(folder)
+    monkeypatch.setattr(Run, "train_step", train_step)
+    done = tmp_path / "done"
+    shutil.copytree(shared, done)
+    tables = []
+    for path in (folder, done, tmp_path / "new"):
+        if path.name == "new":
+            tiny_job.run_job(path)
+        else:
+            assert tiny_job.resume(path, tiny_job.quiet()) == 0
+            assert not (path / RUNS_FOLDER).exists()
+        assert_same_job(path, whole)
+        table = json.loads((path / "table.json").read_text())
+        for row in table["rows"]:
+            del row["step_ms"], row["step_ratio"]
+        tables.append(table)
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_a_folder_of_one_log_for_all_runs_is_not_added_to(shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(shared, folder)
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(ValueError, match=r"is not empty: name another, or continue the job in it with --resume"):
+        tiny_job.start(tiny_job.CONFIG, folder, tiny_job.quiet())
+    with pytest.raises(ValueError, match=r"holds no job of 'experiment vision'"):
+        experiment.resume(folder, VisionTask, tiny_job.quiet())
+    with pytest.raises(ValueError, match=r"holds a job of 'train', not of 'vision'"):
+        experiment.start(VisionTask(VisionConfig(test_domains=("75",))), folder, tiny_job.quiet())
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
 
 def test_rows_get_the_same_batches_and_start_from_equal_shared_weights(
@@ -284,7 +352,7 @@ def test_rows_get_the_same_batches_and_start_from_equal_shared_weights(
     monkeypatch.setattr(Run, "train_step", named)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", record)
     config = replace(tiny_job.CONFIG, steps=3)
-    job.start(config, tmp_path / "run", tiny_job.quiet())
+    tiny_job.start(config, tmp_path / "run", tiny_job.quiet())
     assert set(seen) == set(config.rows)
     assert all(len(labels) == 3 for labels in seen.values())
     for row in config.rows:
@@ -345,15 +413,10 @@ def test_config_survives_its_file_and_an_unknown_one_is_refused() -> None:
 def test_train_refuses_a_checkpoint_of_another_run(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    runs = folder / "checkpoints"
-    shutil.rmtree(runs / "dynmoe-seed0")
-    first = checkpoints_of(folder, "dense-seed0")[-1]
+    shutil.rmtree(tiny_job.checkpoints(folder, "dynmoe-seed0")[-1])
+    first = tiny_job.checkpoints(folder, "dense-seed0")[-1]
     state = {**read_checkpoint(first), "step": 4}
-    files.write_checkpoint(runs / "dynmoe-seed0" / "step-000004", state)
-
-    class Silent:
-        def __getattr__(self, _name: str) -> Any:
-            return lambda *_: None
-
-    with RunFolder.resume(folder) as opened, pytest.raises(ValueError, match="is of dense-seed0, not of dynmoe-seed0"):
-        train(tiny_job.CONFIG, opened, Silent())
+    run = tiny_job.run_folder(folder, "dynmoe-seed0")
+    files.write_checkpoint(run / "checkpoints" / "dynmoe-seed0" / "step-000004", state)
+    with pytest.raises(ValueError, match="is of dense-seed0, not of dynmoe-seed0"):
+        tiny_job.resume(folder, tiny_job.quiet())

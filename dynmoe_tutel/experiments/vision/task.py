@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel.experiments.options import absolute, option
 from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.vision.digits import ANGLES, RotatedDigits
@@ -44,27 +45,28 @@ class VisionConfig(Settings):
     """
 
     rows: tuple[str, ...] = ROWS
-    data: str = DIGITS
-    test_domains: tuple[str, ...] = DIGITS_TEST_DOMAINS  # each is left out in a run of its own
-    batch_per_domain: int = 16
-    steps: int = 400
+    data: str = option(DIGITS, "Images as DATA/<domain>/<class>/<image>. Default: rotated digits.", absolute)
+    test_domains: tuple[str, ...] = option(
+        DIGITS_TEST_DOMAINS,
+        "Domains left out, each in runs of its own, by comma. Default: all; of the digits 0,75.",
+    )
+    batch_per_domain: int = option(16, "Images of a step from each training domain. Default: 16, with --data 32.")
+    steps: int = option(400, "Optimizer steps of each run. Default: 400, with --data 5000.")
+    learning_rate: float = option(2e-3, "Of all rows. Default: 0.002, with --data 3e-5.")
     weight_decay: float = 0.0
     constant_rate: bool = False  # DomainBed's; otherwise half a cosine after the warm-up
-    experts: int = 8  # active in DynMoE's layers at start
-    slots: int = 16
-    device: str = "cpu"
-    arch: str = ""
-    weights: str = ""
-    image_size: int = 224
+    device: str = option("cpu", "With --data: cuda or cpu. Default: cuda where there is one.")
+    arch: str = option("", "With --data: a ViT of timm. Default: deit_small_patch16_224.")
+    weights: str = option("", "With --data: pretrained weights of it, .safetensors or .pth.", absolute)
+    image_size: int = option(224, "With --data: pixels of a side.")
     drop_path: float = 0.1
-    workers: int = 0  # processes that read images; nothing but the speed depends on their number
+    # nothing but the speed depends on their number
+    workers: int = option(0, "With --data: processes that read images. Default: one a core, at most 8.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rows(self.rows)
-        self.refuse_below_one("batch_per_domain", "experts", "slots", "image_size")
-        if self.experts > self.slots:
-            raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
+        self.refuse_below_one("batch_per_domain", "image_size")
         if not isinstance(self.workers, int) or self.workers < 0:
             raise ValueError(f"workers must be an integer of at least 0, got {self.workers!r}")
         for name, above in (("drop_path", 1.0), ("weight_decay", math.inf)):
@@ -96,8 +98,23 @@ class VisionConfig(Settings):
             workers=min(8, os.cpu_count() or 1),
         )
 
+    @classmethod
+    def of_options(cls, given: Mapping[str, Any], quick: bool) -> VisionConfig:
+        """What the digits have no use for is refused."""
+        fields = dict(given)
+        data = fields.pop("data", None)
+        if data is None:
+            if useless := [name for name in FOLDER_FIELDS if name in fields]:
+                raise ValueError(
+                    f"{useless[0]} is about a tree of images: name one with data, or leave {useless[0]} out"
+                )
+            return super().of_options(fields, quick)
+        config = cls.of_folders(Path(data), fields.get("image_size", cls.image_size))
+        return replace(config.quick() if quick else config, **fields)
+
     def quick(self) -> VisionConfig:
-        """The same job, short: one seed, the last test domain, fewer steps, updates as often in proportion."""
+        """One seed, one test domain, fewer steps: of the digits under 3 minutes."""
+        # updates as often in proportion
         short: dict[str, Any] = {"steps": 120} if self.data == DIGITS else {"steps": 20, "batch_per_domain": 4}
         every = short["steps"] // 4
         return replace(
@@ -121,27 +138,12 @@ def _refuse_bad_device(name: str) -> None:
         raise ValueError("device must be one that computes, got 'meta'")
 
 
-def make_config(given: Mapping[str, Any], quick: bool) -> VisionConfig:
-    """The configuration of a command: what is given, the rest as usual for the data; `quick` gives way to it too.
-
-    ValueError for what does not fit; what the digits have no use for is refused.
-    """
-    fields = dict(given)
-    data = fields.pop("data", None)
-    if data is None:
-        useless = [name for name in FOLDER_FIELDS if name in fields]
-        if useless:
-            raise ValueError(f"{useless[0]} is about a tree of images: name one with data, or leave {useless[0]} out")
-        config = VisionConfig()
-    else:
-        config = VisionConfig.of_folders(Path(data), fields.get("image_size", VisionConfig.image_size))
-    return replace(config.quick() if quick else config, **fields)
-
-
 class VisionTask(Task):
-    """The rows on one set of domains."""
+    """Train a ViT on all domains but one, dense and as fixed-k and DynMoE mixtures, and test it on the one left out."""
 
-    name = "vision"
+    command = "experiment vision"
+    settings_type = VisionConfig
+    identity = DIGESTS
     axes = ("rows", "seeds", "test_domains")
     selection = "validation"
     keep_weights = False
@@ -160,15 +162,6 @@ class VisionTask(Task):
             self._leave_out(0, test)
         self._weights = read_weights(Path(config.weights)) if config.weights else None
         self._split = lru_cache(maxsize=1)(self._leave_out)
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> VisionTask:
-        """The task of a folder's protocol and axes."""
-        return cls(VisionConfig.from_dict({name: value for name, value in settings.items() if name not in DIGESTS}))
-
-    @property
-    def slots(self) -> int:
-        return self.config.slots
 
     @property
     def plan(self) -> list[RunKey]:

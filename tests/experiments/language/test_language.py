@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from dynmoe_tutel.experiments import experiment
 from dynmoe_tutel.experiments.experiment import RUNS
 from dynmoe_tutel.experiments.language.corpus import Corpus, Example
 from dynmoe_tutel.experiments.language.task import GROUP, LanguageConfig, LanguageTask
-from dynmoe_tutel.experiments.report import plots, results
+from dynmoe_tutel.experiments.report import plots
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.task import RunKey
@@ -57,8 +58,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> LanguageConfig:
 @pytest.fixture(autouse=True)
 def _global_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip plots, which take longer than these jobs, and restore torch's random state."""
-    monkeypatch.setattr(results, "draw", lambda *_: {})
-    monkeypatch.setattr(plots, "trade_off", lambda *_: b"")
+    monkeypatch.setattr(plots, "draw", lambda *_: {})
     random = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), random)
@@ -72,8 +72,7 @@ def run(config: LanguageConfig, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(config: LanguageConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "draw", lambda *_: {})
-        patch.setattr(plots, "trade_off", lambda *_: b"")
+        patch.setattr(plots, "draw", lambda *_: {})
         return run(config, tmp_path_factory.mktemp("whole") / "job")
 
 
@@ -136,7 +135,7 @@ def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
     monkeypatch.setattr(Run, "train_step", interrupted)
     assert experiment.start(LanguageTask(config), path, tiny_job.quiet()) == 130
     monkeypatch.setattr(Run, "train_step", train_step)
-    assert experiment.resume(path, lambda _, s: LanguageTask.of(s, config.data), tiny_job.quiet()) == 0
+    assert experiment.resume(path, LanguageTask, tiny_job.quiet(), data=config.data) == 0
     for row in config.rows:
         assert training(path, f"{row}-seed0") == training(whole, f"{row}-seed0")
         lines = [tiny_job.untimed(where / RUNS / f"{row}-seed0", METRICS) for where in (path, whole)]
@@ -146,7 +145,7 @@ def test_ctrl_c_and_resume_are_bitwise_the_uninterrupted_job(
 def test_resume_on_other_texts_is_refused(config: LanguageConfig, whole: Path, tmp_path: Path) -> None:
     other = tiny_texts.write_texts(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"another protocol.*texts"):
-        experiment.resume(whole, lambda _, s: LanguageTask.of(s, str(other)), tiny_job.quiet())
+        experiment.resume(whole, LanguageTask, tiny_job.quiet(), data=str(other))
 
 
 def test_rows_share_batches_and_dense_weights_and_start_from_the_dense_function(config: LanguageConfig) -> None:
@@ -193,6 +192,10 @@ def test_command_line_makes_a_table_and_refuses_bad_input(config: LanguageConfig
     assert f"--resume {tmp_path / 'job'} --data {config.data} goes on" in " ".join(done.stdout.split())
     assert "x" in done.stdout
     assert "| dynmoe | 1 |" in (tmp_path / "job" / "table.md").read_text()
+    moved = tmp_path / "moved"
+    shutil.copytree(config.data, moved)
+    again = call("--resume", str(tmp_path / "job"), "--data", str(moved))
+    assert again.exit_code == 0, again.output
     for arguments, message in (
         ([*given, "--rows", "top-3"], "rows must be dense, dynmoe or top-K-of-E"),
         ([*given, "--seeds", "none"], "--seeds must be numbers by comma"),

@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 
 from dynmoe_tutel.experiments.report import plots, table, tensorboard
 from dynmoe_tutel.experiments.report.table import RowSummary, Spread, verdict
-from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, read_log
+from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS
 
 SEEDS = (0, 1)
 LAYERS = ("blocks.1.mlp", "blocks.3.mlp")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last_lines(folder: Path, row: str) -> list[dict[str, Any]]:
-    lines = read_log(folder, METRICS)
+    lines = tiny_job.lines(folder, METRICS)
     return [
         [line for line in lines if (line["kind"], line["row"], line["seed"]) == ("eval", row, seed)][-1]
         for seed in SEEDS
@@ -49,7 +49,7 @@ def test_table_numbers_are_those_of_the_metrics(folder: Path) -> None:
         times = [
             statistics.median(
                 line["step_ms"]
-                for line in read_log(folder, METRICS)
+                for line in tiny_job.lines(folder, METRICS)
                 if line["kind"] == "train" and (line["row"], line["seed"]) == (row["row"], seed)
             )
             for seed in SEEDS
@@ -81,13 +81,13 @@ def test_activated_parameters_follow_from_mean_k(folder: Path) -> None:
 
 
 def test_markdown_table_has_the_cells_and_the_verdict(folder: Path) -> None:
-    summaries = table.summarise(read_log(folder, METRICS), tiny_job.CONFIG.rows, SEEDS)
+    summaries = table.summarise(tiny_job.lines(folder, METRICS), tiny_job.CONFIG.rows, tiny_job.CONFIG.steps)
     text = (folder / "table.md").read_text()
     for row in summaries:
         assert f"| {' | '.join(row.cells())} |" in text
     assert verdict(summaries) in text
     console = tiny_job.quiet()
-    console.print(table.rich_table(summaries, 12))
+    console.print(*table.rich_tables(summaries, 12, "last", console.width))
     for row in summaries:
         assert all(cell in console.file.getvalue() for cell in row.cells())  # type: ignore[attr-defined]
 
@@ -104,21 +104,41 @@ def test_default_table_fits_a_terminal_of_80_columns() -> None:
         activated_parameters=383e3,
         total_parameters=578e3,
         step_ms=Spread(143.1, 12.0),
+        step_ratio=Spread(2.84, 0.1),
     )
     console = tiny_job.quiet()
     console.width = 80
-    console.print(table.rich_table([row], 200))
+    console.print(*table.rich_tables([row], 200, "last", 80))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(cell in text for cell in row.cells())
+    cells = dict(zip(table.HEADER, row.cells(), strict=True))
+    assert cells.pop("ms a\nstep") == "143"  # for the files
+    assert all(cell in text for cell in cells.values())
     assert "…" not in text
 
 
-def test_unfinished_jobs_have_no_table(folder: Path) -> None:
+def test_unfinished_runs_are_in_no_table(folder: Path) -> None:
     lines = [
-        line for line in read_log(folder, METRICS) if (line["row"], line["seed"], line["step"]) != ("dense", 1, 12)
+        line
+        for line in tiny_job.lines(folder, METRICS)
+        if (line["row"], line["seed"], line["step"]) not in (("dense", 1, 12), ("top-2", 0, 12), ("top-2", 1, 12))
     ]
-    with pytest.raises(ValueError, match="row dense with seed 1"):
-        table.summarise(lines, tiny_job.CONFIG.rows, SEEDS)
+    rows = table.summarise(lines, tiny_job.CONFIG.rows, 12)
+    assert [(row.row, row.seeds) for row in rows] == [("dense", (0,)), ("dynmoe", (0, 1))]
+    assert "do the runs that are missing" in verdict(rows)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "selection", "expected"),
+    [
+        ([(0,), (3,)], "last", "One seed, after 80 steps"),
+        ([(0, 1), (0, 1)], "last", "Mean over 2 seeds after 80 steps, ± standard deviation over the seeds"),
+        ([(0, 1), (0,)], "validation", "Mean over the seeds at the best validation accuracy within 80 steps, ± "
+         "standard deviation over the seeds"),
+    ],
+)  # fmt: skip
+def test_title_says_what_the_numbers_are(seeds: list[tuple[int, ...]], selection: str, expected: str) -> None:
+    rows = [replace(summary("dense", 0.8, None), seeds=each) for each in seeds]
+    assert table.title(rows, 80, selection) == expected
 
 
 def summary(row: str, out: float, deviation: float | None) -> RowSummary:
@@ -154,7 +174,7 @@ def share(picture: np.ndarray, colour: str) -> float:
 
 
 def test_all_plots_are_there_large_enough_to_read_and_not_empty(folder: Path) -> None:
-    for name in ("accuracy", "experts", "k_histogram", "load"):
+    for name in ("accuracy", "experts", "k_histogram", "load", "trade_off"):
         picture = pixels((folder / f"{name}.png").read_bytes())
         assert picture.shape[0] >= 450, name
         assert picture.shape[1] >= 900, name
@@ -163,7 +183,7 @@ def test_all_plots_are_there_large_enough_to_read_and_not_empty(folder: Path) ->
 
 def test_plots_show_their_data(folder: Path) -> None:
     """The picture has a curve, bar or mark exactly if the data have it."""
-    metrics, events = read_log(folder, METRICS), read_log(folder, EVENTS)
+    metrics, events = tiny_job.lines(folder, METRICS), tiny_job.lines(folder, EVENTS)
     rows = tiny_job.CONFIG.rows
     both, one = pixels(plots.accuracy(metrics, rows)), pixels(plots.accuracy(metrics, rows[:1]))
     for position in range(3):
@@ -195,15 +215,17 @@ def test_life_of_a_layer_counts_births_and_deaths() -> None:
 
 def test_plots_of_experts_need_experts(folder: Path) -> None:
     with pytest.raises(ValueError, match="'dense' has no MoE layer"):
-        plots.load(read_log(folder, METRICS), "dense")
+        plots.load(tiny_job.lines(folder, METRICS), "dense")
 
 
 def test_tensorboard_has_every_number_of_the_log(folder: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for row in ("dense", "dynmoe"):
-        events = accumulator.EventAccumulator(str(folder / tensorboard.FOLDER / f"{row}-seed0"))
+        events = accumulator.EventAccumulator(
+            str(tiny_job.run_folder(folder, f"{row}-seed0") / tensorboard.FOLDER / f"{row}-seed0")
+        )
         events.Reload()
-        lines = [line for line in read_log(folder, METRICS) if (line["row"], line["seed"]) == (row, 0)]
+        lines = [line for line in tiny_job.lines(folder, METRICS) if (line["row"], line["seed"]) == (row, 0)]
         expected: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
             for name, value in tensorboard.scalars(line):

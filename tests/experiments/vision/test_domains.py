@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynmoe_tutel.experiments.sampling import walk
+from dynmoe_tutel.experiments.task import walk
 from dynmoe_tutel.experiments.vision.domains import LeaveOut, seed_hash, split
 
 SIZES = {"art": 41, "photo": 25, "sketch": 32}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 from dynmoe_tutel.checkpoint import read_checkpoint
 from dynmoe_tutel.cli import app
 from dynmoe_tutel.experiments import experiment
-from dynmoe_tutel.experiments.report import plots, results
-from dynmoe_tutel.experiments.report.comparison import summarise
+from dynmoe_tutel.experiments.report import plots
+from dynmoe_tutel.experiments.report.table import summarise
 from dynmoe_tutel.experiments.run_folder import checkpoints_of
 from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.task import RunKey
 from dynmoe_tutel.experiments.vision import task as vision
 from dynmoe_tutel.experiments.vision.digits import RotatedDigits
-from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask, make_config
+from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask
 
 ESTIMATE = experiment.estimate  # the tests replace it
 TINY = VisionConfig(
@@ -49,8 +49,7 @@ TINY = VisionConfig(
 def _quick() -> Iterator[None]:
     """Skip plots and estimates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "draw", lambda *_: {})
-        patch.setattr(plots, "trade_off", lambda *_: b"")
+        patch.setattr(plots, "draw", lambda *_: {})
         patch.setattr(experiment, "estimate", lambda *_: 0.0)
         yield
 
@@ -148,7 +147,9 @@ def test_training_reads_training_images_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_domain_of_a_tree_is_left_out_in_turn(tmp_path: Path) -> None:
-    config = make_config({"data": picture_tree.write_tree(tmp_path / "PACS"), "seeds": (0,), "image_size": 16}, False)
+    config = VisionConfig.of_options(
+        {"data": picture_tree.write_tree(tmp_path / "PACS"), "seeds": (0,), "image_size": 16}, False
+    )
     assert [key.test for key in VisionTask(config).plan if key.row == "dynmoe"] == ["art", "photo", "sketch"]
     assert (config.steps, config.learning_rate, config.constant_rate) == (5000, 3e-5, True)
 
@@ -178,13 +179,9 @@ def test_ctrl_c_inside_a_window_and_resume_is_the_uninterrupted_job(
     assert experiment.start(VisionTask(TINY), folder, console) == 130
     assert "experiment vision --resume" in console.file.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setattr(Run, "train_step", train_step)
-    assert experiment.resume(folder, make_task, console) == 0
+    assert experiment.resume(folder, VisionTask, console) == 0
     assert_same_training(folder, whole)
     assert lines(folder, "eval") == lines(whole, "eval")
-
-
-def make_task(_: str, settings: Mapping[str, Any]) -> VisionTask:
-    return VisionTask.of(settings)
 
 
 def test_rows_seeds_and_test_domains_merge_in_any_order(whole: Path, tmp_path: Path) -> None:
@@ -234,7 +231,7 @@ def test_jobs_of_fewer_steps_than_are_timed_have_an_estimate(steps: int) -> None
 )
 def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_config(given, False)
+        VisionConfig.of_options(given, False)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
