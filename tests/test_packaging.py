@@ -1,11 +1,13 @@
-"""The wheel: its content, importing it anywhere, and the cost and side effects of importing."""
+"""The wheel and the sdist: their content, importing it anywhere, and the cost and side effects of importing."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from configparser import ConfigParser
@@ -18,26 +20,42 @@ HEAVY = ("tutel", "triton", "matplotlib", "rich", "typer", "sklearn", "safetenso
 SOURCES = ("dynmoe_tutel", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
-@pytest.fixture(scope="module", params=["a checkout", "a checkout without symbolic links"])
-def wheel(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A wheel built from a copy of the sources, so that no build directory appears beside them."""
-    pytest.importorskip("setuptools", reason="building a wheel without the network needs setuptools")
-    pytest.importorskip("wheel", reason="building a wheel without the network needs wheel")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def build(what: str, factory: pytest.TempPathFactory, links: bool = True) -> Path:
+    """A wheel or an sdist from a copy of the sources, so that no build directory appears beside them."""
+    pytest.importorskip("setuptools", reason="building without the network needs setuptools")
+    pytest.importorskip("wheel", reason="building without the network needs wheel")
+    source, out = factory.mktemp("source"), factory.mktemp(what)
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source)
-    link = source / "dynmoe_tutel" / "kernels"
-    if request.param == "a checkout without symbolic links":
-        link.unlink()
-        link.write_text("../kernels")  # git may write a file in place of the link
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, cwd=out)
+    if not links:
+        (source / "dynmoe_tutel" / "kernels").unlink()
+        (source / "dynmoe_tutel" / "kernels").write_text("../kernels")  # git may write a file in place of the link
+    code = f"import setuptools.build_meta as b; b.build_{what}({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = out.glob("*.whl")
+    (built,) = out.iterdir()
     return built
+
+
+def sources() -> set[str]:
+    """Every module and table, by its path in the wheel."""
+    found = set()
+    for folder, target in (("dynmoe_tutel", "dynmoe_tutel"), ("kernels", "dynmoe_tutel/kernels")):
+        files = [p for pattern in ("*.py", "*.json") for p in (ROOT / folder).rglob(pattern) if not in_link(p)]
+        found |= {f"{target}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
+    return found
+
+
+def in_link(path: Path) -> bool:
+    return (ROOT / "dynmoe_tutel" / "kernels") in path.parents
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +80,26 @@ def python(unpacked: Path, tmp_path: Path) -> Callable[[str], dict]:
     return run
 
 
-def test_every_module_table_and_the_type_marker_are_in_it(wheel: Path) -> None:
+def contents(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = {"dynmoe_tutel/py.typed"}
-    for folder, target in (("dynmoe_tutel", "dynmoe_tutel"), ("kernels", "dynmoe_tutel/kernels")):
-        files = [p for pattern in ("*.py", "*.json") for p in (ROOT / folder).rglob(pattern)]
-        expected |= {f"{target}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
-    assert inside == expected
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+
+
+def test_every_module_table_and_the_type_marker_are_in_it(wheel: Path) -> None:
+    assert contents(wheel) == sorted({"dynmoe_tutel/py.typed", *sources()})
+
+
+def test_a_checkout_without_symbolic_links_gives_the_same(
+    wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert contents(build("wheel", tmp_path_factory, links=False)) == contents(wheel)
+
+
+def test_the_sdist_holds_each_file_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with tarfile.open(build("sdist", tmp_path_factory)) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    modules = sorted(name for name in names if name.endswith((".py", ".json")) and name != "setup.py")
+    assert modules == sorted(re.sub(r"^dynmoe_tutel/kernels/", "kernels/", name) for name in sources())
 
 
 def test_its_metadata(wheel: Path) -> None:
