@@ -63,7 +63,7 @@ def _options(
 
 
 def _add(experiment: Experiment) -> None:
-    """Make the command of an experiment: --quick, --out, --resume, and an option for every field that is one."""
+    """Add the command of an experiment: --quick, --out, --resume, and one option per `option` field of its settings."""
     task = experiment.load()
     options = options_of(task.settings_type)
 

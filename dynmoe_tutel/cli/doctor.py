@@ -26,7 +26,7 @@ from dynmoe_tutel.version import __version__
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
 TUTEL_TIMEOUT = 60
-# the packages of every extra; an experiment's are those of the registry
+# the packages of every extra; the registry lists those of experiments
 EXTRAS: dict[str, tuple[str, ...]] = {
     "experiments": ("scikit-learn", "matplotlib", "rich", "typer", "safetensors"),
     **{each.name: each.packages for each in EXPERIMENTS if each.packages},
@@ -87,7 +87,7 @@ def report(console: Console) -> bool:
 
 
 def _experiments(extras: Mapping[str, bool]) -> Iterator[tuple[str, bool, str]]:
-    """Every experiment, and where an option alone needs its extra, without it and with it."""
+    """(command, whether it can run, note); twice where only one option needs the extra: without it and with it."""
     for each in EXPERIMENTS:
         if not each.packages or each.with_option:
             yield f"`dynmoe-tutel {each.command}`", extras["experiments"], ""

@@ -1,11 +1,10 @@
-"""The commands `train` and `experiment ...` from a task to the last line: a folder of runs that merges, an estimate of
-its time, table and plots.
+"""The engine behind `train` and `experiment ...`: it runs a task in a job folder, then writes the table and the plots.
 
     config.json  runs/<run>/{config.json, metrics.jsonl, events.jsonl, checkpoints/}  table.md  table.json  *.png
 
 Every run is a run folder of its own (run_folder.py), so runs can be done in any order and by several commands, as long
-as the protocol in config.json is the same; the table is made of all runs that are finished. `train` once wrote one run
-folder for all runs; such a folder is resumed as it is.
+as the protocol in config.json is the same; the table is made of all runs that are finished. Earlier versions
+of `train` kept all runs in one run folder; such folders can still be resumed.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from dynmoe_tutel.experiments.task import RunKey, Task
 from dynmoe_tutel.version import __version__
 
 VERSIONS = {"dynmoe_tutel": __version__, "torch": torch.__version__}
-SHARED = "job"  # in config.json of a run folder for all runs: the settings
+SHARED = "job"  # key of the settings in config.json, where all runs share one run folder
 WARM_UP_STEPS, TIMED_STEPS, TIMED_BATCHES = 1, 2, 2
 
 
@@ -79,8 +78,7 @@ def start(task: Task, out: Path | None, console: Console) -> int:
 def resume(path: Path, task_type: type[Task], console: Console, **moved: Any) -> int:
     """Do what was asked for in this folder and is not done yet; the exit code.
 
-    `moved`: settings that no folder remembers. ValueError where the folder holds no job of the task, or its data are
-    not those of its start.
+    `moved`: the task's `movable` settings. ValueError if the folder holds no job of this task, or if its data changed.
     """
     about = read_config(path)
     if isinstance(about.get(SHARED), dict) and task_type.experiment_name() == "train":
@@ -101,24 +99,24 @@ def resume(path: Path, task_type: type[Task], console: Console, **moved: Any) ->
 
 @dataclass(frozen=True)
 class _Job:
-    """What a command does in the folder `path`: run folders, each with the runs that write to its logs."""
+    """The work in a job folder `path`: pairs of a run folder and the runs that write to its logs."""
 
     task: Task
     path: Path
     groups: list[tuple[Path, list[RunKey]]]
 
     def runs(self) -> Iterator[tuple[Path, RunKey]]:
-        """All runs with their folders."""
+        """All runs, each with its run folder."""
         return ((folder, key) for folder, keys in self.groups for key in keys)
 
     @property
     def to_resume(self) -> str:
-        """What follows --resume in the command that goes on with it."""
+        """The arguments after --resume that continue this job."""
         return shlex.quote(str(self.path)) + self.task.resume_options
 
 
 def _asked_for(path: Path) -> dict[str, list[Any]]:
-    """The axes of all commands that were given for this folder, together."""
+    """The union of the axes of all commands that used this folder."""
     configs = [read_config(folder) for folder in sorted((path / RUNS).glob("*")) if (folder / CONFIG).exists()]
     if not configs:
         raise ValueError(f"{path} holds no run")
@@ -133,7 +131,7 @@ def _asked_for(path: Path) -> dict[str, list[Any]]:
 
 
 def _warn_of_other_versions(about: Mapping[str, Any], console: Console) -> None:
-    """Say where a job was started with other versions than these."""
+    """Warn if the job was started with other versions."""
     for name, version in VERSIONS.items():
         if about.get(name) != version:
             console.print(

@@ -1,4 +1,4 @@
-"""Fields of settings that are options of a command: what such a field says, and how text becomes its value."""
+"""Command-line options made from the fields of a settings dataclass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Option:
-    """An option --NAME. `kind` is the type that the command line hands to `parse`."""
+    """One option, --NAME. The command line passes a value of type `kind` to `parse`."""
 
     name: str
     help: str
@@ -24,7 +24,7 @@ class Option:
         return f"--{self.name.replace('_', '-')}"
 
     def value(self, given: Any) -> Any:
-        """The field's value. ValueError that names the option."""
+        """Parse what the user gave. A ValueError names the option."""
         try:
             return self.parse(given)
         except ValueError as error:
@@ -32,13 +32,16 @@ class Option:
 
 
 def option(default: Any, help: str, parse: Callable[[Any], Any] | None = None) -> Any:
-    """A field that is an option too. `parse` takes what was given, annotated by its type; by default the field's type
-    says it. A subclass that gives the field another default keeps its help."""
+    """Declare a settings field that is also a command-line option.
+
+    `parse` turns the user's value into the field's value; the annotation of its parameter tells the command line what
+    to accept. By default the field's own type does both. A subclass may change the default and keeps the help.
+    """
     return field(default=default, metadata={"help": help, "parse": parse})
 
 
 def options_of(settings: type) -> list[Option]:
-    """The options of a class of settings, in the order of its fields."""
+    """Return the options of a settings class, in the order of its fields."""
     found = []
     types = get_type_hints(settings)
     for each in fields(settings):
@@ -77,7 +80,7 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def absolute(path: Path) -> str:
-    """A path that another folder to work in does not change."""
+    """Make the path independent of the working directory."""
     return str(path.absolute())
 
 
@@ -85,7 +88,7 @@ _BY_COMMA: dict[Any, Callable[[str], Any]] = {tuple[str, ...]: names, tuple[int,
 
 
 def _with_default(help: str, default: Any) -> str:
-    """The help with the default, unless it says it in words or there is none to be named."""
+    """Add the default to the help, unless the help mentions it already or the default is empty."""
     if "efault" in help or default in ("", ()):
         return help
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default

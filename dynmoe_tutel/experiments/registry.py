@@ -1,4 +1,4 @@
-"""The experiments, a line each: the command line and `doctor` read them here. A task is imported when it is used."""
+"""The registry of experiments, one line each. The command line and `doctor` read it; tasks are imported on demand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from dynmoe_tutel.experiments.task import Task
 
 
-# of the packages that are imported by another name than their own
+# import names of packages whose import name differs from the distribution's
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A command and its task, "module:class" in this package. The extra with the command's last word as its name brings
-    `packages`; where `with_option` is set, the command needs them with this option alone."""
+    """A command and its task, given as "module:class" within this package.
+
+    `packages` are those of the extra named after the command's last word. If `with_option` is set, only that option
+    needs them.
+    """
 
     command: str
     task: str
@@ -29,7 +32,7 @@ class Experiment:
         return self.command.split()[-1]
 
     def load(self) -> type[Task]:
-        """The class of the task."""
+        """Import the task class."""
         module, _, name = self.task.partition(":")
         loaded: type[Task] = getattr(import_module(f"{__package__}.{module}"), name)
         return loaded

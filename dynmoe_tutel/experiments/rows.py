@@ -19,7 +19,7 @@ ROWS = (
 
 
 def check_rows(rows: tuple[str, ...]) -> None:
-    """ValueError for names that do not say everything about a row, for equal ones and for none."""
+    """ValueError for names that do not fully describe a row, for duplicates, and if there is none."""
     for row in rows:
         fixed = FIXED.fullmatch(row)
         if row not in ("dense", "dynmoe") and (fixed is None or int(fixed[1]) > int(fixed[2] or 0)):
@@ -41,8 +41,8 @@ def row_order(rows: Iterable[str]) -> tuple[str, ...]:
 
 
 def moe_options(row: str, experts: int, slots: int) -> dict[str, Any]:
-    """`gate_type` and `num_experts` (active at start) of a MoE row; `experts` and `slots` are DynMoE's,
-    `experts` also those of a row that does not say how many."""
+    """`gate_type` and `num_experts` (active at start) of a MoE row. `slots` applies to DynMoE, `experts` to DynMoE
+    and to rows whose name has no number of experts."""
     fixed = FIXED.fullmatch(row)
     if fixed is None:
         gate = {"type": "top_any", "max_expert_num": slots, "fp32_gate": True}

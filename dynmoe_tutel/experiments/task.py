@@ -28,7 +28,7 @@ T = TypeVar("T", bound="Task")
 class Settings:
     """What every row of a job has in common. ValueError for values out of range; a task adds its own by inheritance.
 
-    Fields made by `option` are options of the task's command.
+    Fields declared with `option` become options of the task's command.
     """
 
     rows: tuple[str, ...] = option((), "Rows of the table, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe.")
@@ -46,7 +46,7 @@ class Settings:
     eval_every: int = 25
     threads: int = option(1, "CPU threads of torch. The last bits of the result depend on it.")
     experts: int = 8  # active in DynMoE's layers at start
-    slots: int = 16  # to which they may grow
+    slots: int = 16  # how many experts a layer may grow to
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -72,8 +72,8 @@ class Settings:
 
     @classmethod
     def of_options(cls: type[S], given: Mapping[str, Any], quick: bool) -> S:
-        """The settings of a command: what is given, the rest as usual; `quick` gives way to it. ValueError for what
-        does not fit."""
+        """Build the settings of a command: `given` overrides `quick`, which overrides the defaults. ValueError for
+        values that do not fit."""
         settings = cls()
         return replace(settings.quick() if quick else settings, **given)
 
@@ -138,29 +138,29 @@ class Part:
 class Task(ABC):
     """What a job trains. Every method is a pure function of its arguments and the settings.
 
-    A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors. The docstring of a task is the help
-    of its command, that of its settings' `quick` the help of --quick.
+    A batch is (inputs, label int64 [B]); inputs are a tensor or a dict of tensors. The task's docstring is the help of
+    its command, and the docstring of its settings' `quick` is the help of --quick.
     """
 
-    command = ""  # its words after dynmoe-tutel
+    command = ""  # the words after dynmoe-tutel
     settings_type: type[Settings]
     settings: Settings
     axes: tuple[str, ...] = ("rows", "seeds")  # settings that say which runs, not what a run computes
-    identity: tuple[str, ...] = ()  # what `protocol` adds to the settings
-    movable: tuple[str, ...] = ()  # settings that no folder remembers: options beside --resume
+    identity: tuple[str, ...] = ()  # keys that `protocol` adds to the settings
+    movable: tuple[str, ...] = ()  # settings that the folder does not store: allowed together with --resume
     selection = "last"  # or "validation": the evaluation that the table takes, see report/table.py
     keep_weights = True  # False: the last checkpoint of a finished run keeps the gates alone, a few kilobytes
     checkpoints = True  # False: only at the end, and when stopped
     device = torch.device("cpu")
     resume_options = ""  # of the command line, what --resume needs beside the folder
-    about = ""  # a sentence under the table
+    about = ""  # a sentence to print under the table
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     @classmethod
     def of(cls: type[T], content: Mapping[str, Any], **moved: Any) -> T:
-        """The task of a folder's protocol and axes. ValueError where they are of another job or version."""
+        """Rebuild the task from a folder's protocol and axes. ValueError if they belong to another job or version."""
         known = {name: value for name, value in content.items() if name not in cls.identity}
         return cls(cls.settings_type.from_dict({**known, **moved}))
 

@@ -126,7 +126,7 @@ def test_train_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_what_is_no_job(run: Path, tmp_path: Path) -> None:
-    """Nor does it take what is damaged, whether it is of this layout or of one log for all runs ("job")."""
+    """Damaged configurations are refused, in today's layout ("protocol") and the earlier one ("job")."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     config = json.loads((folder / "config.json").read_text())

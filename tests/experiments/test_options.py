@@ -1,4 +1,4 @@
-"""Options are written once, as fields of settings: the commands have all of them, and the registry is what it says."""
+"""Options come from settings fields: every command has all of them, and the registry matches tasks and extras."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynmoe_tutel.experiments.options import option, options_of
 from dynmoe_tutel.experiments.registry import EXPERIMENTS, Experiment
 
 COMMON = {"rows": str, "seeds": str, "steps": int, "learning-rate": float, "threads": int}
-# what every command took when its options were written out
+# the options that users rely on
 TAKEN: dict[str, dict[str, type]] = {
     "train": {"test-domain": int},
     "experiment vision": {"test-domains": str, "data": Path, "arch": str, "weights": Path, "batch-per-domain": int,

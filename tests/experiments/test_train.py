@@ -239,7 +239,7 @@ def test_no_space_in_a_log_loses_nothing_either(whole: Path, tmp_path: Path, mon
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a job that was done when `train` wrote one for all runs."""
+    """A finished job of an earlier version: all runs share one run folder."""
     path = tmp_path_factory.mktemp("shared") / "run"
     tiny_job.start_shared(path)
     return path
@@ -288,7 +288,7 @@ def test_a_folder_in_use_is_refused(layout: str, tmp_path: Path, request: pytest
 def test_a_folder_of_one_log_for_all_runs_is_resumed_as_it_is(
     whole: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Done, it only gets its table; stopped inside a record window, it ends bitwise as one of these days."""
+    """A finished one only gets its table; one stopped inside a record window ends bitwise as a new job."""
     folder, train_step = tmp_path / "run", Run.train_step
 
     def interrupted(run: Run) -> None:

@@ -58,7 +58,7 @@ def run_job(path: Path, config: TrainConfig = CONFIG) -> Path:
 
 
 def start_shared(path: Path, config: TrainConfig = CONFIG) -> None:
-    """Do the runs in one run folder, as `train` once did, without a table."""
+    """Do all runs in one run folder, as earlier versions of `train` did, without a table."""
 
     class Silent:
         def __getattr__(self, _name: str) -> Any:
@@ -69,7 +69,7 @@ def start_shared(path: Path, config: TrainConfig = CONFIG) -> None:
 
 
 def run_folder(path: Path, run: str) -> Path:
-    """The run's own folder in a job's, or the one that all runs share."""
+    """The run folder of a run: its own, or the one that all runs share."""
     return path / RUNS / run if (path / RUNS).exists() else path
 
 

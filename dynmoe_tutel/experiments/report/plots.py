@@ -36,8 +36,8 @@ PLACES = tuple(
 
 
 def draw(metrics: Lines, events: Lines, rows: Sequence[RowSummary], slots: int) -> dict[str, bytes]:
-    """The PNG files by name, of the rows of a table that these lines are about. Those about experts are of the DynMoE
-    row, or else of the last MoE row."""
+    """Draw all plots of a table; returns PNG files by name. Rows without a line in `metrics` appear in the trade-off
+    alone. Plots of experts show the DynMoE row, or else the last MoE row."""
     names = [row.row for row in rows if any(line["row"] == row.row for line in metrics)]
     made = {"accuracy.png": accuracy(metrics, names), "trade_off.png": trade_off(rows)}
     with_experts = [name for name in names if any(line["layers"] for line in metrics if line["row"] == name)]

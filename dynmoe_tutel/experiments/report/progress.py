@@ -62,7 +62,7 @@ class ProgressBar:
         self.console.print(f"{text}{_routing(line)}", highlight=False)
 
     def close(self) -> None:
-        """Nothing: the `with` statement ends it."""
+        """Do nothing: the `with` statement stops the bar."""
 
 
 def _routing(line: Mapping[str, Any]) -> str:

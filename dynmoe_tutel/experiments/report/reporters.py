@@ -1,4 +1,4 @@
-"""Several reporters of a job as one."""
+"""A reporter that forwards to several others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynmoe_tutel.experiments.runner import Reporter
 
 
 class Several:
-    """Tells several reporters."""
+    """Forwards every call to all of its reporters."""
 
     def __init__(self, reporters: Iterable[Reporter] = ()) -> None:
         self._all = list(reporters)

@@ -34,7 +34,7 @@ HEADER = (
     "x\ndense",
 )
 WIDE = 160  # columns of a terminal that shows the table by part too
-IN_FILES_ALONE = ("seeds", "ms a\nstep", "experts\nstart")  # what a narrow terminal leaves out first
+IN_FILES_ALONE = ("seeds", "ms a\nstep", "experts\nstart")  # dropped in this order on a narrow terminal
 
 Line = Mapping[str, Any]
 

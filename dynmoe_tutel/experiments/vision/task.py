@@ -100,7 +100,7 @@ class VisionConfig(Settings):
 
     @classmethod
     def of_options(cls, given: Mapping[str, Any], quick: bool) -> VisionConfig:
-        """What the digits have no use for is refused."""
+        """Refuse options that the digits do not use."""
         fields = dict(given)
         data = fields.pop("data", None)
         if data is None:
