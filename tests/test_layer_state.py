@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import FP32, relative_rms
 from torch import Tensor, nn
 
 from dynmoe_tutel import moe
@@ -31,8 +32,12 @@ def tokens() -> Tensor:
 
 
 def same(first: Any, second: Any) -> bool:
+    """Bitwise; with other numbers of slots, where batched products of other shapes may sum otherwise, within rounding."""
     x = tokens()
-    return all(torch.equal(first.train(mode)(x), second.train(mode)(x)) for mode in (True, False))
+    pairs = [(first.train(mode)(x), second.train(mode)(x)) for mode in (True, False)]
+    if first.slots == second.slots:
+        return all(torch.equal(a, b) for a, b in pairs)
+    return all(relative_rms(a, b) < FP32 for a, b in pairs)
 
 
 class TestSameSlots:
