@@ -255,8 +255,8 @@ class TestMarks:
 class TestWithoutValues:
     def shapes(self, layer: Any, training: bool, **options: Any) -> None:
         layer.train(training).begin_record_routing(record_eval=True)
-        x = torch.empty(2, 5, D, requires_grad=True, **options)
-        mask = torch.ones(2, 5, dtype=torch.bool, **options)
+        x = torch.empty(2, 30, D, requires_grad=True, **options)
+        mask = torch.ones(2, 30, dtype=torch.bool, **options)
         y = layer(x, token_mask=mask)
         assert (y.shape, y.dtype, y.device, y.l_aux.shape) == (x.shape, x.dtype, x.device, ())
         (y.sum() + y.l_aux).backward()
@@ -272,12 +272,12 @@ class TestWithoutValues:
 
     def test_a_real_layer_on_fake_tokens(self, gate: str, experts: str, capacity: Any, training: bool) -> None:
         """Neither its record nor its count of drops may take fake values."""
-        layer, x = layer_with(gate, experts, capacity=capacity), torch.randn(10, D)
+        layer, x = layer_with(gate, experts, capacity=capacity, seeds=(1, 2)), torch.randn(200, D)
         with FakeTensorMode(allow_non_fake_inputs=True):
             self.shapes(layer, training)
         assert (int(layer.record.tokens), int(layer.dropped_assignments)) == (0, 0)
         layer(x)
-        assert int(layer.record.tokens) == 10
+        assert int(layer.record.tokens) == 200
 
 
 def test_tutels_kind_of_module_without_values_is_refused_by_name() -> None:
