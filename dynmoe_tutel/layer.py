@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
-from .experts import FFNExperts
+from .experts import Experts, FFNExperts
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
@@ -79,7 +79,7 @@ class MoELayer(AdaptiveExperts):
         exchange.agree(gates, config.described(exchange.placement.slots, gates))
         experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         super().__init__(gates, experts, exchange, config.model_dim, config.record_group)
-        if exchange.placement.ranks > 1 and getattr(experts, "seed", None) is not None:
+        if exchange.placement.ranks > 1 and isinstance(experts, Experts) and experts.seed is not None:
             self._share_seeds(experts.seed)
         for name in config.attributes:
             setattr(self, name, getattr(config, name))
