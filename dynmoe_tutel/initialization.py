@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .validation import warn_once
 
@@ -23,6 +23,30 @@ def generators_of(seeds: tuple[int | None, ...] | None, num_gates: int) -> list[
     gate_seed, expert_seed = (*given, None, None)[:2]
     values = [None if gate_seed is None else gate_seed + i for i in range(num_gates)] + [expert_seed]
     return [None if value is None else torch.Generator().manual_seed(value) for value in values]
+
+
+def seed_of(generator: torch.Generator | None) -> int | None:
+    """The seed from which `generator` started."""
+    return None if generator is None else generator.initial_seed()
+
+
+def seeded(seed: int | None) -> torch.Generator | None:
+    """A new private generator; None, for the global random state, without a seed."""
+    return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+def reset_modules(owner: str, modules: Iterable[nn.Module]) -> None:
+    """Call `reset_parameters()` of every module that has parameters or buffers of its own.
+
+    Raises ValueError, and resets nothing, if one lacks the method: it would keep what it holds, which may be
+    uninitialised memory.
+    """
+    holding = [m for m in modules if any(True for _ in (*m.parameters(recurse=False), *m.buffers(recurse=False)))]
+    for module in holding:
+        if not callable(getattr(module, "reset_parameters", None)):
+            raise ValueError(f"reset_parameters: {type(module).__name__}, a part of {owner}, has no reset_parameters()")
+    for module in holding:
+        module.reset_parameters()  # type: ignore[operator]
 
 
 @torch.no_grad()

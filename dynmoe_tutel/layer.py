@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
-from .experts import FFNExperts
+from .experts import Experts, FFNExperts
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
@@ -24,7 +25,7 @@ from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
 from .routing import Capacity, Routing
-from .validation import describe, environment_flag, number, warn_once
+from .validation import describe, environment_flag, has_no_data, number, warn_once
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,7 +55,7 @@ class MoELayer(AdaptiveExperts):
 
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
-    dropped_assignments: Tensor
+    _dropped: Tensor
     # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None
@@ -78,17 +79,20 @@ class MoELayer(AdaptiveExperts):
         exchange.agree(gates, config.described(exchange.placement.slots, gates))
         experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         super().__init__(gates, experts, exchange, config.model_dim, config.record_group)
+        if exchange.placement.ranks > 1 and isinstance(experts, Experts) and experts.seed is not None:
+            self._share_seeds(experts.seed)
         for name in config.attributes:
             setattr(self, name, getattr(config, name))
         self.combine_gradients, self._aux_weights = config.combine_gradients(), weights
         self.skip_moe = environment_flag("SKIP_MOE")
         self.experts.skip_expert = environment_flag("SKIP_EXPERT")
         self.l_aux, self.aux_terms = None, {}
-        self.register_buffer("dropped_assignments", torch.tensor(0), persistent=False)
+        self.dropped_assignments = torch.zeros_like(self._num_global_experts)
         self._dropped_late = LateCount()  # for the warning, without waiting for a GPU
         if config.scan_expert_func is not None:
             for name, parameter in self.experts.named_parameters():
                 config.scan_expert_func(name, parameter)
+            self._note_marks()
         if config.one_score_gate:
             for made in gates:
                 made.freeze_keys()  # type: ignore[operator]
@@ -97,8 +101,8 @@ class MoELayer(AdaptiveExperts):
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
-        with torch.autocast(x.device.type, enabled=False):
-            return gate(x_TD, self.capacity, None, mask_T)
+        with without_autocast(x):
+            return gate(x_TD, self._capacity_for(x), None, mask_T)
 
     def forward(
         self,
@@ -141,7 +145,7 @@ class MoELayer(AdaptiveExperts):
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         gate, recompute = self._gate(gate_index), in_backward()
         call = Call(
-            self.capacity,
+            self._capacity_for(input),
             self._capacity_factor(capacity_factor, gate),
             self.combine_gradients[gate_index],
             tuple(input.shape[input.dim() - reserve_dims :]),
@@ -149,16 +153,17 @@ class MoELayer(AdaptiveExperts):
             self.batch_prioritized_routing,
             inequivalent_tokens,
         )
-        with torch.autocast(input.device.type, enabled=False):
-            routing = self.exchange.bounded(gate(x_TD, self.capacity, top_k, mask_T), call)
-        if self.record_routing and (self.training or self.record_eval) and not recompute:
+        with without_autocast(input):
+            routing = self.exchange.bounded(gate(x_TD, call.capacity, top_k, mask_T), call)
+        recorded = self.record_routing and (self.training or self.record_eval)
+        if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)
         y = self.exchange(self.experts, x_TD, routing, call)
         y = y.reshape(*input.shape[: input.dim() - reserve_dims], *y.shape[1:]).to(input.dtype)
         l_aux = self._weighted_aux(routing, gate_index)
         if not recompute:
             self.l_aux, self.aux_terms = l_aux, routing.aux
-            if routing.dropped is not None:
+            if routing.dropped is not None and not has_no_data(input):
                 self._count_dropped(routing.dropped)
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
@@ -180,7 +185,7 @@ class MoELayer(AdaptiveExperts):
                 )
             mask_T = token_mask.reshape(-1)
             x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0)
-        if self.check_finite and not (finite_T := x_TD.isfinite().all(dim=1)).all():
+        if self.check_finite and not has_no_data(x) and not (finite_T := x_TD.isfinite().all(dim=1)).all():
             raise ValueError(
                 f"input has {int((~finite_T).sum())} of {x_TD.shape[0]} tokens with a non-finite value (the first is "
                 f"token {int(finite_T.logical_not().nonzero()[0])}): a lower learning rate may help"
@@ -221,7 +226,7 @@ class MoELayer(AdaptiveExperts):
         return sum(terms[1:], terms[0]) if terms else routing.scores.new_zeros((), dtype=torch.float32)
 
     def _count_dropped(self, dropped: Tensor) -> None:
-        self.dropped_assignments += dropped
+        self.dropped_assignments.add_(dropped)
         if torch.compiler.is_compiling() or dropped.device.type not in ("cpu", "cuda"):
             return
         if dropped > 0 if dropped.device.type == "cpu" else self._dropped_late.above_zero(self.dropped_assignments):
@@ -247,6 +252,49 @@ class MoELayer(AdaptiveExperts):
             )
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
+
+    @property
+    def dropped_assignments(self) -> Tensor:
+        """Assignments that a bounded capacity or a capacity factor dropped, [] int64 on the layer's device.
+
+        No buffer: DistributedDataParallel would overwrite it with another rank's, and loaders leave buffers outside
+        the state dict as uninitialised memory.
+        """
+        device = self._num_global_experts.device
+        if self._dropped.device != device:  # the layer's tensors were replaced one by one
+            self._dropped = self._on_device(self._dropped, device)
+        return self._dropped
+
+    @dropped_assignments.setter
+    def dropped_assignments(self, count: Tensor) -> None:
+        self._dropped = count
+
+    @staticmethod
+    def _on_device(count: Tensor, device: torch.device) -> Tensor:
+        """`count` on `device`; 0 where it comes from or goes to the meta device."""
+        if "meta" in (device.type, count.device.type):
+            return torch.zeros_like(count, device=device)
+        return count.to(device)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        super()._apply(*args, **options)
+        self._dropped = self._on_device(self._dropped, self._num_global_experts.device)
+        return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.dropped_assignments.zero_()
+
+    def _capacity_for(self, x: Tensor) -> Capacity:
+        """The layer's capacity; for tokens without values, whose assignments cannot be counted, room for all."""
+        if not has_no_data(x):
+            return self.capacity
+        if self.placement.ranks > 1:
+            raise NotImplementedError(
+                "a layer divided over ranks cannot run on tokens without values (meta device, FakeTensorMode): they "
+                "cannot be sent"
+            )
+        return "full" if self.capacity == "exact" else self.capacity
 
     @property
     def wire(self) -> Wire | None:
@@ -282,16 +330,14 @@ class MoELayer(AdaptiveExperts):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if self.dropped_assignments.device == self._num_global_experts.device:
-            self.dropped_assignments.zero_()  # not in the state dict, and uninitialised after to_empty()
-        else:
-            self.dropped_assignments = torch.zeros_like(self._num_global_experts)
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last forward's losses: they hold its graph, which cannot be copied or pickled."""
         return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context with autocast off on the device of `x`; the meta device has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def in_backward() -> bool:
@@ -318,5 +364,6 @@ def _made_gate(
         normalize_one_score_gate=config.normalize_one_score_gate,
     )
     if made.adaptive:
-        made.experts_mask.copy_(exchange.placement.at_start(exchange.start))  # type: ignore[operator]
+        made.start_with(exchange.placement.at_start(exchange.start))  # type: ignore[operator]
+        made.reset_mask()  # type: ignore[operator]
     return made

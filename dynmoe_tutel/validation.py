@@ -27,6 +27,14 @@ def refuse_unknown(where: str, given: Iterable[str], allowed: Collection[str], h
     raise ValueError(f"unknown key {names} in {where}: allowed are {', '.join(sorted(allowed))}{meant}{hint}")
 
 
+def has_no_data(tensor: Tensor) -> bool:
+    """Whether `tensor` has a shape and no values: meta, or in a FakeTensorMode without symbolic shapes."""
+    if tensor.is_meta:
+        return True
+    mode = None if torch.compiler.is_compiling() else getattr(tensor, "fake_mode", None)
+    return mode is not None and mode.shape_env is None
+
+
 def warn_once(message: str) -> None:
     """Log a warning the first time this message comes; silent while torch.compile traces."""
     if torch.compiler.is_compiling():

@@ -114,9 +114,10 @@ def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerR
     """
 
     def tensors(slot: int) -> list[Tensor]:
-        """Views of a slot's parameter and optimizer rows on this rank."""
-        entries = layer.expert_slots.slot_parameters(slot)
-        return [t[index] for parameter, index in entries for t in (parameter.detach(), *rows.of(parameter))]
+        """Views of a slot's state and of its optimizer rows on this rank."""
+        slots = layer.expert_slots
+        of_rows = [row[index] for parameter, index in slots.slot_parameters(slot) for row in rows.of(parameter)]
+        return [tensor[index] for tensor, index in slots.slot_tensors(slot)] + of_rows
 
     first = tensors(place.first)
     alike = {"an expert with its optimizer state": [(str(t.dtype), tuple(t.shape)) for t in first]}

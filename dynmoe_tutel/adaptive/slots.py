@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..experts.base import SlotParameter
 from ..gates import Gate
 from ..layer_state import fit_slots
-from ..parallel.collectives import copy_from_first
+from ..parallel.collectives import copy_from_first, shared_seed
 from ..parallel.exchange import Exchange
 from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
 from ..parallel.rank_exchange import RankExchange
@@ -52,12 +52,48 @@ class AdaptiveExperts(nn.Module):
         self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
         self.record_routing, self.record_eval = False, False
         self.record_group = record_group  # ranks over which records are summed; None: all
+        self._marks: dict[str, dict[str, Any]] = {}
         self._mark_experts()
+        self.register_load_state_dict_post_hook(_mark_loaded)
 
     def _mark_experts(self) -> None:
-        """Set Tutel's mark on expert parameters; optimizers and gradient reductions look for it."""
-        for parameter in self.experts.parameters():
-            parameter._tutel_expert = True
+        """Set Tutel's mark on expert parameters, and on new ones the plain attributes of those that they replace.
+
+        Optimizers and gradient reductions look for them, and torch drops them where it replaces a parameter.
+        """
+        for name, parameter in self.experts.named_parameters():
+            for mark, value in self._marks.setdefault(name, {"_tutel_expert": True}).items():
+                if not hasattr(parameter, mark):
+                    setattr(parameter, mark, value)
+
+    def _note_marks(self) -> None:
+        """Remember plain attributes that users set on expert parameters, such as Tutel's `skip_allreduce`."""
+        for name, parameter in self.experts.named_parameters():
+            marks = self._marks.setdefault(name, {"_tutel_expert": True})
+            for mark, value in vars(parameter).items():
+                if not mark.startswith("_") and isinstance(value, int | float | str):
+                    marks[mark] = value
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode, as any module; loaders that replace parameters one by one end with it, so it marks them."""
+        nn.Module.train(self, mode)
+        self._mark_experts()
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set gates, experts, masks and counts as at construction, with an empty record.
+
+        With `seeds` these are the bits of construction; without, they are drawn from the global random state. After
+        `to_empty()` this initialises the layer. Raises ValueError if a module of one's own has no `reset_parameters`.
+        """
+        for gate in self.gates:
+            gate.reset_parameters()  # type: ignore[operator]
+        self.exchange.reset_experts(self.experts)
+        self._num_global_experts.fill_(self.exchange.start)
+        self._max_num_global_experts.fill_(self.slots)
+        self.reset_record_routing()
+        self._mark_experts()
 
     @property
     def placement(self) -> Placement:
@@ -256,6 +292,14 @@ class AdaptiveExperts(nn.Module):
             assert generator is not None
             self.expert_slots.reset_slot(slot, generator)
 
+    def _share_seeds(self, seed: int) -> None:
+        """Give gates and experts without a seed one that all ranks have: `reset_parameters` must agree on them."""
+        if self.experts.seed is None:
+            self.experts.seed = seed
+        for index, gate in enumerate(self.gates):
+            if gate.seed is None:
+                gate.seed = (seed + 1 + index) % 2**63
+
     @torch.no_grad()
     def bind(self, group: Any) -> None:
         """Divide the experts of this process over the ranks of `group`.
@@ -274,7 +318,14 @@ class AdaptiveExperts(nn.Module):
             return
         copy_from_first(self.gates, group)
         copy_from_first(self.experts, group)
+        with torch.random.fork_rng(devices=[]):
+            self._share_seeds(shared_seed(group))
         self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
+        start = self.placement.at_start(self.exchange.start)
+        spread = [start[slot] for slot in slot_order(spread_swaps(start, placement.ranks), self.slots)]
+        for gate in self.gates:
+            if gate.adaptive:
+                gate.start_with(spread)  # type: ignore[operator]
         self.experts.keep_slots(placement.first, placement.local)
         self.exchange = RankExchange(placement, self.exchange.start)
         self._mark_experts()
@@ -285,15 +336,17 @@ class AdaptiveExperts(nn.Module):
             return
         if not all(gate.adaptive for gate in self.gates):
             raise ValueError("group: active experts of a layer with a fixed-k gate cannot be spread over the ranks")
-        old = [[p.detach()[i].clone() for p, i in self.experts.slot_parameters(slot)] for slot in range(self.slots)]
+        old = [[t[index].clone() for t, index in self.experts.slot_tensors(slot)] for slot in range(self.slots)]
         for slot, source in enumerate(order):
-            for (parameter, index), value in zip(self.experts.slot_parameters(slot), old[source], strict=True):
-                parameter[index] = value
+            for (tensor, index), value in zip(self.experts.slot_tensors(slot), old[source], strict=True):
+                tensor[index] = value
         for gate in self.gates:
             gate.permute_slots(order)  # type: ignore[operator]
 
     def _apply(self, *args: Any, **options: Any) -> Any:
+        self._note_marks()
         moved = nn.Module._apply(self, *args, **options)
+        self._mark_experts()
         for record in self.records:  # records are not buffers, to stay out of the state dict
             record.move(self._num_global_experts.device)
         return moved
@@ -306,6 +359,7 @@ class AdaptiveExperts(nn.Module):
             destination._metadata[prefix[:-1]]["slots"] = (first, first + self.placement.local)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        self._note_marks()
         fit_slots(self, state_dict, prefix, local_metadata.get("slots"))
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
@@ -313,12 +367,18 @@ class AdaptiveExperts(nn.Module):
         """Process groups cannot be copied: the copy uses the same ones."""
         memo[id(self.record_group)] = self.record_group
         memo[id(self)] = copied = type(self).__new__(type(self))
+        self._note_marks()
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self._mark_experts()
+
+
+def _mark_loaded(layer: AdaptiveExperts, incompatible: Any) -> None:
+    """After `load_state_dict`, which replaces parameters with `assign`."""
+    layer._mark_experts()
 
 
 def _summary(changes: list[ExpertChange]) -> str:

@@ -148,16 +148,24 @@ def _expert_meshes(model: nn.Module) -> dict[int, DeviceMesh]:
     meshes: dict[int, DeviceMesh] = {}
     for name, layer in _divided_layers(model):
         place = layer.placement
-        held = {id(p): p for p, _ in layer.expert_slots.slot_parameters(place.first)}
+        held = _slot_tensors(layer)
         for key, tensor in (*layer.experts.named_parameters(), *layer.experts.named_buffers()):
             if id(tensor) not in held or isinstance(tensor, DTensor):
                 raise ValueError(
                     f"model: {unwrapped_name(name)}.experts.{key} of shape {list(tensor.shape)} on each rank is not "
                     f"divided by slots over the {place.ranks} ranks of the experts, and cannot be stored"
                 )
-        for parameter in held.values():
-            meshes[id(parameter)] = DeviceMesh.from_group(place.group, parameter.device.type)
+        for tensor in held.values():
+            meshes[id(tensor)] = DeviceMesh.from_group(place.group, tensor.device.type)
     return meshes
+
+
+def _slot_tensors(layer: AdaptiveExperts) -> dict[int, Tensor]:
+    """The parameters and buffers of this rank that hold its slots, by id."""
+    first = layer.placement.first
+    parameters = [p for p, _ in layer.expert_slots.slot_parameters(first)]
+    buffers = [b for b, _ in layer.expert_slots.slot_tensors(first)[len(parameters) :]]
+    return {id(tensor): tensor for tensor in [*parameters, *buffers]}
 
 
 def _divided_layers(model: nn.Module) -> Iterator[tuple[str, AdaptiveExperts]]:

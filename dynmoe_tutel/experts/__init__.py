@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..initialization import seed_of
 from ..validation import refuse_unknown
 from .base import EXPERT_KINDS, Experts, expert_kind
 from .ffn import FFNExperts
@@ -54,7 +55,9 @@ def make_experts(config: Mapping[str, Any], model_dim: int, slots: int, **common
     kind = EXPERT_KINDS[name]
     if kind.keys is not None:
         refuse_unknown(f"experts of type {name!r}", options, kind.keys)
-    return kind.cls(model_dim, slots, **common, **options)
+    experts = kind.cls(model_dim, slots, **common, **options)
+    experts.seed = seed_of(common.get("generator"))
+    return experts
 
 
 def make_block(
@@ -73,8 +76,11 @@ def make_block(
             config = {**config, "module": list(module)[first : first + count]}
         for _ in range(first):  # advance the generator past the slots of lower ranks
             torch.randint(2**62, (1,), generator=generator, device="cpu")
-        return make_experts(config, model_dim, count, generator=generator)
+        experts = make_experts(config, model_dim, count, generator=generator)
+        experts.first_slot = first
+        return experts
     experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))
     for slot in range(first + count):  # earlier slots are drawn too, then overwritten
         experts.reset_slot(max(slot - first, 0), generator)
+    experts.seed, experts.first_slot = generator.initial_seed(), first
     return experts

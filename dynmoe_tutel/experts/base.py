@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..initialization import seeded
 from ..kernels import ACTIVATIONS
 from ..routing import Routing
 
 Activation = Callable[[Tensor], Tensor]
 SlotParameter = tuple[nn.Parameter, tuple[Any, ...]]  # a parameter and the index of the slot's entries in it
+SlotTensor = tuple[Tensor, tuple[Any, ...]]  # the same for a parameter, detached, or a buffer
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Experts(nn.Module):
         self.model_dim, self.local_slots = model_dim, local_slots
         self.output_dim = model_dim
         self.skip_expert = False  # Tutel's SKIP_EXPERT: experts are the identity
+        # for `reset_parameters`: the seed of the private generator, and how many slots of lower ranks it draws first
+        self.seed: int | None = None
+        self.first_slot = 0
 
     def forward(
         self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
@@ -69,7 +74,7 @@ class Experts(nn.Module):
         parameter = next(self.parameters(), None)
         dtype = x_TD.dtype if parameter is None else parameter.dtype
         device = x_TD.device.type
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return dtype
 
@@ -77,27 +82,54 @@ class Experts(nn.Module):
         """The parameters that hold a slot, each with the index of its entries; axis 0 counts slots in all of them."""
         return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.local_slots,)]
 
+    def slot_buffers(self, slot: int) -> list[SlotTensor]:
+        """The buffers that hold a slot, such as running statistics; axis 0 counts slots in all of them."""
+        return [(b, (slot,)) for b in self.buffers() if b.shape[:1] == (self.local_slots,)]
+
+    def slot_tensors(self, slot: int) -> list[SlotTensor]:
+        """All state of a slot, which is copied and moved together: `slot_parameters`, then `slot_buffers`."""
+        return [(p.detach(), index) for p, index in self.slot_parameters(slot)] + self.slot_buffers(slot)
+
     @torch.no_grad()
     def keep_slots(self, first: int, count: int) -> None:
-        """Keep only the `count` slots from `first` on, in new parameters."""
+        """Keep only the `count` slots from `first` on, in new parameters and buffers."""
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.shape[:1] == (self.local_slots,):
                     kept = parameter.detach()[first : first + count].clone()
                     setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.shape[:1] == (self.local_slots,):
+                    setattr(module, name, buffer[first : first + count].clone())
         self.local_slots = count
+        self.first_slot += first
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:
         """Fill slot `target` with the mean of the slots `sources`: one source is an exact copy."""
-        of_sources = [self.slot_parameters(source) for source in sources]
-        for i, (parameter, index) in enumerate(self.slot_parameters(target)):
-            values = [params[i][0][params[i][1]] for params in of_sources]
-            parameter[index] = values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
+        of_sources = [self.slot_tensors(source) for source in sources]
+        for i, (tensor, index) in enumerate(self.slot_tensors(target)):
+            tensor[index] = mean_of([tensors[i][0][tensors[i][1]] for tensors in of_sources])
 
-    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
-        """Draw a slot's weights anew from `generator`, as at construction."""
+    def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
+        """Draw a slot's weights anew from `generator` (None: the global random state), as at construction."""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as at construction: with a seed, bitwise those; else from the global random state."""
+        generator = seeded(self.seed)
+        for slot in range(self.first_slot + self.local_slots):  # slots of lower ranks are drawn too, then overwritten
+            self.reset_slot(max(slot - self.first_slot, 0), generator)
+
+
+def mean_of(values: list[Tensor]) -> Tensor:
+    """The mean of equal shapes; one value stays exact, integers (counts of batches) round down."""
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(values)
+    if stacked.dtype.is_floating_point or stacked.is_complex():
+        return stacked.mean(dim=0)
+    return stacked.double().mean(dim=0).to(stacked.dtype)
 
 
 def activation_function(name: str, value: Activation | str | None, default: Activation) -> Activation:

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..initialization import drawn_from
+from ..initialization import drawn_from, reset_modules, seeded
 from ..routing import PaddedRows, Routing
-from ..validation import describe, warn_once
-from .base import Experts, SlotParameter, expert_kind
+from ..validation import describe, has_no_data, warn_once
+from .base import Experts, SlotParameter, SlotTensor, expert_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +94,16 @@ class CustomExperts(Experts):
     ) -> Tensor:
         """Expert rows [rows, output_dim] times their gate values."""
         dtype = self.compute_dtype(x_TD)
-        A = int(routing.num_assignments)
-        rows = routing.dispatch(x_TD.to(dtype))[:A]
+        rows = routing.dispatch(x_TD.to(dtype))
+        if not has_no_data(rows):
+            rows = rows[: int(routing.num_assignments)]
         if self.skip_expert:
             out = rows
         elif self.padded:
             out = self._padded(rows, routing, token_shape or (self.model_dim,))
         else:
             experts = list(cast(nn.ModuleList, self.module))  # one module may serve several slots
-            parts = rows.split(routing.counts.tolist())
+            parts = rows.tensor_split(len(experts)) if has_no_data(rows) else rows.split(routing.counts.tolist())
             outs = [expert(part) for expert, part in zip(experts, parts, strict=True)]
             for slot, (part, result) in enumerate(zip(parts, outs, strict=True)):
                 if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != part.shape[0]:
@@ -120,6 +121,11 @@ class CustomExperts(Experts):
 
     def _padded(self, rows_AD: Tensor, routing: Routing, token_shape: tuple[int, ...]) -> Tensor:
         """Run the module on zero-padded rows [E, C, D], C the largest load."""
+        if has_no_data(rows_AD):
+            raise NotImplementedError(
+                f"experts['module'] = {type(self.module).__name__}, of Tutel's kind, takes as many rows as its most "
+                "loaded expert has, and tokens without values (meta device, FakeTensorMode) have no loads"
+            )
         places = PaddedRows(routing)
         E, C = places.num_experts, places.capacity
         context = ExpertContext(
@@ -152,6 +158,7 @@ class CustomExperts(Experts):
         if isinstance(self.module, nn.ModuleList) and not self.padded:
             self.module = self.module[first : first + count]
             self.local_slots = count
+            self.first_slot += first
         else:
             super().keep_slots(first, count)
 
@@ -161,17 +168,42 @@ class CustomExperts(Experts):
             return [(p, (...,)) for p in self.module[slot].parameters()]
         return super().slot_parameters(slot)
 
-    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+    def slot_buffers(self, slot: int) -> list[SlotTensor]:
+        """All buffers of the slot's module in a list; the slot's entries in a batched module."""
+        if isinstance(self.module, nn.ModuleList) and not self.padded:
+            return [(b, (...,)) for b in self.module[slot].buffers()]
+        return super().slot_buffers(slot)
+
+    def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Call the module's `reset_parameters()` on a forked random state; ValueError if it has none."""
         expert = self.module[slot] if isinstance(self.module, nn.ModuleList) else None
-        modules = [m for m in expert.modules() if next(m.parameters(recurse=False), None) is not None] if expert else []
-        if not modules or not all(callable(getattr(m, "reset_parameters", None)) for m in modules):
+        modules = list(expert.modules()) if expert else []
+        learns = [m for m in modules if next(m.parameters(recurse=False), None) is not None]
+        if not learns or not all(callable(getattr(m, "reset_parameters", None)) for m in learns):
             raise ValueError(
                 "init = 'fresh' cannot draw this custom expert anew (no reset_parameters): use 'nearest' or 'mean'"
             )
         with drawn_from(generator):
             for module in modules:
-                module.reset_parameters()  # type: ignore[operator]
+                if module in learns or (callable(getattr(module, "reset_parameters", None)) and _has_buffers(module)):
+                    module.reset_parameters()  # type: ignore[operator]
+
+    def reset_parameters(self) -> None:
+        """Call `reset_parameters()` of all modules that hold tensors, drawn as at construction; ValueError without."""
+        if not isinstance(self.module, nn.ModuleList) or self.padded:
+            with drawn_from(seeded(self.seed)):
+                reset_modules("custom experts", self.module.modules())
+            return
+        generator = seeded(self.seed)
+        for _ in range(self.first_slot if generator is not None else 0):  # pass the slots of lower ranks
+            torch.randint(2**62, (1,), generator=generator, device="cpu")
+        for expert in self.module:
+            with drawn_from(generator):
+                reset_modules("a custom expert", expert.modules())
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    return next(module.buffers(recurse=False), None) is not None
 
 
 def takes_context(module: Any) -> bool:

@@ -86,7 +86,7 @@ class FFNExperts(GroupedMLP):
             if parameter is not None:
                 fill_uniform(parameter.detach()[slot], bound, generator)
 
-    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+    def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew, like nn.Linear."""
         self._draw(slot, generator)
 

@@ -51,7 +51,7 @@ class LlamaFFNExperts(GroupedMLP):
                 drawn = torch.empty(parameter.shape[1:], device="cpu").normal_(0, 0.01, generator=generator)
                 parameter[slot] = drawn
 
-    def reset_slot(self, slot: int, generator: torch.Generator) -> None:
+    def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew."""
         self._draw(slot, generator)
 

@@ -78,6 +78,7 @@ class Gate(nn.Module):
         super().__init__()
         self.model_dim = positive_int("model_dim", model_dim)
         self.num_experts, self.slots = num_experts, slots
+        self.seed: int | None = None  # of the private generator from which `reset_parameters` draws
         self.aux_names = tuple(aux_names)
         self.gate_noise = number("gate_type['gate_noise']", gate_noise, 0)
         self.normalize_gate, self.one_score_gate = normalize_gate, one_score_gate
@@ -117,6 +118,10 @@ class Gate(nn.Module):
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
         raise ValueError(f"one_score_gate = True is for gates of type 'top', not for {type(self).__name__}")
+
+    def reset_parameters(self) -> None:
+        """Set all tensors as at construction: with a seed, bitwise those; else from the global random state."""
+        raise NotImplementedError
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..initialization import fill_uniform
+from ..initialization import fill_uniform, reset_modules, seed_of, seeded
 from ..validation import number, positive_int
 from .base import gate_type
 from .top_any import MAX_LOG_SCALE
@@ -33,16 +33,27 @@ class CosineTopKGate(FixedKGate):
     ) -> None:
         super().__init__(**common)
         init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
-        self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
+        self.seed, self.init_t = seed_of(generator), init_t
+        self.temperature = nn.Parameter(torch.empty(1))
         self.cosine_projector = nn.Linear(self.model_dim, positive_int("gate_type['proj_dim']", proj_dim))
+        self.sim_matrix = nn.Parameter(torch.empty(proj_dim, self.slots))
+        self._draw(generator)
+
+    @torch.no_grad()
+    def _draw(self, generator: torch.Generator | None) -> None:
+        self.temperature.fill_(math.log(1 / self.init_t))
         if generator is not None:
             for parameter in self.cosine_projector.parameters():
                 fill_uniform(parameter, self.model_dim**-0.5, generator)
-        self.sim_matrix = nn.Parameter(torch.empty(proj_dim, self.slots))
         if not self.sim_matrix.is_meta:
-            with torch.no_grad():
-                drawn = torch.empty(proj_dim, self.slots, device="cpu").normal_(0, 0.01, generator=generator)
-                self.sim_matrix.copy_(drawn)
+            drawn = torch.empty(self.sim_matrix.shape, device="cpu").normal_(0, 0.01, generator=generator)
+            self.sim_matrix.copy_(drawn)
+
+    def reset_parameters(self) -> None:
+        """Projector, routing vectors and temperature as at construction."""
+        if self.seed is None:
+            reset_modules("the gate", self.cosine_projector.modules())
+        self._draw(seeded(self.seed))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..initialization import drawn_from
+from ..initialization import drawn_from, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype
 from ..routing import Capacity, Routing
 from ..validation import positive_int
@@ -73,6 +73,12 @@ class CustomGate(FixedKGate):
             **common,
         )
         self.module = module
+        self.seed = seed_of(generator)
+
+    def reset_parameters(self) -> None:
+        """Call `reset_parameters()` of all modules that hold tensors, drawn as at construction; ValueError without."""
+        with drawn_from(seeded(self.seed)):
+            reset_modules("a custom gate", self.module.modules())
 
     def logits(self, x_TD: Tensor) -> Tensor:
         raise NotImplementedError("a custom gate is called, not asked for logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
+from ..initialization import seed_of, seeded
 from ..kernels import gate_dtype, threshold_gate, vector_losses
 from ..routing import Capacity, Router, Routing
 from ..validation import number, warn_once
@@ -71,19 +73,35 @@ class TopAnyGate(Gate):
             self.capacity_factor = 0.0  # as upstream
             # upstream's seed and bits, without touching the global random state
             generator = torch.Generator().manual_seed(1)
+        self.seed = seed_of(generator)
+        self.active_at_start = [slot < num_experts for slot in range(slots)]
         self.sim_matrix = nn.Parameter(torch.empty(model_dim, slots))
-        if not self.sim_matrix.is_meta:  # in fp32 on the CPU: qr has no half kernel, and the generator is a CPU one
-            w_ED = nn.init.orthogonal_(
-                torch.empty(slots, model_dim, dtype=torch.float32, device="cpu"), generator=generator
-            )
-            with torch.no_grad():
-                self.sim_matrix.copy_(w_ED.t())
-        self.gates = nn.Parameter(torch.zeros(slots))
-        self.register_buffer("experts_mask", (torch.arange(slots) < num_experts).float())
+        self.gates = nn.Parameter(torch.empty(slots))
+        self.register_buffer("experts_mask", torch.empty(slots, dtype=torch.float32))
         self.temperature: nn.Parameter | None = None
         if init_t is not None:
-            init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
-            self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
+            self.init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
+            self.temperature = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Routing vectors, thresholds, temperature and mask as at construction."""
+        if not self.sim_matrix.is_meta:  # in fp32 on the CPU: qr has no half kernel, and the generator is a CPU one
+            w_ED = torch.empty(self.slots, self.model_dim, dtype=torch.float32, device="cpu")
+            self.sim_matrix.copy_(nn.init.orthogonal_(w_ED, generator=seeded(self.seed)).t())
+        self.gates.zero_()
+        self.reset_mask()
+        if self.temperature is not None:
+            self.temperature.fill_(math.log(1 / self.init_t))
+
+    def start_with(self, active: Sequence[bool]) -> None:
+        """Make these the active slots at start; `reset_mask` activates them."""
+        self.active_at_start = list(active)
+
+    def reset_mask(self) -> None:
+        """Activate the slots that are active at start, and no other."""
+        self.experts_mask.copy_(torch.tensor(self.active_at_start))
 
     def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """tau, [] in `dtype`."""

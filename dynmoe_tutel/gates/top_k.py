@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..initialization import fill_uniform
+from ..initialization import fill_uniform, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype, pack_bits
 from ..routing import Capacity, Routing
 from ..validation import positive_int
@@ -103,9 +103,17 @@ class TopKGate(FixedKGate):
 
     def __init__(self, *, generator: torch.Generator | None = None, **common: Any) -> None:
         super().__init__(**common)
+        self.seed = seed_of(generator)
         self.wg = nn.Linear(self.model_dim, self.slots, bias=False)
         if generator is not None:
             fill_uniform(self.wg.weight, self.model_dim**-0.5, generator)
+
+    def reset_parameters(self) -> None:
+        """Draw the router as at construction."""
+        if self.seed is None:
+            reset_modules("the gate", self.wg.modules())
+        else:
+            fill_uniform(self.wg.weight, self.model_dim**-0.5, seeded(self.seed))
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""

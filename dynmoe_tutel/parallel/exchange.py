@@ -54,6 +54,9 @@ class Exchange(Protocol):
     def slots(self, experts: Any) -> SlotAccess:
         """Access to the slots of `experts` on all ranks."""
 
+    def reset_experts(self, experts: Any) -> None:
+        """Draw the experts of this rank as at construction."""
+
 
 class LocalExchange:
     """All experts are in this process."""
@@ -89,6 +92,10 @@ class LocalExchange:
     def slots(self, experts: Any) -> SlotAccess:
         """The experts themselves."""
         return experts
+
+    def reset_experts(self, experts: Any) -> None:
+        """By their own method."""
+        experts.reset_parameters()
 
 
 def within_factor(routing: Routing, call: Call, group: Any) -> Routing:

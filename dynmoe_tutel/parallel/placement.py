@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ class Placement:
         """The global rank of a rank of `group`."""
         return dist.get_global_rank(self.group, rank)
 
-    def at_start(self, experts: int) -> Tensor:
-        """bool [slots]: the active slots at start, equally many and the first ones in every block."""
-        return torch.arange(self.slots) % (self.slots // self.blocks) < experts // self.blocks
+    def at_start(self, experts: int) -> list[bool]:
+        """For each slot, whether it is active at start: equally many and the first ones in every block."""
+        return [slot % (self.slots // self.blocks) < experts // self.blocks for slot in range(self.slots)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """Itself: it never changes, and a process group cannot be copied."""

@@ -99,6 +99,10 @@ class RankExchange:
         """Access to the slots through messages between the ranks."""
         return ShardedSlots(experts, self.placement)
 
+    def reset_experts(self, experts: Any) -> None:
+        """By their own method, which keeps to this rank's slots."""
+        experts.reset_parameters()
+
 
 class _Blocks:
     """Converts items by rank between packed (`count_R` each) and blocks of `size`, zero-padded."""

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..experts.base import SlotParameter
+from ..experts.base import SlotParameter, SlotTensor, mean_of
 from .placement import Placement
 
 
@@ -20,6 +20,9 @@ class SlotAccess(Protocol):
 
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """The parameters of this rank that hold the slot, each with the index of its entries."""
+
+    def slot_tensors(self, slot: int) -> list[SlotTensor]:
+        """All state of the slot on this rank, parameters and then buffers, each with the index of its entries."""
 
     def copy_slot(self, target: int, sources: list[int]) -> None:
         """Fill slot `target` with the mean of the slots `sources`: one source is an exact copy."""
@@ -39,6 +42,11 @@ class ShardedSlots:
         entries: list[SlotParameter] = self._experts.slot_parameters(slot % self._placement.local)
         return entries
 
+    def _tensors(self, slot: int) -> list[SlotTensor]:
+        """The parameters, detached, and then the buffers, each with the index of `slot` on its own rank."""
+        tensors: list[SlotTensor] = self._experts.slot_tensors(slot % self._placement.local)
+        return tensors
+
     def _holds(self, slot: int) -> bool:
         return self._placement.rank in self._placement.owners(slot)
 
@@ -46,28 +54,33 @@ class ShardedSlots:
         """The parameters of this rank that hold the slot; none if another rank holds it."""
         return self._entries(slot) if self._holds(slot) else []
 
+    def slot_tensors(self, slot: int) -> list[SlotTensor]:
+        """All state of the slot on this rank; nothing if another rank holds it."""
+        return self._tensors(slot) if self._holds(slot) else []
+
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:
         """Fill slot `target` with the mean of the slots `sources`, on any ranks: one source is an exact copy."""
         owners = self._placement.owners
         for shard, owner in enumerate(owners(target)):
-            for i, (parameter, index) in enumerate(self._entries(target)):
-                values = [self._sent(owners(s)[shard], *self._entries(s)[i]) for s in sources]
+            for i, (tensor, index) in enumerate(self._tensors(target)):
+                values = [self._sent(owners(s)[shard], *self._tensors(s)[i]) for s in sources]
                 if self._placement.rank == owner:
-                    parameter[index] = values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
+                    tensor[index] = mean_of(values)
 
-    def _sent(self, owner: int, parameter: nn.Parameter, index: tuple[Any, ...]) -> Tensor:
+    def _sent(self, owner: int, tensor: Tensor, index: tuple[Any, ...]) -> Tensor:
         """Broadcast the owner's value to every rank."""
-        value = parameter.detach()[index].clone()
+        value = tensor[index].clone()
         if self._placement.group is not None:
-            dist.broadcast(value, src=self._placement.global_rank(owner), group=self._placement.group)
+            sent = value.view(torch.uint8) if value.dtype == torch.bool else value
+            dist.broadcast(sent, src=self._placement.global_rank(owner), group=self._placement.group)
         return value
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
         """Draw the slot anew. Every rank draws, to keep `generator` in step; only the owner keeps the weights."""
-        before = [(p, index, p.detach()[index].clone()) for p, index in self._entries(slot)]
+        before = [(tensor, index, tensor[index].clone()) for tensor, index in self._tensors(slot)]
         self._experts.reset_slot(slot % self._placement.local, generator)
         if not self._holds(slot):
-            for parameter, index, value in before:
-                parameter[index] = value
+            for tensor, index, value in before:
+                tensor[index] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from tutel.impls import communicate, overlap
 from ..capacity import drop_beyond_capacity, room_for
 from ..experts import COUNT_KEYS, experts_at_start
 from ..experts.custom import ExpertContext, takes_context
+from ..initialization import reset_modules, seed_of
 from ..layer_config import MoEConfig
 from ..parallel.exchange import Call, Exchange, LocalExchange
 from ..parallel.placement import Placement
@@ -109,6 +111,7 @@ class PaddedExchange:
 
     def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
         """Tutel's module for this rank's slots."""
+        self._seed = seed_of(generator)
         return tutel_experts(config, model_dim, self.placement.local, self.placement.shards, generator)
 
     def bounded(self, routing: Routing, call: Call) -> Routing:
@@ -141,6 +144,13 @@ class PaddedExchange:
     def slots(self, experts: Any) -> SlotAccess:
         """Access to the slots in Tutel's parameters, on any rank."""
         return TutelSlots(experts, self.placement)
+
+    def reset_experts(self, experts: Any) -> None:
+        """By the method of Tutel's module, from the seed of construction if there was one."""
+        with torch.random.fork_rng() if self._seed is not None else nullcontext():
+            if self._seed is not None:
+                torch.manual_seed(self._seed)
+            reset_modules("the experts", experts.modules())
 
     def _exchanged(self, experts: Any, rows_ECD: Tensor, call: Call) -> Tensor:
         """Run Tutel's experts on all ranks: [E, C, D] to [E, C, ...]."""

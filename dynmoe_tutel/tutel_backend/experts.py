@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..experts import COUNT_KEYS
-from ..experts.base import SlotParameter, activation_function, check_activation
+from ..experts.base import SlotParameter, SlotTensor, activation_function, check_activation
 from ..experts.custom import make_batched
 from ..parallel.slots import ShardedSlots
 from ..validation import refuse_unknown
@@ -67,18 +67,27 @@ class TutelSlots(ShardedSlots):
 
     def _entries(self, slot: int) -> list[SlotParameter]:
         """Every parameter of the experts, each with the index of `slot` on its own rank."""
+        found = [(parameter, self._index(parameter, slot)) for parameter in self._experts.parameters()]
+        return [(parameter, index) for parameter, index in found if index is not None]
+
+    def _tensors(self, slot: int) -> list[SlotTensor]:
+        """Every parameter, detached, and every buffer, each with the index of `slot` on its own rank."""
+        found = [(buffer, self._index(buffer, slot)) for buffer in self._experts.buffers()]
+        buffers = [(buffer, index) for buffer, index in found if index is not None]
+        return [(parameter.detach(), index) for parameter, index in self._entries(slot)] + buffers
+
+    def _index(self, tensor: Tensor, slot: int) -> tuple[Any, ...] | None:
+        """The entries of `slot` on its own rank; None if the tensor does not hold slots."""
         local = self._placement.local
         own = slot % local
-        found: list[SlotParameter] = []
-        for parameter in self._experts.parameters():
-            rows = parameter.shape[0] // local if parameter.dim() else 0
-            if self._placement.shards > 1:
-                found.append((parameter, (slice(None),)))
-            elif parameter.dim() > 1 and parameter.shape[0] == local:
-                found.append((parameter, (slice(own, own + 1),)))
-            elif parameter.dim() == 1 and parameter.shape[0] % local == 0:  # one axis holds all slots
-                found.append((parameter, (slice(own * rows, (own + 1) * rows),)))
-        return found
+        if self._placement.shards > 1:
+            return (...,)
+        if tensor.dim() > 1 and tensor.shape[0] == local:
+            return (slice(own, own + 1),)
+        if tensor.dim() == 1 and tensor.shape[0] % local == 0:  # one axis holds all slots
+            rows = tensor.shape[0] // local
+            return (slice(own * rows, (own + 1) * rows),)
+        return None
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
@@ -89,12 +98,13 @@ class TutelSlots(ShardedSlots):
             raise ValueError("init = 'fresh' cannot draw these experts (no reset_parameters): use 'nearest' or 'mean'")
         if not self._holds(slot):
             return
-        before = [p.clone() for p in self._experts.parameters()]
+        tensors = [*self._experts.parameters(), *self._experts.buffers()]
+        before = [tensor.clone() for tensor in tensors]
         with torch.random.fork_rng():
             torch.manual_seed(seed + self._placement.rank)
             reset()
-        drawn = [(p, index, p[index].clone()) for p, index in self._entries(slot)]
-        for parameter, old in zip(self._experts.parameters(), before, strict=True):
-            parameter.copy_(old)
-        for parameter, index, value in drawn:
-            parameter[index] = value
+        drawn = [(tensor, index, tensor[index].clone()) for tensor, index in self._tensors(slot)]
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        for tensor, index, value in drawn:
+            tensor[index] = value

@@ -130,7 +130,7 @@ def test_who_holds_what(slots: int, ranks: int, local: int, shards: int, owners:
 
 
 def test_active_at_start_are_the_first_of_every_block() -> None:
-    assert Placement(8, None, 0, 2).at_start(4).int().tolist() == [1, 1, 0, 0] * 2
-    assert Placement(8).at_start(3).int().tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert Placement(8, None, 0, 2).at_start(4) == [True, True, False, False] * 2
+    assert Placement(8).at_start(3) == [True] * 3 + [False] * 5
     with pytest.raises(ValueError, match="6 slots cannot be divided over the 4 ranks of group: give a multiple"):
         Placement(6, None, 0, 4)
