@@ -134,10 +134,8 @@ class MoELayer(AdaptiveExperts):
             y = input.view_as(input)  # a view: l_aux must not land on the caller's tensor
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
-        if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                "a MoELayer has no forward-mode differentiation (jvp, jacfwd, dual tensors): use the backward"
-            )
+        if not torch.compiler.is_compiling():
+            _refuse_transforms()
         if a2a_ffn_overlap_degree is not None:
             self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
         if adaptive_r is not None:
@@ -306,6 +304,10 @@ class MoELayer(AdaptiveExperts):
         """The exchange's r, as in Tutel; 1 outside Tutel."""
         return self.exchange.adaptive_degree
 
+    @adaptive_degree.setter
+    def adaptive_degree(self, degree: int) -> None:
+        self.exchange.use_adaptive_degree(degree)
+
     @property
     def valid_rs(self) -> list[int]:
         """The values of r that the exchange allows."""
@@ -338,6 +340,19 @@ class MoELayer(AdaptiveExperts):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context with autocast off on the device of `x`; the meta device has none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _refuse_transforms() -> None:
+    """NotImplementedError, by name, for what the operations have no rule for."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "a MoELayer has no forward-mode differentiation (jvp, jacfwd, dual tensors): use the backward"
+        )
+    if torch.jit.is_tracing():
+        raise NotImplementedError("a MoELayer cannot be traced by torch.jit.trace: use torch.export or torch.compile")
+    inner = torch._C._functorch.peek_interpreter_stack()
+    if inner is not None and inner.key() == torch._C._functorch.TransformType.Vmap:
+        raise NotImplementedError("a MoELayer has no batching rule (torch.vmap): give the batch to one call")
 
 
 def in_backward() -> bool:

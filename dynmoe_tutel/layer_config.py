@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Concatenate, ParamSpec
 
 import torch.distributed as dist
@@ -31,7 +31,7 @@ _OWN = ("capacity", "combine_gradient", "aux_losses", "check_finite", "record_gr
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MoEConfig:
     """The arguments of a `MoELayer`: Tutel's, in Tutel's order, then this package's own.
 
@@ -86,6 +86,7 @@ class MoEConfig:
     normalize_one_score_gate: bool = False
     value_norm_weighted: bool = False
     update_momentum: float = 0.0
+    _: KW_ONLY
     capacity: Capacity = "exact"
     combine_gradient: str | None = None
     aux_losses: Mapping[str, float] | None = None
@@ -206,11 +207,9 @@ def takes_arguments_of(
     """Give a constructor the fields of the configuration as its signature, for `help` and type checkers."""
 
     def decorate(constructor: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
-        parameters = [next(iter(inspect.signature(constructor).parameters.values()))]
-        for name, parameter in inspect.signature(config).parameters.items():
-            kind = parameter.KEYWORD_ONLY if name in _OWN else parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(parameter.replace(kind=kind))
-        constructor.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        own = next(iter(inspect.signature(constructor).parameters.values()))
+        parameters = inspect.signature(config).parameters.values()
+        constructor.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
         return constructor
 
     return decorate

@@ -15,7 +15,7 @@ from types import ModuleType
 MOVED = {
     "controller": "adaptive.controller",
     "distributed_checkpoint": "checkpoint.distributed",
-    "late_count": "capacity",  # in pickled layers
+    "late_count": "capacity",  # in pickled layers, which then say what to do
     "meters": "metrics",
     "policy": "adaptive.policy",
     "rebalance": "adaptive.rebalance",

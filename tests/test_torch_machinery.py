@@ -75,6 +75,15 @@ def test_forward_mode_is_refused(gate: str) -> None:
     layer(x)
 
 
+def test_transforms_without_a_rule_are_refused_by_name() -> None:
+    layer, x = layer_with(), torch.stack([tokens(), 2 * tokens()])
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+        torch.vmap(layer)(x)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(layer, x)
+    assert layer(x).shape == x.shape
+
+
 @pytest.mark.parametrize("keep_tokens", [0, 3])
 def test_a_window_opened_in_inference_mode(keep_tokens: int) -> None:
     layer = layer_with()

@@ -110,7 +110,8 @@ class ExpertController:
         self._window_open = False
 
         floor = getattr(self.policy, "min_experts", 1)
-        keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if max_new_experts > 1 else 0)
+        most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
+        keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if most > 1 else 0)
         for history in self._histories:
             history.check_whole()
             if floor > len(history.silent_windows):
@@ -345,7 +346,7 @@ def _configured_policy(
     DynMoEPolicy(**options)  # refuses values out of range
     if policy == "dynmoe":
         return make_policy(policy, **options)
-    for name, value in (("min_experts", min_experts), ("patience", patience)):
-        if value != 1:
+    for name, value in options.items():
+        if value != 1 and not (name == "max_new_experts" and callable(policy)):
             raise ValueError(f"{name}={value} configures policy 'dynmoe'; give it to {policy!r} itself")
     return make_policy(policy)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..experts.base import SlotParameter
 from ..gates import Gate
 from ..layer_state import fit_slots
-from ..parallel.collectives import copy_from_first, shared_seed
-from ..parallel.exchange import Exchange
+from ..parallel.collectives import check_alike, copy_from_first, shared_seed
+from ..parallel.exchange import Exchange, LocalExchange
 from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
 from ..parallel.rank_exchange import RankExchange
 from ..parallel.slots import SlotAccess
@@ -311,15 +311,25 @@ class AdaptiveExperts(nn.Module):
         """
         if self.placement.ranks > 1:
             raise ValueError(f"group: the experts are divided over {self.placement.ranks} ranks already")
+        if not isinstance(self.exchange, LocalExchange):
+            raise ValueError("group: a layer inside Tutel is divided when it is made: give it the group there")
         if self.record_routing:
             raise ValueError("group: a record window is open: call end_record_routing() first")
         placement = Placement.over(self.slots, group)
         if placement.ranks == 1:
             return
+        if placement.shards > 1:
+            raise ValueError(
+                f"group: {self.slots} slots cannot be divided over {placement.ranks} ranks: give a multiple of them"
+            )
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {name: f"{list(t.shape)} of {t.dtype}" for name, t in tensors.items()}
+        check_alike("bind", {"tensors": own, "gates": [type(gate).__name__ for gate in self.gates]}, group)
         copy_from_first(self.gates, group)
         copy_from_first(self.experts, group)
         with torch.random.fork_rng(devices=[]):
             self._share_seeds(shared_seed(group))
+        self._num_global_experts.fill_(int(self._used_slots().sum()))
         self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
         start = self.placement.at_start(self.exchange.start)
         spread = [start[slot] for slot in slot_order(spread_swaps(start, placement.ranks), self.slots)]
@@ -340,8 +350,9 @@ class AdaptiveExperts(nn.Module):
         for slot, source in enumerate(order):
             for (tensor, index), value in zip(self.experts.slot_tensors(slot), old[source], strict=True):
                 tensor[index] = value
-        for gate in self.gates:
+        for gate, record in zip(self.gates, self.records, strict=True):
             gate.permute_slots(order)  # type: ignore[operator]
+            record.permute_slots(order)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._note_marks()
@@ -372,6 +383,12 @@ class AdaptiveExperts(nn.Module):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """As nn.Module's; ValueError for a layer that was pickled before layers had an exchange."""
+        if "exchange" not in state:
+            raise ValueError(
+                "the pickled layer is of an older version of dynmoe_tutel, whose layers cannot be unpickled: make the "
+                "layer anew and load its state_dict(), saved with that version"
+            )
         nn.Module.__setstate__(self, state)
         self._mark_experts()
 

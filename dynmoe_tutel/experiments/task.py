@@ -38,7 +38,7 @@ class Settings:
         options.seeds,
     )
     steps: int = option(200, "Optimizer steps of each run.")
-    learning_rate: float = option(2e-3, "Of all rows.")
+    learning_rate: float = option(2e-3, "Learning rate, the same for all rows.")
     warmup: float = 0.1  # share of the steps
     aux_weight: float = 0.01  # GMoE's and upstream DynMoE's
     update_every: int = 25  # steps from one adaptive update of DynMoE to the next

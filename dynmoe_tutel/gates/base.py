@@ -35,7 +35,7 @@ def gate_type(
     defaults: Mapping[str, Any] | None = None,
     combine_gradient: str = "mean",
 ) -> Callable[[G], G]:
-    """Register a gate class as the type `name`, for layers, for Tutel after `register()` and for its stand-in.
+    """Register a gate class as the type `name` of layers; what this package registers, Tutel and its stand-in know too.
 
     `keys` are allowed in the dict beside `COMMON_KEYS`; None: the class checks the keys.
     """

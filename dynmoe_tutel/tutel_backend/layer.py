@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import tutel.impls.moe_layer
+from torch import Tensor
 
 from ..gates import GATE_TYPES, gate_config
 from ..layer import MoELayer
@@ -80,6 +81,11 @@ class TopAnyMOELayer(MoELayer, MOELayer):
     def layout(self) -> str:
         """ "packed" or "padded"."""
         return "padded" if isinstance(self.exchange, PaddedExchange) else "packed"
+
+    @property
+    def dispatch_count(self) -> Tensor | None:
+        """[E], the rows of each expert in the last forward of padded rows, as Tutel's layer has it."""
+        return getattr(self.exchange, "dispatch_count", None)
 
     @staticmethod
     def global_expert_count(num_local_experts: float, group: Any = None) -> int:

@@ -358,6 +358,8 @@ class TestArguments:
             ({"min_experts": 0}, "min_experts must be an integer of at least 1, got 0"),
             ({"min_experts": 7}, "min_experts must be at most the slots .* got 7 and mlp.gates.0 has 6"),
             ({"policy": DynMoEPolicy(min_experts=7)}, "got 7 and mlp.gates.0 has 6"),
+            ({"policy": {"type": "dynmoe"}, "max_new_experts": 4}, "max_new_experts=4 configures policy 'dynmoe'"),
+            ({"policy": {"type": "dynmoe", "most": 4}}, "unknown key 'most' in policy 'dynmoe'"),
             ({"max_new_experts": -1}, "max_new_experts must be an integer of at least 1, got -1"),
             ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
             ({"policy": DynMoEPolicy(), "patience": 2}, "patience=2 configures policy 'dynmoe'"),

@@ -14,7 +14,7 @@ from helpers import FP32, assert_margin, make_case, relative_rms
 from ranks import D, E, H, compare, divided, load_block, tokens_of_ranks
 from torch import Tensor, nn
 
-from dynmoe_tutel import ExpertController, MoELayer
+from dynmoe_tutel import Decision, ExpertController, MoELayer
 from dynmoe_tutel.parallel.collectives import gathered
 
 TOP_ANY = {"type": "top_any", "max_expert_num": E}
@@ -193,6 +193,24 @@ def bound_later() -> None:
         dist.all_reduce(size)
         assert abs(size / sum(p.grad.double().square().sum() for p in whole.experts.parameters()) - 1) < 1e-5
         assert "divided over" in refusal(lambda: layer.bind(dist.group.WORLD))  # noqa: B023
+    ragged = MoELayer(TOP_ANY, D, {**experts, "hidden_size_per_expert": H + rank}, seeds=(1, 2))
+    before = [parameter.clone() for parameter in ragged.parameters()]
+    assert "bind: tensors = " in refusal(lambda: ragged.bind(dist.group.WORLD))
+    assert all(torch.equal(a, b) for a, b in zip(before, ragged.parameters(), strict=True))  # nothing was sent
+    few = MoELayer({"type": "top_any", "max_expert_num": 1}, D, {"hidden_size_per_expert": H})
+    assert f"1 slots cannot be divided over {ranks} ranks" in refusal(lambda: few.bind(dist.group.WORLD))
+    pruned = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
+    pruned.begin_record_routing(), pruned(batch()[0]), pruned.end_record_routing()
+    if rank == 0:
+        pruned.update_experts(Decision(prune=[(slot, "") for slot in range(1, E // 2)]))
+    counts = pruned.record.counts.sum()
+    pruned.bind(dist.group.WORLD)
+    assert pruned.num_global_experts == int(pruned.gates[0].active().sum()) == 1
+    assert pruned.record.counts.sum() == counts
+    moved = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
+    moved.begin_record_routing(), moved(batch()[0]), moved.end_record_routing()
+    moved.bind(dist.group.WORLD)
+    assert moved.record.counts.sum() > 0 == moved.record.counts[~moved.gates[0].active()].sum()
     recording = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
     recording.begin_record_routing()
     assert "a record window is open" in refusal(lambda: recording.bind(dist.group.WORLD))

@@ -56,7 +56,7 @@ class LanguageConfig(Settings):
     model: str = option("", "A model's folder or name on the hub, instead of the default.")
     # GMoE's choice: every other one of the last
     layers: tuple[int, ...] = option((2, 4), "Layers whose FFNs become experts, by comma.")
-    batch: int = option(32, "Texts of a step.")
+    batch: int = option(32, "Texts per step.")
     max_length: int = 64
     test_limit: int = 500  # texts of each domain that are tested after the last step
     early_limit: int = 64  # and before: a glimpse, for the curves

@@ -50,9 +50,9 @@ class VisionConfig(Settings):
         DIGITS_TEST_DOMAINS,
         "Domains left out, each in runs of its own, by comma. Default: all; of the digits 0,75.",
     )
-    batch_per_domain: int = option(16, "Images of a step from each training domain. Default: 16, with --data 32.")
+    batch_per_domain: int = option(16, "Images per step from each training domain. Default: 16, with --data 32.")
     steps: int = option(400, "Optimizer steps of each run. Default: 400, with --data 5000.")
-    learning_rate: float = option(2e-3, "Of all rows. Default: 0.002, with --data 3e-5.")
+    learning_rate: float = option(2e-3, "Learning rate, the same for all rows. Default: 0.002, with --data 3e-5.")
     weight_decay: float = 0.0
     constant_rate: bool = False  # DomainBed's; otherwise half a cosine after the warm-up
     device: str = option("cpu", "With --data: cuda or cpu. Default: cuda where there is one.")
