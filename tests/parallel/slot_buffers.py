@@ -45,22 +45,30 @@ def layer_of(kind: str, group: Any, ranks: int = 1) -> MoELayer:
     return MoELayer(gate, D, experts, group=group, seeds=(1, 2))
 
 
+def local_state(experts: Any, slot: int) -> list[Tensor]:
+    """Views of all parameters and buffers of a slot of this rank."""
+    if isinstance(experts.module, nn.ModuleList):
+        expert = experts.module[slot]
+        return [tensor.detach() for tensor in (*expert.parameters(), *expert.buffers())]
+    return [tensor.detach()[slot] for tensor in (*experts.parameters(), *experts.buffers())]
+
+
 def slot_state(layer: Any, slot: int) -> list[Tensor]:
-    return [tensor[index] for tensor, index in layer.expert_slots.slot_tensors(slot)]
+    """The same for a slot of all; nothing if another rank holds it."""
+    place = layer.placement
+    return local_state(layer.experts, slot % place.local) if slot // place.local == place.rank else []
 
 
 def mark_slots(layer: Any) -> None:
     """Give every slot values of its own, in parameters and buffers, the same on any number of ranks."""
     for slot in range(layer.slots):
-        for i, (tensor, index) in enumerate(layer.expert_slots.slot_tensors(slot)):
+        for i, tensor in enumerate(slot_state(layer, slot)):
             generator = torch.Generator().manual_seed(100 * slot + i)
             if tensor.is_floating_point():
-                drawn = 0.1 + torch.rand(tensor[index].shape, generator=generator)
+                tensor.copy_(0.1 + torch.rand(tensor.shape, generator=generator))
             else:
-                drawn = torch.randint(
-                    0, 2 if tensor.dtype == torch.bool else 9, tensor[index].shape, generator=generator
-                )
-            tensor[index] = drawn.to(tensor.dtype)
+                most = 2 if tensor.dtype == torch.bool else 9
+                tensor.copy_(torch.randint(0, most, tensor.shape, generator=generator))
 
 
 def marked(kind: str, group: Any = None, ranks: int = 1) -> MoELayer:
