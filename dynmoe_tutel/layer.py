@@ -68,7 +68,7 @@ class MoELayer(AdaptiveExperts):
 
     @takes_arguments_of(MoEConfig)
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        config = MoEConfig.of(*arguments, **options)
+        config = self._meant(MoEConfig.of(*arguments, **options))
         exchange: Exchange = (config.exchange or exchange_of)(config)
         assert config.experts is not None
         generators = generators_of(config.seeds, len(config.gates))
@@ -96,6 +96,15 @@ class MoELayer(AdaptiveExperts):
         if config.one_score_gate:
             for made in gates:
                 made.freeze_keys()  # type: ignore[operator]
+
+    @staticmethod
+    def _meant(config: MoEConfig) -> MoEConfig:
+        """The configuration that a layer of this class takes `config` for: the same."""
+        return config
+
+    def _k_of_call(self, top_k: int | None) -> int | None:
+        """The k that a call's `top_k` asks for; None: the gate's."""
+        return top_k
 
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
@@ -152,7 +161,7 @@ class MoELayer(AdaptiveExperts):
             inequivalent_tokens,
         )
         with without_autocast(input):
-            routing = self.exchange.bounded(gate(x_TD, call.capacity, top_k, mask_T), call)
+            routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T), call)
         recorded = self.record_routing and (self.training or self.record_eval)
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)

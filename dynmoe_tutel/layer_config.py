@@ -44,7 +44,8 @@ class MoEConfig:
         scan_expert_func: called with (name, parameter) for every expert parameter.
         result_func: applied to the output, which carries ``l_aux``.
         group: process group over whose ranks the experts are divided: slot e is on rank e // (E / ranks), and
-            ``num_experts_per_device`` are active on each at start. None: this process holds them all.
+            ``num_experts_per_device`` are active on each at start. None: this process holds them all; for
+            `moe.moe_layer`, as in Tutel: all ranks, where torch.distributed is initialised.
         seeds: (gates, experts) seeds of private generators; the global random state is never reseeded.
         a2a_ffn_overlap_degree: chunks of tokens (exact capacity only): one is sent while another is computed.
         is_postscore: False applies scores before the experts and needs stock Tutel.
@@ -171,7 +172,8 @@ class MoEConfig:
             if count < start:
                 raise ValueError(
                     f"gate_type['max_expert_num'] = {count} is less than the {start} experts at start "
-                    f"(num_experts_per_device) of type {config.get('type')!r}: give at least {start}"
+                    f"(num_experts_per_device, summed over the ranks) of type {config.get('type')!r}: give at least "
+                    f"{start}"
                 )
         if len(set(slots)) > 1 and any(not gate_class(c).adaptive for c in self.gates):
             raise ValueError(

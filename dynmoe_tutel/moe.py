@@ -1,13 +1,17 @@
 """Drop-in for `tutel.moe`: `from dynmoe_tutel import moe as tutel_moe`.
 
-`moe_layer` builds a layer. To build your own: `top_any_routing` and `top_k_routing` assign tokens to experts,
-`fast_encode` dispatches token rows to padded expert rows [E, C, D], `fast_decode` combines them.
+`moe_layer` builds a layer; as in Tutel, no `group` means all ranks of the job. To build your own: `top_any_routing` and
+`top_k_routing` assign tokens to experts, `fast_encode` dispatches token rows to padded expert rows [E, C, D],
+`fast_decode` combines them.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,8 +24,9 @@ from .capacity import combine_weights, expert_capacity, locations, picks
 from .kernels import gate_dtype, threshold_gate
 from .kernels.operation import FLOATS
 from .layer import MoELayer
+from .layer_config import MoEConfig
 from .routing import Capacity, PaddedRows, Routing, check_capacity
-from .validation import describe, number, positive_int
+from .validation import describe, number, positive_int, warn_once
 
 CriticalData = tuple[int, list[Tensor], list[Tensor], list[Tensor], int, Tensor]
 
@@ -37,8 +42,57 @@ __all__ = [
     "top_k_routing",
 ]
 
-moe_layer = MoELayer
-MOELayer = MoELayer  # Tutel's spelling
+
+class _TutelsClass(type):
+    """Tutel has one class of layers: `isinstance` against its name finds every `MoELayer`, however it was made."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or (cls is MOELayer and isinstance(instance, MoELayer))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return super().__subclasscheck__(subclass) or (cls is MOELayer and issubclass(subclass, MoELayer))
+
+
+class MOELayer(MoELayer, metaclass=_TutelsClass):
+    """A `MoELayer` whose arguments mean what they mean in Tutel.
+
+    Without a `group`, the experts are divided over all ranks, where torch.distributed is initialised; in a `MoELayer`,
+    each process then holds them all. A k above the number of experts means all experts, in `gate_type` and in the call.
+    """
+
+    @staticmethod
+    def _meant(config: MoEConfig) -> MoEConfig:
+        """The configuration with Tutel's defaults filled in."""
+        group = _ranks_of_job() if config.group is None else config.group
+        start = config.experts_per_rank * (1 if group is None else dist.get_world_size(group))
+        gates = [{**gate, "k": _at_most(start, gate["k"])} if "k" in gate else gate for gate in config.gates]
+        return replace(config, group=group, gate_type=gates)
+
+    def _get_name(self) -> str:
+        return MoELayer.__name__  # printed models are alike
+
+    def _k_of_call(self, top_k: int | None) -> int | None:
+        return _at_most(self.slots, top_k) if top_k else None  # 0 is the gate's k, as in Tutel
+
+
+moe_layer = MOELayer
+
+
+def _at_most(experts: int, k: Any) -> Any:
+    """k, at most the number of experts; what is no integer is left to the gate to refuse."""
+    return min(k, experts) if isinstance(k, Integral) and not isinstance(k, bool) else k
+
+
+def _ranks_of_job() -> Any:
+    """The group of all ranks; None in a process without others, whose layers then hold no group and can be pickled."""
+    group = _all_ranks()
+    if group is None and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        warn_once(
+            "moe_layer was called before torch.distributed.init_process_group() in a job of WORLD_SIZE = "
+            f"{os.environ['WORLD_SIZE']} processes: this process holds all experts. Initialise first to divide them "
+            "over the ranks, or write dynmoe_tutel.MoELayer where each process is to hold them all"
+        )
+    return None if group is None or dist.get_world_size(group) == 1 else group
 
 
 def top_any_routing(

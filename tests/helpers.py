@@ -166,7 +166,7 @@ def make_case(
     layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: if these are
     few, the first passes all thresholds and the second no positive one. Asserts the margin of every decision.
     """
-    from dynmoe_tutel import moe
+    from dynmoe_tutel import MoELayer
 
     generator = torch.Generator().manual_seed(seed)
     active = list(range(E)) if active is None else list(active)
@@ -181,7 +181,7 @@ def make_case(
     gate_type: dict[str, Any] = {"type": "top_any", "max_expert_num": E}
     if temperature is not None:
         gate_type["init_t"] = 1.0
-    layer = moe.moe_layer(gate_type=gate_type, experts=experts, model_dim=D, **options)
+    layer = MoELayer(gate_type=gate_type, experts=experts, model_dim=D, **options)
     gate = layer.gates[0]
     low, high = G if isinstance(G, tuple) else (G, G)
     with torch.no_grad():

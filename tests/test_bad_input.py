@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from test_moe import START, D, H, layer_with, tokens
 from torch import nn
 
-from dynmoe_tutel import Decision, moe
+from dynmoe_tutel import Decision, MoELayer, moe
 
 
-def build(gate: Any = "top_any", model_dim: Any = D, experts: Any = None, **given: Any) -> Any:
+def build(
+    gate: Any = "top_any", model_dim: Any = D, experts: Any = None, cls: Any = moe.moe_layer, **given: Any
+) -> Any:
     config = {"type": "ffn", "num_experts_per_device": START, "hidden_size_per_expert": H, **(experts or {})}
-    return moe.moe_layer(gate, model_dim, config, **given)
+    return cls(gate, model_dim, config, **given)
 
 
 def gate(kind: str = "top_any", **keys: Any) -> dict[str, Any]:
@@ -57,8 +59,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "gate_index text": (call(gate_index="0"), ["gate_index", "'0'"]),
     "gate_index None": (call(gate_index=None), ["gate_index", "None"]),
     "gate_index float": (call(gate_index=0.5), ["gate_index", "0.5"]),
-    "top_k": (call(layer={"gate": "top"}, top_k=5), ["top_k", "5", "4"]),
-    "top_k 0": (call(layer={"gate": "top"}, top_k=0), ["top_k", "0"]),
+    "top_k": (call(layer={"gate": "top", "cls": MoELayer}, top_k=5), ["top_k", "5", "4"]),
+    "top_k 0": (call(layer={"gate": "top", "cls": MoELayer}, top_k=0), ["top_k", "0"]),
     "top_k float": (call(layer={"gate": "top"}, top_k=1.5), ["top_k", "1.5"]),
     "reserve_dims 0": (call(x=torch.ones(1, D), reserve_dims=0), ["reserve_dims", "0"]),
     "reserve_dims -1": (call(reserve_dims=-1), ["reserve_dims", "-1"]),
@@ -126,8 +128,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "unknown gate key": (lambda: build(gate(max_experts=9)), ["'max_experts'", "'max_expert_num'"]),
     "k of top_any": (lambda: build(gate(k=2)), ["'k'", "top-any"]),
     "unknown key of top": (lambda: build(gate("top", max_expert_num=8)), ["'max_expert_num'"]),
-    "k > E": (lambda: build(gate("top", k=5)), ["gate_type['k']", "5", "4"]),
-    "k > E by name": (lambda: build("Top9Gate"), ["gate_type['k']", "9", "4"]),
+    "k > E": (lambda: build(gate("top", k=5), cls=MoELayer), ["gate_type['k']", "5", "4"]),
+    "k > E by name": (lambda: build("Top9Gate", cls=MoELayer), ["gate_type['k']", "9", "4"]),
     **{f"k {v!r}": (lambda v=v: build(gate("top", k=v)), ["gate_type['k']", repr(v)]) for v in (0, -1, 2.5, "2", None)},  # type: ignore[misc]
     "max_expert_num < start": (lambda: build(gate(max_expert_num=3)), ["max_expert_num", "3", "4"]),
     "GMGate2": (lambda: build("GMGate2"), ["max_expert_num", "2", "4"]),

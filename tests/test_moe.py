@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import math
@@ -33,10 +34,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-def layer_with(gate: Any = "top_any", experts: str = "ffn", **given: Any) -> Any:
+def layer_with(gate: Any = "top_any", experts: str = "ffn", cls: Any = moe.moe_layer, **given: Any) -> Any:
     """A layer of 4 experts in up to 6 slots; thresholds differ, so that k does."""
     config = {**EXPERTS[experts], "num_experts_per_device": START, "hidden_size_per_expert": H}
-    layer = moe.moe_layer(KINDS.get(gate, gate) if isinstance(gate, str) else gate, D, config, seeds=(1, 2), **given)
+    layer = cls(KINDS.get(gate, gate) if isinstance(gate, str) else gate, D, config, seeds=(1, 2), **given)
     for one in layer.gates:
         if one.adaptive:
             with torch.no_grad():
@@ -158,7 +159,8 @@ class TestForward:
         counts = (layer.num_global_experts, layer.max_num_global_experts, layer.num_local_experts)
         assert counts == (START, E, START)
         assert (layer.max_num_local_experts, layer.world_size, layer.sharded_count) == (E, 1, 1)
-        assert moe.moe_layer is moe.MOELayer is MoELayer
+        assert moe.moe_layer is moe.MOELayer
+        assert issubclass(moe.moe_layer, MoELayer)
         assert MoELayer.global_expert_count(3) == 3
         assert f"{START} of {E}" in repr(layer)
 
@@ -406,6 +408,63 @@ class TestCheckpointing:
         found = gradients(layer, x, lambda x: checkpoint(lambda x: (layer(x), layer.l_aux), x, use_reentrant=False))
         for grad, reference in zip(found, expected, strict=True):
             assert torch.equal(grad, reference)
+
+
+class TestTutelsMeaning:
+    """What Tutel's arguments mean is what `moe_layer` takes them for; several ranks: `parallel/drop_in.py`."""
+
+    def test_isinstance_against_tutels_names_finds_every_layer(self) -> None:
+        config = {"num_experts_per_device": 2, "hidden_size_per_expert": H}
+
+        class Own(moe.moe_layer):  # type: ignore[misc, valid-type]
+            pass
+
+        for cls in (MoELayer, moe.moe_layer, Own):
+            layer = cls("top_any", D, config)
+            assert isinstance(layer, moe.MOELayer)
+            assert isinstance(layer, MoELayer)
+            assert issubclass(cls, moe.moe_layer)
+            assert isinstance(layer, Own) == (cls is Own)
+            assert issubclass(cls, Own) == (cls is Own)
+        assert not isinstance(nn.Linear(2, 2), moe.MOELayer)
+        assert inspect.signature(moe.moe_layer) == inspect.signature(MoELayer)
+
+    @pytest.mark.parametrize("gate", ["top", "cosine_top", "custom"])
+    def test_k_above_the_experts_is_all_of_them(self, gate: str) -> None:
+        def layer(k: int) -> Any:
+            torch.manual_seed(0)
+            own = {"module": nn.Linear(D, START)} if gate == "custom" else {}
+            return layer_with({"type": gate, "k": k, **own})
+
+        x = tokens()
+        many, every, one = layer(START + 3), layer(START), layer(1)
+        assert many.gates[0].top_k == START
+        assert torch.equal(many(x), every(x))
+        assert torch.equal(one(x, top_k=START + 3), every(x))
+        assert torch.equal(many(x, top_k=0), every(x))
+        assert layer_with(f"Top{START + 5}Gate").gates[0].top_k == START
+
+    def test_r_of_tutels_scripts(self) -> None:
+        """helloworld_switch calls with every r and degree in turn."""
+        layer, x = layer_with("top"), tokens()
+        y = layer(x)
+        assert (layer.valid_rs, layer.adaptive_degree) == ([0, 1], 1)
+        for r in layer.valid_rs:
+            assert torch.equal(layer(x, adaptive_r=r, a2a_ffn_overlap_degree=r + 1), y)
+
+    def test_a_layer_before_the_process_group_says_what_it_holds(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(validation, "_warned", set())
+        layer_with()
+        assert not caplog.records
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        layer_with(cls=MoELayer)
+        assert not caplog.records
+        layer_with()
+        (record,) = caplog.records
+        assert "before torch.distributed.init_process_group() in a job of WORLD_SIZE = 2" in record.getMessage()
+        assert "dynmoe_tutel.MoELayer" in record.getMessage()
 
 
 class TestCopies:

@@ -102,15 +102,15 @@ def test_names_are_this_packages_own() -> None:
     import tutel.moe
     from tutel import system_init
 
-    assert tutel.impls.moe_layer.MOELayer is layer.MoELayer
-    assert tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer
+    assert tutel.impls.moe_layer.MOELayer is tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer is moe.moe_layer
     assert issubclass(tutel.moe.moe_layer, layer.MoELayer)
+    assert isinstance(layer.MoELayer("top_any", 8, {"hidden_size_per_expert": 4}), tutel.impls.moe_layer.MOELayer)
     assert tutel.gates.top.Gate is gates.TopKGate
     assert tutel.gates.cosine_top.Gate is gates.CosineTopKGate
     assert tutel.gates.gated_multi_gate_t.Gate is gates.TopAnyGate
     assert tutel.impls.fast_dispatch.fast_encode is moe.fast_encode
     assert system_init is tutel.system
-    for name in set(moe.__all__) - {"moe_layer"}:
+    for name in moe.__all__:
         assert getattr(tutel.moe, name) is getattr(moe, name)
     for module, source in (("moe", moe), ("net", net), ("system", system)):
         scope: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def test_a_patch_of_the_stand_in_is_not_one_of_this_package(monkeypatch: pytest.
 
     monkeypatch.setattr(tutel.moe, "moe_layer", None)
     assert tutel.moe.moe_layer is None
-    assert moe.moe_layer is layer.MoELayer
+    assert issubclass(moe.moe_layer, layer.MoELayer)
 
 
 @pytest.mark.usefixtures("surface")
@@ -352,10 +352,11 @@ def _rank(rank: int, folder: str) -> None:
         net.simple_reduce_scatter(torch.zeros(3, 2))
     tutel_stand_in.install()
     config = {"type": "ffn", "num_experts_per_device": 2, "hidden_size_per_expert": 4}
-    with pytest.raises(ValueError, match="moe_layer over 2 ranks needs Tutel itself"):
-        importlib.import_module("tutel.moe").moe_layer("top_any", 8, config)
-    alone = net.create_standalone_group()
-    importlib.import_module("tutel.moe").moe_layer("top_any", 8, config, group=alone)
+    for name in ("tutel.moe", "tutel.impls.moe_layer"):
+        divided = importlib.import_module(name).moe_layer("top_any", 8, config)
+        assert (divided.world_size, divided.num_local_experts, divided.num_global_experts) == (WORLD, 2, 2 * WORLD)
+    alone = importlib.import_module("tutel.moe").moe_layer("top_any", 8, config, group=net.create_standalone_group())
+    assert (alone.world_size, alone.num_local_experts, alone.num_global_experts) == (1, 2, 2)
     assert net.simple_all_reduce(x, inplace=True) is x
     assert torch.equal(x, total)
     dist.destroy_process_group()

@@ -75,10 +75,6 @@ class Wire:
         elif (found := theirs.tolist()) != [tokens] * self.size:
             raise ValueError(f"input has {found} tokens on the ranks of group: {_SAME_TOKENS}")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Wire:
-        """A new `Wire` over the same group (groups cannot be copied), with its counts at zero."""
-        return Wire(self.group)
-
     def guarded(self, call: Callable[[], Any]) -> Any:
         """The result of `call`; if it fails, RuntimeError that names the ranks that are gone."""
         try:

@@ -29,7 +29,8 @@ class Placement:
         if max(self.slots, self.ranks) % min(self.slots, self.ranks):
             raise ValueError(
                 f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.ranks} ranks of "
-                "group: give a multiple (or, inside Tutel, a divisor)"
+                f"group: give a multiple of {self.ranks} (or, inside Tutel, a divisor), or a group of fewer ranks. Without "
+                "a group, moe_layer takes all ranks of the job, and dynmoe_tutel.MoELayer holds all slots in each process"
             )
 
     @classmethod
@@ -75,6 +76,29 @@ class Placement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """Itself: it never changes, and a process group cannot be copied."""
         return self
+
+    def __reduce__(self) -> Any:
+        """The group of all ranks is pickled by name; TypeError for a group of some, which another process lacks."""
+        if self.ranks == 1:
+            return Placement, (self.slots,)
+        if not dist.is_initialized() or self.group is not dist.group.WORLD:
+            raise TypeError(
+                "a layer over the group of some ranks cannot be pickled: save its state_dict(), or use "
+                "dynmoe_tutel.checkpoint.distributed"
+            )
+        return _over_all_ranks, (self.slots, self.rank, self.ranks)
+
+
+def _over_all_ranks(slots: int, rank: int, ranks: int) -> Placement:
+    """The placement of a pickled layer; RuntimeError in a process that cannot have it."""
+    here = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
+    if here != (rank, ranks):
+        found = "torch.distributed is not initialised" if here is None else f"this is rank {here[0]} of {here[1]}"
+        raise RuntimeError(
+            f"the pickled layer has one block of its experts, that of rank {rank} of {ranks}, and {found}: load it "
+            "there, or save with dynmoe_tutel.checkpoint.distributed, which any number of ranks can load"
+        )
+    return Placement(slots, dist.group.WORLD, rank, ranks)
 
 
 def rank_loads(load_E: Sequence[int], ranks: int) -> list[int]:

@@ -38,6 +38,10 @@ class RankExchange:
         self.placement, self.start = placement, start
         self.wire = Wire(placement.group)
 
+    def __reduce__(self) -> Any:
+        """Without the collectives, which belong to a process: a copy has its own, with its counts at zero."""
+        return RankExchange, (self.placement, self.start)
+
     def use_adaptive_degree(self, degree: int) -> None:
         """Ignored: experts are not split."""
 

@@ -25,12 +25,10 @@ _WHOLE = {  # modules with every public name provided
     "tutel.net": f"{_OWN}.tutel_stand_in.net",
     "tutel.impls.communicate": f"{_OWN}.tutel_stand_in.net",
 }
-_LAYER = {"moe_layer": (f"{_OWN}.tutel_stand_in.layer", "MOELayer")}
 _NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that provides it
     "tutel": {},
     "tutel.impls": {},
-    "tutel.moe": _LAYER,  # wins over the name in dynmoe_tutel.moe
-    "tutel.impls.moe_layer": {**_LAYER, "MOELayer": (f"{_OWN}.layer", "MoELayer")},  # isinstance also finds our layers
+    "tutel.impls.moe_layer": {name: (f"{_OWN}.moe", name) for name in ("MOELayer", "moe_layer")},
     "tutel.impls.fast_dispatch": {
         name: (f"{_OWN}.moe", name) for name in ("extract_critical", "fast_decode", "fast_dispatcher", "fast_encode")
     },

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import MoELayer
 from dynmoe_tutel.adaptive.controller import ExpertController, ExpertEvent
 from dynmoe_tutel.adaptive.policy import Decision
 
@@ -17,7 +17,7 @@ D, H, SLOTS = 8, 6, 6
 
 def make_layer(experts: int = 2, slots: int = SLOTS, gate: Any = None) -> Any:
     """A layer whose slot e answers to the axis e of the token space, with thresholds at cosine 0.5."""
-    layer = moe.moe_layer(
+    layer = MoELayer(
         gate_type=gate or {"type": "top_any", "max_expert_num": slots},
         experts={
             "type": "ffn",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import MoELayer
 
 D, TOKENS, ITEMS = 8, 5, 16
 
@@ -19,7 +19,7 @@ D, TOKENS, ITEMS = 8, 5, 16
 def moe_layer(gate: str = "top_any", **gate_options: Any) -> nn.Module:
     slots = {"max_expert_num": 12} if gate == "top_any" else {}
     experts = {"num_experts_per_device": 3, "hidden_size_per_expert": 12, "activation_fn": F.gelu}
-    layer = moe.moe_layer({"type": gate, **slots, **gate_options}, D, experts, seeds=(0, 1))
+    layer = MoELayer({"type": gate, **slots, **gate_options}, D, experts, seeds=(0, 1))
     if gate == "top_any":
         with torch.no_grad():
             layer.gates[0].gates.fill_(0.5)  # some tokens pass no threshold, so experts grow

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import MoELayer
 from dynmoe_tutel.experiments.options import option
 from dynmoe_tutel.experiments.rows import moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
@@ -109,5 +109,5 @@ def build_model(config: TrainConfig, row: str, seed: int) -> ViT:
     return ViT(
         config.model,
         seed,
-        lambda _block: moe.moe_layer(gate_type=gate, experts=experts, model_dim=config.model.dim),
+        lambda _block: MoELayer(gate_type=gate, experts=experts, model_dim=config.model.dim),
     )
