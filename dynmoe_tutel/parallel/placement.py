@@ -29,8 +29,9 @@ class Placement:
         if max(self.slots, self.ranks) % min(self.slots, self.ranks):
             raise ValueError(
                 f"gate_type['max_expert_num'] = {self.slots} slots cannot be divided over the {self.ranks} ranks of "
-                f"group: give a multiple of {self.ranks} (or, inside Tutel, a divisor), or a group of fewer ranks. Without "
-                "a group, moe_layer takes all ranks of the job, and dynmoe_tutel.MoELayer holds all slots in each process"
+                f"group: give a multiple of {self.ranks} (or, inside Tutel, a divisor), or a group of fewer ranks. "
+                "Without a group, moe_layer takes all ranks of the job, and dynmoe_tutel.MoELayer holds all slots in "
+                "each process"
             )
 
     @classmethod

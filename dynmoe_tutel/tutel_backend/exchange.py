@@ -35,6 +35,7 @@ def tutel_exchange(config: MoEConfig, layout: str) -> Exchange:
     assert config.experts is not None
     start = _experts_at_start(config.experts, ranks)
     placement = Placement(config.slots(start), group, communicate.get_world_rank(group), ranks)
+    _degree_of(config.parallel_type, placement.shards)  # refuses what Tutel does not know, in either layout
     module = config.experts.get("module") if config.experts.get("type") == "custom" else None
     of_tutel = config.experts.get("type", "ffn") not in ("ffn", "llama_ffn") and (
         module is None or takes_context(module)
