@@ -359,9 +359,13 @@ def _refuse_transforms() -> None:
         )
     if torch.jit.is_tracing():
         raise NotImplementedError("a MoELayer cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    inner = torch._C._functorch.peek_interpreter_stack()
-    if inner is not None and inner.key() == torch._C._functorch.TransformType.Vmap:
-        raise NotImplementedError("a MoELayer has no batching rule (torch.vmap): give the batch to one call")
+    functorch = torch._C._functorch
+    inner = functorch.peek_interpreter_stack()
+    if inner is not None and inner.key() in (functorch.TransformType.Vmap, functorch.TransformType.Grad):
+        raise NotImplementedError(
+            "a MoELayer has no rule for torch.func's transforms (vmap, grad): give the batch to one call, and use the "
+            "backward"
+        )
 
 
 def in_backward() -> bool:

@@ -77,8 +77,10 @@ def test_forward_mode_is_refused(gate: str) -> None:
 
 def test_transforms_without_a_rule_are_refused_by_name() -> None:
     layer, x = layer_with(), torch.stack([tokens(), 2 * tokens()])
-    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
         torch.vmap(layer)(x)
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
+        torch.func.grad(lambda each: layer(each).sum())(x)
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
         torch.jit.trace(layer, x)
     assert layer(x).shape == x.shape

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -305,10 +306,12 @@ class AdaptiveExperts(nn.Module):
         """Divide the experts of this process over the ranks of `group`.
 
         Every rank takes over the experts and gates of rank 0 and keeps its block of slots, in new parameters: call it
-        on all ranks, before you make an optimizer. Active experts first move to other slots where ranks would get
-        unequal numbers; the layer's function stays the same. Raises ValueError if the experts are divided already, a
-        record window is open, or the slots cannot be divided.
+        on all ranks, before you make an optimizer, hooks or ties. Active experts first move to other slots where ranks
+        would get unequal numbers; the layer's function stays the same. Raises ValueError if the experts are divided
+        already, a record window is open, the ranks' layers differ, or the slots cannot be divided.
         """
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(f"group = {group!r}: give a process group of torch.distributed")
         if self.placement.ranks > 1:
             raise ValueError(f"group: the experts are divided over {self.placement.ranks} ranks already")
         if not isinstance(self.exchange, LocalExchange):
@@ -323,8 +326,18 @@ class AdaptiveExperts(nn.Module):
                 f"group: {self.slots} slots cannot be divided over {placement.ranks} ranks: give a multiple of them"
             )
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        own = {name: f"{list(t.shape)} of {t.dtype}" for name, t in tensors.items()}
-        check_alike("bind", {"tensors": own, "gates": [type(gate).__name__ for gate in self.gates]}, group)
+        hooked = [name for name, parameter in self.experts.named_parameters() if parameter._backward_hooks]
+        own = {
+            "tensors": {name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()},
+            "gates": [type(gate).__name__ for gate in self.gates],
+            "experts at start": self.exchange.start,
+            "parameters with hooks": hooked,
+        }
+        check_alike("bind", own, group)
+        if hooked:
+            raise ValueError(
+                f"group: experts.{hooked[0]} has hooks, which its new parameter would lack: add them after"
+            )
         copy_from_first(self.gates, group)
         copy_from_first(self.experts, group)
         with torch.random.fork_rng(devices=[]):

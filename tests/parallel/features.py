@@ -197,6 +197,12 @@ def bound_later() -> None:
     before = [parameter.clone() for parameter in ragged.parameters()]
     assert "bind: tensors = " in refusal(lambda: ragged.bind(dist.group.WORLD))
     assert all(torch.equal(a, b) for a, b in zip(before, ragged.parameters(), strict=True))  # nothing was sent
+    unlike = MoELayer(TOP_ANY, D, {**experts, "num_experts_per_device": 1 + rank}, seeds=(1, 2))
+    assert "bind: experts at start = " in refusal(lambda: unlike.bind(dist.group.WORLD))
+    hooked = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
+    hooked.experts.batched_fc1_w.register_hook(lambda grad: grad)
+    assert "experts.batched_fc1_w has hooks" in refusal(lambda: hooked.bind(dist.group.WORLD))
+    assert "group = 3: give a process group" in refusal(lambda: unlike.bind(3))
     few = MoELayer({"type": "top_any", "max_expert_num": 1}, D, {"hidden_size_per_expert": H})
     assert f"1 slots cannot be divided over {ranks} ranks" in refusal(lambda: few.bind(dist.group.WORLD))
     pruned = MoELayer(TOP_ANY, D, experts, seeds=(1, 2))
