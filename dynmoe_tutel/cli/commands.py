@@ -42,11 +42,6 @@ experiment_app = typer.Typer(help="Fine-tune converted models on real data and c
 app.add_typer(experiment_app, name="experiment")
 
 
-def main() -> None:
-    """The entry point of the console script."""
-    app()
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"dynmoe-tutel {__version__}")
@@ -148,9 +143,9 @@ def run(
 
     ARGS go to the script. -m MODULE instead of SCRIPT runs a module, as python -m does.
     """
-    from dynmoe_tutel.cli.run_script import run
+    from dynmoe_tutel.cli.run_script import main
 
-    _run(lambda console: run(arguments))
+    raise typer.Exit(main(arguments))
 
 
 def _run(command: Callable[[Any], int]) -> None:
@@ -160,10 +155,12 @@ def _run(command: Callable[[Any], int]) -> None:
         from rich.markup import escape
     except ImportError:
         sys.exit("dynmoe-tutel needs rich, which is not installed: pip install 'dynmoe_tutel[experiments]'")
+    from dynmoe_tutel.cli.output import lasting
+
     try:
-        code = command(Console())
+        code = command(Console(file=lasting(sys.stdout)))
     except (ValueError, ImportError, OSError) as error:
         message = " ".join(str(error).split())
-        Console(stderr=True).print(f"[red]Error: {escape(message)}[/red]", highlight=False, soft_wrap=True)
+        Console(file=lasting(sys.stderr)).print(f"[red]Error: {escape(message)}[/red]", highlight=False, soft_wrap=True)
         code = 1 if isinstance(error, ImportError) else 2
     raise typer.Exit(code)

@@ -7,21 +7,21 @@ would run it.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import importlib.util
 import logging
 import os
 import runpy
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
 from .. import tutel_stand_in
+from .children import prepare_children
 
-__all__ = ["run"]
+__all__ = ["main", "run"]
 
 _TOOLS = {"tutel.checkpoint.gather": "gather", "tutel.checkpoint.scatter": "scatter"}
 _USAGE = "give SCRIPT ARGS..., or -m MODULE ARGS..."
@@ -31,21 +31,43 @@ def run(arguments: list[str]) -> int:
     """Run SCRIPT ARGS..., or -m MODULE ARGS..., as `__main__`; its exit code.
 
     An uncaught exception is printed as python prints it. `sys.argv`, `sys.path`, `__main__` and Tutel's modules are put
-    back afterwards. ValueError where there is no such script or module.
+    back afterwards; threads that the script leaves are not waited for. ValueError where there is no such script or
+    module.
     """
+    with ExitStack() as undo:
+        return _run(arguments, undo)
+
+
+def main(arguments: list[str]) -> int:
+    """As `run`, in a process that ends with the script; what cannot be run becomes one line and exit code 1 or 2.
+
+    Nothing is put back: the threads, pools and exit functions that the script leaves find everything as it was, and
+    python itself waits for them or ends them.
+    """
+    try:
+        return _run(arguments, ExitStack())
+    except (ValueError, ImportError, OSError) as error:
+        sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
+        return 1 if isinstance(error, ImportError) else 2
+
+
+def _run(arguments: list[str], undo: ExitStack) -> int:
+    """What `run` does; `undo` puts the process back."""
     target, is_module, rest = _split(arguments)
     tool = _TOOLS.get(target) if is_module else None
-    with _restored(), _logging_shown():
-        sys.argv[:] = [target, *rest]
-        _set_first_path("" if is_module else target)
-        with _tutel(needed=tool is not None), _threads_joined():
-            if tool is not None:
-                from .. import tutel_backend
+    _keep_process(undo)
+    show_log(undo)
+    sys.argv[:] = [target, *rest]
+    _set_first_path("" if is_module else target)
+    provide_tutel(undo, needed=tool is not None)
+    undo.callback(prepare_children())
+    if tool is not None:
+        from .. import tutel_backend
 
-                return _exit_code(lambda: tutel_backend.checkpoint_tool(tool))
-            if is_module:
-                return _exit_code(lambda: _run_module(target))
-            return _exit_code(lambda: _run_file(target))
+        return _exit_code(lambda: tutel_backend.checkpoint_tool(tool))
+    if is_module:
+        return _exit_code(lambda: _run_module(target))
+    return _exit_code(lambda: _run_file(target))
 
 
 def _split(arguments: list[str]) -> tuple[str, bool, list[str]]:
@@ -116,52 +138,31 @@ def _set_first_path(script: str) -> None:
     sys.path[:1] = [first]
 
 
-@contextlib.contextmanager
-def _tutel(needed: bool) -> Iterator[None]:
+def provide_tutel(undo: ExitStack, needed: bool = False) -> None:
     """Tutel with this package's gate types, or the stand-in unless Tutel itself is `needed`."""
     if tutel_stand_in.tutel_is_importable():
         from .. import tutel_backend
 
-        before = tutel_backend.registered()
+        if not tutel_backend.registered():
+            undo.callback(tutel_backend.unregister)
         tutel_backend.register()
-        try:
-            yield
-        finally:
-            if not before:
-                tutel_backend.unregister()
         return
-    before = tutel_stand_in.installed()
+    if not tutel_stand_in.installed():
+        undo.callback(tutel_stand_in.remove)
     if not needed:
         tutel_stand_in.install()
-    try:
-        yield
-    finally:
-        if not before:
-            tutel_stand_in.remove()
 
 
-@contextlib.contextmanager
-def _threads_joined() -> Iterator[None]:
-    """Wait for the threads that the script leaves, as python does before it ends."""
-    threads = set(threading.enumerate())
-    try:
-        yield
-    finally:
-        for thread in set(threading.enumerate()) - threads:
-            if not thread.daemon:
-                thread.join()
-
-
-@contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    """`sys.argv`, `sys.path` and `__main__` as they were."""
+def _keep_process(undo: ExitStack) -> None:
+    """Let `undo` put `sys.argv`, `sys.path` and `__main__` back."""
     argv, path, main = list(sys.argv), list(sys.path), sys.modules.get("__main__")
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         sys.argv[:], sys.path[:] = argv, path
         if main is not None:
             sys.modules["__main__"] = main
+
+    undo.callback(put_back)
 
 
 def _exit_code(script: Callable[[], object]) -> int:
@@ -203,8 +204,7 @@ class _Shown(logging.Handler):
             sys.stderr.write(f"{self.format(record)}\n")
 
 
-@contextlib.contextmanager
-def _logging_shown() -> Iterator[None]:
+def show_log(undo: ExitStack) -> None:
     """INFO of "dynmoe_tutel" on stderr unless the script configures logging."""
     logger, handler = logging.getLogger("dynmoe_tutel"), _Shown()
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
@@ -213,9 +213,10 @@ def _logging_shown() -> Iterator[None]:
     logger.propagate = False  # the handler does it, by the level that the script gave to the root
     if level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+    undo.callback(put_back)

@@ -54,9 +54,9 @@ def run_all(
 ) -> None:
     """Do what of the plan is not in the folder yet; its runs share the folder's logs, in the order of the plan.
 
-    `stop_request`: of `stop_requests`, where the caller waits for signals; by default SIGINT and SIGTERM are waited for
-    here. Raises Interrupted after one, when the state is saved; ValueError where the folder cannot be written or its
-    checkpoints do not fit.
+    `stop_request`: of `stop_requests`, where the caller waits for signals; by default they are waited for here. Raises
+    Interrupted after one, when the state is saved; ValueError where the folder cannot be written or its checkpoints do
+    not fit.
     """
     if stop_request is None:
         with stop_requests() as stop_request:
@@ -312,7 +312,10 @@ def thread_count(threads: int) -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Gives a function that returns the signal that asked to stop, or None. A second signal stops at once."""
+    """Gives a function that returns the signal that asked to stop, or None. A second signal stops at once.
+
+    These are SIGINT, SIGTERM, and SIGHUP, which a terminal sends when it closes, unless `nohup` had it ignored.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -322,7 +325,10 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
         received.append(signum)
         signal.signal(signum, before[signum])
 
-    before: dict[int, Any] = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    stopping: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stopping.append(signal.SIGHUP)
+    before: dict[int, Any] = {signum: signal.signal(signum, remember) for signum in stopping}
     try:
         yield lambda: received[0] if received else None
     finally:

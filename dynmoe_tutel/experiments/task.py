@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dynmoe_tutel.experiments import options
 from dynmoe_tutel.experiments.options import option
 
+MAX_THREADS = 1024
 MAX_SEED = 2**31
 KINDS = ("validation", "in", "out")
 
@@ -54,6 +55,8 @@ class Settings:
         if not all(0 <= seed < MAX_SEED for seed in self.seeds):
             raise ValueError(f"seeds must be from 0 to {MAX_SEED - 1}, got {list(self.seeds)}")
         self.refuse_below_one("steps", "update_every", "log_every", "eval_every", "threads", "experts", "slots")
+        if self.threads > MAX_THREADS:  # the system refuses them in the middle of a computation, and ends the process
+            raise ValueError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         if self.experts > self.slots:
             raise ValueError(f"experts must be at most slots ({self.slots}), got {self.experts}")
         if not isinstance(self.learning_rate, float) or not 0 < self.learning_rate < math.inf:

@@ -93,6 +93,7 @@ def test_train_leaves_everything_in_its_folder(run: Path) -> None:
         (["--steps", "-5"], "steps must be an integer of at least 1, got -5"),
         (["--test-domain", "10"], "test_domain must be one of [0, 15, 30, 45, 60, 75], got 10"),
         (["--threads", "0"], "threads must be an integer of at least 1, got 0"),
+        (["--threads", "100000"], "threads must be at most 1024, got 100000"),
         (["--resume", "x", "--steps", "5", "--quick"], "leave out --steps, --quick"),
         (["--resume", "nowhere"], "nowhere is not a run folder: it has no config.json"),
     ],

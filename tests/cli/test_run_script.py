@@ -169,6 +169,102 @@ threading.Thread(target=late).start()
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
+CHILD = """
+import multiprocessing, os, sys
+
+def seen(queue):
+    import tutel.impls.moe_layer
+    from tutel import net
+    queue.put([net.get_world_size(), os.getcwd(), sys.path, sys.argv])
+
+def child(queue, context, depth):
+    if depth == 0:
+        return seen(queue)
+    process = multiprocessing.get_context(context).Process(target=child, args=(queue, context, depth - 1))
+    process.start()
+    process.join()
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[2])
+    from tutel import moe
+    import tutel.impls.moe_layer
+    context = multiprocessing.get_context(sys.argv[1])
+    queue, parent = context.Queue(), multiprocessing.get_context("fork").SimpleQueue()
+    child(queue, sys.argv[1], 2)
+    seen(parent)
+    got, own = queue.get(), parent.get()
+    assert got[0] == 1 and got[2:4] == own[2:4], (got, own)
+    print("alike")
+"""
+
+
+@pytest.mark.parametrize("context", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_children_of_children_find_tutel(context: str, as_module: bool, tmp_path: Path) -> None:
+    """They start in a folder from which this package cannot be imported."""
+    script = write(tmp_path, CHILD)
+    (tmp_path / "elsewhere").mkdir()
+    target = ["-m", "script"] if as_module else [script]
+    done = call(*target, context, tmp_path / "elsewhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alike\n", "")
+
+
+PRELOADED = """
+import multiprocessing
+from tutel import net
+
+def rank(queue):
+    queue.put(net.get_world_size())
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "tutel.moe"])
+    queue = context.SimpleQueue()
+    context.Process(target=rank, args=(queue,)).start()
+    print(queue.get())
+"""
+
+
+def test_a_fork_server_that_preloads_the_script(tmp_path: Path) -> None:
+    done = call(write(tmp_path, PRELOADED), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+OPEN = {
+    "threads": "pool = concurrent.futures.ThreadPoolExecutor(2); print(pool.submit(int, 3).result())",
+    "processes": "pool = concurrent.futures.ProcessPoolExecutor(1); print(pool.submit(int, 3).result())",
+    "pool": "pool = multiprocessing.Pool(1); print(pool.apply(int, [3]))",
+    "thread pool": "pool = multiprocessing.pool.ThreadPool(1); print(pool.apply(int, [3]))",
+    "daemon": "threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()",
+    "work left": "pool = concurrent.futures.ThreadPoolExecutor(1); [pool.submit(time.sleep, 1), pool.submit(print, 3)]",
+    "an exception": "pool = concurrent.futures.ThreadPoolExecutor(1); pool.submit(int, 3); 1 / 0",
+    "an exit code": "pool = concurrent.futures.ThreadPoolExecutor(1); pool.submit(int, 3); sys.exit(5)",
+    "exit functions": "atexit.register(lambda: print(sys.argv[1:], vars(sys.modules['__main__']) is globals()))",
+}
+
+
+@pytest.mark.parametrize("left", OPEN)
+def test_a_script_ends_when_python_would_end_it(left: str, tmp_path: Path) -> None:
+    imports = "import atexit, concurrent.futures, multiprocessing.pool, sys, threading, time\n"
+    script = write(tmp_path, f"{imports}if __name__ == '__main__':\n    {OPEN[left]}\n")
+    by_python, ours = python(script, "a", cwd=tmp_path), call(script, "a", cwd=tmp_path)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (by_python.returncode, by_python.stdout, by_python.stderr)
+
+
+def test_no_extra_is_needed(tmp_path: Path) -> None:
+    """Modules of the extra that cannot be imported stand for an installation without them."""
+    script = write(tmp_path, "import sys, tutel.moe\nprint('ran', sys.argv[1:])\n")
+    code = "import sys\nfor name in ('typer', 'rich', 'click', 'safetensors', 'sklearn', 'matplotlib'):\n"
+    code += "    sys.modules[name] = None\nfrom dynmoe_tutel.cli import main\nmain()\n"
+    done = python("-c", code, "run", script, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran ['--help']\n", "")
+    done = python("-c", code, "run", "nowhere.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    done = python("-c", code, "train", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "dynmoe-tutel needs typer" in done.stderr
+
+
 @pytest.mark.parametrize(
     "code",
     [

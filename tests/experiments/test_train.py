@@ -24,7 +24,7 @@ from dynmoe_tutel.experiments import experiment
 from dynmoe_tutel.experiments.report import plots
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder, runs_of
 from dynmoe_tutel.experiments.run_folder import RUNS as RUNS_FOLDER
-from dynmoe_tutel.experiments.runner import Interrupted, Run
+from dynmoe_tutel.experiments.runner import Interrupted, Run, stop_requests
 from dynmoe_tutel.experiments.vision.digits_task import TrainConfig, build_model
 from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask
 from dynmoe_tutel.experiments.vision.vit import ViTConfig
@@ -50,11 +50,12 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def _global_state() -> Iterator[None]:
     """Check that the job leaves torch's random state, its threads and the signal handlers alone."""
     random, threads = torch.get_rng_state(), torch.get_num_threads()
-    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(signum) for signum in signals]
     yield
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.get_num_threads() == threads
-    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(signum) for signum in signals] == handlers
 
 
 def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
@@ -153,6 +154,36 @@ def test_sigterm_saves_at_the_next_step_and_resume_is_bitwise_the_uninterrupted_
     assert_interrupted(folder, said)
     assert tiny_job.resume(folder, tiny_job.quiet()) == 0
     assert_same_job(folder, whole)
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="nohup has it ignored")
+def test_the_end_of_the_terminal_saves_at_the_next_step(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, train_step = tmp_path / "run", Run.train_step
+
+    def hung_up(run: Run) -> None:
+        train_step(run)
+        if run.row == "dynmoe" and run.step == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    console = tiny_job.quiet()
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train_step", hung_up)
+        assert tiny_job.start(tiny_job.CONFIG, folder, console) == 128 + signal.SIGHUP
+    assert_interrupted(folder, console.file.getvalue())  # type: ignore[attr-defined]
+    assert tiny_job.resume(folder, tiny_job.quiet()) == 0
+    assert_same_job(folder, whole)
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop_request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_request() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_saves_at_the_next_step_every_time(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,13 +118,15 @@ def _served(
         sampler=order,
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_ignore_terminal,
     )
 
 
-def _ignore_ctrl_c(_worker: int) -> None:
-    """A terminal sends it to all processes; the one that trains decides what comes of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_terminal(_worker: int) -> None:
+    """A terminal sends Ctrl-C and its end to all processes; the one that trains decides what comes of it."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def split(size: int, seed: int, position: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 Domains, classes and files are taken in sorted order, as DomainBed takes them. Everything that would silently spoil an
 experiment is refused: a class that a domain lacks (its labels would shift), nested folders (domains taken for classes),
-files that are no images. Needs Pillow, which is imported when a tree is opened.
+files that are no images. What other systems leave beside the images (`FOREIGN`, and names that begin with a dot, such
+as the AppleDouble file `._0.png`) is passed over, and said once. Needs Pillow, which is imported when a tree is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "DATA/<domain>/<class>/<image>"
+FOREIGN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # folders, no data of ours
 NAMED = 5  # folders or classes that a message names
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFolders:
@@ -48,6 +53,7 @@ class ImageFolders:
             )
         self._classes = _common_classes(root, folders)
         self.files = {name: _files(classes) for name, classes in folders.items()}
+        _say_passed_over(root, folders)
         self._labels = {
             name: torch.tensor([self._classes.index(file.parent.name) for file in files])
             for name, files in self.files.items()
@@ -130,7 +136,24 @@ def _pillow() -> ModuleType:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_foreign(entry))
+
+
+def _is_foreign(entry: Path) -> bool:
+    """Whether it is hidden, or a folder that another system left."""
+    return entry.name.startswith(".") or (entry.name in FOREIGN and entry.is_dir())
+
+
+def _say_passed_over(root: Path, folders: dict[str, list[Path]]) -> None:
+    """Log the entries of a tree that would be images, domains or classes if they were not foreign."""
+    above = [root, *(root / name for name in folders)]
+    passed = [entry for folder in above for entry in folder.iterdir() if _is_foreign(entry) and entry.is_dir()]
+    for classes in folders.values():
+        for folder in classes:
+            passed += [e for e in folder.iterdir() if _is_foreign(e) and (e.is_dir() or e.suffix.lower() in EXTENSIONS)]
+    if passed:
+        names = _some(sorted(entry.relative_to(root).as_posix() for entry in passed))
+        logger.warning("data: passed over what is hidden or of another system in %s: %s", root, names)
 
 
 def _common_classes(root: Path, folders: dict[str, list[Path]]) -> tuple[str, ...]:
@@ -169,8 +192,9 @@ def _files(classes: list[Path]) -> list[Path]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The files of a folder that are named as images, links among them."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.is_dir())
+    """The files of a folder that are named as images, links among them; none that is hidden."""
+    files = (file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+    return sorted(file for file in files if not _is_foreign(file) and not file.is_dir())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -67,6 +67,31 @@ def test_the_fingerprint_is_of_the_names(tree: Path) -> None:
     assert ImageFolders(tree, 16).fingerprint != before
 
 
+def test_what_other_systems_leave_is_passed_over_and_said_once(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = ImageFolders(tree, 16)
+    assert not caplog.records
+    for folder in (tree, tree / "art", tree / "art" / "dog"):
+        for name in ("__MACOSX", "@eaDir", ".Trashes"):
+            (folder / name / "dog").mkdir(parents=True)
+            (folder / name / "dog" / "0.png").write_bytes(b"a thumbnail")
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"")
+    for name in ("._pic_000.png", "._pic_001.JPG", ".hidden.png"):
+        (tree / "art" / "dog" / name).write_bytes(b"\0\5\x16\7")
+    data = ImageFolders(tree, 16)
+    assert (data.domains, data.classes, data.files) == (before.domains, before.classes, before.files)
+    assert data.fingerprint == before.fingerprint
+    data.check_headers()
+    (record,) = caplog.records
+    assert "passed over what is hidden or of another system" in record.getMessage()
+    assert "__MACOSX" in record.getMessage()
+
+
+def test_an_image_whose_name_is_foreign_to_folders_alone_is_read(tree: Path) -> None:
+    shutil.copy(tree / "art" / "dog" / "pic_001.jpg", tree / "art" / "dog" / "@eaDir.jpg")
+    assert len(ImageFolders(tree, 16).files["art"]) == 3 * picture_tree.PER_CLASS + 1
+
+
 def test_a_missing_class_is_named_with_the_domain(tree: Path) -> None:
     shutil.rmtree(tree / "sketch" / "giraffe")
     with pytest.raises(ValueError, match=r"'sketch' .* lacks the classes giraffe, which art, photo has"):
