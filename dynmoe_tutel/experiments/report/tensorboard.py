@@ -44,7 +44,7 @@ class ScalarWriter:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             self._writer = SummaryWriter(str(folder))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._give_up(error)
         for line in read_log(self.path, METRICS):
             if RunKey(line["row"], line["seed"], line.get("test", "")).name == run:
@@ -59,7 +59,7 @@ class ScalarWriter:
         try:
             for name, value in scalars(line):
                 self._writer.add_scalar(name, value, line["step"])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._give_up(error)
 
     def run_ended(self, run: str, line: Mapping[str, Any]) -> None:
@@ -71,10 +71,10 @@ class ScalarWriter:
         if writer is not None:
             try:
                 writer.close()
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 self._give_up(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._writer = None
         logger.warning("TensorBoard scalars cannot be written, going on without: %s", error)
 
