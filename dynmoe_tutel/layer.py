@@ -25,7 +25,7 @@ from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
 from .routing import Capacity, Routing
-from .validation import describe, environment_flag, has_no_data, number, warn_once
+from .validation import describe, environment_flag, has_no_data, number, positive_int, warn_once
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -83,6 +83,8 @@ class MoELayer(AdaptiveExperts):
             self._share_seeds(experts.seed)
         for name in config.attributes:
             setattr(self, name, getattr(config, name))
+        self._room_by_budget = config.capacity is None
+        self.capacity = "exact" if config.capacity is None else config.capacity
         self.combine_gradients, self._aux_weights = config.combine_gradients(), weights
         self.skip_moe = environment_flag("SKIP_MOE")
         self.experts.skip_expert = environment_flag("SKIP_EXPERT")
@@ -106,12 +108,15 @@ class MoELayer(AdaptiveExperts):
         """The k that a call's `top_k` asks for; None: the gate's."""
         return top_k
 
-    def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
+    def route(
+        self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None, max_k: int | None = None
+    ) -> Routing:
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
+        limit = _limit_of_call(gate, max_k)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with without_autocast(x):
-            return gate(x_TD, self._capacity_for(x), None, mask_T)
+            return gate(x_TD, self._capacity_for(x, gate, max_k), None, mask_T, **limit)
 
     def forward(
         self,
@@ -126,6 +131,7 @@ class MoELayer(AdaptiveExperts):
         megablocks_size: int = 0,
         *,
         token_mask: Tensor | None = None,
+        max_k: int | None = None,
     ) -> Any:
         """y [..., output_dim] in the dtype of `input` [..., D], with `l_aux`; or the result of `result_func` on it.
 
@@ -135,6 +141,7 @@ class MoELayer(AdaptiveExperts):
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; the last `reserve_dims` dimensions make D.
         Tokens where `token_mask` (bool, `input`'s shape without those dimensions) is False are padding: they are read
         as zeros, reach no expert, record or loss, and give output 0.
+        `max_k` (top-any gates) is the largest number of experts a token in this call, beside the gate's budget.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
         `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls. `inequivalent_tokens` and `adaptive_r` matter
         inside Tutel only; `megablocks_size` is ignored: packed rows have no padding to skip.
@@ -151,9 +158,10 @@ class MoELayer(AdaptiveExperts):
             self.exchange.use_adaptive_degree(adaptive_r)
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
         gate, recompute = self._gate(gate_index), in_backward()
+        limit, factor = _limit_of_call(gate, max_k), self._capacity_factor(capacity_factor, gate)
         call = Call(
-            self._capacity_for(input),
-            self._capacity_factor(capacity_factor, gate),
+            self._capacity_for(input, gate, max_k, factor),
+            factor,
             self.combine_gradients[gate_index],
             tuple(input.shape[input.dim() - reserve_dims :]),
             self.a2a_ffn_overlap_degree,
@@ -161,7 +169,9 @@ class MoELayer(AdaptiveExperts):
             inequivalent_tokens,
         )
         with without_autocast(input):
-            routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T), call)
+            routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T, **limit), call)
+        if self.training and not recompute and not has_no_data(input):
+            gate.keep_sample(x_TD, mask_T)
         recorded = self.record_routing and (self.training or self.record_eval)
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)
@@ -292,8 +302,15 @@ class MoELayer(AdaptiveExperts):
         super().reset_parameters()
         self.dropped_assignments.zero_()
 
-    def _capacity_for(self, x: Tensor) -> Capacity:
-        """The layer's capacity; for tokens without values, whose assignments cannot be counted, room for all."""
+    def _capacity_for(self, x: Tensor, gate: Gate, max_k: int | None = None, factor: float = 0.0) -> Capacity:
+        """The layer's capacity. Without one, room for as many experts a token as a budget allows, which drops nothing.
+
+        For tokens without values, whose assignments cannot be counted, room for all.
+        """
+        if self._room_by_budget and not factor and self.placement.ranks == 1:
+            most = gate.limit_of_call(max_k)
+            if most is not None and most < self.slots:
+                return float(most)
         if not has_no_data(x):
             return self.capacity
         if self.placement.ranks > 1:
@@ -349,6 +366,14 @@ class MoELayer(AdaptiveExperts):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context with autocast off on the device of `x`; the meta device has none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _limit_of_call(gate: Gate, max_k: int | None) -> dict[str, int]:
+    """The gate's argument for a call with `max_k`, checked; other gates than top-any's need not have it."""
+    if max_k is None:
+        return {}
+    gate.limit_of_call(positive_int("max_k", max_k))
+    return {"max_k": int(max_k)}
 
 
 def _refuse_transforms() -> None:

@@ -58,7 +58,9 @@ class MoEConfig:
             `MoELayer.update_one_score_gate`.
         capacity: rows of memory: "exact" (one an assignment), "full" (T * E), or a factor of T. A factor gives static
             shapes and drops the assignments of smallest margin, with one warning; ``dropped_assignments`` counts them
-            since construction. A token's output then depends on its batch, and records count what is left.
+            since construction. A token's output then depends on its batch, and records count what is left. None: as a
+            budget's ``max_k`` allows (max_k * T rows: static, and nothing is dropped) where all experts are in this
+            process, else "exact".
         combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
             ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
         aux_losses: weights of the terms of ``l_aux`` by name, instead of the default of is_gshard_loss.
@@ -88,7 +90,7 @@ class MoEConfig:
     value_norm_weighted: bool = False
     update_momentum: float = 0.0
     _: KW_ONLY
-    capacity: Capacity = "exact"
+    capacity: Capacity | None = None
     combine_gradient: str | None = None
     aux_losses: Mapping[str, float] | None = None
     check_finite: bool = False
@@ -110,7 +112,8 @@ class MoEConfig:
         return cls(**cls.named(*arguments), **options)
 
     def __post_init__(self) -> None:
-        check_capacity(self.capacity)
+        if self.capacity is not None:
+            check_capacity(self.capacity)
         if not isinstance(self.experts, Mapping):
             raise ValueError(f"experts must be a dict, got {type(self.experts).__name__}")
         for name in ("scan_expert_func", "result_func", "exchange"):

@@ -73,10 +73,11 @@ class Routing:
         capacity: Capacity = "exact",
         token_mask: Tensor | None = None,
         block_counts: Tensor | None = None,
+        max_k: int | None = None,
     ) -> Routing:
         """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64).
 
-        `block_counts` come with the bits from `kernels.threshold_gate`.
+        `block_counts` come with the bits from `kernels.threshold_gate`; `max_k` experts a token are the most there.
         """
         T, E = scores.shape
         dropped, rows = None, -1
@@ -84,11 +85,12 @@ class Routing:
             rows = T * E
         elif not isinstance(capacity, str):
             rows = math.ceil(min(capacity, E) * T)  # no more than T * E exist
-            margin_TE = scores if thresholds is None else scores - thresholds
-            if unrouted is not None:  # eval's fallback assignments are dropped last
-                margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
-            bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
-            block_counts = None
+            if max_k is None or rows < max_k * T:
+                margin_TE = scores if thresholds is None else scores - thresholds
+                if unrouted is not None:  # eval's fallback assignments are dropped last
+                    margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
+                bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
+                block_counts = None
         index = kernels.ragged_index(bits_TW, E, rows, block_counts)
         expert_offsets, token_offsets, token_of_row, row_of_assignment = index
         if unrouted is None:

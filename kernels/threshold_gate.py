@@ -2,12 +2,17 @@
 
 Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
          token_mask_T bool or None: False for padding, which scores as a zero token, gets no expert, is not unrouted
+         shift [] or None (cosine units, added to every threshold), max_k (0: no limit): the budget, see below
 Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
          unrouted_T (no active expert passed), inv_norm_T (1 / ||x_t||, 0 for a zero token; for the backward),
          block_counts (assignments of each expert in each block of `block_tokens` tokens, int32; for `ragged_index`)
 
 A token activates an expert if cos > G, compared before the sigmoid, which saturates. Arithmetic is fp32 (fp64 for fp64
 tokens) whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
+
+With a budget a token activates an expert if cos > G + shift. A token that passes a threshold of its own (cos > G) and
+none that is raised keeps its expert of largest margin cos - G, so a shift never unroutes a token. Of more than `max_k`
+experts those of largest margin stay; of equal margins those of lower slots.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ def inverse_norm(v: Tensor, dim: int) -> Tensor:
 
 def _check(
     x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
-    token_mask_T: Tensor | None = None,
+    token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> None:  # fmt: skip
     expect_matrix("x_TD", x_TD, "[T, D]")
     expect_matrix("w_DE", w_DE, "[D, E]")
@@ -52,6 +57,10 @@ def _check(
     expect("token_mask_T", token_mask_T, (T,), "[T]", torch.bool)
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ValueError(f"scale must be one number of a floating type, got {scale.dtype} {list(scale.shape)}")
+    if shift is not None and (shift.numel() != 1 or not shift.is_floating_point()):
+        raise ValueError(f"shift must be one number of a floating type, got {shift.dtype} {list(shift.shape)}")
+    if max_k < 0:
+        raise ValueError(f"max_k = {max_k}: give the largest number of experts a token, or 0 for no limit")
 
 
 def _shapes(x_TD: Tensor, w_DE: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +92,7 @@ def _backward(ctx: Any, d_score_TE: Tensor | None, *_: Any) -> tuple[Any, ...] |
 @operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def threshold_gate(
     x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
-    token_mask_T: Tensor | None = None,
+    token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
     dtype = gate_dtype(x_TD)
@@ -91,11 +100,17 @@ def threshold_gate(
     inv_norm_T = inverse_norm(x, 1)
     cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
     cos_TE.mul_(inv_norm_T.unsqueeze(1))
-    assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
+    threshold_E = threshold_E.to(dtype)
+    limit_E = threshold_E if shift is None else threshold_E + shift.to(dtype)
+    assigned_TE = (cos_TE > limit_E) & active_E
     if token_mask_T is not None:
         assigned_TE &= token_mask_T.unsqueeze(1)
         cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
         inv_norm_T.masked_fill_(~token_mask_T, 0)
+    if shift is not None:
+        _keep_best(assigned_TE, cos_TE, threshold_E, active_E, token_mask_T)
+    if 0 < max_k < assigned_TE.shape[1]:
+        _keep_largest(assigned_TE, cos_TE, threshold_E, max_k)
     bits_TW = pack_bits(assigned_TE)
     unrouted_T = (bits_TW == 0).all(dim=1)
     if token_mask_T is not None:
@@ -107,6 +122,33 @@ def threshold_gate(
         bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
     return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+
+
+def _keep_best(
+    assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, active_E: Tensor, token_mask_T: Tensor | None
+) -> None:
+    """Give tokens that lost every expert to the shift the one of largest margin, if it passes its own threshold."""
+    none_T = ~assigned_TE.any(dim=1)
+    if token_mask_T is not None:
+        none_T &= token_mask_T
+    token_N = none_T.nonzero().squeeze(1)
+    margin_NE = (cos_TE[token_N] - threshold_E).masked_fill_(~active_E, -torch.inf)
+    margin_N, best_N = margin_NE.max(dim=1)
+    own_N = (margin_N > 0).nonzero().squeeze(1)
+    assigned_TE[token_N[own_N], best_N[own_N]] = True
+
+
+def _keep_largest(assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, max_k: int) -> None:
+    """Of a token's assignments keep the `max_k` of largest margin, of equal margins those of lower slots."""
+    token_N = (assigned_TE.sum(dim=1) > max_k).nonzero().squeeze(1)
+    assigned_NE = assigned_TE[token_N]
+    margin_NE = (cos_TE[token_N] - threshold_E).masked_fill_(~assigned_NE, -torch.inf)
+    kept_NE = torch.zeros_like(assigned_NE)
+    for _ in range(max_k):
+        best_N1 = margin_NE.argmax(dim=1, keepdim=True)
+        kept_NE.scatter_(1, best_N1, True)
+        margin_NE.scatter_(1, best_N1, -torch.inf)
+    assigned_TE[token_N] = kept_NE
 
 
 def _backward_shapes(

@@ -160,9 +160,11 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     output_dim: int | None = None,
+    shift: float | None = None,
+    max_k: int | None = None,
     **options: Any,
 ) -> Case:
-    """A top-any layer of E slots. `G` is a value or a range, `temperature` the gate's (or None); `options` go to the
+    """A top-any layer of E slots; `shift` and `max_k` are its budget's. `G` is a value or a range, `temperature` the gate's (or None); `options` go to the
     layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: if these are
     few, the first passes all thresholds and the second no positive one. Asserts the margin of every decision.
     """
@@ -181,6 +183,9 @@ def make_case(
     gate_type: dict[str, Any] = {"type": "top_any", "max_expert_num": E}
     if temperature is not None:
         gate_type["init_t"] = 1.0
+    budget = ({} if shift is None else {"target_k": 1.0}) | ({} if max_k is None else {"max_k": max_k})
+    if budget:
+        gate_type["budget"] = budget
     layer = MoELayer(gate_type=gate_type, experts=experts, model_dim=D, **options)
     gate = layer.gates[0]
     low, high = G if isinstance(G, tuple) else (G, G)
@@ -190,6 +195,8 @@ def make_case(
         gate.experts_mask.zero_()[active] = 1
         if temperature is not None:
             gate.temperature.fill_(temperature)
+        if shift is not None:
+            gate.budget_shift.fill_(shift)
         for parameter in layer.experts.parameters():
             parameter.normal_(0, (1 / D) ** 0.5, generator=generator)
     layer.to(dtype)
@@ -214,7 +221,9 @@ def oracle_gate(gate: nn.Module) -> oracle.Gate:
     """The oracle's view of a top-any gate's current state."""
     temperature = None if gate.temperature is None else gate.temperature.item()
     tensors = (gate.sim_matrix.detach().cpu().double().clone(), gate.gates.detach().cpu().double().clone())
-    return oracle.Gate(*tensors, gate.experts_mask.nonzero().flatten().tolist(), temperature)
+    shift = 0.0 if gate.budget_shift is None else gate.budget_shift.item()
+    max_k = None if gate.budget is None else gate.budget.max_k
+    return oracle.Gate(*tensors, gate.experts_mask.nonzero().flatten().tolist(), temperature, shift, max_k)
 
 
 def oracle_experts(experts: nn.Module, kind: str, activation: Callable[[Tensor], Tensor]) -> oracle.Experts:
@@ -225,9 +234,13 @@ def oracle_experts(experts: nn.Module, kind: str, activation: Callable[[Tensor],
 
 
 def margin(x_TD: Tensor, gate: oracle.Gate) -> float:
-    """The least distance of any decision from flipping: cosine to threshold, or best to second in the fallback."""
+    """The least distance of any decision from flipping: cosine to threshold, or best to second in the fallback; with a
+    budget also the margin to the shift, and between any two margins of a token."""
     cos_TE = oracle.cosines(x_TD, gate)[:, list(gate.active)]
-    distances = [(cos_TE - gate.G_E[list(gate.active)]).abs().flatten()]
+    margin_TE = cos_TE - gate.G_E[list(gate.active)]
+    distances = [margin_TE.abs().flatten(), (margin_TE - gate.shift).abs().flatten()]
+    if gate.shift or gate.max_k:
+        distances.append(margin_TE.sort(dim=1).values.diff(dim=1).flatten())
     unrouted_T = ~oracle.assignments(x_TD, gate).any(dim=1)
     if len(gate.active) > 1 and unrouted_T.any():
         best_N2 = cos_TE[unrouted_T].topk(2, dim=1).values
@@ -269,7 +282,7 @@ def assert_gradients(
         if name.startswith("gates."):
             allowed = few or tolerance
         if name.endswith("temperature") and expected[name].any():
-            by_thresholds_E = gate.G_E * expected["gates.0.gates"]
+            by_thresholds_E = (gate.G_E + gate.shift) * expected["gates.0.gates"]
             scale = float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs())
         error = relative_rms(value, expected[name], scale)
         assert error < allowed, f"the gradient of {name} is off by {error:.1e}, allowed is {allowed:.0e}"

@@ -22,6 +22,8 @@ class Gate:
     G_E: Tensor
     active: Sequence[int]  # the slots with experts_mask 1, ascending
     temperature: float | None = None  # None: tau is 1
+    shift: float = 0.0  # of a budget, added to every threshold
+    max_k: int | None = None  # of a budget
 
     @property
     def tau(self) -> float:
@@ -70,19 +72,21 @@ def scores(x_TD: Tensor, gate: Gate) -> Tensor:
 
 
 def thresholds(gate: Gate) -> Tensor:
-    return torch.sigmoid(gate.tau * gate.G_E)
+    return torch.sigmoid(gate.tau * (gate.G_E + gate.shift))
 
 
 def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
-    """a[t, e]: the slot is active and its score exceeds its threshold (tau > 0, so the cosine exceeds G).
+    """a[t, e]: the slot is active and its score exceeds its threshold (tau > 0, so the cosine exceeds G + shift).
 
+    A token that passes an unshifted threshold keeps its best expert, by cosine - G; of more than `max_k` the best stay.
     In eval an unrouted token goes to the active expert of highest score (the first among equals).
     """
     cos_TE = cosines(x_TD, gate)
     a_TE = torch.zeros_like(cos_TE, dtype=torch.bool)
     for t in range(len(x_TD)):
-        for e in gate.active:
-            a_TE[t, e] = cos_TE[t, e] > gate.G_E[e]
+        best = sorted(gate.active, key=lambda e: float(gate.G_E[e] - cos_TE[t, e]))
+        kept = [e for e in best if cos_TE[t, e] - gate.G_E[e] > gate.shift]
+        a_TE[t, (kept or [e for e in best[:1] if cos_TE[t, e] > gate.G_E[e]])[: gate.max_k]] = True
         if not training and not a_TE[t].any():
             a_TE[t, max(gate.active, key=cos_TE[t].tolist().__getitem__)] = True
     return a_TE
@@ -107,7 +111,7 @@ def gate_backward(x_TD: Tensor, gate: Gate, ds_TE: Tensor) -> dict[str, Any]:
         dx_TD[t] += via_score * tau * cosine_gradient(x_TD[t], gate.w_DE[:, e])
         dw_DE[:, e] += via_score * tau * cosine_gradient(gate.w_DE[:, e], x_TD[t])
         dG_E[e] += via_theta * tau
-        dtau += via_score * float(cos_TE[t, e]) + via_theta * float(gate.G_E[e])
+        dtau += via_score * float(cos_TE[t, e]) + via_theta * float(gate.G_E[e] + gate.shift)
     free = gate.temperature is not None and gate.temperature < math.log(100.0)
     return {"x": dx_TD, "w": dw_DE, "G": dG_E, "temperature": dtau * tau if free else 0.0}
 

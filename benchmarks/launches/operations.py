@@ -32,6 +32,7 @@ class Variant:
     centred: bool = False  # combine_gradient="normalized"
     padding: bool = False  # a token mask
     fp32_router: bool = False  # routing vectors in fp32, tokens in half precision
+    max_k: int = 0  # a budget: a shift, and at most so many experts a token
 
 
 VARIANTS = {
@@ -40,6 +41,7 @@ VARIANTS = {
     "normalized": Variant(centred=True, padding=True, fp32_router=True),
     "fixed k, no bias": Variant(bias=False, apply_gate=True),
     "recompute": Variant(save=False),
+    "budget": Variant(max_k=4),
     **{name: Variant(activation=name) for name in ("gelu_tanh", "relu", "silu", "squared_relu", "identity")},
 }
 
@@ -89,7 +91,8 @@ class Operations:
     def threshold_gate(self, gpu: Any) -> None:
         mask_T = self.flag_T if self.variant.padding else None
         gate = (self.w_DE, self.threshold_E, self.active_E, self.scale, self.variant.fallback)
-        gpu.threshold_gate(self.x_TD, *gate, mask_T)
+        shift = self.scale if self.variant.max_k else None
+        gpu.threshold_gate(self.x_TD, *gate, mask_T, shift, self.variant.max_k)
         backward = (self.score_TE, self.x_TD, self.w_DE, self.inv_norm_T, self.scale)
         gpu.threshold_gate_backward(self.score_TE, *backward)
 

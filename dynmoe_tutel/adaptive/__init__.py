@@ -1,12 +1,16 @@
 """The adaptive process: it records routing, decides after each window, and grows and prunes slots.
 
-Each module uses only earlier ones: records, policy, schedule, optimizer_state, slots, gate_history, rebalance,
-controller.
+Each module uses only earlier ones: records, policy, schedule, optimizer_state, slots, budget, calibration,
+gate_history, rebalance, controller.
 """
 
-from .slots import INITS, AdaptiveExperts
+from .slots import INITS, AdaptiveExperts  # isort: skip
+from .budget import Budgets
+from .calibration import calibrate
 
 __all__ = [
     "INITS",
     "AdaptiveExperts",
+    "Budgets",
+    "calibrate",
 ]

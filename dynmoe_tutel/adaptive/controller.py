@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..validation import number
+from .budget import Budgets
 from .gate_history import GateHistory, gate_histories
 from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
 from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
@@ -105,6 +106,7 @@ class ExpertController:
         self._rows = OptimizerRows(optimizer_list(optimizer))
         self._histories = gate_histories(model)
         self._layers = list({id(history.layer): history.layer for history in self._histories}.values())
+        self._budgets = Budgets(model, group)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         self._window_open = False
@@ -131,13 +133,14 @@ class ExpertController:
 
     @torch.no_grad()
     def step(self) -> list[ExpertEvent]:
-        """Count one optimizer step; open and close windows and update experts as scheduled.
+        """Count one optimizer step: move budgets' shifts, open and close windows, update experts as scheduled.
 
         Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
         ranks of `group` must call it equally often. Raises ValueError, and changes no expert, if a custom policy's
         decision does not fit its layer.
         """
         self._step += 1
+        self._budgets.step()
         events: list[ExpertEvent] = []
         if self.schedule.updates_at(self._step):
             if self._window_open:

@@ -115,6 +115,15 @@ class Gate(nn.Module):
             return dict(cls.default_aux)
         return {"gshard": 1.0} if is_gshard_loss else dict(cls.without_gshard)
 
+    def limit_of_call(self, max_k: int | None) -> int | None:
+        """The largest number of experts a token in a call with `max_k`; None: no limit."""
+        if max_k is not None:
+            raise ValueError(f"max_k = {max_k!r} is for top-any gates, not for {type(self).__name__}: give top_k")
+        return None
+
+    def keep_sample(self, x_TD: Tensor, token_mask: Tensor | None = None) -> None:
+        """Keep tokens of a training forward, where the gate has a budget to hold."""
+
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
         raise ValueError(f"one_score_gate = True is for gates of type 'top', not for {type(self).__name__}")

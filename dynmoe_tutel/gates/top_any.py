@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,16 +16,18 @@ from ..kernels import gate_dtype, threshold_gate, vector_losses
 from ..routing import Capacity, Router, Routing
 from ..validation import number, warn_once
 from .base import Gate, gate_type
+from .budget import Budget
 
 MAX_LOG_SCALE = math.log(100.0)
+SAMPLE = 256  # tokens kept of a forward to hold a budget
 
 
 _UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
 
 
-@gate_type("gated_multi_gate_t", ("max_expert_num", "init_t"), {**_UPSTREAM, "init_t": 0.1}, "normalized")
-@gate_type("gated_multi_gate", ("max_expert_num",), _UPSTREAM, "normalized")
-@gate_type("top_any", ("max_expert_num", "init_t"))
+@gate_type("gated_multi_gate_t", ("max_expert_num", "init_t", "budget"), {**_UPSTREAM, "init_t": 0.1}, "normalized")
+@gate_type("gated_multi_gate", ("max_expert_num", "budget"), _UPSTREAM, "normalized")
+@gate_type("top_any", ("max_expert_num", "init_t", "budget"))
 class TopAnyGate(Gate):
     """s[t,e] = sigmoid(tau cos(x_t, w_e)); token t activates an active expert e if s[t,e] > sigmoid(tau G_e).
 
@@ -34,6 +36,9 @@ class TopAnyGate(Gate):
     initially 1 / init_t, else tau = 1. Source: arXiv 2405.14297, section 3.1.
 
     In training a token that passes no threshold is unrouted; in eval it takes its best active expert.
+
+    `budget` (see `Budget`) raises all G_e by a shift and limits k. With a target, the buffer `budget_shift` [1] fp32
+    holds the shift in cosine units, which `adaptive.budget` moves; without, there is no such buffer.
     """
 
     adaptive: ClassVar[bool] = True
@@ -50,6 +55,7 @@ class TopAnyGate(Gate):
     sim_matrix: nn.Parameter
     gates: nn.Parameter
     experts_mask: Tensor
+    budget_shift: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class TopAnyGate(Gate):
         slots: int,
         init_t: float | None = None,
         upstream_init: bool = False,
+        budget: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         **common: Any,
     ) -> None:
@@ -82,6 +89,12 @@ class TopAnyGate(Gate):
         if init_t is not None:
             self.init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
             self.temperature = nn.Parameter(torch.empty(1))
+        self._sample: Tensor | None = None  # [S, D]: tokens of the last training forward, for `adaptive.budget`
+        self._sampled: Tensor | None = None  # [S] bool: which rows of it are tokens
+        self.register_buffer("budget_shift", None)
+        self.budget = None if budget is None else Budget.of(budget, num_experts)
+        if self.budget is not None and self.budget.target_k is not None:
+            self.budget_shift = torch.zeros(1)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -94,6 +107,54 @@ class TopAnyGate(Gate):
         self.reset_mask()
         if self.temperature is not None:
             self.temperature.fill_(math.log(1 / self.init_t))
+        self._sample = self._sampled = None
+        if self.budget_shift is not None:
+            self.budget_shift.zero_()
+
+    def hold_budget(self, budget: Budget, shift: float | None = None) -> None:
+        """Take over a budget, and a shift if it has a target; without `shift`, the shift stays as it is, or 0."""
+        self.budget = budget
+        if budget.target_k is None:
+            self.budget_shift = None
+        elif self.budget_shift is None:
+            self.budget_shift = torch.zeros(1, device=self.experts_mask.device)
+        if shift is not None and self.budget_shift is not None:
+            self.budget_shift.fill_(shift)
+
+    @torch.no_grad()
+    def keep_sample(self, x_TD: Tensor, token_mask: Tensor | None = None) -> None:
+        """Keep SAMPLE tokens of a training forward at an even stride, where the gate has a target."""
+        if self.budget_shift is None:
+            return
+        if self._sample is None or self._sampled is None or self._sample.device != x_TD.device:
+            self._sample = torch.zeros((SAMPLE, self.model_dim), device=x_TD.device)
+            self._sampled = torch.zeros(SAMPLE, dtype=torch.bool, device=x_TD.device)
+        chosen = slice(None, None, -(-x_TD.shape[0] // SAMPLE) or 1)
+        taken = x_TD[chosen].shape[0]
+        self._sample[:taken] = x_TD[chosen]
+        self._sampled[:taken] = True if token_mask is None else token_mask[chosen]
+        self._sampled[taken:] = False
+
+    def sample_margins(self) -> Tensor:
+        """The margins of the kept tokens under the weights as they are, [SAMPLE, E]; -inf in rows without a token."""
+        if self._sample is None or self._sampled is None:
+            return torch.full((SAMPLE, self.slots), -torch.inf, device=self.experts_mask.device)
+        return self.margins(self._sample, self._sampled)
+
+    @torch.no_grad()
+    def margins(self, x_TD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """cos(x_t, w_e) - G_e without a shift, [T, E] fp32; -inf for inactive slots and for padding."""
+        unit_TD, unit_DE = (F.normalize(t.float(), dim=d) for t, d in ((x_TD, 1), (self.sim_matrix, 0)))
+        margin_TE = (unit_TD @ unit_DE - self.gates.float()).masked_fill_(~self.active(), -torch.inf)
+        return margin_TE if token_mask is None else margin_TE.masked_fill_(~token_mask.unsqueeze(1), -torch.inf)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """As any module's, but the shift stays fp32: half precision is too coarse for it."""
+        exact = self.budget_shift
+        super()._apply(*args, **options)
+        if exact is not None and self.budget_shift is not None and not exact.is_meta:
+            self.budget_shift = exact.to(self.budget_shift.device)
+        return self
 
     def start_with(self, active: Sequence[bool]) -> None:
         """Make these the active slots at start; `reset_mask` activates them."""
@@ -119,17 +180,25 @@ class TopAnyGate(Gate):
         capacity: Capacity = "exact",
         top_k: int | None = None,
         token_mask: Tensor | None = None,
+        max_k: int | None = None,
     ) -> Routing:
-        """Route the tokens [T, D] where `token_mask` [T] is not False; `top_k` is ignored."""
+        """Route the tokens [T, D] where `token_mask` [T] is not False; `top_k` is ignored.
+
+        `max_k` limits the experts of a token in this call, beside the budget's.
+        """
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = gate_dtype(x_TD)
         tau = self.scale(dtype)
         active_E = self.active()
+        most = self.limit_of_call(max_k)
+        shift = None if self.budget_shift is None else self.budget_shift
         score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
-            x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask
-        )
-        threshold_E = torch.sigmoid(tau * self.gates.to(dtype))
+            x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask, shift,
+            most or 0,
+        )  # fmt: skip
+        raised_E = self.gates if shift is None else self.gates.to(dtype) + shift.to(dtype)
+        threshold_E = torch.sigmoid(tau * raised_E.to(dtype))
         routing = Routing.from_bits(
             bits_TW,
             score_TE,
@@ -138,14 +207,21 @@ class TopAnyGate(Gate):
             token_mask=token_mask,
             capacity=capacity,
             block_counts=block_counts,
+            max_k=most,
         )
-        routing.router = Router(self.sim_matrix, self.gates, tau, inv_norm_T)
+        routing.router = Router(self.sim_matrix, raised_E, tau, inv_norm_T)
         of_vectors: dict[str, Tensor] = {}
         if {"diversity", "simplicity"} & set(self.aux_names):
             diversity, simplicity, *_ = vector_losses(self.sim_matrix, active_E)
             of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
+
+    def limit_of_call(self, max_k: int | None) -> int | None:
+        """The largest number of experts a token in a call with `max_k`: the smaller of it and the budget's."""
+        own = None if self.budget is None else self.budget.max_k
+        limits = [limit for limit in (own, max_k) if limit is not None]
+        return min(limits, default=None)
 
     def aux_term(self, name: str, routing: Routing) -> Tensor:
         """One unweighted auxiliary loss of the assignment; see `losses`."""

@@ -74,16 +74,17 @@ def routing_vectors_kernel(
 
 @triton.jit
 def threshold_gate_kernel(
-    x, parts, inv_norm_E, threshold, active, scale, token_mask,
+    x, parts, inv_norm_E, threshold, active, scale, token_mask, shift,
     score, words, unrouted, inv_norm_T, counts,
     T, D, E, DP, WORDS, stride_t,
-    FALLBACK: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, COUNT_T: tl.constexpr,
+    FALLBACK: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, MAX_K: tl.constexpr,
+    EVEN_D: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, COUNT_T: tl.constexpr,
 ):  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of BLOCK_T tokens; see `kernels.threshold_gate`.
 
     In: x [T, D] with stride_t, parts [PARTS, BLOCK_E, DP] and inv_norm_E of `routing_vectors_kernel`, threshold and
-    active [E], scale [], token_mask [T] (MASKED). Out: score [T, E], words [T, WORDS] int32 (expert e in bit e % 32 of
+    active [E], scale [], token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32 (expert e in bit e % 32 of
     word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
     Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2.
 
@@ -128,7 +129,24 @@ def threshold_gate_kernel(
 
     is_active = tl.load(active + e, mask=in_E, other=0) != 0
     limit = tl.load(threshold + e, mask=in_E, other=0.0).to(tl.float32)
+    margin = tl.where(is_active[None, :], cos - limit[None, :], float("-inf"))
+    if SHIFTED:
+        limit += tl.load(shift).to(tl.float32)
     passes = (cos > limit[None, :]) & is_active[None, :] & real[:, None]
+    if SHIFTED:
+        best = tl.max(margin, axis=1)
+        first = tl.min(tl.where(margin == best[:, None], e[None, :], BLOCK_E), axis=1)
+        keeps = real & (best > 0) & (tl.max(passes.to(tl.int32), axis=1) == 0)
+        passes = passes | (keeps[:, None] & (e[None, :] == first[:, None]))
+    if MAX_K > 0:
+        margin = tl.where(passes, margin, float("-inf"))
+        passes = passes & False
+        for _ in range(MAX_K):
+            best = tl.max(margin, axis=1)
+            first = tl.min(tl.where(margin == best[:, None], e[None, :], BLOCK_E), axis=1)
+            taken = (e[None, :] == first[:, None]) & (best > float("-inf"))[:, None]
+            passes = passes | taken
+            margin = tl.where(taken, float("-inf"), margin)
     lost = real & (tl.max(passes.to(tl.int32), axis=1) == 0)
     tl.store(unrouted + t, lost, mask=in_T)
     if FALLBACK:
@@ -343,11 +361,12 @@ def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: 
 
 def threshold_gate(
     x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
-    token_mask_T: Tensor | None = None,
+    token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, D), E = x_TD.shape, w_DE.shape[1]
     if E > MOST_EXPERTS:
-        return OPERATIONS["threshold_gate"].run(x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T)
+        given = (x_TD, w_DE, threshold_E, active_E, scale, fallback, token_mask_T, shift, max_k)
+        return OPERATIONS["threshold_gate"].run(*given)
     count_t = block_tokens(E)
     score_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
@@ -367,6 +386,7 @@ def threshold_gate(
             active_E.contiguous(),
             scale,
             unrouted_T if token_mask_T is None else token_mask_T.contiguous(),
+            scale if shift is None else shift,
             score_TE,
             bits_TW.view(torch.int32),
             unrouted_T,
@@ -380,6 +400,8 @@ def threshold_gate(
             x_TD.stride(0),
             FALLBACK=fallback,
             MASKED=token_mask_T is not None,
+            SHIFTED=shift is not None,
+            MAX_K=max_k if max_k < E else 0,
             EVEN_D=parts_PED.shape[2] == D,
             EPS=NORM_EPS,
             PARTS=parts,

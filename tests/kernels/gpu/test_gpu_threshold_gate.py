@@ -56,10 +56,20 @@ class Batch:
         return self.x.double(), self.w.double(), self.G.double(), self.active, self.scale.double()
 
 
-def compare(batch: Batch, device: str, fallback: bool, mask: Tensor | None = None, limit: float = 1e-6) -> Tensor:
+def compare(
+    batch: Batch,
+    device: str,
+    fallback: bool,
+    mask: Tensor | None = None,
+    limit: float = 1e-6,
+    shift: float | None = None,
+    max_k: int = 0,
+) -> Tensor:
     """Returns the unrouted flags."""
-    wanted = threshold_gate(*batch.in_fp64(), fallback, mask)
-    found = gpu.threshold_gate(*batch.arguments(device), fallback, None if mask is None else mask.to(device))
+    by = None if shift is None else torch.tensor([shift])
+    wanted = threshold_gate(*batch.in_fp64(), fallback, mask, by, max_k)
+    on_device = [None if t is None else t.to(device) for t in (mask, by)]
+    found = gpu.threshold_gate(*batch.arguments(device), fallback, *on_device, max_k)
     for i, name in ((1, "bits"), (2, "unrouted"), (4, "block_counts")):
         assert found[i].dtype == wanted[i].dtype, name
         assert torch.equal(found[i].cpu(), wanted[i]), name
@@ -99,6 +109,37 @@ def test_equals_the_torch_operation(shape: tuple, fallback: bool, device: str, p
 def test_padding_gets_no_expert(shape: tuple, fallback: bool, device: str, poisoned: None) -> None:
     mask = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) < 0.6
     compare(Batch(*shape), device, fallback, mask)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize(("shift", "max_k"), [(0.1, 0), (None, 2), (0.05, 1), (-0.3, 3), (1.5, 600)])
+@pytest.mark.parametrize("shape", [(7, 97, 5), (33, 64, 65), (5, 24, 513)], ids=str)
+def test_a_budget(shape: tuple, shift: float | None, max_k: int, fallback: bool, device: str, poisoned: None) -> None:
+    masked = max_k > 0
+    batch, generator = Batch(*shape), torch.Generator().manual_seed(0)
+    mask = torch.rand(shape[0], generator=generator) < 0.8 if masked else None
+    # Margins are far from the shift as they are from 0, and no two of a token are alike: no decision is in doubt.
+    cos_TE = torch.nn.functional.normalize(batch.x.double(), dim=1) @ torch.nn.functional.normalize(
+        batch.w.double(), dim=0
+    )
+    margin_TE = (cos_TE - batch.G.double())[:, batch.active]
+    near = (margin_TE - (shift or 0)).abs().amin(dim=1) < MARGIN
+    if margin_TE.shape[1] > 1:
+        near |= margin_TE.sort(dim=1).values.diff(dim=1).amin(dim=1) < 1e-6
+    batch.x = batch.x[~near]
+    assert len(batch.x) > 0.6 * shape[0]
+    mask = None if mask is None else mask[~near]
+    compare(batch, device, fallback, mask, shift=shift, max_k=max_k)
+
+
+def test_equal_margins_stay_by_slot(device: str) -> None:
+    ones = torch.ones(4, dtype=torch.bool, device=device)
+    arguments = (torch.ones(3, 4), torch.ones(4, 4), torch.zeros(4))
+    given = (*(t.to(device) for t in arguments), ones, torch.ones((), device=device))
+    bits = gpu.threshold_gate(*given, False, None, torch.tensor([0.0], device=device), 2)[1]
+    assert bits.flatten().tolist() == [0b11] * 3
+    bits = gpu.threshold_gate(*given, False, None, torch.tensor([1.5], device=device), 0)[1]
+    assert bits.flatten().tolist() == [0b1] * 3
 
 
 @pytest.mark.parametrize("fallback", [False, True])

@@ -1,0 +1,106 @@
+"""Holds a budget's `target_k`: after each optimizer step it sets the shift at which the last tokens meet the target.
+
+A gate keeps a sample of the tokens of its last training forward (`TopAnyGate.keep_sample`). `Budgets.step` computes
+their margins cos - G under the weights as they now are, gathers them over the ranks, and moves the shift towards the
+quantile that gives `target_k` assignments a token. All of it stays on the device: the host never waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..gates import TopAnyGate
+from ..parallel.collectives import gathered
+from .slots import AdaptiveExperts
+
+RATE = 0.5  # the part of the way to the sample's quantile that a shift goes in one step; the rest averages samples
+FARTHEST = 0.1  # the largest change of a shift in one step
+MOST_SPLIT = 8  # from so many ranks on, each sends an eighth of its sample
+
+
+def kept_margins(margin_SE: Tensor, max_k: int | None, training: bool = True) -> Tensor:
+    """Margins [S, E] so that a token has as many experts at a shift as entries above it; inactive ones are -inf.
+
+    The best expert of a token that passes a threshold of its own stays at any shift, in eval that of every token: its
+    margin becomes +inf. Those that `max_k` cuts become -inf.
+    """
+    largest_SK, slot_SK = margin_SE.topk(min(max_k or margin_SE.shape[1], margin_SE.shape[1]), dim=1)
+    best_S1 = largest_SK[:, :1]
+    stays_S1 = best_S1 > (0 if training else -torch.inf)
+    largest_SK[:, :1] = torch.where(stays_S1, torch.inf, best_S1)
+    return torch.full_like(margin_SE, -torch.inf).scatter(1, slot_SK, largest_SK)
+
+
+def shift_for(margins: Tensor, tokens: Tensor, target_k: float) -> Tensor:
+    """The shift [] at which `tokens` tokens with these kept margins (any shape) have `target_k` experts on average.
+
+    It lies midway between the margins of the last expert that stays and the first that goes: -2 if none goes, 2 if
+    only best experts stay.
+    """
+    sorted_N = torch.cat([margins.flatten().sort(descending=True).values, margins.new_full((1,), -torch.inf)])
+    rank = (tokens * target_k).round().long().clamp(1, margins.numel())
+    stays, goes = sorted_N[rank - 1], sorted_N[rank]
+    middle = (stays + goes) / 2
+    return torch.where(goes == -torch.inf, -2.0, torch.where(stays == torch.inf, 2.0, middle)).clamp(-2, 2)
+
+
+class Budgets:
+    """The top-any gates of a model; `step()`, once after each optimizer step, moves the shifts of those with a target.
+
+    `group` is the data-parallel process group over which samples are gathered; None: each layer's `record_group`.
+    `ExpertController` and the callbacks call it: it is for training without them.
+    """
+
+    def __init__(self, model: nn.Module, group: Any = None) -> None:
+        self._gates: dict[Any, list[TopAnyGate]] = {}  # by process group
+        for layer in model.modules():
+            if isinstance(layer, AdaptiveExperts):
+                found = [gate for gate in layer.gates if isinstance(gate, TopAnyGate)]
+                self._gates.setdefault(layer.record_group if group is None else group, []).extend(found)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every shift. A gate that saw no token since the last step keeps its own."""
+        of_model: list[tuple[TopAnyGate, Tensor, Tensor]] = []
+        for group, gates in self._gates.items():
+            held = [gate for gate in gates if gate.budget_shift is not None]
+            for gate, (margins, tokens) in zip(held, _margins_of_ranks(held, group), strict=True):
+                if gate.budget.scope == "model":  # type: ignore[union-attr]
+                    of_model.append((gate, margins, tokens))
+                else:
+                    _move([gate], margins, tokens)
+        if of_model:
+            gates, margins_N, tokens_N = zip(*of_model, strict=True)
+            device = margins_N[0].device
+            every = torch.cat([margins.flatten().to(device) for margins in margins_N])
+            _move(gates, every, torch.stack([tokens.to(device) for tokens in tokens_N]).sum())
+
+
+def _move(gates: Any, margins: Tensor, tokens: Tensor) -> None:
+    targets = {gate.budget.target_k for gate in gates}
+    if len(targets) > 1:
+        raise ValueError(f"gate_type['budget'] of scope 'model': layers have target_k {sorted(targets)}: give one")
+    wanted = shift_for(margins, tokens, targets.pop())
+    for gate in gates:
+        way = (RATE * (wanted.to(gate.budget_shift.device) - gate.budget_shift)).clamp(-FARTHEST, FARTHEST)
+        gate.budget_shift.add_(way.masked_fill(tokens.to(way.device) == 0, 0))
+
+
+def _margins_of_ranks(gates: list[TopAnyGate], group: Any) -> list[tuple[Tensor, Tensor]]:
+    """For each gate the kept margins of the sampled tokens of all ranks of `group`, and the number of these tokens.
+
+    One collective for all gates. Each of R ranks sends a part of its sample, so that a message stays small.
+    """
+    kept = [kept_margins(gate.sample_margins(), gate.budget.max_k) for gate in gates]  # type: ignore[union-attr]
+    if dist.is_available() and dist.is_initialized() and gates:
+        group = dist.group.WORLD if group is None else group
+        ranks, device = dist.get_world_size(group), kept[0].device
+        parts = [margins[:: min(ranks, MOST_SPLIT)].to(device) for margins in kept]
+        sizes = [part.numel() for part in parts]
+        of_ranks = gathered(torch.cat([part.flatten() for part in parts]).unsqueeze(0), group).split(sizes, dim=1)
+        kept = [flat.reshape(-1, part.shape[1]) for flat, part in zip(of_ranks, parts, strict=True)]
+    return [(margins, (margins > -torch.inf).any(dim=1).sum()) for margins in kept]
