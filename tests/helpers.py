@@ -164,9 +164,10 @@ def make_case(
     max_k: int | None = None,
     **options: Any,
 ) -> Case:
-    """A top-any layer of E slots; `shift` and `max_k` are its budget's. `G` is a value or a range, `temperature` the gate's (or None); `options` go to the
-    layer. The first token lies along the sum of all active routing vectors, the second nearly opposite: if these are
-    few, the first passes all thresholds and the second no positive one. Asserts the margin of every decision.
+    """A top-any layer of E slots. `G` is a value or a range, `temperature` the gate's or None, `shift` and `max_k` its
+    budget's; `options` go to the layer. The first token lies along the sum of all active routing vectors, the second
+    nearly opposite: if these are few, the first passes all thresholds and the second no positive one. Asserts the
+    margin of every decision.
     """
     from dynmoe_tutel import MoELayer
 

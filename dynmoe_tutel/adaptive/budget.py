@@ -74,13 +74,13 @@ class Budgets:
                 else:
                     _move([gate], margins, tokens)
         if of_model:
-            gates, margins_N, tokens_N = zip(*of_model, strict=True)
-            device = margins_N[0].device
-            every = torch.cat([margins.flatten().to(device) for margins in margins_N])
-            _move(gates, every, torch.stack([tokens.to(device) for tokens in tokens_N]).sum())
+            device = of_model[0][1].device
+            every = torch.cat([margins.flatten().to(device) for _, margins, _ in of_model])
+            tokens = torch.stack([tokens.to(device) for *_, tokens in of_model]).sum()
+            _move([gate for gate, *_ in of_model], every, tokens)
 
 
-def _move(gates: Any, margins: Tensor, tokens: Tensor) -> None:
+def _move(gates: list[Any], margins: Tensor, tokens: Tensor) -> None:
     targets = {gate.budget.target_k for gate in gates}
     if len(targets) > 1:
         raise ValueError(f"gate_type['budget'] of scope 'model': layers have target_k {sorted(targets)}: give one")

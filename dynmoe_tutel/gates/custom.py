@@ -114,8 +114,15 @@ class CustomGate(FixedKGate):
             bits, unrouted = own.bits, own.unrouted
             if token_mask is not None:
                 bits, unrouted = bits.masked_fill(~token_mask.unsqueeze(1), 0), unrouted & token_mask
-            given = {"unrouted": unrouted, "thresholds": own.thresholds, "weights": own.weights}
-            routing = Routing.from_bits(bits, own.scores, **given, token_mask=token_mask, capacity=capacity)
+            routing = Routing.from_bits(
+                bits,
+                own.scores,
+                unrouted=unrouted,
+                thresholds=own.thresholds,
+                weights=own.weights,
+                token_mask=token_mask,
+                capacity=capacity,
+            )
             routing.aux = dict(own.aux)
         for name in self.aux_names:
             if name not in routing.aux and name != "gshard":

@@ -101,7 +101,7 @@ def test_a_calibrated_model_is_saved_and_loaded() -> None:
 @pytest.mark.parametrize("target", [0.9, 8.5, float("nan"), "2", True])
 def test_refuses_a_target_out_of_range(target: Any) -> None:
     model, batches = model_and_batches()
-    with pytest.raises(ValueError, match="target_k = .*: give a number from 1 .* to 8"):
+    with pytest.raises(ValueError, match=r"target_k = .*: give a number from 1 .* to 8"):
         calibrate(model, batches, target)
     assert model[0].gates[0].budget_shift is None
 

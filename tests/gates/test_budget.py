@@ -166,12 +166,12 @@ def test_refuses(budget: Any, message: str) -> None:
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
 def test_a_call_refuses_a_wrong_max_k(value: Any) -> None:
     layer = moe.moe_layer({"type": "top_any"}, 4, EXPERTS)
-    with pytest.raises(ValueError, match="max_k = .*: give an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"max_k = .*: give an integer of at least 1"):
         layer(torch.randn(2, 4), max_k=value)
 
 
 def test_a_fixed_k_gate_has_no_budget() -> None:
     with pytest.raises(ValueError, match="unknown key 'budget'"):
         moe.moe_layer({"type": "top", "k": 2, "budget": {"max_k": 1}}, 4, EXPERTS)
-    with pytest.raises(ValueError, match="max_k = 1 is for top-any gates.*top_k"):
+    with pytest.raises(ValueError, match=r"max_k = 1 is for top-any gates.*top_k"):
         moe.moe_layer({"type": "top", "k": 2}, 4, EXPERTS)(torch.randn(2, 4), max_k=1)
