@@ -1,0 +1,66 @@
+"""A budget's shift on 4, 2 and 1 real processes: bitwise the same on every rank, the mean over all ranks on target.
+
+Data-parallel replicas, and experts divided over the ranks; each rank has tokens of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import GROUP_PATIENCE, leave, spawn_ranks
+
+from dynmoe_tutel import ExpertController, MoELayer, parallel
+
+WORLDS = (4, 2)
+D, STEPS, TARGET = 16, 60, 2.0
+
+
+def _train(divided: bool) -> dict[str, Any]:
+    """Mean k of this rank in each step, and the last shift."""
+    budget = {"target_k": TARGET, "max_k": 6}
+    layer = MoELayer(
+        {"type": "top_any", "max_expert_num": 8, "budget": budget},
+        D,
+        {"num_experts_per_device": 8 // dist.get_world_size() if divided else 8, "hidden_size_per_expert": 8},
+        seeds=(1, 2),
+        group=dist.group.WORLD if divided else None,
+    )
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    controller = ExpertController(layer, optimizer, schedule=20)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    k = []
+    for _ in range(STEPS):
+        # each rank's tokens lie in a direction of their own: its mean k alone is far from the target
+        x = torch.randn(128, D, generator=generator) + dist.get_rank() * torch.eye(D)[dist.get_rank()]
+        optimizer.zero_grad()
+        k.append(float(layer.route(x).k_per_token.float().mean()))
+        (layer(x) - x.roll(1, dims=1)).square().mean().backward()
+        parallel.average_gradients(layer)
+        optimizer.step()
+        controller.step()
+    return {"k": k, "shift": layer.gates[0].budget_shift.clone(), "experts": layer.num_global_experts}
+
+
+def _process(rank: int, folder: str, world: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=GROUP_PATIENCE)
+    torch.save([_train(divided) for divided in (False, True)], f"{folder}/{rank}.pt")
+    dist.barrier()
+    leave()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_holds_the_mean_of_all(world: int, tmp_path: Path) -> None:
+    spawn_ranks(_process, (str(tmp_path), world), world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for of_ranks in zip(*ranks, strict=True):
+        for other in of_ranks[1:]:
+            assert torch.equal(of_ranks[0]["shift"], other["shift"])
+            assert other["experts"] == of_ranks[0]["experts"]
+        last = torch.tensor([rank["k"][20:] for rank in of_ranks]).mean(dim=1)
+        assert float(last.mean()) == pytest.approx(TARGET, rel=0.05)
+        assert float(of_ranks[0]["shift"]) != 0
