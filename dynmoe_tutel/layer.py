@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
 from .experts import Experts, FFNExperts
+from .forwards import in_backward, is_training
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
@@ -145,24 +146,27 @@ class MoELayer(AdaptiveExperts):
             return self.result_func(y) if self.result_func is not None else y
         if not torch.compiler.is_compiling():
             _refuse_transforms()
+        recompute, degree = in_backward(), self.a2a_ffn_overlap_degree
         if a2a_ffn_overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
+            degree = overlap_degree(a2a_ffn_overlap_degree)
+            if not recompute:
+                self.a2a_ffn_overlap_degree = degree
         if adaptive_r is not None:
             self.exchange.use_adaptive_degree(adaptive_r)
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
-        gate, recompute = self._gate(gate_index), in_backward()
+        gate = self._gate(gate_index)
         call = Call(
             self._capacity_for(input),
             self._capacity_factor(capacity_factor, gate),
             self.combine_gradients[gate_index],
             tuple(input.shape[input.dim() - reserve_dims :]),
-            self.a2a_ffn_overlap_degree,
+            degree,
             self.batch_prioritized_routing,
             inequivalent_tokens,
         )
         with without_autocast(input):
             routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T), call)
-        recorded = self.record_routing and (self.training or self.record_eval)
+        recorded = self.record_routing and (self.record_eval or is_training(self))
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)
         y = self.exchange(self.experts, x_TD, routing, call)
@@ -366,11 +370,6 @@ def _refuse_transforms() -> None:
             "a MoELayer has no rule for torch.func's transforms (vmap, grad): give the batch to one call, and use the "
             "backward"
         )
-
-
-def in_backward() -> bool:
-    """Whether this forward runs inside a backward, as gradient checkpointing's recompute does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _made_gate(

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dynmoe_tutel.forwards import in_backward, is_training
 from dynmoe_tutel.gates import Gate
-from dynmoe_tutel.layer import MoELayer, in_backward
+from dynmoe_tutel.layer import MoELayer
 from dynmoe_tutel.parallel.collectives import sum_over_ranks
 from dynmoe_tutel.routing import Routing
 
@@ -36,7 +37,7 @@ class RoutingMeter:
     """Sums the routing of gate 0 of every MoE layer since `reset`, by forward hooks, until `close`.
 
     The sums stay on the layers' devices; only `read` waits for them. It counts neither padding (`token_mask`) nor
-    recomputes of gradient checkpointing nor, with `training_only`, forwards in eval.
+    recomputes of gradient checkpointing nor, with `training_only`, forwards in eval or without grad mode.
     """
 
     def __init__(self, model: nn.Module, training_only: bool = False) -> None:
@@ -96,14 +97,14 @@ class RoutingMeter:
         return result
 
     def _hook(self, name: str) -> Any:
-        @torch.no_grad()
         def add(gate: nn.Module, _inputs: Any, routing: Routing) -> None:
-            if (self.training_only and not gate.training) or in_backward():
+            if in_backward() or (self.training_only and not is_training(gate)):
                 return
             sums = self._sums[name]
-            sums["k_histogram"].add_(routing.k_histogram)
-            sums["counts"].add_(routing.counts)
-            sums["unrouted"].add_(routing.unrouted.sum())
+            with torch.no_grad():
+                sums["k_histogram"].add_(routing.k_histogram)
+                sums["counts"].add_(routing.counts)
+                sums["unrouted"].add_(routing.unrouted.sum())
 
         return add
 

@@ -158,7 +158,8 @@ class AdaptiveExperts(nn.Module):
         return self.records[0]
 
     def begin_record_routing(self, record_eval: bool = False) -> None:
-        """Open an empty record window. Only training forwards are recorded, unless `record_eval`."""
+        """Open an empty record window. Only training forwards are recorded, unless `record_eval`: those in train mode
+        that a backward can follow. Recomputes of gradient checkpointing never are."""
         self.reset_record_routing()
         self.record_routing, self.record_eval = True, record_eval
 

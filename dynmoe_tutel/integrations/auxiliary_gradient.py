@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dynmoe_tutel.forwards import in_backward, is_training
 from dynmoe_tutel.layer import MoELayer
 
 
@@ -100,8 +101,9 @@ class AuxiliaryGradient:
             l_aux: Tensor | None = getattr(y, "l_aux", None)
             if l_aux is None:  # SKIP_MOE
                 return None
-            with torch.no_grad():
-                self._sums[name].add_(torch.stack([l_aux, torch.ones_like(l_aux)]))
+            if is_training(layer) and not in_backward():
+                with torch.no_grad():
+                    self._sums[name].add_(torch.stack([l_aux, torch.ones_like(l_aux)]))
             if self.weight == 0 or not l_aux.requires_grad:
                 return None
             y = _WithGradient.apply(y, factor * l_aux)
