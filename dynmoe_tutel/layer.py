@@ -26,6 +26,7 @@ from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
 from .routing import Capacity, Routing
+from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, warn_once
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -346,8 +347,9 @@ class MoELayer(AdaptiveExperts):
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the last forward's losses: they hold its graph, which cannot be copied or pickled."""
-        return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
+        """Leave out temporary hooks, and the last forward's losses, whose graph cannot be copied or pickled."""
+        state = without_temporary_hooks(self.__dict__)
+        return {**state, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

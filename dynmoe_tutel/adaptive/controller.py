@@ -108,6 +108,7 @@ class ExpertController:
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         self._window_open = False
+        self._windows: list[int] = []  # by layer, the number of the window that this controller opened last
 
         floor = getattr(self.policy, "min_experts", 1)
         most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
@@ -119,7 +120,7 @@ class ExpertController:
                     f"min_experts must be at most the slots of every layer, got {floor} "
                     f"and {history.key} has {len(history.silent_windows)}"
                 )
-            history.record.keep_tokens = max(history.record.keep_tokens, keeps)
+            history.record.keep_at_least(keeps)
         if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
         self._set_window(self.schedule.opens_at(0))
@@ -135,8 +136,10 @@ class ExpertController:
 
         Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
         ranks of `group` must call it equally often. Raises ValueError, and changes no expert, if a custom policy's
-        decision does not fit its layer.
+        decision does not fit its layer; RuntimeError, and counts nothing, if its record window is not there any more,
+        because another controller has opened one of its own.
         """
+        self._check_windows()
         self._step += 1
         events: list[ExpertEvent] = []
         if self.schedule.updates_at(self._step):
@@ -148,6 +151,17 @@ class ExpertController:
         if self.schedule.opens_at(self._step):
             self._set_window(True)
         return events
+
+    def close(self) -> None:
+        """Stop recording; for a controller that will not step again. Events and state can still be read.
+
+        The state is that of the open window, so that a resumed training goes on in it. A window that another
+        controller has opened since stays open.
+        """
+        if self._window_open:
+            for layer, number in zip(self._layers, self._windows, strict=True):
+                if layer.record_window == number:
+                    layer.end_record_routing()
 
     @torch.no_grad()
     def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
@@ -232,6 +246,20 @@ class ExpertController:
             else:
                 layer.end_record_routing()
         self._window_open = is_open
+        self._windows = [layer.record_window for layer in self._layers]
+
+    def _check_windows(self) -> None:
+        """RuntimeError if a window was opened or closed by another hand: the record would hold other forwards."""
+        ours = all(
+            layer.record_routing and layer.record_window == number
+            for layer, number in zip(self._layers, self._windows, strict=True)
+        )
+        if self._window_open and not ours:
+            raise RuntimeError(
+                "the record window of this ExpertController is not open any more: close() or end_record_routing() has "
+                "closed it, or another controller has opened one on the same layers since. Step only the controller "
+                "that was made last, one a model"
+            )
 
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:

@@ -55,7 +55,8 @@ class RoutingRecord:
     _sample_state: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
-        self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, _limit(keep_tokens)
+        self.num_experts, self.model_dim = num_experts, model_dim
+        self._keep_tokens = self._least_tokens = _limit(keep_tokens)
         self.device = torch.device("cpu")
         self.reset()
 
@@ -97,7 +98,12 @@ class RoutingRecord:
 
     @keep_tokens.setter
     def keep_tokens(self, most: int) -> None:
-        self._keep_tokens = most = _limit(most)
+        self._least_tokens = _limit(most)
+        self.keep_at_least(0)
+
+    def keep_at_least(self, most: int) -> None:
+        """Keep `most` unrouted tokens, or `keep_tokens` as it was set if that is more; replaces an earlier call."""
+        self._keep_tokens = most = max(self._least_tokens, _limit(most))
         sample, stride = thinned(self.unrouted_sample, self._stride, most)
         self._set_sample(sample, stride, self._seen)
 

@@ -52,6 +52,7 @@ class AdaptiveExperts(nn.Module):
         self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
         self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
         self.record_routing, self.record_eval = False, False
+        self.record_window = 0  # number of the last window, which tells it from one that was opened later
         self.record_group = record_group  # ranks over which records are summed; None: all
         self._marks: dict[str, dict[str, Any]] = {}
         self._mark_experts()
@@ -162,6 +163,7 @@ class AdaptiveExperts(nn.Module):
         that a backward can follow. Recomputes of gradient checkpointing never are."""
         self.reset_record_routing()
         self.record_routing, self.record_eval = True, record_eval
+        self.record_window += 1
 
     def end_record_routing(self) -> None:
         """Close the window; the record can still be read."""

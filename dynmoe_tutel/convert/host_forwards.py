@@ -54,10 +54,8 @@ class HostForwards:
         self._running: Forward | None = None
         self._newest: Forward | None = None  # held here: its output may be of a kind that cannot be read
         self._alive: WeakSet[Forward] = WeakSet()
-        self._last_number, self._masked = (
-            0,
-            False,
-        )  # of the forwards so far: their last node, and whether one had a mask
+        self._last_number = 0  # of the forwards so far: their last node,
+        self._masked = False  # and whether one had a mask
         self._repeated: dict[int, Forward | None] = {}  # by running backward: the forward that it last repeated
 
     def __reduce__(self) -> Any:

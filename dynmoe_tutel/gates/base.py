@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Capacity, Routing
+from ..temporary_hooks import without_temporary_hooks
 from ..validation import environment_number, number, positive_int, warn_once
 
 
@@ -127,3 +128,7 @@ class Gate(nn.Module):
         """[E] bool: the slots that hold an expert."""
         device = next((p.device for p in self.parameters()), None)
         return torch.ones(self.slots, dtype=torch.bool, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a meter's hooks, which belong to this gate alone."""
+        return without_temporary_hooks(self.__dict__)

@@ -28,7 +28,9 @@ class DynMoECallback(MoECallback, Callback):
     """Trains the MoE layers of a LightningModule: `Trainer(callbacks=[DynMoECallback(schedule=300)])`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
-      training batch after which an optimizer stepped; `controller` and `events` exist once `fit` has begun. A model
+      step of an optimizer that owns a parameter of an adaptive layer, also one that Lightning does not see because it
+      is of the raw optimizer; not one that a GradScaler skips. It does so at the end of each training batch, where of
+      several optimizers the one with most steps counts. `controller` and `events` exist once `fit` has begun. A model
       whose gates all have a fixed k trains without a controller.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss. Like the loss, it is divided by
       `accumulate_grad_batches`, but not under manual optimization. Do not add it in `training_step` as well.
@@ -77,13 +79,17 @@ class DynMoECallback(MoECallback, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._steps:
-            return  # more batches to accumulate
         assert self._training is not None
+        known = trainer.global_step != self._steps  # to Lightning, which does not see steps of a raw optimizer
         self._steps = trainer.global_step
-        self._training.step()
+        if not self._training.step(int(known)) and not known:
+            return  # more batches to accumulate
         if trainer._logger_connector.should_update_logs:  # the test of Lightning's own callbacks
             pl_module.log_dict(self._training.scalars())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._training is not None
+        self._training.warn_without_steps()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.close()
@@ -92,6 +98,7 @@ class DynMoECallback(MoECallback, Callback):
         self.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.close()
         self._state_to_load = None  # left over if a checkpoint was only evaluated
 
     def state_dict(self) -> dict[str, Any]:

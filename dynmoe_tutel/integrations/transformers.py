@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
+from collections.abc import Callable
+from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,8 +36,8 @@ class DynMoECallback(MoECallback, TrainerCallback):
     """Trains the MoE layers of a Trainer's model: `trainer.add_callback(DynMoECallback(trainer, schedule=300))`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
-      optimizer step; `controller` and `events` exist once training has begun. A model whose gates all have a fixed k
-      trains without a controller.
+      optimizer step, not one that a GradScaler skips; `controller` and `events` exist once training has begun. A model
+      whose gates all have a fixed k trains without a controller.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss, as the mean over the micro-batches
       of a step and over the ranks; do not add it in the model as well. `loss` in the log does not include it.
     * When the Trainer logs, it also logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.
@@ -43,9 +45,10 @@ class DynMoECallback(MoECallback, TrainerCallback):
       even in the middle of a record window. A moved checkpoint is looked up in `output_dir` and in
       `TrainingArguments(resume_from_checkpoint=...)`.
 
-    Only the Trainer's training forwards are recorded. Raises ValueError for a model without MoE layers, unknown
-    options, a second DynMoECallback, and for unsupported training: FSDP and DeepSpeed (they shard parameters),
-    DataParallel, and `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
+    Only the Trainer's training forwards are recorded, and a `train()` that an exception or Ctrl-C ends leaves nothing
+    on the model. Raises ValueError for a model without MoE layers, unknown options, a second DynMoECallback, another
+    Trainer than `trainer`, and for unsupported training: FSDP and DeepSpeed (they shard parameters), DataParallel, and
+    `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
     """
 
     def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
@@ -56,11 +59,17 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self._trainer = trainer
         self._session = ""
         self._refuse_unserved()
+        _Train.of(trainer, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+        if state is not self._trainer.state:
+            raise ValueError(
+                "this DynMoECallback was made for another Trainer: make one for each, "
+                "trainer.add_callback(DynMoECallback(trainer, ...))"
+            )
         self._refuse_unserved()
         self._training = MoETraining(kwargs["model"], kwargs["optimizer"], self._aux_weight, self._options)
         if state.global_step > 0:
@@ -78,13 +87,15 @@ class DynMoECallback(MoECallback, TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._training is not None
-        self._training.step()
+        self._training.step(int(not self._trainer.accelerator.optimizer_step_was_skipped))
         self._log(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log(control)
+        assert self._training is not None
+        self._training.warn_without_steps()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._training is not None
@@ -146,6 +157,26 @@ class DynMoECallback(MoECallback, TrainerCallback):
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"trainer cannot be served by DynMoECallback: {reason}")
+
+
+class _Train:
+    """The `train` of one Trainer, after which its callback detaches: the Trainer tells no callback of an exception."""
+
+    def __init__(self, train: Callable[..., Any], callback: DynMoECallback) -> None:
+        self.train, self.callback = train, callback
+        update_wrapper(self, train)
+
+    @classmethod
+    def of(cls, trainer: Trainer, callback: DynMoECallback) -> None:
+        """Put it in the place of the Trainer's `train`, or of that of an earlier callback."""
+        train = trainer.train.train if isinstance(trainer.train, cls) else trainer.train
+        trainer.train = cls(train, callback)  # type: ignore[method-assign]
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return self.train(*arguments, **options)
+        finally:
+            self.callback.close()
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -72,6 +72,7 @@ class RankExchange:
         chunk.
         """
         x_TD, exact = x_TD.to(experts.compute_dtype(x_TD)), call.capacity == "exact"
+        self.wire.set_mode(experts.training)
         if not exact:
             self.wire.check_tokens(x_TD.shape[0], x_TD.device)
         bounds = _bounds(x_TD.shape[0], call.degree if exact else 1)
@@ -278,9 +279,14 @@ def _chunks(
     by_ranks = [_indexed(rank_bits_TW[first:last], R, routing, room) for first, last in bounds]
     if bound is None:
         rows_NR = torch.stack([by_rank.counts for by_rank in by_ranks])
-        own = torch.stack([rows_NR, count_NR.int()], dim=2).transpose(0, 1).contiguous()  # [R, chunks, 2] int32
+        own = (
+            torch.stack([4 * rows_NR + wire.mode, count_NR.int()], dim=2).transpose(0, 1).contiguous()
+        )  # [R, chunks, 2] int32
         theirs = wire.start(own, [1] * R, [1] * R).wait()
         sent, received = torch.stack([own, theirs]).permute(0, 2, 3, 1).tolist()  # [chunks][2][R]
+        wire.check_modes([rows % 4 for rows in received[0][0]])
+        for counts in (*sent, *received):
+            counts[0] = [rows // 4 for rows in counts[0]]
     else:
         sent = received = [[[fixed_rows] * R, [bound] * R]]
     pending = []
