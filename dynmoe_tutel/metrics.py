@@ -40,14 +40,14 @@ class _Count(TemporaryHook):
     def __init__(self, sums: Mapping[str, Mapping[str, Tensor]], name: str, training_only: bool) -> None:
         self.sums, self.name, self.training_only = sums, name, training_only
 
-    @torch.no_grad()
     def __call__(self, gate: nn.Module, inputs: Any, routing: Routing) -> None:
         if in_backward() or (self.training_only and not is_training(gate)):
             return
         sums = self.sums[self.name]
-        sums["k_histogram"].add_(routing.k_histogram)
-        sums["counts"].add_(routing.counts)
-        sums["unrouted"].add_(routing.unrouted.sum())
+        with torch.no_grad():
+            sums["k_histogram"].add_(routing.k_histogram)
+            sums["counts"].add_(routing.counts)
+            sums["unrouted"].add_(routing.unrouted.sum())
 
 
 class RoutingMeter(HookOwner):
