@@ -35,10 +35,13 @@ def refuse_transforms(x: object) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def _is_in_onnx_export() -> bool:
-    """Hidden from torch.compile, which takes torch's own function for False."""
+    """Called by torch.compile while it traces: it takes torch's own function for False."""
     return torch.onnx.is_in_onnx_export()
+
+
+# what torch.compiler.assume_constant_result sets, which would import torch._dynamo and Triton
+_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_script() -> NoReturn:
