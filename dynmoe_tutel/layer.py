@@ -25,6 +25,7 @@ from .parallel.collectives import Wire, gathered
 from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
+from .refusals import refuse_script, refuse_transforms
 from .routing import Capacity, Routing
 from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, warn_once
@@ -58,6 +59,7 @@ class MoELayer(AdaptiveExperts):
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     _dropped: Tensor
+    _is_replica = False  # nn.DataParallel sets it on its copies
     # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None
@@ -111,6 +113,7 @@ class MoELayer(AdaptiveExperts):
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
+        refuse_transforms(x)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with without_autocast(x):
             return gate(x_TD, self._capacity_for(x), None, mask_T)
@@ -145,8 +148,12 @@ class MoELayer(AdaptiveExperts):
             y = input.view_as(input)  # a view: l_aux must not land on the caller's tensor
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
-        if not torch.compiler.is_compiling():
-            _refuse_transforms()
+        refuse_transforms(input)
+        if self._is_replica and (self.training or self.record_routing):
+            raise NotImplementedError(
+                "a MoELayer under nn.DataParallel would lose l_aux and records with its replicas: use "
+                "DistributedDataParallel"
+            )
         recompute, degree = in_backward(), self.a2a_ffn_overlap_degree
         if a2a_ffn_overlap_degree is not None:
             degree = overlap_degree(a2a_ffn_overlap_degree)
@@ -209,6 +216,9 @@ class MoELayer(AdaptiveExperts):
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else f"of layout {x.layout}"
+            raise ValueError(f"input is {kind}: give a dense tensor [..., {self.model_dim}], padded with a token_mask")
         if x.dtype not in _DTYPES:
             raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
         if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
@@ -346,6 +356,10 @@ class MoELayer(AdaptiveExperts):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which would stop at the first annotation."""
+        refuse_script()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out temporary hooks, and the last forward's losses, whose graph cannot be copied or pickled."""
         state = without_temporary_hooks(self.__dict__)
@@ -355,23 +369,6 @@ class MoELayer(AdaptiveExperts):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context with autocast off on the device of `x`; the meta device has none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def _refuse_transforms() -> None:
-    """NotImplementedError, by name, for what the operations have no rule for."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "a MoELayer has no forward-mode differentiation (jvp, jacfwd, dual tensors): use the backward"
-        )
-    if torch.jit.is_tracing():
-        raise NotImplementedError("a MoELayer cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    functorch = torch._C._functorch
-    inner = functorch.peek_interpreter_stack()
-    if inner is not None and inner.key() in (functorch.TransformType.Vmap, functorch.TransformType.Grad):
-        raise NotImplementedError(
-            "a MoELayer has no rule for torch.func's transforms (vmap, grad): give the batch to one call, and use the "
-            "backward"
-        )
 
 
 def _made_gate(

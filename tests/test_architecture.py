@@ -14,7 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tutel, or `benchmarks`
     ("kernels",),
-    ("forwards", "losses", "layer_state", "old_paths", "routing", "temporary_hooks", "validation", "version"),
+    (
+        "forwards",
+        "layer_state",
+        "losses",
+        "old_paths",
+        "refusals",
+        "routing",
+        "temporary_hooks",
+        "validation",
+        "version",
+    ),
     ("capacity", "initialization"),
     ("experts", "gates", "parallel"),
     ("adaptive", "layer_config"),

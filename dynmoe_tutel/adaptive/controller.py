@@ -109,6 +109,7 @@ class ExpertController:
         self._step = 0
         self._window_open = False
         self._windows: list[int] = []  # by layer, the number of the window that this controller opened last
+        self._model: nn.Module | None = model  # None once it was looked at, in the first update
 
         floor = getattr(self.policy, "min_experts", 1)
         most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
@@ -264,6 +265,7 @@ class ExpertController:
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:
             history.check_whole()
+        self._warn_of_what_does_not_learn()
         # Reduce before deciding: a rank that saw no token must take part too.
         for history in self._histories:
             history.record.all_reduce(self._record_group(history))
@@ -275,6 +277,29 @@ class ExpertController:
         for event in events:
             logger.info("%s", event)
         return events
+
+    def _warn_of_what_does_not_learn(self) -> None:
+        """In the first update: layers that are no longer the model's, and experts or gates without an optimizer."""
+        if self._model is None:
+            return
+        model, self._model = self._model, None
+        inside = {id(module) for module in model.modules()}
+        for history in self._histories:
+            layer = history.layer
+            if id(layer) not in inside:
+                logger.warning(
+                    "%s was replaced in the model after the controller was made, which still steps the old layer: make "
+                    "the controller (and the optimizer) afterwards",
+                    history.name or "the layer",
+                )
+                continue
+            for part, module in (("experts", layer.experts), (f"gates.{history.gate}", layer.gates[history.gate])):
+                if self._rows.lack(module.parameters(), model):
+                    logger.warning(
+                        "the optimizer has none of the parameters of %s: they do not learn. Make the optimizer after "
+                        "the layer is in the model, call add_param_group, or freeze them by requires_grad_(False)",
+                        f"{history.name}.{part}".lstrip("."),
+                    )
 
     def _load(self, layer: nn.Module) -> list[int]:
         """Assignments of each slot in the last window, summed over the layer's adaptive gates."""

@@ -46,6 +46,15 @@ class OptimizerRows:
         self.optimizers = optimizers
         self._warned: set[str] = set()
 
+    def lack(self, parameters: Iterable[nn.Parameter], model: nn.Module) -> bool:
+        """Whether some of the parameters can be trained and no optimizer has one of these.
+
+        False where the optimizers have no parameter of the model: they train copies, or say nothing of their own.
+        """
+        own = {id(p) for o in self.optimizers for g in getattr(o, "param_groups", ()) for p in g.get("params", ())}
+        trained = [id(parameter) in own for parameter in parameters if parameter.requires_grad]
+        return bool(trained) and not any(trained) and any(id(parameter) in own for parameter in model.parameters())
+
     def of(self, parameter: nn.Parameter) -> list[Tensor]:
         """The state tensors of the parameter's shape, sorted by optimizer and name: the same order on every rank."""
         return [value for _, value in sorted(self._state(parameter, "moved"), key=lambda entry: entry[0])]
