@@ -35,7 +35,8 @@ class DividedGradients:
     """
 
     def __init__(self, model: nn.Module, wrapped: nn.Module, expert_data_group: Any = None) -> None:
-        check_expert_data_group(set(placements_of_experts(model).values()), None, expert_data_group)
+        placements = placements_of_experts(model).values()
+        check_expert_data_group(placements, placements, None, expert_data_group)
         ddp = next((module for module in wrapped.modules() if isinstance(module, DistributedDataParallel)), None)
         if ddp is not None:
             _refuse_averaged_by(ddp)

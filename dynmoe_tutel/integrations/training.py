@@ -34,7 +34,7 @@ def checked_options(aux_weight: float, options: Mapping[str, Any]) -> None:
         raise ValueError(f"aux_weight must be a number of at least 0, got {aux_weight!r}")
     unknown = [name for name in options if name not in _CONTROLLER_OPTIONS]
     if unknown:
-        allowed = ", ".join(("aux_weight", "expert_data_group", *_CONTROLLER_OPTIONS))
+        allowed = ", ".join(("aux_weight", *_CONTROLLER_OPTIONS, "expert_data_group"))
         raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
     Schedule.of(options.get("schedule"))
 

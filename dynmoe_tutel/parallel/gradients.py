@@ -77,7 +77,8 @@ def average_gradients(
         for name, parameter in model.named_parameters()
         if (dense or id(parameter) in placements) and (chosen is None or id(parameter) in chosen)
     ]
-    check_expert_data_group({placements[id(p)] for _, p in named if id(p) in placements}, group, expert_data_group)
+    averaged = [placements[id(p)] for _, p in named if id(p) in placements]
+    check_expert_data_group(averaged, placements.values(), group, expert_data_group)
     alone = {key for key, placement in placements.items() if placement.ranks == ranks}  # without copies
     summed = [(name, parameter) for name, parameter in named if id(parameter) not in alone]
     if ranks > 1 and summed:
@@ -101,19 +102,22 @@ def copies_of_experts(placement: Placement, group: Any) -> int:
     return ranks // placement.ranks
 
 
-def check_expert_data_group(placements: Iterable[Placement], group: Any, expert_data_group: Any) -> None:
-    """ValueError unless `expert_data_group` has as many ranks as each expert of these placements has copies.
+def check_expert_data_group(
+    averaged: Iterable[Placement], of_model: Iterable[Placement], group: Any, expert_data_group: Any
+) -> None:
+    """ValueError unless `expert_data_group` has as many ranks as the experts of `averaged` have copies.
 
-    Layers without copies fit beside layers with copies. Of one rank, or None, it fits where no expert has copies.
+    A group of several ranks must be that of some experts of the model. None stands for a group of one rank.
     """
-    copies = {copies_of_experts(placement, group) for placement in placements}
+    copies = {copies_of_experts(placement, group) for placement in averaged}
     given = 1 if expert_data_group is None else world_size(expert_data_group)
-    if not copies or copies - {1} == {given} - {1}:
-        return
-    if copies == {1}:
+    if copies and given not in {1, *(copies_of_experts(placement, group) for placement in of_model)}:
         raise ValueError(
-            f"expert_data_group has {given} ranks, and every expert is on one rank of group: leave it out (None)"
+            f"expert_data_group has {given} ranks, and no expert has as many copies in group: leave it out where "
+            "every expert is on one rank, or give the ranks that hold the same experts"
         )
+    if copies <= {1, given}:
+        return
     what = "None" if expert_data_group is None else f"a group of {given} ranks"
     raise ValueError(
         f"expert_data_group is {what}, and divided experts have copies on {_numbers(copies - {1})} ranks: give the "

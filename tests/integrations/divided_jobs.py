@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import GROUP_PATIENCE, relative_rms
 from tiny import D, Items
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dynmoe_tutel import MoELayer, parallel
 from dynmoe_tutel.checkpoint import distributed
@@ -60,7 +61,7 @@ def assert_trained(net: Net, norms: list[float], max_norm: float) -> None:
     expected, norms_of_one = one_process(max_norm)
     assert norms == pytest.approx(norms_of_one, rel=1e-4)
     for (name, p), q in zip(net.named_parameters(), expected.parameters(), strict=True):
-        full = q.chunk(dist.get_world_size())[dist.get_rank()] if ".experts." in name else q
+        full = q.chunk(net.moe.world_size)[net.moe.rank] if ".experts." in name else q
         assert relative_rms(p, full) < 1e-4, name
     assert_replicas(net)
 
@@ -101,7 +102,19 @@ def run_transformers(rank: int, ranks: int, folder: str) -> None:
     dist.barrier()
 
 
-def divided_trainer(folder: Path, net: nn.Module, *callbacks: Any, **options: Any) -> tuple[Any, Any]:
+def run_transformers_with_copies(rank: int, ranks: int, folder: str) -> None:
+    start(rank, ranks, folder)
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "experts"))
+    trainer_norms(Path(folder), mesh["experts"].get_group(), mesh["data"].get_group())
+    refused, _ = divided_trainer(Path(folder), Net(mesh["experts"].get_group()))
+    with pytest.raises(ValueError, match="expert_data_group is None, and divided experts have copies on 2 ranks"):
+        refused.train()
+    dist.barrier()
+
+
+def divided_trainer(
+    folder: Path, net: nn.Module, *callbacks: Any, copies: Any = None, **options: Any
+) -> tuple[Any, Any]:
     from hf_trainers import trainer_of, with_callback
 
     batch = ITEMS // dist.get_world_size() // options.get("gradient_accumulation_steps", 1)
@@ -117,12 +130,12 @@ def divided_trainer(folder: Path, net: nn.Module, *callbacks: Any, **options: An
         **options,
     }
     trainer = trainer_of(net, folder, Items(ITEMS), callbacks=list(callbacks), **given)
-    return trainer, with_callback(trainer, schedule={"every": 100})
+    return trainer, with_callback(trainer, schedule={"every": 100}, expert_data_group=copies)
 
 
-def trainer_norms(folder: Path, **options: Any) -> None:
-    net = Net(dist.group.WORLD)
-    trainer, callback = divided_trainer(folder, net, **options)
+def trainer_norms(folder: Path, group: Any = None, copies: Any = None, **options: Any) -> None:
+    net = Net(group or dist.group.WORLD)
+    trainer, callback = divided_trainer(folder, net, copies=copies, **options)
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]

@@ -167,14 +167,19 @@ def wrong_groups() -> None:
     whole = Net(dist.group.WORLD)
     average = parallel.average_gradients
     said = refusal(lambda: average(whole, None, dist.group.WORLD))
-    assert f"expert_data_group has {ranks} ranks, and every expert is on one rank of group: leave it out" in said
+    assert f"expert_data_group has {ranks} ranks, and no expert has as many copies in group: leave it out" in said
     if ranks == 2:
         return
     experts_of, copies = mesh()
     pairs = Net(experts_of)
     said = refusal(lambda: average(pairs))
     assert f"expert_data_group is None, and divided experts have copies on {ranks // 2} ranks" in said
-    assert f"expert_data_group is a group of {ranks} ranks" in refusal(lambda: average(pairs, None, dist.group.WORLD))
+    said = refusal(lambda: average(pairs, None, dist.group.WORLD))
+    assert f"expert_data_group has {ranks} ranks, and no expert has as many copies" in said
+    both = nn.Sequential(pairs, whole)
+    average(both, None, copies)
+    average(both, None, copies, parameters=whole.parameters())
+    assert "expert_data_group is None" in refusal(lambda: average(both))
     assert "group has 2 ranks, and a layer's experts are divided over 4" in refusal(lambda: average(whole, copies))
     average(pairs, experts_of)  # the mean over two ranks has no copies
 
