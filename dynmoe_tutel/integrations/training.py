@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from dynmoe_tutel import metrics
 from dynmoe_tutel.adaptive.controller import ExpertController, ExpertEvent, Schedule
 from dynmoe_tutel.integrations.auxiliary_gradient import AuxiliaryGradient
+from dynmoe_tutel.integrations.divided_experts import DividedGradients, has_divided_experts
 from dynmoe_tutel.integrations.optimizer_steps import OptimizerSteps
+from dynmoe_tutel.parallel.collectives import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ def checked_options(aux_weight: float, options: Mapping[str, Any]) -> None:
         raise ValueError(f"aux_weight must be a number of at least 0, got {aux_weight!r}")
     unknown = [name for name in options if name not in _CONTROLLER_OPTIONS]
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}: allowed are aux_weight, {', '.join(_CONTROLLER_OPTIONS)}")
+        allowed = ", ".join(("aux_weight", *_CONTROLLER_OPTIONS, "expert_data_group"))
+        raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
     Schedule.of(options.get("schedule"))
 
 
@@ -51,11 +54,13 @@ Callback = TypeVar("Callback", bound="MoECallback")
 class MoECallback:
     """The base of all hosts' callbacks: options, and access to the last training."""
 
-    def __init__(self, aux_weight: float, options: Mapping[str, Any]) -> None:
+    def __init__(self, aux_weight: float, options: Mapping[str, Any], expert_data_group: Any = None) -> None:
         checked_options(aux_weight, options)
         self._aux_weight = aux_weight
         self._options = dict(options)
+        self._expert_data_group = expert_data_group
         self._training: MoETraining | None = None
+        self._gradients: DividedGradients | None = None  # while a model with divided experts trains
 
     @property
     def controller(self) -> ExpertController | None:
@@ -75,6 +80,13 @@ class MoECallback:
         """
         if self._training is not None:
             self._training.close()
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+
+    def _gradients_of(self, model: nn.Module, wrapped: nn.Module) -> DividedGradients | None:
+        """What averages and clips the gradients of this training; None where no experts are divided over ranks."""
+        return DividedGradients(model, wrapped, self._expert_data_group) if has_divided_experts(model) else None
 
     def __enter__(self: Callback) -> Callback:
         return self
@@ -190,7 +202,7 @@ class MoETraining:
                 "new_events": len(self._new_events),
             }
         )
-        ranks = [own] * _world_size()
+        ranks = [own] * world_size()
         if len(ranks) > 1:
             dist.all_gather_object(ranks, own)
         return {"ranks": ranks}
@@ -203,7 +215,7 @@ class MoETraining:
         ranks = state.get("ranks")
         if not isinstance(ranks, list) or not ranks:
             raise ValueError("the state to load is not one of DynMoECallback: it has no list 'ranks'")
-        same = len(ranks) == _world_size()
+        same = len(ranks) == world_size()
         own = ranks[dist.get_rank() if same and len(ranks) > 1 else 0]
         if (own["controller"] is None) != (self.controller is None):
             have, found = ("none", "one") if self.controller is None else ("one", "none")
@@ -215,15 +227,11 @@ class MoETraining:
             logger.warning(
                 "the state was written by %d ranks and is read by %d: its record window is left out",
                 len(ranks),
-                _world_size(),
+                world_size(),
             )
             return
         self.meter.load_state_dict(own["meter"])
         self.auxiliary.load_state_dict(own["auxiliary"])
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _window_closed(state: Mapping[str, Any]) -> dict[str, Any]:

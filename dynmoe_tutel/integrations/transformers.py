@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, write_checkpoint
 from dynmoe_tutel.integrations import require
+from dynmoe_tutel.integrations.divided_experts import WRITES_ONE_RANK, has_divided_experts
 from dynmoe_tutel.integrations.training import MoECallback, MoETraining, refuse_without_layers
+from dynmoe_tutel.parallel import ignore_experts_in_ddp
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import SaveStrategy
 else:
     TrainerCallback = require("transformers", "hf").TrainerCallback
     require("accelerate", "hf")
+    SaveStrategy = require("transformers.trainer_utils", "hf").SaveStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,10 @@ class DynMoECallback(MoECallback, TrainerCallback):
     * Every checkpoint-N gets a folder `dynmoe`, from which `trainer.train(resume_from_checkpoint=...)` resumes bitwise,
       even in the middle of a record window. A moved checkpoint is looked up in `output_dir` and in
       `TrainingArguments(resume_from_checkpoint=...)`.
+    * Experts that ranks divide are kept out of DistributedDataParallel; their gradients are averaged once a step, with
+      copies over `expert_data_group` (`parallel.average_gradients`). `max_grad_norm`, the logged `grad_norm` and a
+      GradScaler's skipped steps are of all ranks. The Trainer must not save then (`save_strategy="no"`): its files
+      would hold rank 0's experts alone.
 
     Only the Trainer's training forwards are recorded, and a `train()` that an exception or Ctrl-C ends leaves nothing
     on the model. Raises ValueError for a model without MoE layers, unknown options, a second DynMoECallback, another
@@ -51,8 +60,15 @@ class DynMoECallback(MoECallback, TrainerCallback):
     `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
     """
 
-    def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
-        super().__init__(aux_weight, {"schedule": schedule, **options})
+    def __init__(
+        self,
+        trainer: Trainer,
+        schedule: Any = None,
+        aux_weight: float = 0.01,
+        expert_data_group: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(aux_weight, {"schedule": schedule, **options}, expert_data_group)
         if not hasattr(trainer, "callback_handler"):
             raise ValueError(f"trainer must be the transformers.Trainer itself, got {type(trainer).__name__}")
         refuse_without_layers(trainer.model)  # type: ignore[arg-type]
@@ -60,6 +76,8 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self._session = ""
         self._refuse_unserved()
         _Train.of(trainer, self)
+        if has_divided_experts(trainer.model):  # type: ignore[arg-type]
+            ignore_experts_in_ddp(trainer.model)  # type: ignore[arg-type]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,6 +89,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
                 "trainer.add_callback(DynMoECallback(trainer, ...))"
             )
         self._refuse_unserved()
+        self._take_over_gradients(kwargs["model"])
         self._training = MoETraining(kwargs["model"], kwargs["optimizer"], self._aux_weight, self._options)
         if state.global_step > 0:
             self._resume(args, state, self._training)
@@ -84,6 +103,13 @@ class DynMoECallback(MoECallback, TrainerCallback):
         assert self._training is not None
         micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer in an epoch's last step
         self._training.set_factor(1 / micro_batches, self._trainer.accelerator.scaler)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._gradients is not None:
+            self._gradients.average_once()  # where the Trainer has not asked for the norm
+            self._gradients.step_follows()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._training is not None
@@ -113,6 +139,26 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+
+    def _take_over_gradients(self, model: nn.Module) -> None:
+        """Where experts are divided, stand in for what the Trainer does with gradients and checkpoints."""
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        gradients = self._gradients_of(model, trainer.model_wrapped)
+        if gradients is None:
+            return
+        if SaveStrategy(trainer.args.save_strategy) is not SaveStrategy.NO:
+            raise ValueError(f"save_strategy = '{SaveStrategy(trainer.args.save_strategy).value}' {WRITES_ONE_RANK}")
+
+        def clip_grad_norm(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            accelerator.unscale_gradients()
+            gradients.average_once()
+            return gradients.clip(parameters, max_norm, norm_type)
+
+        self._gradients = gradients
+        gradients.stand_in(accelerator, "clip_grad_norm_", clip_grad_norm)
+        gradients.refuse_saving(trainer, "save_model")
+        if accelerator.scaler is not None:
+            gradients.share_overflow(accelerator.scaler)
 
     def _log(self, control: TrainerControl) -> None:
         if control.should_log:

@@ -157,6 +157,11 @@ def _silent_ranks(group: Any) -> list[int]:
     return silent
 
 
+def world_size(group: Any = None) -> int:
+    """The number of ranks of `group` (None: all); 1 where torch.distributed is not initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
 def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give all ranks the same") -> None:
     """Raise ValueError on every rank of `group` if one of `own` (plain values by name) differs between ranks."""
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
@@ -192,7 +197,7 @@ def sum_over_ranks(tensors: Sequence[Tensor], group: Any) -> None:
 
 def shared_seed(group: Any) -> int:
     """A seed for all ranks of `group`, drawn from the global random state of its rank 0."""
-    seed = torch.randint(2**62, (1,), device="cpu").to(_wire_device(group))
+    seed = torch.randint(2**62, (1,), device="cpu").to(wire_device(group))
     dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
     return int(seed)
 
@@ -202,13 +207,13 @@ def copy_from_first(module: nn.Module, group: Any) -> None:
     """Overwrite parameters and buffers of `module` with those of rank 0 of `group`."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.is_meta:
-            value = tensor.detach().to(_wire_device(group), copy=True)
+            value = tensor.detach().to(wire_device(group), copy=True)
             dist.broadcast(value, src=dist.get_global_rank(group, 0), group=group)
             tensor.copy_(value)
 
 
-def _wire_device(group: Any) -> torch.device:
-    """The device for tensors in collectives: NCCL does not take CPU tensors."""
+def wire_device(group: Any) -> torch.device:
+    """The device for tensors in collectives of `group` (None: all ranks): NCCL does not take CPU tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
