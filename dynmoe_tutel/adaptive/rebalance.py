@@ -84,6 +84,7 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
         return LayerBalance(name, place.blocks, before, before)
     order = slot_order(swaps, layer.slots)
     used = torch.stack([history.active for history in histories]).any(dim=0).tolist()
+    rows.drop_histories()
     _exchange_experts(layer, place, rows, order)
     for history in histories:
         _permute_gate(layer.gates[history.gate], rows, order)
@@ -101,9 +102,9 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
 def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
     """Move column order[i] of the gate and of its optimizer state to column i."""
     order_E = torch.tensor(order, device=gate.experts_mask.device)
-    for parameter, axis in ((gate.sim_matrix, 1), (gate.gates, 0)):
-        for tensor in (parameter.detach(), *rows.of(parameter)):
-            tensor.copy_(tensor.index_select(axis, order_E))
+    for parameter, first in ((gate.sim_matrix, (slice(None), 0)), (gate.gates, (0,))):
+        for tensor, index in ((parameter.detach(), first), *rows.of(parameter, first)):
+            tensor.copy_(tensor.index_select(len(index) - 1, order_E))
     gate.experts_mask.copy_(gate.experts_mask[order_E])
 
 
@@ -116,7 +117,9 @@ def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerR
     def tensors(slot: int) -> list[Tensor]:
         """Views of a slot's state and of its optimizer rows on this rank."""
         slots = layer.expert_slots
-        of_rows = [row[index] for parameter, index in slots.slot_parameters(slot) for row in rows.of(parameter)]
+        of_rows = [
+            row[own] for parameter, index in slots.slot_parameters(slot) for row, own in rows.of(parameter, index)
+        ]
         return [tensor[index] for tensor, index in slots.slot_tensors(slot)] + of_rows
 
     first = tensors(place.first)
