@@ -184,6 +184,8 @@ class MoELayer(AdaptiveExperts):
             self.l_aux, self.aux_terms = l_aux, routing.aux
             if routing.dropped is not None and not has_no_data(input):
                 self._count_dropped(routing.dropped)
+        if self.lineage.is_copy and y.requires_grad:
+            self.lineage.watch(y)
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
 

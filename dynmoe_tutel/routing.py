@@ -29,6 +29,11 @@ def check_capacity(capacity: Capacity) -> None:
         raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
 
 
+def is_active(experts_mask: Tensor) -> Tensor:
+    """bool, as `experts_mask`: active where it is above one half. An average of masks may lie between 0 and 1."""
+    return experts_mask > 0.5
+
+
 @dataclass(frozen=True)
 class Router:
     """The tensors that a top-any gate compared; the experts' operation needs them for the scores' gradient."""

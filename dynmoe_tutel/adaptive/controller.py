@@ -8,7 +8,7 @@ equal to an uninterrupted one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..validation import number
+from .averages import Average, averaged_layers
 from .gate_history import GateHistory, gate_histories
 from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
 from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
@@ -61,10 +62,10 @@ class ExpertController:
     wrapped by DistributedDataParallel or torch.compile: layer names omit the wrappers' prefixes, so that state
     moves between wrapped and plain models. `model` keeps its parameters: slots are storage, shapes never change.
 
-    * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it: they become zero in
-      every state tensor of the parameter's shape; an fp32 master copy (a state key with "master" in it) takes the
-      parameter's new value; step counters stay. This suits SGD with momentum, Adam and AdamW in all variants.
-      State of another shape (factored, quantised) is left alone, with a warning.
+    * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it, to what a fresh
+      parameter's state holds; an fp32 master copy (a state key with "master" in it) takes the parameter's new value;
+      step counters stay. This suits torch's optimizers and those of timm, factored state (Adafactor) too. State of
+      another shape or type (quantised) is left alone, with a warning.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
     * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
       "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
@@ -73,6 +74,9 @@ class ExpertController:
     * `init`: how the network of a grown expert starts: "nearest" (a copy of the active expert whose direction is
       nearest), "mean" (of the active experts), "fresh" (drawn anew, from `seed`), "keep" (as the slot is).
     * `group`: the data-parallel process group over which records are summed; None: the layer's `record_group`.
+    * `averages`: averages of the model's weights that follow growth and pruning: modules (AveragedModel, ModelEmaV3)
+      or dicts from the names of the model's state dict to tensors. They get the masks and the grown experts, and
+      `rebalance` moves their experts too. None: the layers' deep copies that are averages, see `Lineage`.
 
     Raises ValueError if the model has no adaptive MoE layer or an argument is out of range.
     """
@@ -90,6 +94,7 @@ class ExpertController:
         init: str = "nearest",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        averages: Iterable[Average] | None = None,
     ) -> None:
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
@@ -110,6 +115,9 @@ class ExpertController:
         self._window_open = False
         self._windows: list[int] = []  # by layer, the number of the window that this controller opened last
         self._model: nn.Module | None = model  # None once it was looked at, in the first update
+        self._averages: dict[str, list[Any]] = {}  # layers that share a dict's tensors live here alone
+        if averages is not None:
+            self._averages = averaged_layers({h.name: h.layer for h in self._histories}, averages)
 
         floor = getattr(self.policy, "min_experts", 1)
         most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
@@ -122,6 +130,8 @@ class ExpertController:
                     f"and {history.key} has {len(history.silent_windows)}"
                 )
             history.record.keep_at_least(keeps)
+            if averages is not None:
+                history.layer.lineage.choose(self._averages[history.name])
         if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
         self._set_window(self.schedule.opens_at(0))
@@ -142,6 +152,8 @@ class ExpertController:
         """
         self._check_windows()
         self._step += 1
+        for layer in self._layers:
+            layer.lineage.follow(layer, by_value=False)  # averages that began after a change
         events: list[ExpertEvent] = []
         if self.schedule.updates_at(self._step):
             if self._window_open:
@@ -273,6 +285,8 @@ class ExpertController:
         events = []
         for history, decision in zip(self._histories, decisions, strict=True):
             events += self._apply(history, decision)
+        for layer in self._layers:
+            layer.lineage.follow(layer)
         self.events += events
         for event in events:
             logger.info("%s", event)

@@ -23,6 +23,7 @@ from ..parallel.exchange import Exchange, LocalExchange
 from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
 from ..parallel.rank_exchange import RankExchange
 from ..parallel.slots import SlotAccess
+from .lineage import Lineage
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
@@ -54,6 +55,7 @@ class AdaptiveExperts(nn.Module):
         self.record_routing, self.record_eval = False, False
         self.record_window = 0  # number of the last window, which tells it from one that was opened later
         self.record_group = record_group  # ranks over which records are summed; None: all
+        self.lineage = Lineage()
         self._marks: dict[str, dict[str, Any]] = {}
         self._mark_experts()
         self.register_load_state_dict_post_hook(_mark_loaded)
@@ -96,6 +98,7 @@ class AdaptiveExperts(nn.Module):
         self._max_num_global_experts.fill_(self.slots)
         self.reset_record_routing()
         self._mark_experts()
+        self.lineage.trained = True
 
     @property
     def placement(self) -> Placement:
@@ -135,7 +138,7 @@ class AdaptiveExperts(nn.Module):
     @property
     def num_global_experts(self) -> int:
         """Number of experts that any gate has active."""
-        return int(self._num_global_experts)
+        return int(self._used_slots().sum())
 
     @property
     def max_num_global_experts(self) -> int:
@@ -219,6 +222,7 @@ class AdaptiveExperts(nn.Module):
         `init` fills the grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the
         active experts), "fresh" (drawn anew from `generator`, then required), "keep" (as the slot is, like upstream).
         The last active expert is never pruned; without a free slot nothing grows. Call it after the optimizer's step.
+        Averages of the weights follow (`Lineage`): they are the deep copies that are written to and not trained.
         """
         if init not in INITS:
             raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
@@ -247,7 +251,9 @@ class AdaptiveExperts(nn.Module):
             self._fill_slot(gate, free, w_D, init, sources_E, generator)
             gate.activate(free, w_D)
             changes.append(ExpertChange(free, "grown", reason))
-        self._num_global_experts.fill_(int(self._used_slots().sum()))
+        self._count_experts()
+        self.lineage.trained = True
+        self.lineage.follow(self, {(gate_index, change.slot) for change in changes})
         return changes
 
     def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
@@ -278,6 +284,20 @@ class AdaptiveExperts(nn.Module):
     def _used_slots(self) -> Tensor:
         """[E] bool: the slots that any gate has active; gates share the experts."""
         return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _count_experts(self) -> None:
+        """Set the counts from the masks, which an average of all buffers keeps at 0 and 1, unlike the counts."""
+        count = self._num_global_experts
+        devices = {gate.active().device for gate in self.gates}  # type: ignore[operator]
+        if (
+            count.is_meta
+            or devices != {count.device}
+            or (count.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            return  # tensors are being replaced one by one, or cannot be written
+        count.copy_(self._used_slots().sum())
+        self._max_num_global_experts.fill_(self.slots)
 
     def _free_slot(self, load_E: Sequence[int]) -> int | None:
         """The slot to grow into: one that no gate uses."""
@@ -345,7 +365,7 @@ class AdaptiveExperts(nn.Module):
         copy_from_first(self.experts, group)
         with torch.random.fork_rng(devices=[]):
             self._share_seeds(shared_seed(group))
-        self._num_global_experts.fill_(int(self._used_slots().sum()))
+        self._count_experts()
         self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
         start = self.placement.at_start(self.exchange.start)
         spread = [start[slot] for slot in slot_order(spread_swaps(start, placement.ranks), self.slots)]
@@ -372,13 +392,17 @@ class AdaptiveExperts(nn.Module):
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._note_marks()
+        rests = self.lineage.rests(self)
         moved = nn.Module._apply(self, *args, **options)
         self._mark_experts()
+        if rests:
+            self.lineage.settle(self)
         for record in self.records:  # records are not buffers, to stay out of the state dict
             record.move(self._num_global_experts.device)
         return moved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        self._count_experts()
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if isinstance(self.exchange, RankExchange) and hasattr(destination, "_metadata"):
             # records which slots these are: any rank's block would fit by shape
@@ -396,6 +420,7 @@ class AdaptiveExperts(nn.Module):
         memo[id(self)] = copied = type(self).__new__(type(self))
         self._note_marks()
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.lineage.add(copied)
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -405,13 +430,14 @@ class AdaptiveExperts(nn.Module):
                 "the pickled layer is of an older version of dynmoe_tutel, whose layers cannot be unpickled: make the "
                 "layer anew and load its state_dict(), saved with that version"
             )
-        nn.Module.__setstate__(self, state)
+        nn.Module.__setstate__(self, {"lineage": Lineage(), **state})
         self._mark_experts()
 
 
 def _mark_loaded(layer: AdaptiveExperts, incompatible: Any) -> None:
     """After `load_state_dict`, which replaces parameters with `assign`."""
     layer._mark_experts()
+    layer.lineage.settle(layer)
 
 
 def _summary(changes: list[ExpertChange]) -> str:

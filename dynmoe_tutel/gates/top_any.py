@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..initialization import seed_of, seeded
 from ..kernels import gate_dtype, threshold_gate, vector_losses
-from ..routing import Capacity, Router, Routing
+from ..routing import Capacity, Router, Routing, is_active
 from ..validation import number, warn_once
 from .base import Gate, gate_type
 
@@ -111,7 +111,7 @@ class TopAnyGate(Gate):
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""
-        return self.experts_mask > 0
+        return is_active(self.experts_mask)
 
     def forward(
         self,
