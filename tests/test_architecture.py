@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tutel, or `benchmarks`
     ("kernels",),
     ("forwards", "losses", "layer_state", "old_paths", "routing", "validation", "version"),
-    ("capacity", "initialization"),
+    ("capacity", "initialization", "parts"),
     ("experts", "gates", "parallel"),
     ("adaptive", "layer_config"),
     ("checkpoint", "layer"),

@@ -86,7 +86,7 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
     used = torch.stack([history.active for history in histories]).any(dim=0).tolist()
     _exchange_experts(layer, place, rows, order)
     for history in histories:
-        _permute_gate(layer.gates[history.gate], rows, order)
+        _permute_gate(layer.held_gates[history.gate], rows, order)
         history.permute_slots(order)
     moves = [
         ExpertMove(source, source // place.local, slot, slot // place.local)

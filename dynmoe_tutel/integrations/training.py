@@ -92,7 +92,7 @@ class MoETraining:
             raise
 
     def _make_controller(self, model: nn.Module, optimizer: Any, options: Mapping[str, Any]) -> ExpertController | None:
-        if any(gate.adaptive for layer in self.meter.layers.values() for gate in layer.gates):
+        if any(gate.adaptive for layer in self.meter.layers.values() for gate in layer.held_gates):
             return ExpertController(model, optimizer, **options)
         if options.get("schedule") is not None:
             logger.warning("schedule is ignored: every gate of the %s has a fixed k", type(model).__name__)
