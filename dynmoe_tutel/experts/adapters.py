@@ -13,18 +13,18 @@ from .base import Experts, SlotParameter, SlotTensor, copy_slot
 
 
 class AdaptedSlots:
-    """Slot by slot access to the experts inside `wrapper` and to their adapters.
+    """Access, slot by slot, to the experts in `wrapper` (or to ones with adapters inside) and to their adapters.
 
     PEFT's `ParamWrapper` adds B A to one tensor [E, m, n], with rank r for each expert: the rows of lora_A [E r, n] are
     ordered by expert and then rank, the columns of lora_B [m, r E] by rank and then expert. A grown slot takes its
-    source's entries in both. ValueError, by name, if the wrapper has parameters of which it is unknown whose they are.
+    source's entries in both. `check_written` refuses, by name, a wrapper with parameters of another kind.
     """
 
     def __init__(self, wrapper: nn.Module) -> None:
         self.experts: Any = unwrapped(wrapper, Experts)
         self._pairs: list[tuple[Tensor, Tensor]] = []
         stacked = {(id(owner), name) for owner, name in self.experts.slot_places()}
-        for adapter in _lora_of_parameters(wrapper):
+        for adapter in lora_of_parameters(wrapper):
             of_slots = (id(adapter.get_base_layer()), adapter.parameter_name) in stacked
             if of_slots and adapter.num_experts == self.experts.local_slots:
                 self._pairs += [(adapter.lora_A[key].weight, adapter.lora_B[key].weight) for key in adapter.lora_A]
@@ -80,10 +80,10 @@ class AdaptedSlots:
 
 def slots_of(experts: Any) -> Any:
     """Access to the slots of `experts`, slot by slot in this process: their own, or with the adapters on them."""
-    return experts if isinstance(experts, Experts) and not _lora_of_parameters(experts) else AdaptedSlots(experts)
+    return experts if isinstance(experts, Experts) and not lora_of_parameters(experts) else AdaptedSlots(experts)
 
 
-def _lora_of_parameters(module: nn.Module) -> list[Any]:
+def lora_of_parameters(module: nn.Module) -> list[Any]:
     """Every `ParamWrapper` of PEFT in `module`."""
     names = ("parameter_name", "num_experts", "lora_A", "lora_B", "get_base_layer")
     return [m for m in module.modules() if all(hasattr(m, name) for name in names)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import COUNT_KEYS
+from ..experts.adapters import lora_of_parameters
 from ..experts.base import SlotParameter, SlotTensor, activation_function, check_activation
 from ..experts.custom import make_batched, may_stack
 from ..parallel.slots import ShardedSlots
@@ -85,7 +86,12 @@ class TutelSlots(ShardedSlots):
         return [(tensor, index) for tensor in tensors if (index := self._index(tensor, slot)) is not None]
 
     def check_written(self, init: str = "nearest") -> None:
-        """ValueError, by name, if a tensor that holds slots is parametrised."""
+        """ValueError, by name, if a tensor that holds slots is parametrised or has an adapter."""
+        if lora_of_parameters(self._experts):
+            raise ValueError(
+                "the experts are Tutel's, with LoRA on their stacked tensors: experts cannot grow or move. Merge the "
+                "adapters before (merge_and_unload), or use layout = 'packed'"
+            )
         for owner, name, tensor in own_tensors(self._experts):
             if may_stack(owner) and self._index(tensor, 0) is not None:
                 writable("the experts", owner, name)
