@@ -112,11 +112,12 @@ class MoELayer(AdaptiveExperts):
 
     def route(self, x: Tensor, gate_index: int = 0, token_mask: Tensor | None = None) -> Routing:
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
-        gate = self._gate(gate_index)
+        self._gate(gate_index)
         refuse_transforms(x)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
         with without_autocast(x):
-            return gate(x_TD, self._capacity_for(x), None, mask_T)
+            routing: Routing = self.gates[gate_index](x_TD, self._capacity_for(x), None, mask_T)
+        return routing
 
     def forward(
         self,
@@ -173,7 +174,8 @@ class MoELayer(AdaptiveExperts):
             inequivalent_tokens,
         )
         with without_autocast(input):
-            routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T), call)
+            routing = self.gates[gate_index](x_TD, call.capacity, self._k_of_call(top_k), mask_T)
+            routing = self.exchange.bounded(routing, call)
         recorded = self.record_routing and (self.record_eval or is_training(self))
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)
@@ -269,11 +271,12 @@ class MoELayer(AdaptiveExperts):
         `normalize_one_score_gate` makes unit rows; `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv
         2310.10908).
         """
-        gate, experts = self._gate(0), self.experts
+        gate, experts = self._gate(0), self.held_experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
             raise ValueError(
                 "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
             )
+        self.refuse_wrapped("update_one_score_gate")
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
 

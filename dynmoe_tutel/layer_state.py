@@ -30,6 +30,7 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
     if hasattr(layer.experts, "name_module"):
         layer.experts.name_module(state_dict, f"{prefix}experts.")
     own = {f"{prefix}{name}": tensor for name, tensor in _tensors(layer).items()}
+    axes = layer.slot_axes()
     saved = _saved_slots(own, state_dict, prefix, slots)
     _round_masks(own, state_dict)
     if any(key.startswith(prefix) for key in state_dict):
@@ -41,9 +42,9 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
         if not isinstance(value, Tensor):
             continue
         if layer.wire is not None and key.startswith(f"{prefix}experts."):
-            value = _own_block(layer, value, target, saved, key)
+            value = value if id(target) not in axes else _own_block(layer, value, target, saved, key)
         elif saved != slots:
-            value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
+            value = _resized(value, target, axes.get(id(target)), saved, slots, key)
         if _fits(key, value, target):
             value = value.reshape(target.shape)
         state_dict[key] = value
@@ -79,7 +80,7 @@ def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None
 def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
     """This rank's slots from a tensor of all `saved` slots; slots that it lacks keep their values."""
     whole = torch.empty([saved, *target.shape[1:]], device="meta")
-    if target.shape[:1] != (layer.placement.local,) or not _fits(key, value, whole):
+    if not _fits(key, value, whole):
         return value
     block = value.reshape(whole.shape)[layer.placement.first : layer.placement.first + layer.placement.local]
     return torch.cat([block, target.detach()[len(block) :].to(block)])
@@ -129,20 +130,12 @@ def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     if masks:  # the masks win over the saved count
         state_dict[count] = torch.stack([is_active(mask.reshape(-1)) for mask in masks]).any(dim=0).sum()
     elif count not in state_dict:
-        state_dict[count] = layer.gates[0].active().sum()
+        state_dict[count] = layer.held_gates[0].active().sum()
     state_dict[slots] = torch.tensor(layer.slots)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-
-
-def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
-    """The slot axis of a tensor, by its name and shape in the layer."""
-    if key.endswith(".sim_matrix"):
-        return 1
-    in_slots = ".gates." in f".{key}" or ".experts." in f".{key}"
-    return 0 if in_slots and target.shape[:1] == (slots,) else None
 
 
 def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:

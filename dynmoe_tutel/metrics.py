@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_tutel.forwards import in_backward, is_training
-from dynmoe_tutel.gates import Gate
 from dynmoe_tutel.layer import MoELayer
 from dynmoe_tutel.parallel.collectives import sum_over_ranks
 from dynmoe_tutel.routing import Routing
@@ -27,7 +26,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 def active_slots(layer: MoELayer) -> list[int]:
     """The active slots of gate 0."""
-    return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
+    return cast(list[int], layer.held_gates[0].active().nonzero().flatten().tolist())
 
 
 def _device(layer: MoELayer) -> torch.device:

@@ -123,7 +123,7 @@ class ExpertController:
         most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
         keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if most > 1 else 0)
         for history in self._histories:
-            history.check_whole()
+            history.check_whole(init)
             if floor > len(history.silent_windows):
                 raise ValueError(
                     f"min_experts must be at most the slots of every layer, got {floor} "
@@ -276,7 +276,7 @@ class ExpertController:
 
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:
-            history.check_whole()
+            history.check_whole(self.init)
         self._warn_of_what_does_not_learn()
         # Reduce before deciding: a rank that saw no token must take part too.
         for history in self._histories:

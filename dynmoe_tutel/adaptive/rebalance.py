@@ -88,7 +88,7 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
     rows.drop_histories()
     _exchange_experts(layer, place, rows, averages, order)
     for history in histories:
-        _permute_gate(layer.gates[history.gate], rows, order)
+        _permute_gate(layer.held_gates[history.gate], rows, order)
         history.permute_slots(order)
         for average in averages:
             average.gates[history.gate].permute_slots(order)

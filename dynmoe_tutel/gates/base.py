@@ -60,6 +60,7 @@ class Gate(nn.Module):
     default_aux: ClassVar[dict[str, float]] = {}
     without_gshard: ClassVar[dict[str, float]] = {}
     aux_choices: ClassVar[tuple[str, ...]] = ()
+    slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
 
     def __init__(
         self,
@@ -123,6 +124,11 @@ class Gate(nn.Module):
     def reset_parameters(self) -> None:
         """Set all tensors as at construction: with a seed, bitwise those; else from the global random state."""
         raise NotImplementedError
+
+    @property
+    def itself(self) -> Gate:
+        """This gate, for `parts.unwrapped`."""
+        return self
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""

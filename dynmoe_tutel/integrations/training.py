@@ -111,7 +111,7 @@ class MoETraining:
         model = getattr(model, "_orig_mod", model)  # keep torch.compile's prefix out of names
         refuse_without_layers(model)
         layers = metrics.moe_layers(model)
-        adaptive = [layer for layer in layers.values() if any(gate.adaptive for gate in layer.gates)]
+        adaptive = [layer for layer in layers.values() if any(gate.adaptive for gate in layer.held_gates)]
         self.controller = ExpertController(model, optimizer, **options) if adaptive else None
         if not adaptive and options.get("schedule") is not None:
             logger.warning("schedule is ignored: every gate of the %s has a fixed k", type(model).__name__)
