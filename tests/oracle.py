@@ -74,9 +74,9 @@ def thresholds(gate: Gate) -> Tensor:
 
 
 def passes(x_TD: Tensor, gate: Gate) -> Tensor:
-    """p[t, e]: the slot is active, and the score exceeds its threshold (tau > 0: cosine > G) or one is NaN."""
+    """p[t, e]: the slot is active, and the score exceeds its threshold (tau > 0: cosine > G) or its w or G is NaN."""
     is_active_E = torch.tensor([e in gate.active for e in range(len(gate.G_E))])
-    return ~(cosines(x_TD, gate) <= gate.G_E) & is_active_E & x_TD.isfinite().all(dim=1, keepdim=True)
+    return is_active_E & ((cosines(x_TD, gate) > gate.G_E) | (unit(gate.w_DE.T).sum(dim=1) + gate.G_E).isnan())
 
 
 def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:

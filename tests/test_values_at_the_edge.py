@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +72,19 @@ def test_the_output_of_a_broken_token_shows_it(
     if gate in TOP_ANY:
         assert all(gradient.isfinite().all() for gradient in router_gradients(layer))
         assert layer.l_aux.isfinite()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("break_vector", [False, True])
+def test_the_oracle_decides_the_same(break_vector: bool, training: bool) -> None:
+    layer, x = layer_with("top_any").train(training), tokens()
+    x[BROKEN, 1], x[5, 2], x[7] = float("nan"), float("inf"), 0
+    gate = layer.gates[0]
+    if break_vector:
+        with torch.no_grad():
+            gate.sim_matrix[2, 4] = float("nan")
+    view = oracle.Gate(gate.sim_matrix.detach().double(), gate.gates.detach().double(), [0, 1, 2, 4])
+    assert torch.equal(layer.route(x).assigned, oracle.assignments(x.double(), view, training))
 
 
 @pytest.mark.parametrize("combine_gradient", ["mean", "normalized"])
