@@ -195,9 +195,10 @@ class Routing:
         """The 0/1 assignment [T, E] of a top-any gate with the straight-through gradient to scores and thresholds."""
         if self.thresholds is None:
             raise ValueError("straight_through is for top-any gates: a fixed-k gate learns through its weights")
-        passed = (self.assigned & ~self.unrouted.unsqueeze(1)).to(self.scores.dtype)
-        margin = (self.scores - self.thresholds) * passed
-        return passed + (margin - margin.detach())
+        passed = self.assigned & ~self.unrouted.unsqueeze(1)
+        # no product: the score of an inactive slot, or of a token that is not finite, may be NaN
+        margin = (self.scores - self.thresholds).masked_fill(~passed, 0)
+        return passed.to(self.scores.dtype) + (margin - margin.detach())
 
     @property
     def index(self) -> kernels.Index:

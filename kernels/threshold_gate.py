@@ -8,6 +8,14 @@ Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a b
 
 A token activates an expert if cos > G, compared before the sigmoid, which saturates. Arithmetic is fp32 (fp64 for fp64
 tokens) whatever the dtype of the inputs. With `fallback`, an unrouted token gets the active expert of highest cosine.
+
+The cosine has no scale: tokens and vectors of any length count by their direction alone, see `norms`. Only a zero
+vector has cosine 0 with all. A token shorter than 1e-30 (in fp32) passes no gradient, which might overflow.
+
+A token that is not finite passes no threshold, but gets the first active expert with or without `fallback`: its output
+must show the NaN. It is unrouted, has NaN for its inverse norm, and gives the router no gradient. An active expert
+whose routing vector is not finite, or whose threshold is NaN, is activated by every token, so that the router's
+gradients show it.
 """
 
 from __future__ import annotations
@@ -18,22 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norms import scaled, scaled_rows
 from .operation import expect, expect_matrix, operation
 from .ragged_index import block_tokens, count_blocks, pack_bits, words
 
-NORM_EPS = 1e-12
 MODULES = {"triton": "gpu.threshold_gate"}
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64 tokens, else fp32."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def inverse_norm(v: Tensor, dim: int) -> Tensor:
-    """1 / ||v||, or 0 for a zero vector: its cosine is 0 and it passes no gradient."""
-    norm = torch.linalg.vector_norm(v, dim=dim)
-    return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
 
 def _check(
@@ -87,15 +89,20 @@ def threshold_gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
     dtype = gate_dtype(x_TD)
-    x, w = x_TD.to(dtype), w_DE.to(dtype)
-    inv_norm_T = inverse_norm(x, 1)
-    cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
-    cos_TE.mul_(inv_norm_T.unsqueeze(1))
-    assigned_TE = (cos_TE > threshold_E.to(dtype)) & active_E
+    tokens, vectors = scaled(x_TD.to(dtype), 1), scaled(w_DE.to(dtype), 0)
+    inverse_T = tokens.inverse()
+    inv_norm_T = tokens.own(inverse_T)
+    unit_DE = vectors.vectors * vectors.inverse()
+    cos_TE = F.linear(tokens.vectors, unit_DE.t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
+    cos_TE.mul_(inverse_T.unsqueeze(1))
+    assigned_TE = (cos_TE <= threshold_E.to(dtype)).logical_not_() & active_E  # NaN passes
+    if tokens.factor is not None:
+        takes_all_E = threshold_E.isnan() | ~vectors.norm.isfinite()
+        assigned_TE &= ~inverse_T.isnan().unsqueeze(1) | takes_all_E
     if token_mask_T is not None:
         assigned_TE &= token_mask_T.unsqueeze(1)
         cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
-        inv_norm_T.masked_fill_(~token_mask_T, 0)
+        inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
     bits_TW = pack_bits(assigned_TE)
     unrouted_T = (bits_TW == 0).all(dim=1)
     if token_mask_T is not None:
@@ -104,6 +111,10 @@ def threshold_gate(
         lost_T = unrouted_T.nonzero().squeeze(1)
         best_T = cos_TE[lost_T].masked_fill_(~active_E, -torch.inf).argmax(dim=1)
         assigned_TE[lost_T, best_T] = True
+    elif tokens.factor is not None:
+        first_E = active_E & (active_E.cumsum(0) == 1)
+        assigned_TE |= (unrouted_T & inv_norm_T.isnan()).unsqueeze(1) & first_E
+    if fallback or tokens.factor is not None:
         bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
     return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
@@ -125,13 +136,15 @@ def threshold_gate_backward(
     dw^ = x^T dcos,  dw = (dw^ - w^ <w^, dw^>) / ||w||,  dtau = sum_e <w^_e, dw^_e> / tau.
     """
     dtype = score_TE.dtype
-    x, w = x_TD.to(dtype), w_DE.to(dtype)
-    # treat vectors that are not finite as zero: an inactive slot must not count; an active one has NaN in d_cos anyway
-    w = w.masked_fill(~torch.linalg.vector_norm(w, dim=0).isfinite(), 0)
-    inv_norm_E = inverse_norm(w, 0)
-    unit_DE = w * inv_norm_E
+    x, inverse_T, factor_T = scaled_rows(x_TD.to(dtype), inv_norm_T)
+    vectors = scaled(w_DE.to(dtype), 0)
+    inverse_E = vectors.inverse()
+    unit_DE, inv_norm_E = vectors.vectors * inverse_E, vectors.own(inverse_E)
+    if vectors.factor is not None:
+        # a vector that is not finite counts as zero: an inactive slot must not count, an active one has NaN in d_cos
+        unit_DE, inv_norm_E = unit_DE.masked_fill(inv_norm_E.isnan(), 0), inv_norm_E.nan_to_num(0)
     tau = scale.to(dtype)
-    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # divided by ||x||
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inverse_T.unsqueeze(1))  # divided by ||x||
     d_cos_TE.masked_fill_(d_score_TE == 0, 0)
 
     d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # on a CPU with few experts, six times as fast as x^T @ d_cos
@@ -140,6 +153,8 @@ def threshold_gate_backward(
     d_scale = radial_E.sum() / tau
 
     d_x_TD = d_cos_TE @ unit_DE.t()
-    radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inv_norm_T.square())
+    radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inverse_T.square())
     d_x_TD.addcmul_(x, radial_T.unsqueeze(1), value=-1)
+    if factor_T is not None:
+        d_x_TD *= factor_T.unsqueeze(1)
     return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)

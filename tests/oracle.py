@@ -52,7 +52,7 @@ def llama_ffn(x_D: Tensor, w1_DH: Tensor, w2_DH: Tensor, w3_HO: Tensor) -> Tenso
 def unit(v: Tensor) -> Tensor:
     """Rows scaled to length 1; a zero row stays zero."""
     norm = v.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, v / norm, 0.0)
+    return torch.where(norm == 0, 0.0, v / norm)
 
 
 def cosine_gradient(v_D: Tensor, other_D: Tensor) -> Tensor:
@@ -73,17 +73,17 @@ def thresholds(gate: Gate) -> Tensor:
     return torch.sigmoid(gate.tau * gate.G_E)
 
 
-def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
-    """a[t, e]: the slot is active and its score exceeds its threshold (tau > 0, so the cosine exceeds G).
+def passes(x_TD: Tensor, gate: Gate) -> Tensor:
+    """p[t, e]: the slot is active, and the score exceeds its threshold (tau > 0: cosine > G) or its w or G is NaN."""
+    is_active_E = torch.tensor([e in gate.active for e in range(len(gate.G_E))])
+    return is_active_E & ((cosines(x_TD, gate) > gate.G_E) | (unit(gate.w_DE.T).sum(dim=1) + gate.G_E).isnan())
 
-    In eval an unrouted token goes to the active expert of highest score (the first among equals).
-    """
-    cos_TE = cosines(x_TD, gate)
-    a_TE = torch.zeros_like(cos_TE, dtype=torch.bool)
+
+def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
+    """A token that passes none, in training only if it is not finite, goes to its best active expert, or the first."""
+    a_TE, cos_TE = passes(x_TD, gate), cosines(x_TD, gate)
     for t in range(len(x_TD)):
-        for e in gate.active:
-            a_TE[t, e] = cos_TE[t, e] > gate.G_E[e]
-        if not training and not a_TE[t].any():
+        if not a_TE[t].any() and not (training and x_TD[t].isfinite().all()):
             a_TE[t, max(gate.active, key=cos_TE[t].tolist().__getitem__)] = True
     return a_TE
 
@@ -116,7 +116,7 @@ def backward(
     x_TD: Tensor, gate: Gate, experts: Experts, dy_TO: Tensor, training: bool, combine_gradient: str
 ) -> dict[str, Any]:
     """Gradients of `gate_backward`, and of the experts' parameters by slot."""
-    passed_TE, chosen_TE = assignments(x_TD, gate), assignments(x_TD, gate, training)
+    passed_TE, chosen_TE = passes(x_TD, gate), assignments(x_TD, gate, training)
     y_TO, ds_TE, dx_TD = forward(x_TD, gate, experts, training), 0 * cosines(x_TD, gate), 0 * x_TD
     dparameters = [[torch.zeros_like(parameter) for parameter in slot] for slot in experts.parameters]
     for t, e in chosen_TE.nonzero().tolist():
@@ -136,7 +136,7 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
 
     The last goes straight through: `gate_backward(x, gate, da)`. No loss counts an unrouted token.
     """
-    a_TE, score_TE, active, w_ED = assignments(x_TD, gate), scores(x_TD, gate), gate.active, gate.w_DE.T
+    a_TE, score_TE, active, w_ED = passes(x_TD, gate), scores(x_TD, gate), gate.active, gate.w_DE.T
     T, E = a_TE.shape
     first = {t: max(range(E), key=(score_TE[t] * a_TE[t]).tolist().__getitem__) for t in range(T) if a_TE[t].any()}
     names = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")

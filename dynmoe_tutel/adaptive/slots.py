@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..experts.base import Experts, SlotParameter
 from ..gates import Gate
+from ..kernels.norms import unit
 from ..layer_state import fit_slots
 from ..parallel.collectives import check_alike, copy_from_first, shared_seed
 from ..parallel.exchange import Exchange, LocalExchange
@@ -365,7 +365,7 @@ class AdaptiveExperts(nn.Module):
         self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None
     ) -> None:
         if init == "nearest":
-            cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
+            cos_E = unit(gate.sim_matrix.detach().float(), 0).t() @ w_D.float()
             self.expert_slots.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
         elif init == "mean":
             self.expert_slots.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
