@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
 from .experts import Experts, FFNExperts
+from .forwards import in_backward, is_training
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
@@ -24,7 +25,9 @@ from .parallel.collectives import Wire, gathered
 from .parallel.exchange import Call, Exchange, LocalExchange
 from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
+from .refusals import refuse_script, refuse_transforms
 from .routing import Capacity, Routing
+from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, positive_int, warn_once
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,6 +59,7 @@ class MoELayer(AdaptiveExperts):
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     _dropped: Tensor
+    _is_replica = False  # nn.DataParallel sets it on its copies
     # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None
@@ -113,10 +117,13 @@ class MoELayer(AdaptiveExperts):
     ) -> Routing:
         """Run the gate alone: the `Routing` of the tokens x [..., D], in the layer's mode (train or eval)."""
         gate = self._gate(gate_index)
+        refuse_transforms(x)
         limit = _limit_of_call(gate, max_k)
         x_TD, mask_T = self._real_tokens(x, 1, token_mask)
+        capacity = self._capacity_for(x, gate, max_k)
         with without_autocast(x):
-            return gate(x_TD, self._capacity_for(x, gate, max_k), None, mask_T, **limit)
+            routing: Routing = self.gates[gate_index](x_TD, capacity, None, mask_T, **limit)
+        return routing
 
     def forward(
         self,
@@ -150,29 +157,37 @@ class MoELayer(AdaptiveExperts):
             y = input.view_as(input)  # a view: l_aux must not land on the caller's tensor
             y.l_aux = None  # type: ignore[attr-defined]
             return self.result_func(y) if self.result_func is not None else y
-        if not torch.compiler.is_compiling():
-            _refuse_transforms()
+        refuse_transforms(input)
+        if self._is_replica and (self.training or self.record_routing):
+            raise NotImplementedError(
+                "a MoELayer under nn.DataParallel would lose l_aux and records with its replicas: use "
+                "DistributedDataParallel"
+            )
+        recompute, degree = in_backward(), self.a2a_ffn_overlap_degree
         if a2a_ffn_overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = overlap_degree(a2a_ffn_overlap_degree)
+            degree = overlap_degree(a2a_ffn_overlap_degree)
+            if not recompute:
+                self.a2a_ffn_overlap_degree = degree
         if adaptive_r is not None:
             self.exchange.use_adaptive_degree(adaptive_r)
         x_TD, mask_T = self._real_tokens(input, reserve_dims, token_mask)
-        gate, recompute = self._gate(gate_index), in_backward()
+        gate = self._gate(gate_index)
         limit, factor = _limit_of_call(gate, max_k), self._capacity_factor(capacity_factor, gate)
         call = Call(
             self._capacity_for(input, gate, max_k, factor),
             factor,
             self.combine_gradients[gate_index],
             tuple(input.shape[input.dim() - reserve_dims :]),
-            self.a2a_ffn_overlap_degree,
+            degree,
             self.batch_prioritized_routing,
             inequivalent_tokens,
         )
         with without_autocast(input):
-            routing = self.exchange.bounded(gate(x_TD, call.capacity, self._k_of_call(top_k), mask_T, **limit), call)
-        if self.training and not recompute and not has_no_data(input):
+            routing = self.gates[gate_index](x_TD, call.capacity, self._k_of_call(top_k), mask_T, **limit)
+            routing = self.exchange.bounded(routing, call)
+        if is_training(self) and not recompute and not has_no_data(input):
             gate.keep_sample(x_TD, mask_T)
-        recorded = self.record_routing and (self.training or self.record_eval)
+        recorded = self.record_routing and (self.record_eval or is_training(self))
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)
         y = self.exchange(self.experts, x_TD, routing, call)
@@ -182,6 +197,8 @@ class MoELayer(AdaptiveExperts):
             self.l_aux, self.aux_terms = l_aux, routing.aux
             if routing.dropped is not None and not has_no_data(input):
                 self._count_dropped(routing.dropped)
+        if self.lineage.is_copy and y.requires_grad:
+            self.lineage.watch(y)
         y.l_aux = l_aux  # type: ignore[attr-defined]
         return self.result_func(y) if self.result_func is not None else y
 
@@ -214,6 +231,9 @@ class MoELayer(AdaptiveExperts):
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"input must be a tensor [..., {self.model_dim}] of at least two dimensions, got {got}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else f"of layout {x.layout}"
+            raise ValueError(f"input is {kind}: give a dense tensor [..., {self.model_dim}], padded with a token_mask")
         if x.dtype not in _DTYPES:
             raise ValueError(f"input has dtype {x.dtype}: give float32, float64, bfloat16 or float16")
         if type(reserve_dims) is not int or not 1 <= reserve_dims < x.dim():
@@ -262,11 +282,12 @@ class MoELayer(AdaptiveExperts):
         `normalize_one_score_gate` makes unit rows; `update_momentum` m: m * old + (1 - m) * new. Source: EMoE (arXiv
         2310.10908).
         """
-        gate, experts = self._gate(0), self.experts
+        gate, experts = self._gate(0), self.held_experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
             raise ValueError(
                 "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
             )
+        self.refuse_wrapped("update_one_score_gate")
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
 
@@ -358,9 +379,14 @@ class MoELayer(AdaptiveExperts):
         active = "?" if self._num_global_experts.is_meta else self.num_global_experts
         return f"experts={active} of {self.slots} slots, capacity={self.capacity!r}"
 
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which would stop at the first annotation."""
+        refuse_script()
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the last forward's losses: they hold its graph, which cannot be copied or pickled."""
-        return {**self.__dict__, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
+        """Leave out temporary hooks, and the last forward's losses, whose graph cannot be copied or pickled."""
+        state = without_temporary_hooks(self.__dict__)
+        return {**state, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -374,28 +400,6 @@ def _limit_of_call(gate: Gate, max_k: int | None) -> dict[str, int]:
         return {}
     gate.limit_of_call(positive_int("max_k", max_k))
     return {"max_k": int(max_k)}
-
-
-def _refuse_transforms() -> None:
-    """NotImplementedError, by name, for what the operations have no rule for."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "a MoELayer has no forward-mode differentiation (jvp, jacfwd, dual tensors): use the backward"
-        )
-    if torch.jit.is_tracing():
-        raise NotImplementedError("a MoELayer cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    functorch = torch._C._functorch
-    inner = functorch.peek_interpreter_stack()
-    if inner is not None and inner.key() in (functorch.TransformType.Vmap, functorch.TransformType.Grad):
-        raise NotImplementedError(
-            "a MoELayer has no rule for torch.func's transforms (vmap, grad): give the batch to one call, and use the "
-            "backward"
-        )
-
-
-def in_backward() -> bool:
-    """Whether this forward runs inside a backward, as gradient checkpointing's recompute does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _made_gate(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .routing import is_active
+
 _log = logging.getLogger("dynmoe_tutel")
 
 
@@ -28,7 +30,9 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
     if hasattr(layer.experts, "name_module"):
         layer.experts.name_module(state_dict, f"{prefix}experts.")
     own = {f"{prefix}{name}": tensor for name, tensor in _tensors(layer).items()}
+    axes = layer.slot_axes()
     saved = _saved_slots(own, state_dict, prefix, slots)
+    _round_masks(own, state_dict)
     if any(key.startswith(prefix) for key in state_dict):
         _fill_counts(layer, state_dict, prefix)
     if not getattr(layer.experts, "padded", True):
@@ -38,9 +42,9 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
         if not isinstance(value, Tensor):
             continue
         if layer.wire is not None and key.startswith(f"{prefix}experts."):
-            value = _own_block(layer, value, target, saved, key)
+            value = value if id(target) not in axes else _own_block(layer, value, target, saved, key)
         elif saved != slots:
-            value = _resized(value, target, _slot_axis(key, target, slots), saved, slots, key)
+            value = _resized(value, target, axes.get(id(target)), saved, slots, key)
         if _fits(key, value, target):
             value = value.reshape(target.shape)
         state_dict[key] = value
@@ -76,7 +80,7 @@ def _check_block(layer: Any, prefix: str, block: tuple[int, int] | None) -> None
 def _own_block(layer: Any, value: Tensor, target: Tensor, saved: int, key: str) -> Tensor:
     """This rank's slots from a tensor of all `saved` slots; slots that it lacks keep their values."""
     whole = torch.empty([saved, *target.shape[1:]], device="meta")
-    if target.shape[:1] != (layer.placement.local,) or not _fits(key, value, whole):
+    if not _fits(key, value, whole):
         return value
     block = value.reshape(whole.shape)[layer.placement.first : layer.placement.first + layer.placement.local]
     return torch.cat([block, target.detach()[len(block) :].to(block)])
@@ -98,6 +102,24 @@ def _fit_modules(layer: Any, state_dict: dict[str, Any], prefix: str, own: dict[
             state_dict.setdefault(key, tensor.detach())
 
 
+def _round_masks(own: dict[str, Tensor], state_dict: dict[str, Any]) -> None:
+    """Make masks that were averaged 0 or 1, with a warning: an average of states that does not follow the layer's."""
+    for key in own:
+        mask = state_dict.get(key)
+        if not key.endswith(".experts_mask") or not isinstance(mask, Tensor) or mask.is_meta:
+            continue
+        rounded = is_active(mask).to(mask.dtype)
+        between = (rounded != mask).flatten().nonzero().flatten().tolist()
+        if between:
+            state_dict[key] = rounded
+            _log.warning(
+                "%s of the checkpoint is neither 0 nor 1 in slots %s: these experts were averaged with what their "
+                "slots held before; those above one half are active. Give averages to ExpertController(averages=)",
+                key,
+                between,
+            )
+
+
 def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Fill in the counts: slots are the layer's, active experts follow the saved masks if there are any."""
     count, slots = prefix + "_num_global_experts", prefix + "_max_num_global_experts"
@@ -106,22 +128,14 @@ def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
             _log.warning("%s is missing in the checkpoint and is filled in", key)
     masks = [v for k, v in state_dict.items() if k.startswith(f"{prefix}gates.") and k.endswith(".experts_mask")]
     if masks:  # the masks win over the saved count
-        state_dict[count] = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0).sum()
+        state_dict[count] = torch.stack([is_active(mask.reshape(-1)) for mask in masks]).any(dim=0).sum()
     elif count not in state_dict:
-        state_dict[count] = layer.gates[0].active().sum()
+        state_dict[count] = layer.held_gates[0].active().sum()
     state_dict[slots] = torch.tensor(layer.slots)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-
-
-def _slot_axis(key: str, target: Tensor, slots: int) -> int | None:
-    """The slot axis of a tensor, by its name and shape in the layer."""
-    if key.endswith(".sim_matrix"):
-        return 1
-    in_slots = ".gates." in f".{key}" or ".experts." in f".{key}"
-    return 0 if in_slots and target.shape[:1] == (slots,) else None
 
 
 def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str, slots: int) -> int:
@@ -140,7 +154,7 @@ def _saved_slots(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
         return int(count)
     saved = int(state_dict[masks[0]].numel())
     for key in masks:
-        active = state_dict[key].reshape(-1) > 0
+        active = is_active(state_dict[key].reshape(-1))
         if not active.any():
             raise ValueError(f"{key} of the checkpoint has no active expert: a layer has at least one")
         lost = active[slots:].nonzero().squeeze(1).tolist()

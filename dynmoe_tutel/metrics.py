@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dynmoe_tutel.gates import Gate
-from dynmoe_tutel.layer import MoELayer, in_backward
+from dynmoe_tutel.forwards import in_backward, is_training
+from dynmoe_tutel.layer import MoELayer
 from dynmoe_tutel.parallel.collectives import sum_over_ranks
 from dynmoe_tutel.routing import Routing
+from dynmoe_tutel.temporary_hooks import HookOwner, TemporaryHook
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -25,18 +26,35 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 def active_slots(layer: MoELayer) -> list[int]:
     """The active slots of gate 0."""
-    return cast(list[int], cast(Gate, layer.gates[0]).active().nonzero().flatten().tolist())
+    return cast(list[int], layer.held_gates[0].active().nonzero().flatten().tolist())
 
 
 def _device(layer: MoELayer) -> torch.device:
     return layer._num_global_experts.device
 
 
-class RoutingMeter:
-    """Sums the routing of gate 0 of every MoE layer since `reset`, by forward hooks, until `close`.
+class _Count(TemporaryHook):
+    """Hook of a gate: adds a routing to the sums of one layer, `sums[name]`."""
 
-    The sums stay on the layers' devices; only `read` waits for them. It counts neither padding (`token_mask`) nor
-    recomputes of gradient checkpointing nor, with `training_only`, forwards in eval.
+    def __init__(self, sums: Mapping[str, Mapping[str, Tensor]], name: str, training_only: bool) -> None:
+        self.sums, self.name, self.training_only = sums, name, training_only
+
+    def __call__(self, gate: nn.Module, inputs: Any, routing: Routing) -> None:
+        if in_backward() or (self.training_only and not is_training(gate)):
+            return
+        sums = self.sums[self.name]
+        with torch.no_grad():
+            sums["k_histogram"].add_(routing.k_histogram)
+            sums["counts"].add_(routing.counts)
+            sums["unrouted"].add_(routing.unrouted.sum())
+
+
+class RoutingMeter(HookOwner):
+    """Sums the routing of gate 0 of every MoE layer since `reset`, by forward hooks.
+
+    It counts until `close`, the end of a `with` block, or its own end; the sums can still be read. They stay on the
+    layers' devices; only `read` waits for them. It counts neither copies of the model nor padding (`token_mask`) nor
+    recomputes of gradient checkpointing nor, with `training_only`, forwards in eval or without grad mode.
     """
 
     def __init__(self, model: nn.Module, training_only: bool = False) -> None:
@@ -44,12 +62,8 @@ class RoutingMeter:
         self.training_only = training_only
         self._sums: dict[str, dict[str, Tensor]] = {}
         self.reset()
-        self._hooks = [layer.gates[0].register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
-
-    def close(self) -> None:
-        """Stop counting; the sums can still be read."""
-        for hook in self._hooks:
-            hook.remove()
+        hooks = {name: _Count(self._sums, name, training_only) for name in self.layers}
+        self._own(layer.gates[0].register_forward_hook(hooks[name]) for name, layer in self.layers.items())
 
     def reset(self) -> None:
         """Forget everything."""
@@ -94,18 +108,6 @@ class RoutingMeter:
         result["unrouted"] = int(sums["unrouted"]) / tokens
         result["load"] = [n / tokens for n in sums["counts"].tolist()]
         return result
-
-    def _hook(self, name: str) -> Any:
-        @torch.no_grad()
-        def add(gate: nn.Module, _inputs: Any, routing: Routing) -> None:
-            if (self.training_only and not gate.training) or in_backward():
-                return
-            sums = self._sums[name]
-            sums["k_histogram"].add_(routing.k_histogram)
-            sums["counts"].add_(routing.counts)
-            sums["unrouted"].add_(routing.unrouted.sum())
-
-        return add
 
 
 def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) -> dict[str, dict[str, Tensor]]:

@@ -29,6 +29,11 @@ def check_capacity(capacity: Capacity) -> None:
         raise ValueError(f'capacity = {capacity!r}: give "exact", "full", or a positive factor of the number of tokens')
 
 
+def is_active(experts_mask: Tensor) -> Tensor:
+    """bool, as `experts_mask`: active where it is above one half. An average of masks may lie between 0 and 1."""
+    return experts_mask > 0.5
+
+
 @dataclass(frozen=True)
 class Router:
     """The tensors that a top-any gate compared; the experts' operation needs them for the scores' gradient."""
@@ -192,9 +197,10 @@ class Routing:
         """The 0/1 assignment [T, E] of a top-any gate with the straight-through gradient to scores and thresholds."""
         if self.thresholds is None:
             raise ValueError("straight_through is for top-any gates: a fixed-k gate learns through its weights")
-        passed = (self.assigned & ~self.unrouted.unsqueeze(1)).to(self.scores.dtype)
-        margin = (self.scores - self.thresholds) * passed
-        return passed + (margin - margin.detach())
+        passed = self.assigned & ~self.unrouted.unsqueeze(1)
+        # no product: the score of an inactive slot, or of a token that is not finite, may be NaN
+        margin = (self.scores - self.thresholds).masked_fill(~passed, 0)
+        return passed.to(self.scores.dtype) + (margin - margin.detach())
 
     @property
     def index(self) -> kernels.Index:

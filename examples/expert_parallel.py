@@ -34,6 +34,7 @@ def main() -> None:
         optimizer.zero_grad()
         (loss + 0.01 * y.l_aux).backward()
         parallel.average_gradients(layer, None, None)  # all ranks share the router; each expert is on one rank
+        parallel.clip_grad_norm_(layer, 1.0)  # torch's function would see one rank's experts, and routers would drift
         optimizer.step()
         for event in controller.step():  # the same events on every rank
             if rank == 0:

@@ -11,6 +11,7 @@ operation as a function with the same name, arguments and results. Nothing here 
 if __name__ == "dynmoe_tutel.kernels":
     from .activations import ACTIVATIONS, activation_name
     from .dispatch_combine import combine, dispatch, row_gates
+    from .flop_counter import register_when_imported
     from .grouped_ffn import grouped_ffn, grouped_linear
     from .operands import ExpertWeights, Index, Router
     from .ragged_index import bound_assignments, pack_bits, ragged_index, unpack_bits
@@ -18,6 +19,8 @@ if __name__ == "dynmoe_tutel.kernels":
     from .strided_sample import keep_strided, thinned
     from .threshold_gate import gate_dtype, threshold_gate
     from .top_any_ffn import top_any_ffn
+
+    register_when_imported()
 
 __all__ = [
     "ACTIVATIONS",

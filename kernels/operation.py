@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # engines of the expert networks: by device, Triton, torch.nn.functional.grouped_mm, a loop over the experts
@@ -179,7 +180,10 @@ def _autograd_kernel(
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
             if backward is None:
-                raise RuntimeError(f"{declared.name} has no gradient: there are first derivatives only")
+                raise NotImplementedError(
+                    f"{declared.name} has no gradient, for there are first derivatives only: take a second one "
+                    "(create_graph=True, a gradient penalty) by differences of first ones, or not through the layer"
+                )
             needs = iter(ctx.needs_input_grad[1:])
             ctx.wanted = {
                 name: next(needs) if there is None else any(tuple(islice(needs, len(there))))
@@ -195,14 +199,31 @@ def _autograd_kernel(
             return tuple(flat)
 
     def kernel(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(declared.name, _flat(args))
         if torch.is_grad_enabled():
             args += declared.defaults[len(args) :]
-            flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+            flat = _flat(args)
             if any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+                if torch._C._are_functorch_transforms_active():
+                    raise NotImplementedError(f"{declared.name} has no rule for torch.func.grad: use the backward")
                 return Differentiated.apply(args, *flat)
         return below(args)
 
     return kernel
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    """The arguments, with the tensors of groups in their places."""
+    return [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+
+
+def _refuse_tangents(name: str, values: Sequence[Any]) -> None:
+    """NotImplementedError if one of the values is a dual tensor: torch would take the result's tangent for zero."""
+    if any(isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd, dual tensors): use the backward"
+        )
 
 
 def _not_compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:

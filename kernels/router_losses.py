@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .norms import scaled
 from .operation import expect, expect_matrix, operation
-from .threshold_gate import gate_dtype, inverse_norm
+from .threshold_gate import gate_dtype
 
 MODULES = {"triton": "gpu.router_losses"}
 
@@ -57,13 +58,14 @@ def vector_losses(w_DE: Tensor, active_E: Tensor) -> tuple[Tensor, Tensor, Tenso
     slots.
     """
     w = w_DE.to(gate_dtype(w_DE)).masked_fill(~active_E, 0)  # not a product: an inactive slot may hold NaN
-    inv_norm_E = inverse_norm(w, 0)
-    unit_ED = (w * inv_norm_E).t().contiguous()
+    vectors = scaled(w, 0)
+    inverse_E = vectors.inverse()
+    unit_ED = (vectors.vectors * inverse_E).t().contiguous()
     gram_EE = unit_ED @ unit_ED.t()
     gram_EE.fill_diagonal_(0)
     diversity = torch.linalg.vector_norm(gram_EE)
-    simplicity = torch.linalg.vector_norm(w, dim=0).sum() / active_E.sum().clamp(min=1)
-    return diversity, simplicity, unit_ED, inv_norm_E, gram_EE
+    simplicity = vectors.own_norm().sum() / active_E.sum().clamp(min=1)
+    return diversity, simplicity, unit_ED, vectors.own(inverse_E), gram_EE
 
 
 def _backward_shape(*args: Tensor) -> Tensor:

@@ -13,6 +13,14 @@ tokens) whatever the dtype of the inputs. With `fallback`, an unrouted token get
 With a budget a token activates an expert if cos > G + shift. A token that passes a threshold of its own (cos > G) and
 none that is raised keeps its expert of largest margin cos - G, so a shift never unroutes a token. Of more than `max_k`
 experts those of largest margin stay; of equal margins those of lower slots.
+
+The cosine has no scale: tokens and vectors of any length count by their direction alone, see `norms`. Only a zero
+vector has cosine 0 with all. A token shorter than 1e-30 (in fp32) passes no gradient, which might overflow.
+
+A token that is not finite passes no threshold, but gets the first active expert with or without `fallback`: its output
+must show the NaN. It is unrouted, has NaN for its inverse norm, and gives the router no gradient. An active expert
+whose routing vector is not finite, or whose threshold is NaN, is activated by every token, so that the router's
+gradients show it.
 """
 
 from __future__ import annotations
@@ -23,22 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norms import scaled, scaled_rows
 from .operation import expect, expect_matrix, operation
 from .ragged_index import WORD, block_tokens, count_blocks, pack_bits, words
 
-NORM_EPS = 1e-12
 MODULES = {"triton": "gpu.threshold_gate"}
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64 tokens, else fp32."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def inverse_norm(v: Tensor, dim: int) -> Tensor:
-    """1 / ||v||, or 0 for a zero vector: its cosine is 0 and it passes no gradient."""
-    norm = torch.linalg.vector_norm(v, dim=dim)
-    return torch.where(norm > NORM_EPS, 1 / norm, torch.zeros_like(norm))
 
 
 def _check(
@@ -96,17 +98,22 @@ def threshold_gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
     dtype = gate_dtype(x_TD)
-    x, w = x_TD.to(dtype), w_DE.to(dtype)
-    inv_norm_T = inverse_norm(x, 1)
-    cos_TE = F.linear(x, (w * inverse_norm(w, 0)).t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
-    cos_TE.mul_(inv_norm_T.unsqueeze(1))
+    tokens, vectors = scaled(x_TD.to(dtype), 1), scaled(w_DE.to(dtype), 0)
+    inverse_T = tokens.inverse()
+    inv_norm_T = tokens.own(inverse_T)
+    unit_DE = vectors.vectors * vectors.inverse()
+    cos_TE = F.linear(tokens.vectors, unit_DE.t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
+    cos_TE.mul_(inverse_T.unsqueeze(1))
     threshold_E = threshold_E.to(dtype)
     limit_E = threshold_E if shift is None else threshold_E + shift.to(dtype)
-    assigned_TE = (cos_TE > limit_E) & active_E
+    assigned_TE = (cos_TE <= limit_E).logical_not_() & active_E  # NaN passes
+    if tokens.factor is not None:
+        takes_all_E = threshold_E.isnan() | ~vectors.norm.isfinite()
+        assigned_TE &= ~inverse_T.isnan().unsqueeze(1) | takes_all_E
     if token_mask_T is not None:
         assigned_TE &= token_mask_T.unsqueeze(1)
         cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
-        inv_norm_T.masked_fill_(~token_mask_T, 0)
+        inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
     if 0 < max_k < assigned_TE.shape[1]:
         _cap(assigned_TE, cos_TE, threshold_E, max_k)
     bits_TW = pack_bits(assigned_TE)
@@ -119,14 +126,16 @@ def threshold_gate(
         lost_T = unrouted_T.nonzero().squeeze(1)
         best_T = cos_TE[lost_T].masked_fill_(~active_E, -torch.inf).argmax(dim=1)
         assigned_TE[lost_T, best_T] = True
+    elif tokens.factor is not None:
+        first_E = active_E & (active_E.cumsum(0) == 1)
+        assigned_TE |= (unrouted_T & inv_norm_T.isnan()).unsqueeze(1) & first_E
+    if fallback or tokens.factor is not None:
         bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
     return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
-def _keep_best(
-    unrouted_T: Tensor, bits_TW: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor
-) -> None:
+def _keep_best(unrouted_T: Tensor, bits_TW: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor) -> None:
     """Unrouted tokens that pass a threshold of their own get the expert of largest margin, in place."""
     token_N = unrouted_T.nonzero().squeeze(1)
     margin_N, best_N = cos_TE[token_N].sub_(threshold_E).max(dim=1)
@@ -143,7 +152,8 @@ def _cap(assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, max_k: int) -
     """
     token_N = (assigned_TE.sum(dim=1, dtype=torch.int32) > max_k).nonzero().squeeze(1)
     assigned_NE = assigned_TE[token_N]
-    margin_NE = cos_TE[token_N].sub_(threshold_E).masked_fill_(~assigned_NE, -torch.inf)
+    margin_NE = cos_TE[token_N].sub_(threshold_E).nan_to_num_(torch.inf)  # an expert that takes all stays
+    margin_NE.masked_fill_(~assigned_NE, -torch.inf)
     rest_NE, limit_N1 = margin_NE.clone(), margin_NE[:, :1]
     for i in range(max_k):
         if i:
@@ -173,13 +183,15 @@ def threshold_gate_backward(
     dw^ = x^T dcos,  dw = (dw^ - w^ <w^, dw^>) / ||w||,  dtau = sum_e <w^_e, dw^_e> / tau.
     """
     dtype = score_TE.dtype
-    x, w = x_TD.to(dtype), w_DE.to(dtype)
-    # treat vectors that are not finite as zero: an inactive slot must not count; an active one has NaN in d_cos anyway
-    w = w.masked_fill(~torch.linalg.vector_norm(w, dim=0).isfinite(), 0)
-    inv_norm_E = inverse_norm(w, 0)
-    unit_DE = w * inv_norm_E
+    x, inverse_T, factor_T = scaled_rows(x_TD.to(dtype), inv_norm_T)
+    vectors = scaled(w_DE.to(dtype), 0)
+    inverse_E = vectors.inverse()
+    unit_DE, inv_norm_E = vectors.vectors * inverse_E, vectors.own(inverse_E)
+    if vectors.factor is not None:
+        # a vector that is not finite counts as zero: an inactive slot must not count, an active one has NaN in d_cos
+        unit_DE, inv_norm_E = unit_DE.masked_fill(inv_norm_E.isnan(), 0), inv_norm_E.nan_to_num(0)
     tau = scale.to(dtype)
-    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inv_norm_T.unsqueeze(1))  # divided by ||x||
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inverse_T.unsqueeze(1))  # divided by ||x||
     d_cos_TE.masked_fill_(d_score_TE == 0, 0)
 
     d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # on a CPU with few experts, six times as fast as x^T @ d_cos
@@ -188,6 +200,8 @@ def threshold_gate_backward(
     d_scale = radial_E.sum() / tau
 
     d_x_TD = d_cos_TE @ unit_DE.t()
-    radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inv_norm_T.square())
+    radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inverse_T.square())
     d_x_TD.addcmul_(x, radial_T.unsqueeze(1), value=-1)
+    if factor_T is not None:
+        d_x_TD *= factor_T.unsqueeze(1)
     return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)

@@ -287,3 +287,10 @@ def assert_gradients(
             scale = float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs())
         error = relative_rms(value, expected[name], scale)
         assert error < allowed, f"the gradient of {name} is off by {error:.1e}, allowed is {allowed:.0e}"
+
+
+def load_importance(score_TE: Tensor, limit_T: Tensor, noise: float) -> Tensor:
+    """Fixed k, by Tutel's formula: softmax scores without noise against the k-th noisy logit."""
+    load_TE = torch.distributions.Normal(0, noise / score_TE.shape[1]).cdf(score_TE - limit_T[:, None])
+    importance, load = (a_TE.sum(dim=0).var() / (a_TE.sum(dim=0).mean() ** 2 + 1e-10) for a_TE in (score_TE, load_TE))
+    return (importance + load) / 2

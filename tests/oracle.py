@@ -1,8 +1,7 @@
 """The executable specification of the DynMoE layer: the design, section 3 in float64, loops over tokens and experts.
 
 It imports torch and nothing of the package; tests compare every path of the package with it.
-Suffixes: T tokens, D model dim, O output dim, E slots. A pair is (token t, slot e). Tensors are float64.
-Gradients are written out; autograd computes only the derivative of one expert at one token.
+Suffixes: T tokens, D model dim, O output dim, E slots. Gradients are written out; autograd has one expert at one token.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def llama_ffn(x_D: Tensor, w1_DH: Tensor, w2_DH: Tensor, w3_HO: Tensor) -> Tenso
 def unit(v: Tensor) -> Tensor:
     """Rows scaled to length 1; a zero row stays zero."""
     norm = v.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, v / norm, 0.0)
+    return torch.where(norm == 0, 0.0, v / norm)
 
 
 def cosine_gradient(v_D: Tensor, other_D: Tensor) -> Tensor:
@@ -75,19 +74,24 @@ def thresholds(gate: Gate) -> Tensor:
     return torch.sigmoid(gate.tau * (gate.G_E + gate.shift))
 
 
-def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
-    """a[t, e]: the slot is active and its score exceeds its threshold (tau > 0, so the cosine exceeds G + shift).
+def passes(x_TD: Tensor, gate: Gate) -> Tensor:
+    """p[t, e]: the slot is active, and the score exceeds its threshold (tau > 0: cosine - G > shift) or its w or G is
+    NaN. Who exceeds a threshold without its shift keeps the best by cosine - G; of more than `max_k` the best stay."""
+    margin_TE = (cosines(x_TD, gate) - gate.G_E)[:, list(gate.active)]
+    broken_E = (unit(gate.w_DE.T).sum(dim=1) + gate.G_E).isnan()[list(gate.active)]
+    p_TE = torch.zeros(len(x_TD), len(gate.G_E), dtype=torch.bool)
+    for t, margin in enumerate(margin_TE.masked_fill(broken_E, math.inf).tolist()):
+        best = sorted(zip(margin, gate.active, strict=True), key=lambda pair: -pair[0])
+        kept = [e for m, e in best if m > gate.shift] or [e for m, e in best[:1] if m > 0]
+        p_TE[t, kept[: gate.max_k]] = True
+    return p_TE
 
-    A token that passes an unshifted threshold keeps its best expert, by cosine - G; of more than `max_k` the best stay.
-    In eval an unrouted token goes to the active expert of highest score (the first among equals).
-    """
-    cos_TE = cosines(x_TD, gate)
-    a_TE = torch.zeros_like(cos_TE, dtype=torch.bool)
+
+def assignments(x_TD: Tensor, gate: Gate, training: bool = True) -> Tensor:
+    """A token that passes none, in training only if it is not finite, goes to its best active expert, or the first."""
+    a_TE, cos_TE = passes(x_TD, gate), cosines(x_TD, gate)
     for t in range(len(x_TD)):
-        best = sorted(gate.active, key=lambda e: float(gate.G_E[e] - cos_TE[t, e]))
-        kept = [e for e in best if cos_TE[t, e] - gate.G_E[e] > gate.shift]
-        a_TE[t, (kept or [e for e in best[:1] if cos_TE[t, e] > gate.G_E[e]])[: gate.max_k]] = True
-        if not training and not a_TE[t].any():
+        if not a_TE[t].any() and not (training and x_TD[t].isfinite().all()):
             a_TE[t, max(gate.active, key=cos_TE[t].tolist().__getitem__)] = True
     return a_TE
 
@@ -120,7 +124,7 @@ def backward(
     x_TD: Tensor, gate: Gate, experts: Experts, dy_TO: Tensor, training: bool, combine_gradient: str
 ) -> dict[str, Any]:
     """Gradients of `gate_backward`, and of the experts' parameters by slot."""
-    passed_TE, chosen_TE = assignments(x_TD, gate), assignments(x_TD, gate, training)
+    passed_TE, chosen_TE = passes(x_TD, gate), assignments(x_TD, gate, training)
     y_TO, ds_TE, dx_TD = forward(x_TD, gate, experts, training), 0 * cosines(x_TD, gate), 0 * x_TD
     dparameters = [[torch.zeros_like(parameter) for parameter in slot] for slot in experts.parameters]
     for t, e in chosen_TE.nonzero().tolist():
@@ -140,7 +144,7 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
 
     The last goes straight through: `gate_backward(x, gate, da)`. No loss counts an unrouted token.
     """
-    a_TE, score_TE, active, w_ED = assignments(x_TD, gate), scores(x_TD, gate), gate.active, gate.w_DE.T
+    a_TE, score_TE, active, w_ED = passes(x_TD, gate), scores(x_TD, gate), gate.active, gate.w_DE.T
     T, E = a_TE.shape
     first = {t: max(range(E), key=(score_TE[t] * a_TE[t]).tolist().__getitem__) for t in range(T) if a_TE[t].any()}
     names = ("diversity", "simplicity", "load_balance", "efficiency", "gshard")
@@ -167,13 +171,6 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
     return {name: (value[name], dw[name], da[name]) for name in names}
 
 
-def load_importance(score_TE: Tensor, limit_T: Tensor, noise: float) -> Tensor:
-    """Fixed k, by Tutel's formula: softmax scores without noise against the k-th noisy logit."""
-    load_TE = torch.distributions.Normal(0, noise / score_TE.shape[1]).cdf(score_TE - limit_T[:, None])
-    importance, load = (a_TE.sum(dim=0).var() / (a_TE.sum(dim=0).mean() ** 2 + 1e-10) for a_TE in (score_TE, load_TE))
-    return (importance + load) / 2
-
-
 def index(a_TE: Tensor) -> dict[str, list[int]]:
     """Both CSR directions of the assignments: rows are expert-major, in token order inside an expert."""
     rows = a_TE.T.nonzero().tolist()  # (expert, token), ascending
@@ -186,8 +183,7 @@ def index(a_TE: Tensor) -> dict[str, list[int]]:
 
 
 def adapt(batches: Sequence[Tensor], gate: Gate) -> tuple[Gate, list[int], int | None, int | None]:
-    """Policy "dynmoe" over a window of training batches: the resulting gate, pruned slots, the grown slot, and its
-    parent, which it copies under init="nearest"."""
+    """Policy "dynmoe" over training batches: the gate after it, pruned slots, the grown slot, its nearest parent."""
     x_TD = torch.cat([gate.w_DE.T[:0], *batches])
     a_TE = assignments(x_TD, gate)
     unrouted_ND = x_TD[~a_TE.any(dim=1)]

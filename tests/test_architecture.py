@@ -14,8 +14,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tutel, or `benchmarks`
     ("kernels",),
-    ("losses", "layer_state", "old_paths", "routing", "validation", "version"),
-    ("capacity", "initialization"),
+    (
+        "forwards",
+        "layer_state",
+        "losses",
+        "old_paths",
+        "refusals",
+        "routing",
+        "temporary_hooks",
+        "validation",
+        "version",
+    ),
+    ("capacity", "initialization", "parts"),
     ("experts", "gates", "parallel"),
     ("adaptive", "layer_config"),
     ("checkpoint", "layer"),

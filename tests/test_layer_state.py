@@ -252,3 +252,21 @@ class TestForeign:
         state["gates.0.experts_mask"] = torch.zeros(6)
         with pytest.raises(ValueError, match="experts_mask"):
             layer_with(seed=5).load_state_dict(state)
+
+    @pytest.mark.parametrize("slots", [6, 9])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_averaged_masks_are_rounded_with_a_warning(
+        self, slots: int, assign: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Regression: a mask of 0.02, of a dict that was averaged over a growth, counted as an active expert."""
+        state = layer_with().state_dict()
+        state["gates.0.experts_mask"] = torch.tensor([1, 0.98, 0.51, 0.02, 0.5, 0])
+        state["_num_global_experts"] = torch.tensor(2)
+        other = layer_with(slots, seed=5)
+        other.load_state_dict(state, assign=assign)
+        assert other.gates[0].experts_mask.tolist() == [1, 1, 1, *[0] * (slots - 3)]
+        assert other.num_global_experts == int(other.state_dict()["_num_global_experts"]) == 3
+        [message] = caplog.messages
+        assert "gates.0.experts_mask" in message
+        assert "[1, 2, 3, 4]" in message
+        assert "averages=" in message

@@ -6,11 +6,21 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import helpers
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FP32, TERMS, Case, assert_gradients, conditions, gate_gradients, make_case, relative_rms
+from helpers import (
+    FP32,
+    TERMS,
+    Case,
+    assert_gradients,
+    conditions,
+    gate_gradients,
+    make_case,
+    relative_rms,
+)
 from torch import Tensor
 
 from dynmoe_tutel import losses, moe
@@ -171,7 +181,7 @@ class TestFixedK:
     def test_load_importance(self, k: int, training: bool) -> None:
         def load_importance(logits_TE: Tensor, noisy_TE: Tensor) -> Tensor:
             limit_T = noisy_TE.sort(dim=1, descending=True).values[:, k - 1]
-            return oracle.load_importance(logits_TE.softmax(dim=1), limit_T, self.noise)
+            return helpers.load_importance(logits_TE.softmax(dim=1), limit_T, self.noise)
 
         self.check(k, training, load_importance, is_gshard_loss=False)
 

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_rms
+from helpers import load_importance, relative_rms
 from torch import Tensor
 
 T, D, H, O, E = 5, 3, 4, 2, 4
@@ -200,7 +200,7 @@ class TestByHand:
         load_E = [0.5 + cdf(-2), cdf(-4) + 0.5]
         mean = sum(load_E) / 2
         load = ((load_E[0] - mean) ** 2 + (load_E[1] - mean) ** 2) / mean**2
-        assert float(oracle.load_importance(score_TE, limit_T, noise)) == pytest.approx((0.08 + load) / 2)
+        assert float(load_importance(score_TE, limit_T, noise)) == pytest.approx((0.08 + load) / 2)
 
     def test_growth(self) -> None:
         """Slot 2 is silent; the unrouted tokens lie at -90 and -80 degrees, nearest to slot 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -75,15 +76,128 @@ def test_forward_mode_is_refused(gate: str) -> None:
     layer(x)
 
 
-def test_transforms_without_a_rule_are_refused_by_name() -> None:
-    layer, x = layer_with(), torch.stack([tokens(), 2 * tokens()])
-    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
-        torch.vmap(layer)(x)
-    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
-        torch.func.grad(lambda each: layer(each).sum())(x)
-    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
-        torch.jit.trace(layer, x)
-    assert layer(x).shape == x.shape
+def per_sample_gradients(layer: MoELayer, x: Tensor) -> Any:
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (sample,)).sum()
+
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([x, 2 * x]))
+
+
+def old_onnx(layer: MoELayer, x: Tensor) -> None:
+    torch.onnx.export(nn.Sequential(layer).eval(), (x,), io.BytesIO(), dynamo=False)
+
+
+REFUSED: dict[str, tuple[Callable[[MoELayer, Tensor], Any], str]] = {  # the call and what its error names
+    "vmap": (lambda layer, x: torch.vmap(layer)(torch.stack([x, x])), r"torch\.func's transforms"),
+    "grad": (lambda layer, x: torch.func.grad(lambda t: layer(t).sum())(x), r"torch\.func's transforms"),
+    "vjp": (lambda layer, x: torch.func.vjp(layer, x), r"torch\.func's transforms"),
+    "jacrev": (lambda layer, x: torch.func.jacrev(layer)(x), r"torch\.func's transforms"),
+    "gradients by sample": (per_sample_gradients, r"torch\.func's transforms .* once a sample"),
+    "jacfwd": (lambda layer, x: torch.func.jacfwd(layer)(x), "no forward-mode"),
+    "hessian": (lambda layer, x: torch.func.hessian(lambda t: layer(t).sum())(x), "no forward-mode"),
+    "linearize": (lambda layer, x: torch.func.linearize(layer, x), "no forward-mode"),
+    "route": (lambda layer, x: torch.func.jvp(lambda t: layer.route(t).scores, (x,), (x,)), "no forward-mode"),
+    "jit.trace": (lambda layer, x: torch.jit.trace(layer, x), r"torch\.jit\.trace"),
+    "jit.trace of a model": (lambda layer, x: torch.jit.trace(nn.Sequential(layer), x), r"torch\.jit\.trace"),
+    "jit.script": (lambda layer, x: torch.jit.script(nn.Sequential(layer)), r"torch\.jit\.script"),
+    "fx": (lambda layer, x: torch.fx.symbolic_trace(layer), r"torch\.fx\.symbolic_trace"),
+    "fx of a model": (lambda layer, x: torch.fx.symbolic_trace(nn.Sequential(layer)), r"torch\.fx\.symbolic_trace"),
+    "onnx by tracing": (old_onnx, "ONNX"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("gate", ["top_any", "top"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_has_no_rule_is_refused_by_name(what: str, gate: str) -> None:
+    layer, (call, named) = layer_with(gate), REFUSED[what]
+    with pytest.raises(NotImplementedError, match=named):
+        call(layer, tokens())
+    assert layer(tokens()).shape == (T, D)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_onnx_by_export_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    """torch.onnx.export runs torch.export first; strict, torch.compile takes its flag for False."""
+    layer = layer_with().eval()
+    torch.export.export(layer, (tokens(),), strict=strict)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(Exception, match="cannot be exported to ONNX"):
+        torch.export.export(layer, (tokens(),), strict=strict)
+
+
+def test_onnx() -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(torch.onnx.OnnxExporterError, match="cannot be exported to ONNX"):
+        torch.onnx.export(layer_with().eval(), (tokens(),), io.BytesIO(), dynamo=True, verbose=False)
+
+
+@pytest.mark.parametrize("gate", ["top_any", "top"])
+@pytest.mark.parametrize("of", ["y", "l_aux"])
+def test_second_derivatives_are_refused_by_name(gate: str, of: str) -> None:
+    if (gate, of) == ("top", "l_aux"):
+        pytest.skip("torch's own operations, which have them")
+    layer, x = layer_with(gate), tokens().requires_grad_()
+    y = layer(x)
+    of_first = [x] if of == "y" else list(layer.gates.parameters())[:1]
+    (first,) = torch.autograd.grad(y.square().sum() if of == "y" else y.l_aux, of_first, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only: take a second one"):
+        first.square().sum().backward()
+
+
+def test_transforms_with_a_rule() -> None:
+    layer, x = layer_with().double(), tokens().double()
+    y = layer(x)
+    assert torch.equal(torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)), y)
+    assert torch.equal(torch.func.functionalize(layer)(x), y)
+    one_by_one = torch.autograd.functional.jacobian(layer, x)
+    assert torch.equal(torch.autograd.functional.jacobian(layer, x, vectorize=True), one_by_one)
+
+
+def test_a_tracer_of_torch_fx_may_take_the_layer_for_a_leaf() -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, MoELayer) or super().is_leaf_module(m, module_qualified_name)
+
+    model = nn.Sequential(nn.Linear(D, D), layer_with())
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(tokens()), model(tokens()))
+
+
+def test_operations_refuse_what_torch_would_take_for_zero() -> None:
+    x, routing = tokens(), layer_with().route(tokens())
+    for of in (routing.dispatch, lambda t: routing.combine(routing.dispatch(x) * t.sum())):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(of, (x,), (x,))
+        with pytest.raises(NotImplementedError, match=r"torch\.func\.grad"):
+            torch.func.grad(lambda t, of=of: of(t).sum())(x)  # type: ignore[misc]
+    constant = torch.func.jvp(lambda t: routing.dispatch(x).sum() * t, (x,), (x,))[1]
+    assert torch.equal(constant, routing.dispatch(x).sum() * x)
+
+
+def test_data_parallel_is_refused_where_it_loses_something() -> None:
+    """Its copies run the forward; l_aux and records of a copy are gone."""
+    layer = layer_with()
+    copy: Any = layer._replicate_for_data_parallel()
+    with pytest.raises(NotImplementedError, match="DistributedDataParallel"):
+        copy(tokens())
+    layer.eval()
+    copy = layer._replicate_for_data_parallel()
+    copy._parameters, copy._buffers = layer._parameters, layer._buffers
+    assert torch.equal(copy(tokens()), layer(tokens()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x.to_sparse(), lambda x: torch.nested.nested_tensor([x, x[:3]]),
+     lambda x: torch.nested.nested_tensor([x, x[:3]], layout=torch.jagged)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tokens_that_are_not_dense_are_refused(make: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match="give a dense tensor"):
+        layer_with()(make(tokens()))
 
 
 @pytest.mark.parametrize("keep_tokens", [0, 3])

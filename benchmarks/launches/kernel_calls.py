@@ -267,7 +267,7 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     d_cos = torch.randn_like(i.score_TE)
     yield Kernel(
         "routing vectors' gradient",
-        lambda: threshold_gate.unit_gradient(d_cos, i.x_TD),
+        lambda: threshold_gate.unit_gradient(d_cos, i.x_TD, i.inv_norm_T),
         tokens + 4 * T * E + 4 * D * E,
         2 * T * D * E,
         lambda: d_cos.t() @ i.x_TD.float(),

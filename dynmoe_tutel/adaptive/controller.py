@@ -8,7 +8,7 @@ equal to an uninterrupted one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..validation import number
+from .averages import Average, averaged_layers
 from .budget import Budgets
 from .gate_history import GateHistory, gate_histories
 from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
@@ -62,10 +63,10 @@ class ExpertController:
     wrapped by DistributedDataParallel or torch.compile: layer names omit the wrappers' prefixes, so that state
     moves between wrapped and plain models. `model` keeps its parameters: slots are storage, shapes never change.
 
-    * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it: they become zero in
-      every state tensor of the parameter's shape; an fp32 master copy (a state key with "master" in it) takes the
-      parameter's new value; step counters stay. This suits SGD with momentum, Adam and AdamW in all variants.
-      State of another shape (factored, quantised) is left alone, with a warning.
+    * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it, to what a fresh
+      parameter's state holds; an fp32 master copy (a state key with "master" in it) takes the parameter's new value;
+      step counters stay. This suits torch's optimizers and those of timm, factored state (Adafactor) too. State of
+      another shape or type (quantised) is left alone, with a warning.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
     * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
       "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
@@ -74,6 +75,9 @@ class ExpertController:
     * `init`: how the network of a grown expert starts: "nearest" (a copy of the active expert whose direction is
       nearest), "mean" (of the active experts), "fresh" (drawn anew, from `seed`), "keep" (as the slot is).
     * `group`: the data-parallel process group over which records are summed; None: the layer's `record_group`.
+    * `averages`: averages of the model's weights that follow growth and pruning: modules (AveragedModel, ModelEmaV3)
+      or dicts from the names of the model's state dict to tensors. They get the masks and the grown experts, and
+      `rebalance` moves their experts too. None: the layers' deep copies that are averages, see `Lineage`.
 
     Raises ValueError if the model has no adaptive MoE layer or an argument is out of range.
     """
@@ -91,6 +95,7 @@ class ExpertController:
         init: str = "nearest",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        averages: Iterable[Average] | None = None,
     ) -> None:
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
@@ -110,18 +115,25 @@ class ExpertController:
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
         self._window_open = False
+        self._windows: list[int] = []  # by layer, the number of the window that this controller opened last
+        self._model: nn.Module | None = model  # None once it was looked at, in the first update
+        self._averages: dict[str, list[Any]] = {}  # layers that share a dict's tensors live here alone
+        if averages is not None:
+            self._averages = averaged_layers({h.name: h.layer for h in self._histories}, averages)
 
         floor = getattr(self.policy, "min_experts", 1)
         most = max(max_new_experts, getattr(self.policy, "max_new_experts", 1))
         keeps = max(getattr(self.policy, "keeps_tokens", 0), SAMPLED_TOKENS if most > 1 else 0)
         for history in self._histories:
-            history.check_whole()
+            history.check_whole(init)
             if floor > len(history.silent_windows):
                 raise ValueError(
                     f"min_experts must be at most the slots of every layer, got {floor} "
                     f"and {history.key} has {len(history.silent_windows)}"
                 )
-            history.record.keep_tokens = max(history.record.keep_tokens, keeps)
+            history.record.keep_at_least(keeps)
+            if averages is not None:
+                history.layer.lineage.choose(self._averages[history.name])
         if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
         self._set_window(self.schedule.opens_at(0))
@@ -137,10 +149,14 @@ class ExpertController:
 
         Returns the events of this step, oldest first; they are also in `events` and logged at level INFO. All
         ranks of `group` must call it equally often. Raises ValueError, and changes no expert, if a custom policy's
-        decision does not fit its layer.
+        decision does not fit its layer; RuntimeError, and counts nothing, if its record window is not there any more,
+        because another controller has opened one of its own.
         """
+        self._check_windows()
         self._step += 1
         self._budgets.step()
+        for layer in self._layers:
+            layer.lineage.follow(layer, by_value=False)  # averages that began after a change
         events: list[ExpertEvent] = []
         if self.schedule.updates_at(self._step):
             if self._window_open:
@@ -151,6 +167,17 @@ class ExpertController:
         if self.schedule.opens_at(self._step):
             self._set_window(True)
         return events
+
+    def close(self) -> None:
+        """Stop recording; for a controller that will not step again. Events and state can still be read.
+
+        The state is that of the open window, so that a resumed training goes on in it. A window that another
+        controller has opened since stays open.
+        """
+        if self._window_open:
+            for layer, number in zip(self._layers, self._windows, strict=True):
+                if layer.record_window == number:
+                    layer.end_record_routing()
 
     @torch.no_grad()
     def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
@@ -235,10 +262,25 @@ class ExpertController:
             else:
                 layer.end_record_routing()
         self._window_open = is_open
+        self._windows = [layer.record_window for layer in self._layers]
+
+    def _check_windows(self) -> None:
+        """RuntimeError if a window was opened or closed by another hand: the record would hold other forwards."""
+        ours = all(
+            layer.record_routing and layer.record_window == number
+            for layer, number in zip(self._layers, self._windows, strict=True)
+        )
+        if self._window_open and not ours:
+            raise RuntimeError(
+                "the record window of this ExpertController is not open any more: close() or end_record_routing() has "
+                "closed it, or another controller has opened one on the same layers since. Step only the controller "
+                "that was made last, one a model"
+            )
 
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:
-            history.check_whole()
+            history.check_whole(self.init)
+        self._warn_of_what_does_not_learn()
         # Reduce before deciding: a rank that saw no token must take part too.
         for history in self._histories:
             history.record.all_reduce(self._record_group(history))
@@ -246,10 +288,35 @@ class ExpertController:
         events = []
         for history, decision in zip(self._histories, decisions, strict=True):
             events += self._apply(history, decision)
+        for layer in self._layers:
+            layer.lineage.follow(layer)
         self.events += events
         for event in events:
             logger.info("%s", event)
         return events
+
+    def _warn_of_what_does_not_learn(self) -> None:
+        """In the first update: layers that are no longer the model's, and experts or gates without an optimizer."""
+        if self._model is None:
+            return
+        model, self._model = self._model, None
+        inside = {id(module) for module in model.modules()}
+        for history in self._histories:
+            layer = history.layer
+            if id(layer) not in inside:
+                logger.warning(
+                    "%s was replaced in the model after the controller was made, which still steps the old layer: make "
+                    "the controller (and the optimizer) afterwards",
+                    history.name or "the layer",
+                )
+                continue
+            for part, module in (("experts", layer.experts), (f"gates.{history.gate}", layer.gates[history.gate])):
+                if self._rows.lack(module.parameters(), model):
+                    logger.warning(
+                        "the optimizer has none of the parameters of %s: they do not learn. Make the optimizer after "
+                        "the layer is in the model, call add_param_group, or freeze them by requires_grad_(False)",
+                        f"{history.name}.{part}".lstrip("."),
+                    )
 
     def _load(self, layer: nn.Module) -> list[int]:
         """Assignments of each slot in the last window, summed over the layer's adaptive gates."""

@@ -12,11 +12,6 @@ from .records import RoutingRecord
 from .slots import AdaptiveExperts
 
 
-def _active(gate: nn.Module) -> Tensor:
-    active: Tensor = gate.active()  # type: ignore[operator]
-    return active
-
-
 class GateHistory:
     """One adaptive gate of one layer, with the history of its record windows.
 
@@ -43,19 +38,19 @@ class GateHistory:
     @property
     def active(self) -> Tensor:
         """bool [E]"""
-        return _active(self.layer.gates[self.gate])
+        return self.layer.held_gates[self.gate].active()
 
     @property
     def used_elsewhere(self) -> Tensor:
         """bool [E] on the CPU: the slots that other gates of the layer use; all gates share the expert networks."""
         used = torch.zeros(len(self.silent_windows), dtype=torch.bool)
-        for index, gate in enumerate(self.layer.gates):
+        for index, gate in enumerate(self.layer.held_gates):
             if index != self.gate:
-                used |= _active(gate).cpu()
+                used |= gate.active().cpu()
         return used
 
-    def check_whole(self) -> None:
-        """Raise ValueError if FSDP has sharded the layer's parameters: a write to a slot would not reach its shard."""
+    def check_whole(self, init: str = "nearest") -> None:
+        """Raise ValueError if a write to a slot would be lost: a tool shards, parametrises or wraps what holds it."""
         for name, parameter in self.layer.named_parameters():
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(
@@ -63,13 +58,17 @@ class GateHistory:
                     "be pruned: give fully_shard the parameters of the layer, of its gates too, as ignored_params, and "
                     "average the gradients of the gates"
                 )
+        try:
+            self.layer.check_written(self.gate, init)
+        except ValueError as error:
+            raise ValueError(f"model: {self.name or 'the layer'}: {error}") from None
 
     def reset_parameters(self, slot: int) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
         """The parameters to reset when the slot changes, each with the slot's index; not a network in use elsewhere."""
         entries = self.layer.slot_parameters(slot, self.gate)
         if not self.used_elsewhere[slot]:
             return entries
-        own = {id(parameter) for parameter in self.layer.gates[self.gate].parameters()}
+        own = {id(parameter) for parameter in self.layer.held_gates[self.gate].parameters()}
         return [(parameter, index) for parameter, index in entries if id(parameter) in own]
 
     def permute_slots(self, order: list[int]) -> None:
@@ -120,7 +119,7 @@ def gate_histories(model: nn.Module) -> list[GateHistory]:
         GateHistory(unwrapped_name(name), layer, index)
         for name, layer in model.named_modules()
         if isinstance(layer, AdaptiveExperts)
-        for index, gate in enumerate(layer.gates)
+        for index, gate in enumerate(layer.held_gates)
         if gate.adaptive
     ]
     if not histories:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels.norms import scaled
 from ..validation import refuse_unknown
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ def unit_direction(direction: Tensor, like_D: Tensor, where: str) -> Tensor:
         raise ValueError(
             f"policy: the decision for {where} grows in a direction of shape {got}, must be {list(like_D.shape)}"
         )
-    direction_D = direction.detach().to(like_D.device, torch.float32)
-    length = torch.linalg.vector_norm(direction_D).item()
+    in_range = scaled(direction.detach().to(like_D.device, torch.float32).unsqueeze(0), 1)
+    direction_D, length = in_range.vectors[0], in_range.norm.item()
     if not 0 < length < float("inf"):
         raise ValueError(
             f"policy: the decision for {where} grows in a direction of norm {length}, must be finite and above zero"
@@ -209,18 +210,20 @@ def unit_direction(direction: Tensor, like_D: Tensor, where: str) -> Tensor:
 
 def _direction(sum_D: Tensor, norm: Tensor) -> Tensor | None:
     """sum_D / ||sum_D|| in fp32; None if the tokens, whose norms sum to `norm`, cancel out or overflow."""
-    sum_D = sum_D.float()
-    length, total = torch.linalg.vector_norm(sum_D).item(), float(norm)
+    length_of_sum = scaled(sum_D.float().unsqueeze(0), 1)
+    length, total = length_of_sum.norm.item(), float(norm)
+    if length_of_sum.factor is not None:
+        total *= length_of_sum.factor.item()
     if not (length < float("inf") and total < float("inf")) or length <= CANCELLED * total:
         return None
-    return sum_D / length
+    return length_of_sum.vectors[0] / length
 
 
 def _cluster_directions(tokens_ND: Tensor, clusters: int, reason: str) -> list[tuple[Tensor, str]]:
     """At most `clusters` directions [D] of `tokens_ND`, largest cluster first, each with its reason."""
     # thin the samples of many ranks: the clustering takes n * n cosines
     tokens_ND = tokens_ND[:: -(-len(tokens_ND) // KMEANS_TOKENS) or 1].float()
-    norm_N = torch.linalg.vector_norm(tokens_ND, dim=1)
+    tokens_ND, norm_N, *_ = scaled(tokens_ND, 1)
     usable_N = norm_N.isfinite() & (norm_N > 0)
     unit_ND = tokens_ND[usable_N] / norm_N[usable_N, None]
     if len(unit_ND) == 0:

@@ -84,10 +84,16 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
         return LayerBalance(name, place.blocks, before, before)
     order = slot_order(swaps, layer.slots)
     used = torch.stack([history.active for history in histories]).any(dim=0).tolist()
-    _exchange_experts(layer, place, rows, order)
+    averages = layer.lineage.follow(layer)
+    rows.drop_histories()
+    _exchange_experts(layer, place, rows, averages, order)
     for history in histories:
-        _permute_gate(layer.gates[history.gate], rows, order)
+        _permute_gate(layer.held_gates[history.gate], rows, order)
         history.permute_slots(order)
+        for average in averages:
+            average.gates[history.gate].permute_slots(order)
+    swapped = [slot for slot, source in enumerate(order) if slot != source]
+    layer.lineage.miss(((history.gate, slot) for history in histories for slot in swapped), besides=averages)
     moves = [
         ExpertMove(source, source // place.local, slot, slot // place.local)
         for slot, source in sorted(enumerate(order), key=lambda pair: pair[1])
@@ -101,27 +107,33 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
 def _permute_gate(gate: Any, rows: OptimizerRows, order: list[int]) -> None:
     """Move column order[i] of the gate and of its optimizer state to column i."""
     order_E = torch.tensor(order, device=gate.experts_mask.device)
-    for parameter, axis in ((gate.sim_matrix, 1), (gate.gates, 0)):
-        for tensor in (parameter.detach(), *rows.of(parameter)):
-            tensor.copy_(tensor.index_select(axis, order_E))
+    for parameter, first in ((gate.sim_matrix, (slice(None), 0)), (gate.gates, (0,))):
+        for tensor, index in ((parameter.detach(), first), *rows.of(parameter, first)):
+            tensor.copy_(tensor.index_select(len(index) - 1, order_E))
     gate.experts_mask.copy_(gate.experts_mask[order_E])
 
 
-def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerRows, order: list[int]) -> None:
-    """Move the expert of slot order[i], with its optimizer rows, to slot i, across ranks.
+def _exchange_experts(
+    layer: AdaptiveExperts, place: Placement, rows: OptimizerRows, averages: Sequence[AdaptiveExperts], order: list[int]
+) -> None:
+    """Move the expert of slot order[i], with its optimizer rows and its averages, to slot i, across ranks.
 
     One message of raw bytes an expert. Raises ValueError on every rank if ranks hold different tensors.
     """
 
     def tensors(slot: int) -> list[Tensor]:
-        """Views of a slot's state and of its optimizer rows on this rank."""
+        """Views of a slot's state, of its optimizer rows and of its averages on this rank."""
         slots = layer.expert_slots
-        of_rows = [row[index] for parameter, index in slots.slot_parameters(slot) for row in rows.of(parameter)]
-        return [tensor[index] for tensor, index in slots.slot_tensors(slot)] + of_rows
+        of_rows = [
+            row[own] for parameter, index in slots.slot_parameters(slot) for row, own in rows.of(parameter, index)
+        ]
+        layers = (slots, *(average.expert_slots for average in averages))
+        return [tensor[index] for each in layers for tensor, index in each.slot_tensors(slot)] + of_rows
 
     first = tensors(place.first)
-    alike = {"an expert with its optimizer state": [(str(t.dtype), tuple(t.shape)) for t in first]}
-    check_alike("rebalance", alike, place.group, "give every rank the same optimizer, and take its first step on all")
+    alike = {"an expert with its optimizer state and averages": [(str(t.dtype), tuple(t.shape)) for t in first]}
+    hint = "give every rank the same optimizer and averages, and take their first step on all"
+    check_alike("rebalance", alike, place.group, hint)
     moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
     leaving = {source: _bytes(tensors(source)) for _, source in moved if source // place.local == place.rank}
     arriving: dict[int, Tensor] = {}
@@ -143,5 +155,5 @@ def _exchange_experts(layer: AdaptiveExperts, place: Placement, rows: OptimizerR
 
 
 def _bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenated as uint8."""
-    return torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors])
+    """Concatenated as uint8, on the device of the first."""
+    return torch.cat([t.contiguous().reshape(-1).view(torch.uint8).to(tensors[0].device) for t in tensors])

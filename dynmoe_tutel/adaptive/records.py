@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import keep_strided, thinned
+from ..kernels.norms import scaled
 from ..parallel.collectives import sum_over_ranks
 from ..routing import Routing
 from ..validation import describe
@@ -39,7 +40,7 @@ class RoutingRecord:
 
     counts [E] int64, assignments per slot (R_E); unrouted_sum [D] fp32, sum of x over unrouted tokens (R_S);
     unrouted_norm [] fp32, sum of ||x|| over them; unrouted_tokens, tokens [] int64; k_histogram [E+1] int64, tokens by
-    the number of thresholds that they passed.
+    the number of thresholds that they passed. A token that is not finite counts in all of them but the unrouted ones.
 
     With `keep_tokens` > 0, `unrouted_sample` [n <= keep_tokens, D] keeps every s-th unrouted token for clustering.
     When it overflows, s doubles and every other kept token is dropped.
@@ -55,7 +56,8 @@ class RoutingRecord:
     _sample_state: Tensor
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
-        self.num_experts, self.model_dim, self._keep_tokens = num_experts, model_dim, _limit(keep_tokens)
+        self.num_experts, self.model_dim = num_experts, model_dim
+        self._keep_tokens = self._least_tokens = _limit(keep_tokens)
         self.device = torch.device("cpu")
         self.reset()
 
@@ -97,7 +99,12 @@ class RoutingRecord:
 
     @keep_tokens.setter
     def keep_tokens(self, most: int) -> None:
-        self._keep_tokens = most = _limit(most)
+        self._least_tokens = _limit(most)
+        self.keep_at_least(0)
+
+    def keep_at_least(self, most: int) -> None:
+        """Keep `most` unrouted tokens, or `keep_tokens` as it was set if that is more; replaces an earlier call."""
+        self._keep_tokens = most = max(self._least_tokens, _limit(most))
         sample, stride = thinned(self.unrouted_sample, self._stride, most)
         self._set_sample(sample, stride, self._seen)
 
@@ -127,16 +134,21 @@ class RoutingRecord:
 
     @torch.no_grad()
     def add(self, x_TD: Tensor, routing: Routing) -> None:
-        """Add one batch: tokens [T, D] and their routing."""
-        unrouted_T = routing.unrouted
+        """Add one batch: tokens [T, D] and their routing.
+
+        A token that is not finite (in fp32) is a token, but no unrouted one: it would end growth. Sums that leave the
+        range of fp32 stay at its ends.
+        """
         x = x_TD.detach().float()
+        length = scaled(x, 1)
+        unrouted_T = routing.unrouted & length.norm.isfinite()
         lost_TD = torch.where(unrouted_T.unsqueeze(1), x, 0)  # no product: 0 * inf is NaN
         self.counts += routing.counts
         self.k_histogram += routing.k_histogram
         self.tokens += routing.real_tokens
         self.unrouted_tokens += unrouted_T.sum()
-        self.unrouted_sum += lost_TD.sum(dim=0)
-        self.unrouted_norm += torch.linalg.vector_norm(lost_TD, dim=1).sum()
+        self.unrouted_sum.add_(lost_TD.sum(dim=0)).nan_to_num_()
+        self.unrouted_norm.add_(torch.where(unrouted_T, length.own_norm(), 0).sum()).nan_to_num_()
         if self.keep_tokens > 0:
             keep_strided(self._sample, self._sample_state, x, unrouted_T)
 

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..experts.base import SlotParameter
+from ..experts.base import Experts, SlotParameter
 from ..gates import Gate
+from ..kernels.norms import unit
 from ..layer_state import fit_slots
 from ..parallel.collectives import check_alike, copy_from_first, shared_seed
 from ..parallel.exchange import Exchange, LocalExchange
 from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swaps
 from ..parallel.rank_exchange import RankExchange
 from ..parallel.slots import SlotAccess
+from ..parts import foreign_parameters, unwrapped, writable
+from .lineage import Lineage
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .records import RoutingRecord
 
@@ -52,7 +54,9 @@ class AdaptiveExperts(nn.Module):
         self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
         self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
         self.record_routing, self.record_eval = False, False
+        self.record_window = 0  # number of the last window, which tells it from one that was opened later
         self.record_group = record_group  # ranks over which records are summed; None: all
+        self.lineage = Lineage()
         self._marks: dict[str, dict[str, Any]] = {}
         self._mark_experts()
         self.register_load_state_dict_post_hook(_mark_loaded)
@@ -88,13 +92,15 @@ class AdaptiveExperts(nn.Module):
         With `seeds` these are the bits of construction; without, they are drawn from the global random state. After
         `to_empty()` this initialises the layer. Raises ValueError if a module of one's own has no `reset_parameters`.
         """
-        for gate in self.gates:
-            gate.reset_parameters()  # type: ignore[operator]
+        self.refuse_wrapped("reset_parameters")
+        for gate in self.held_gates:
+            gate.reset_parameters()
         self.exchange.reset_experts(self.experts)
         self._num_global_experts.fill_(self.exchange.start)
         self._max_num_global_experts.fill_(self.slots)
         self.reset_record_routing()
         self._mark_experts()
+        self.lineage.trained = True
 
     @property
     def placement(self) -> Placement:
@@ -134,7 +140,7 @@ class AdaptiveExperts(nn.Module):
     @property
     def num_global_experts(self) -> int:
         """Number of experts that any gate has active."""
-        return int(self._num_global_experts)
+        return int(self._used_slots().sum())
 
     @property
     def max_num_global_experts(self) -> int:
@@ -158,9 +164,11 @@ class AdaptiveExperts(nn.Module):
         return self.records[0]
 
     def begin_record_routing(self, record_eval: bool = False) -> None:
-        """Open an empty record window. Only training forwards are recorded, unless `record_eval`."""
+        """Open an empty record window. Only training forwards are recorded, unless `record_eval`: those in train mode
+        that a backward can follow. Recomputes of gradient checkpointing never are."""
         self.reset_record_routing()
         self.record_routing, self.record_eval = True, record_eval
+        self.record_window += 1
 
     def end_record_routing(self) -> None:
         """Close the window; the record can still be read."""
@@ -189,6 +197,7 @@ class AdaptiveExperts(nn.Module):
         gate = self._adaptive_gate(gate_index)
         if not self.record_routing:
             raise ValueError("no record window is open: call begin_record_routing() before the forwards")
+        self.check_written(gate_index)
         record = self.records[gate_index]
         record.all_reduce(self.record_group)
         active_E = gate.active()
@@ -216,6 +225,7 @@ class AdaptiveExperts(nn.Module):
         `init` fills the grown slot's expert: "nearest" (copy of the active expert whose w is nearest), "mean" (of the
         active experts), "fresh" (drawn anew from `generator`, then required), "keep" (as the slot is, like upstream).
         The last active expert is never pruned; without a free slot nothing grows. Call it after the optimizer's step.
+        Averages of the weights follow (`Lineage`): they are the deep copies that are written to and not trained.
         """
         if init not in INITS:
             raise ValueError(f"init = {init!r}: allowed are {', '.join(INITS)}")
@@ -228,6 +238,8 @@ class AdaptiveExperts(nn.Module):
         load_E = [0] * self.slots if load is None else list(load)
         if len(load_E) != self.slots:
             raise ValueError(f"load has {len(load_E)} entries: give one for each of {self.slots} slots")
+        if grow:
+            self.check_written(gate_index, init)
         changes = []
         for slot, reason in decision.prune:
             if int(gate.active().sum()) > 1 and bool(gate.active()[slot]):
@@ -244,7 +256,9 @@ class AdaptiveExperts(nn.Module):
             self._fill_slot(gate, free, w_D, init, sources_E, generator)
             gate.activate(free, w_D)
             changes.append(ExpertChange(free, "grown", reason))
-        self._num_global_experts.fill_(int(self._used_slots().sum()))
+        self._count_experts()
+        self.lineage.trained = True
+        self.lineage.follow(self, {(gate_index, change.slot) for change in changes})
         return changes
 
     def slot_parameters(self, slot: int, gate_index: int = 0) -> list[SlotParameter]:
@@ -253,6 +267,58 @@ class AdaptiveExperts(nn.Module):
         self._check_slot("slot", slot)
         router: list[SlotParameter] = [(gate.sim_matrix, (slice(None), slot)), (gate.gates, (slot,))]
         return router + self.expert_slots.slot_parameters(slot)
+
+    @property
+    def held_gates(self) -> list[Gate]:
+        """The gates, without what tools wrapped around them: to ask and to write. Calls go to `gates`."""
+        return [unwrapped(gate, Gate) for gate in self.gates]
+
+    @property
+    def held_experts(self) -> Any:
+        """The expert networks, without what tools wrapped around them: to ask and to write. Calls go to `experts`."""
+        return unwrapped(self.experts, Experts)
+
+    def check_written(self, gate_index: int = 0, init: str = "nearest") -> None:
+        """ValueError, by name, if growing or moving an expert would be lost on a parametrised or wrapped part."""
+        gate, called = self._gate(gate_index), self.gates[gate_index]
+        for name in ("sim_matrix", "gates"):
+            writable(f"gate {gate_index}", gate, name)
+        beside = foreign_parameters(called, gate)
+        if beside and getattr(called, "itself", None) is not gate:
+            raise ValueError(
+                f"gate {gate_index} is wrapped by a {type(called).__name__} with the parameter {beside[0][0]}, which "
+                "changes its routing vectors: experts cannot grow or move. Train the gate itself (PEFT: "
+                "modules_to_save)"
+            )
+        self.expert_slots.check_written(init)
+
+    def refuse_wrapped(self, name: str) -> None:
+        """ValueError for an operation `name` that would pass by what tools put around gates and experts."""
+        held = [*zip(self.gates, self.held_gates, strict=True), (self.experts, self.held_experts)]
+        for part, inner in held:
+            if foreign := foreign_parameters(part, inner):
+                raise ValueError(
+                    f"{name}: a {type(part).__name__} with the parameter {foreign[0][0]} wraps a part of the layer, "
+                    "which would be passed by: unwrap it (PEFT: merge_and_unload) before"
+                )
+
+    def slot_axes(self) -> dict[int, int]:
+        """The axis that counts slots, by the id of each parameter and buffer that has one."""
+        axes: dict[int, int] = {}
+        for gate in self.gates.modules():
+            if isinstance(gate, Gate):
+                tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
+                axes.update({id(tensors[name]): axis for name, axis in gate.slot_axes.items() if name in tensors})
+        for tensor, index in self._local_tensors():
+            if index[0] not in (..., slice(None)) and tensor.shape[:1] == (self.placement.local,):
+                axes[id(tensor)] = 0
+        return axes
+
+    def _local_tensors(self) -> list[tuple[Tensor, Any]]:
+        """Parameters and buffers that hold this rank's first slot, each with the index of its entries."""
+        first, slots = self.placement.first, self.expert_slots
+        parameters = slots.slot_parameters(first)
+        return [*parameters, *slots.slot_tensors(first)[len(parameters) :]]
 
     def _adaptive_gate(self, gate_index: int) -> Any:
         gate = self._gate(gate_index)
@@ -266,7 +332,7 @@ class AdaptiveExperts(nn.Module):
     def _gate(self, gate_index: int) -> Gate:
         if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
             raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
-        return self.gates[gate_index]  # type: ignore[return-value]
+        return unwrapped(self.gates[gate_index], Gate)
 
     def _check_slot(self, name: str, slot: object) -> None:
         if type(slot) is not int or not 0 <= slot < self.slots:
@@ -274,7 +340,21 @@ class AdaptiveExperts(nn.Module):
 
     def _used_slots(self) -> Tensor:
         """[E] bool: the slots that any gate has active; gates share the experts."""
-        return torch.stack([gate.active() for gate in self.gates]).any(dim=0)  # type: ignore[operator]
+        return torch.stack([gate.active() for gate in self.held_gates]).any(dim=0)
+
+    @torch.no_grad()
+    def _count_experts(self) -> None:
+        """Set the counts from the masks, which an average of all buffers keeps at 0 and 1, unlike the counts."""
+        count = self._num_global_experts
+        devices = {gate.active().device for gate in self.held_gates}
+        if (
+            count.is_meta
+            or devices != {count.device}
+            or (count.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            return  # tensors are being replaced one by one, or cannot be written
+        count.copy_(self._used_slots().sum())
+        self._max_num_global_experts.fill_(self.slots)
 
     def _free_slot(self, load_E: Sequence[int]) -> int | None:
         """The slot to grow into: one that no gate uses."""
@@ -285,7 +365,7 @@ class AdaptiveExperts(nn.Module):
         self, gate: Any, slot: int, w_D: Tensor, init: str, sources_E: Tensor, generator: torch.Generator | None
     ) -> None:
         if init == "nearest":
-            cos_E = F.normalize(gate.sim_matrix.detach().float(), dim=0).t() @ w_D.float()
+            cos_E = unit(gate.sim_matrix.detach().float(), 0).t() @ w_D.float()
             self.expert_slots.copy_slot(slot, [int(cos_E.masked_fill(~sources_E, -torch.inf).argmax())])
         elif init == "mean":
             self.expert_slots.copy_slot(slot, sources_E.nonzero().squeeze(1).tolist())
@@ -295,9 +375,10 @@ class AdaptiveExperts(nn.Module):
 
     def _share_seeds(self, seed: int) -> None:
         """Give gates and experts without a seed one that all ranks have: `reset_parameters` must agree on them."""
-        if self.experts.seed is None:
-            self.experts.seed = seed
-        for index, gate in enumerate(self.gates):
+        experts = self.held_experts
+        if experts.seed is None:
+            experts.seed = seed
+        for index, gate in enumerate(self.held_gates):
             if gate.seed is None:
                 gate.seed = (seed + 1 + index) % 2**63
 
@@ -338,18 +419,23 @@ class AdaptiveExperts(nn.Module):
             raise ValueError(
                 f"group: experts.{hooked[0]} has hooks, which its new parameter would lack: add them after"
             )
+        self.refuse_wrapped("bind")
+        for index, gate in enumerate(self.held_gates):
+            if gate.adaptive:
+                self.check_written(index)
+        self.expert_slots.check_written()
         copy_from_first(self.gates, group)
         copy_from_first(self.experts, group)
         with torch.random.fork_rng(devices=[]):
             self._share_seeds(shared_seed(group))
-        self._num_global_experts.fill_(int(self._used_slots().sum()))
+        self._count_experts()
         self._permute(slot_order(spread_swaps(self._used_slots().tolist(), placement.ranks), self.slots))
         start = self.placement.at_start(self.exchange.start)
         spread = [start[slot] for slot in slot_order(spread_swaps(start, placement.ranks), self.slots)]
-        for gate in self.gates:
+        for gate in self.held_gates:
             if gate.adaptive:
                 gate.start_with(spread)  # type: ignore[operator]
-        self.experts.keep_slots(placement.first, placement.local)
+        self.held_experts.keep_slots(placement.first, placement.local)
         self.exchange = RankExchange(placement, self.exchange.start)
         self._mark_experts()
 
@@ -357,25 +443,30 @@ class AdaptiveExperts(nn.Module):
         """Move the expert and gate entries of slot order[i] to slot i."""
         if order == sorted(order):
             return
-        if not all(gate.adaptive for gate in self.gates):
+        if not all(gate.adaptive for gate in self.held_gates):
             raise ValueError("group: active experts of a layer with a fixed-k gate cannot be spread over the ranks")
-        old = [[t[index].clone() for t, index in self.experts.slot_tensors(slot)] for slot in range(self.slots)]
+        experts = self.held_experts
+        old = [[t[index].clone() for t, index in experts.slot_tensors(slot)] for slot in range(self.slots)]
         for slot, source in enumerate(order):
-            for (tensor, index), value in zip(self.experts.slot_tensors(slot), old[source], strict=True):
+            for (tensor, index), value in zip(experts.slot_tensors(slot), old[source], strict=True):
                 tensor[index] = value
-        for gate, record in zip(self.gates, self.records, strict=True):
+        for gate, record in zip(self.held_gates, self.records, strict=True):
             gate.permute_slots(order)  # type: ignore[operator]
             record.permute_slots(order)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._note_marks()
+        rests = self.lineage.rests(self)
         moved = nn.Module._apply(self, *args, **options)
         self._mark_experts()
+        if rests:
+            self.lineage.settle(self)
         for record in self.records:  # records are not buffers, to stay out of the state dict
             record.move(self._num_global_experts.device)
         return moved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        self._count_experts()
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if isinstance(self.exchange, RankExchange) and hasattr(destination, "_metadata"):
             # records which slots these are: any rank's block would fit by shape
@@ -393,6 +484,7 @@ class AdaptiveExperts(nn.Module):
         memo[id(self)] = copied = type(self).__new__(type(self))
         self._note_marks()
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.lineage.add(copied)
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -402,13 +494,14 @@ class AdaptiveExperts(nn.Module):
                 "the pickled layer is of an older version of dynmoe_tutel, whose layers cannot be unpickled: make the "
                 "layer anew and load its state_dict(), saved with that version"
             )
-        nn.Module.__setstate__(self, state)
+        nn.Module.__setstate__(self, {"lineage": Lineage(), **state})
         self._mark_experts()
 
 
 def _mark_loaded(layer: AdaptiveExperts, incompatible: Any) -> None:
     """After `load_state_dict`, which replaces parameters with `assign`."""
     layer._mark_experts()
+    layer.lineage.settle(layer)
 
 
 def _summary(changes: list[ExpertChange]) -> str:

@@ -162,10 +162,9 @@ def _expert_meshes(model: nn.Module) -> dict[int, DeviceMesh]:
 
 def _slot_tensors(layer: AdaptiveExperts) -> dict[int, Tensor]:
     """The parameters and buffers of this rank that hold its slots, by id."""
-    first = layer.placement.first
-    parameters = [p for p, _ in layer.expert_slots.slot_parameters(first)]
-    buffers = [b for b, _ in layer.expert_slots.slot_tensors(first)[len(parameters) :]]
-    return {id(tensor): tensor for tensor in [*parameters, *buffers]}
+    axes = layer.slot_axes()
+    held = (*layer.experts.parameters(), *layer.experts.buffers())
+    return {id(tensor): tensor for tensor in held if id(tensor) in axes}
 
 
 def _divided_layers(model: nn.Module) -> Iterator[tuple[str, AdaptiveExperts]]:
@@ -177,7 +176,7 @@ def _divided_layers(model: nn.Module) -> Iterator[tuple[str, AdaptiveExperts]]:
                 f"model: each expert of {unwrapped_name(name)} is itself divided over {layer.placement.shards} ranks: "
                 "such layers cannot be stored here"
             )
-        if isinstance(layer.experts, CustomExperts) and not layer.experts.padded:
+        if isinstance(layer.held_experts, CustomExperts) and not layer.held_experts.padded:
             raise ValueError(
                 f"model: the experts of {unwrapped_name(name)} are a list of modules divided over ranks, whose names "
                 "in a state dict are each rank's own: such layers cannot be stored here"

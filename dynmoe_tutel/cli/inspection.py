@@ -21,6 +21,7 @@ from torch import Tensor
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, read_state_dict
 from dynmoe_tutel.experiments.run_folder import CONFIG, RUNS, STEP, checkpoints_of, runs_of
 from dynmoe_tutel.gates.top_any import MAX_LOG_SCALE
+from dynmoe_tutel.routing import is_active
 
 LINEAR_GATE = re.compile(r"(^|\.)gates\.\d+\.wg\.weight$")
 NUMBER = re.compile(r"(\d+)")
@@ -80,7 +81,7 @@ def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor)
         temperature = tensors.get(f"{prefix}temperature")
         tau = 1.0 if temperature is None else math.exp(min(float(temperature), MAX_LOG_SCALE))
         thresholds = torch.sigmoid(tau * gates.double()).tolist()
-    active = [True] * slots if mask is None else (mask > 0).tolist()
+    active = [True] * slots if mask is None else is_active(mask).tolist()
     return LayerState(_layer_name(prefix), active, thresholds)
 
 

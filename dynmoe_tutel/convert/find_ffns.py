@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ACTIVATIONS, activation_name
+from ..kernels.activations import has_hooks
 
 TRIED_TOKENS = 6
 _REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -111,10 +112,15 @@ def _children(module: nn.Module) -> list[nn.Module]:
     return [child for _, child in module.named_children()]
 
 
+def _kept(module: nn.Module) -> list[nn.Module]:
+    """The module with its linear maps and dropouts: what a layer replaces."""
+    return [module, *(child for child in _children(module) if is_linear(child) or isinstance(child, nn.Dropout))]
+
+
 def _inside(name: str, module: nn.Module) -> DenseFFN | None:
     """The FFN inside `module`, if there is one."""
     linears = [child for child in _children(module) if is_linear(child)]
-    if any(map(is_altered, [module, *linears])):
+    if any(map(is_altered, _kept(module))):
         return None
     for up, gate, down in _orders(linears):
         for activation in _activations(module):
@@ -127,7 +133,7 @@ def _inside(name: str, module: nn.Module) -> DenseFFN | None:
 def _beside(model: nn.Module, name: str, module: nn.Module) -> DenseFFN | None:
     """The FFN whose first linear map is in `module` and whose second is in a neighbour, as in BERT."""
     linears = [child for child in _children(module) if is_linear(child)]
-    if len(linears) != 1 or not name or any(map(is_altered, [module, *linears])):
+    if len(linears) != 1 or not name or any(map(is_altered, _kept(module))):
         return None
     H, D = weight_of(linears[0]).shape
     for key, neighbour in model.get_submodule(name.rpartition(".")[0]).named_children():
@@ -268,8 +274,10 @@ def _same(got: object, expected: Tensor) -> bool:
 def fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name in `kernels.ACTIVATIONS` of the same scalar function, to 1e-6 on [-9, 9]; None if there is none."""
     known = activation_name(activation)
-    if known is not None or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
+    if known is not None:
         return known
+    if isinstance(activation, nn.Module) and (has_hooks(activation) or any(True for _ in activation.parameters())):
+        return None
     h = torch.linspace(-9, 9, 2001)
     try:
         with torch.no_grad():

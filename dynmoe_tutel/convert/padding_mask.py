@@ -1,9 +1,8 @@
 """Passes the attention mask of a host model to its MoE layers as `token_mask`, so that they skip padding.
 
 A hook keeps the mask on the nearest module above a layer that takes `attention_mask` beside `input_ids` or
-`inputs_embeds` (in T5, the decoder's own mask, not the encoder's); a hook on the layer passes it on. The mask is kept
-for the backward, for recomputes of gradient checkpointing: run the backward before the next forward, as training loops
-do.
+`inputs_embeds` (in T5, the decoder's own mask, not the encoder's); a hook on the layer passes it on. `host_forwards`
+says which forward a call of the layer belongs to: a recompute of gradient checkpointing gets the mask of its own.
 """
 
 from __future__ import annotations
@@ -12,43 +11,39 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..layer import MoELayer, in_backward
+from ..layer import MoELayer
+from .host_forwards import HostForwards
 
 _MASK, _INPUTS = "attention_mask", ("input_ids", "inputs_embeds")
-
-
-class _Mask:
-    """The mask of a module's last forward, [B, L] bool, or None."""
-
-    def __init__(self) -> None:
-        self.tokens_BL: Tensor | None = None
-        self.running = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tokens_BL": None, "running": False}
 
 
 class _Keep:
     """Forward pre-hook of the module that takes the mask: keeps it."""
 
-    def __init__(self, mask: _Mask) -> None:
-        self.mask = mask
+    def __init__(self, forwards: HostForwards) -> None:
+        self.forwards = forwards
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mask.tokens_BL, self.mask.running = None, True
-        names = _parameters(module)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = given.get(_MASK)
-        inputs = (given.get(name) for name in (*_INPUTS, *names[:1]))
-        shape = next((x.shape[:2] for x in inputs if isinstance(x, Tensor)), None)
-        if shape is None or not isinstance(mask, Tensor) or mask.dim() != 2 or len(shape) != 2:
-            return
-        B, L = shape
-        if mask.shape[0] in (1, B) and mask.shape[1] >= L:
-            real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask covers past tokens too
-            self.mask.tokens_BL = real.expand(B, L)
+        self.forwards.begin(_mask_of(module, args, kwargs))
+
+
+def _mask_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask in a call of the module as [B, L] bool, None without one that fits its tokens."""
+    names = _parameters(module)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = given.get(_MASK)
+    inputs = (given.get(name) for name in (*_INPUTS, *names[:1]))
+    shape = next((x.shape[:2] for x in inputs if isinstance(x, Tensor)), None)
+    if shape is None or not isinstance(mask, Tensor) or mask.dim() != 2 or len(shape) != 2:
+        return None
+    B, L = shape
+    if mask.shape[0] not in (1, B) or mask.shape[1] < L:
+        return None
+    real = _real(mask)[:, mask.shape[1] - L :]  # with a cache, the mask covers past tokens too
+    return real.expand(B, L)
 
 
 def _real(mask: Tensor) -> Tensor:
@@ -59,27 +54,32 @@ def _real(mask: Tensor) -> Tensor:
 
 
 class _Over:
-    """Forward hook of the module that takes the mask: ends its use, except in the backward."""
+    """Forward hook of the module that takes the mask, called after exceptions too."""
 
-    def __init__(self, mask: _Mask) -> None:
-        self.mask = mask
+    def __init__(self, forwards: HostForwards) -> None:
+        self.forwards = forwards
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.mask.running = False
+        self.forwards.end(output)
 
 
 class _HandOn:
     """Forward pre-hook of a layer: passes the mask as `token_mask` if its shape fits the tokens."""
 
-    def __init__(self, mask: _Mask) -> None:
-        self.mask = mask
+    def __init__(self, forwards: HostForwards) -> None:
+        self.forwards = forwards
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask_BL = self.mask.tokens_BL
+        forward = self.forwards.of_this_call()
         x = args[0] if args else kwargs.get("input")
-        if mask_BL is None or not (self.mask.running or in_backward()) or kwargs.get("token_mask") is not None:
+        if forward is None or not isinstance(x, Tensor):
             return None
-        if not isinstance(x, Tensor) or x.shape[:-1] not in (mask_BL.shape, (mask_BL.numel(),)):
+        if not torch.compiler.is_compiling():
+            forward.live_with(x)
+        mask_BL = forward.mask_BL
+        if mask_BL is None or kwargs.get("token_mask") is not None:
+            return None
+        if x.shape[:-1] not in (mask_BL.shape, (mask_BL.numel(),)):
             return None
         return args, {**kwargs, "token_mask": mask_BL.reshape(x.shape[:-1]).to(x.device)}
 
@@ -91,12 +91,12 @@ def mask_padding_of(model: nn.Module, layers: Sequence[MoELayer]) -> None:
         host = _host(model, names[id(layer)])
         if host is None:
             continue
-        mask = next((hook.mask for hook in host._forward_pre_hooks.values() if isinstance(hook, _Keep)), None)
-        if mask is None:
-            mask = _Mask()
-            host.register_forward_pre_hook(_Keep(mask), with_kwargs=True)
-            host.register_forward_hook(_Over(mask), always_call=True)
-        layer.register_forward_pre_hook(_HandOn(mask), with_kwargs=True)
+        forwards = next((hook.forwards for hook in host._forward_pre_hooks.values() if isinstance(hook, _Keep)), None)
+        if forwards is None:
+            forwards = HostForwards()
+            host.register_forward_pre_hook(_Keep(forwards), with_kwargs=True)
+            host.register_forward_hook(_Over(forwards), always_call=True)
+        layer.register_forward_pre_hook(_HandOn(forwards), with_kwargs=True)
 
 
 def forget_padding_of(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..gates import gate_config
 from ..layer import MoELayer
-from ..validation import flag, positive_int
+from ..validation import flag, positive_int, warn_once
 from .find_ffns import DenseFFN, find_ffns, why_not
 from .padding_mask import forget_padding_of, mask_padding_of
 from .weights import Conversion, Origin, dense_weights, layer_of
@@ -129,8 +129,10 @@ def revert(model: nn.Module, expert: int | str | None = None) -> nn.Module:
 def aux_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
     """`weight` times the sum of the MoE layers' weighted auxiliary losses in their last forward: 0-dim fp32.
 
-    Add it once a step to the task's loss. Only the last run of a layer in a step counts; recomputes of gradient
-    checkpointing are no runs. Raises ValueError if the model has no MoE layer or none has run.
+    Add it once a step to the task's loss. It finds the layers of any model, converted or not, also behind wrappers that
+    drop `y.l_aux`. Only the last run of a layer in a step counts; recomputes of gradient checkpointing are no runs.
+    Warns once if a layer in training kept no gradient of its loss. Raises ValueError if the model has no MoE layer or
+    none has run.
     """
     refuse_no_module(model, wrapped=True)
     layers = [m for m in model.modules() if isinstance(m, MoELayer)]
@@ -138,12 +140,24 @@ def aux_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
     if not terms:
         what = f"none of its {len(layers)} MoE layers has run" if layers else "has no MoE layer"
         raise ValueError(
-            f"aux_loss: model ({type(model).__name__}): {what}; call it after a forward of a converted model"
+            f"aux_loss: model ({type(model).__name__}): {what}; call it after a forward of a model with MoE layers"
+        )
+    if torch.is_grad_enabled() and any(_lost_gradient(layer) for layer in layers):
+        warn_once(
+            "aux_loss: a layer in training kept no gradient of its l_aux, as under torch.no_grad or "
+            "torch.utils.checkpoint with use_reentrant=True: give use_reentrant=False"
         )
     total = terms[0]
     for term in terms[1:]:
         total = total + term.to(total.device)
     return weight * total
+
+
+def _lost_gradient(layer: MoELayer) -> bool:
+    """Whether the layer ran in training, learns from its auxiliary loss, and has that loss without a graph."""
+    if not (layer.training and layer.aux_terms and layer.l_aux is not None) or layer.l_aux.requires_grad:
+        return False
+    return any(parameter.requires_grad for parameter in layer.gates.parameters())
 
 
 def refuse_no_module(model: object, wrapped: bool = False) -> None:

@@ -223,7 +223,8 @@ def _key_gate(layer: MoELayer, options: Conversion) -> None:
 def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[list[Tensor | None]]:
     """[weight, bias] of up, gate (if the FFN is gated) and down, weights as [out, in]."""
     origin: Origin = layer._origin  # type: ignore[assignment]
-    experts = layer.experts
+    layer.refuse_wrapped(f"{name!r} as a dense FFN")
+    experts = layer.held_experts
     active = layer._used_slots().nonzero().flatten().tolist()
     gated = ("gate", None) if "gate" in experts.dense_names else ()
     first = [None if role is None else experts.dense_view(role) for role in ("up", "up_bias", *gated)]

@@ -10,6 +10,7 @@ import torch
 
 from ..initialization import seed_of
 from ..validation import refuse_unknown
+from .adapters import slots_of
 from .base import EXPERT_KINDS, Experts, expert_kind
 from .ffn import FFNExperts
 from .llama_ffn import LlamaFFNExperts
@@ -25,6 +26,7 @@ __all__ = [
     "expert_kind",
     "make_block",
     "make_experts",
+    "slots_of",
 ]
 
 COUNT_KEYS = ("num_experts_per_device", "count_per_node")

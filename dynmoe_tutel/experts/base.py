@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..initialization import seeded
 from ..kernels import ACTIVATIONS
+from ..parts import compute_dtype, writable
 from ..routing import Routing
 
 Activation = Callable[[Tensor], Tensor]
@@ -43,6 +44,10 @@ def expert_kind(name: str, keys: Collection[str] | None) -> Callable[[X], X]:
 class Experts(nn.Module):
     """Base of all expert networks: this rank's slots of networks D -> output_dim."""
 
+    # The parameters and buffers that hold slots, [slots, ...]; they may be None. No other tensor is a slot's, whatever
+    # its shape: an activation's slopes, a parameter of the user's own.
+    slot_names: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, model_dim: int, local_slots: int) -> None:
         super().__init__()
         self.model_dim, self.local_slots = model_dim, local_slots
@@ -69,22 +74,38 @@ class Experts(nn.Module):
         """The mean of each token's experts, [T, output_dim]; only if `fuses`."""
         raise NotImplementedError
 
-    def compute_dtype(self, x_TD: Tensor) -> torch.dtype:
-        """autocast's dtype if autocast is on (fp64 stays), else the weights' dtype, as in Tutel."""
-        parameter = next(self.parameters(), None)
-        dtype = x_TD.dtype if parameter is None else parameter.dtype
+    def compute_dtype(self, x_TD: Tensor, weight: Tensor | None = None) -> torch.dtype:
+        """autocast's dtype if autocast is on (fp64 stays), else that of `weight` or the parameters, as in Tutel."""
+        dtype = compute_dtype(self, x_TD) if weight is None else weight.dtype
         device = x_TD.device.type
         if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return dtype
 
+    @property
+    def itself(self) -> Experts:
+        """These experts, for `parts.unwrapped`."""
+        return self
+
+    def slot_places(self) -> list[tuple[nn.Module, str]]:
+        """The tensors that hold slots, each as a module and the name that it has there; axis 0 counts slots in all."""
+        return [(self, name) for name in self.slot_names if self._parameters.get(name, ...) is not None]
+
+    def _slot_values(self, buffers: bool) -> list[Tensor]:
+        return [getattr(owner, name) for owner, name in self.slot_places() if (name in owner._buffers) == buffers]
+
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
-        """The parameters that hold a slot, each with the index of its entries; axis 0 counts slots in all of them."""
-        return [(p, (slot,)) for p in self.parameters() if p.shape[:1] == (self.local_slots,)]
+        """The parameters that hold a slot, each with the index of its entries; a parametrised one by its value."""
+        return [(cast(nn.Parameter, p), (slot,)) for p in self._slot_values(buffers=False)]
 
     def slot_buffers(self, slot: int) -> list[SlotTensor]:
-        """The buffers that hold a slot, such as running statistics; axis 0 counts slots in all of them."""
-        return [(b, (slot,)) for b in self.buffers() if b.shape[:1] == (self.local_slots,)]
+        """The buffers that hold a slot, such as running statistics, each with the index of its entries."""
+        return [(b, (slot,)) for b in self._slot_values(buffers=True)]
+
+    def check_written(self, init: str = "nearest") -> None:
+        """ValueError, by name, if a slot cannot be filled as `init` says: its tensor is parametrised or packed."""
+        for owner, name in self.slot_places():
+            writable("the experts", owner, name)
 
     def slot_tensors(self, slot: int) -> list[SlotTensor]:
         """All state of a slot, which is copied and moved together: `slot_parameters`, then `slot_buffers`."""
@@ -93,23 +114,21 @@ class Experts(nn.Module):
     @torch.no_grad()
     def keep_slots(self, first: int, count: int) -> None:
         """Keep only the `count` slots from `first` on, in new parameters and buffers."""
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.shape[:1] == (self.local_slots,):
-                    kept = parameter.detach()[first : first + count].clone()
-                    setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.shape[:1] == (self.local_slots,):
-                    setattr(module, name, buffer[first : first + count].clone())
+        self.check_written()
+        for owner, name in self.slot_places():
+            tensor = getattr(owner, name)
+            kept = tensor.detach()[first : first + count].clone()
+            if isinstance(tensor, nn.Parameter):
+                kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+            setattr(owner, name, kept)
         self.local_slots = count
         self.first_slot += first
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:
         """Fill slot `target` with the mean of the slots `sources`: one source is an exact copy."""
-        of_sources = [self.slot_tensors(source) for source in sources]
-        for i, (tensor, index) in enumerate(self.slot_tensors(target)):
-            tensor[index] = mean_of([tensors[i][0][tensors[i][1]] for tensors in of_sources])
+        self.check_written()
+        copy_slot(self, target, sources)
 
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew from `generator` (None: the global random state), as at construction."""
@@ -120,6 +139,13 @@ class Experts(nn.Module):
         generator = seeded(self.seed)
         for slot in range(self.first_slot + self.local_slots):  # slots of lower ranks are drawn too, then overwritten
             self.reset_slot(max(slot - self.first_slot, 0), generator)
+
+
+def copy_slot(slots: Any, target: int, sources: list[int]) -> None:
+    """Fill slot `target` of `slots`, which has `slot_tensors`, with the mean of the slots `sources`."""
+    of_sources = [slots.slot_tensors(source) for source in sources]
+    for i, (tensor, index) in enumerate(slots.slot_tensors(target)):
+        tensor[index] = mean_of([tensors[i][0][tensors[i][1]] for tensors in of_sources])
 
 
 def mean_of(values: list[Tensor]) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..initialization import drawn_from, reset_modules, seeded
+from ..parts import own_tensors
 from ..routing import PaddedRows, Routing
 from ..validation import describe, has_no_data, warn_once
 from .base import Experts, SlotParameter, SlotTensor, expert_kind
@@ -38,8 +41,9 @@ class CustomExperts(Experts):
     * a list of E modules, one a slot, each called with its rows [n_e, D];
     * a class or function that makes one such module (called E times with the remaining options);
     * Tutel's kind, a class or module whose forward takes (x, ctx): called once with all rows padded to [E, C, D]. A
-      class gets (model_dim, num_experts_per_device, sharded_count, its options). Parameters whose first axis is E
-      hold the slots; `ctx` is an `ExpertContext`.
+      class gets (model_dim, num_experts_per_device, sharded_count, its options). `ctx` is an `ExpertContext`. The
+      attribute `slot_names` of the module names the tensors that hold the slots, [E, ...]; without it, they are its
+      parameters and buffers whose first axis is E, those of torch.nn's layers (slopes, statistics) excepted.
 
     With a seed for experts, a class draws from it on a forked random state, slot by slot if it makes one module a slot.
 
@@ -69,7 +73,7 @@ class CustomExperts(Experts):
             else:
                 with drawn_from(generator):
                     self.module = make_batched(module, model_dim, local_slots, options)
-            if not super().slot_parameters(0):
+            if not self.slot_parameters(0):
                 warn_once(
                     f"experts['module']: {type(self.module).__name__} has no parameter [{local_slots}, ...]: "
                     "a grown expert cannot be initialised"
@@ -165,14 +169,40 @@ class CustomExperts(Experts):
     def slot_parameters(self, slot: int) -> list[SlotParameter]:
         """All parameters of the slot's module in a list; the slot's entries in a batched module."""
         if isinstance(self.module, nn.ModuleList) and not self.padded:
-            return [(p, (...,)) for p in self.module[slot].parameters()]
+            shared = self._shared()
+            return [(p, (...,)) for p in self.module[slot].parameters() if id(p) not in shared]
         return super().slot_parameters(slot)
 
     def slot_buffers(self, slot: int) -> list[SlotTensor]:
         """All buffers of the slot's module in a list; the slot's entries in a batched module."""
         if isinstance(self.module, nn.ModuleList) and not self.padded:
-            return [(b, (...,)) for b in self.module[slot].buffers()]
+            shared = self._shared()
+            return [(b, (...,)) for b in self.module[slot].buffers() if id(b) not in shared]
         return super().slot_buffers(slot)
+
+    def _shared(self) -> set[int]:
+        """The ids of tensors that several modules of the list hold (tied weights): no slot's own."""
+        assert isinstance(self.module, nn.ModuleList)
+        held = [id(t) for expert in self.module for t in (*expert.parameters(), *expert.buffers())]
+        return {key for key, count in Counter(held).items() if count > 1}
+
+    def slot_places(self) -> list[tuple[nn.Module, str]]:
+        """The stacked tensors of a batched module; none of a list, whose modules belong to one slot each."""
+        return stacked_tensors(self.module, self.local_slots) if self.padded else []
+
+    def check_written(self, init: str = "nearest") -> None:
+        """ValueError, by name, if a write to a slot would be lost, or would reach experts that are tied to it."""
+        super().check_written(init)
+        if self.padded or not (shared := self._shared()):
+            return
+        assert isinstance(self.module, nn.ModuleList)
+        held = [{id(t) for t in (*m.parameters(), *m.buffers())} & shared for m in self.module]
+        if any(each != held[0] for each in held):
+            slot = next(slot for slot, each in enumerate(held) if each != held[0])
+            raise ValueError(
+                f"experts['module']: the modules of slots 0 and {slot} are tied to different others (shared "
+                "parameters), so one slot cannot be set alone: experts cannot grow. Tie all modules or none"
+            )
 
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Call the module's `reset_parameters()` on a forked random state; ValueError if it has none."""
@@ -200,6 +230,40 @@ class CustomExperts(Experts):
         for expert in self.module:
             with drawn_from(generator):
                 reset_modules("a custom expert", expert.modules())
+
+
+def stacked_tensors(module: nn.Module, slots: int) -> list[tuple[nn.Module, str]]:
+    """The tensors [slots, ...] of a module of Tutel's kind that hold slots, each as (owner, name).
+
+    Those that the module's attribute `slot_names` names; without it, those of its shape, except in layers of torch.nn.
+    """
+    named = next((m for m in module.modules() if hasattr(m, "slot_names")), None)  # an adapter may wrap the module
+    if named is not None:
+        module, names = named, cast(tuple[str, ...], named.slot_names)
+        places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        wrong = [name for name, (owner, key) in zip(names, places, strict=True) if _count(owner, key) != slots]
+        if wrong:
+            raise ValueError(
+                f"experts['module']: slot_names of {type(module).__name__} has {wrong[0]!r}, which is no tensor "
+                f"[{slots}, ...] of it"
+            )
+        return places
+    return [
+        (owner, name)
+        for owner, name, tensor in own_tensors(module)
+        if tensor.shape[:1] == (slots,) and may_stack(owner)
+    ]
+
+
+def may_stack(owner: nn.Module) -> bool:
+    """Whether tensors of `owner` itself may hold slots: torch.nn's layers know of none, its containers hold any."""
+    kind = type_before_parametrizations(owner)
+    return issubclass(kind, nn.ParameterList | nn.ParameterDict) or not kind.__module__.startswith("torch.nn.")
+
+
+def _count(owner: nn.Module, name: str) -> int | None:
+    tensor = getattr(owner, name, None)
+    return tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() else None
 
 
 def _has_buffers(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ class FFNExperts(GroupedMLP):
         "down": "batched_fc2_w",
         "down_bias": "batched_fc2_bias",
     }
+    slot_names = tuple(dense_names.values())
     batched_fc1_bias: nn.Parameter | None
     batched_fc2_bias: nn.Parameter | None
 
@@ -88,6 +89,7 @@ class FFNExperts(GroupedMLP):
 
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew, like nn.Linear."""
+        self.check_written()
         self._draw(slot, generator)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ class LlamaFFNExperts(GroupedMLP):
     """
 
     dense_names: ClassVar[dict[str, str]] = {"gate": "W_fc1", "up": "W_fc2", "down": "W_fc3"}
+    slot_names = tuple(dense_names.values())
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class LlamaFFNExperts(GroupedMLP):
 
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew."""
+        self.check_written()
         self._draw(slot, generator)
 
     def dense_view(self, role: str) -> Tensor | None:

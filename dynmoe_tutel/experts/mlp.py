@@ -59,6 +59,18 @@ class GroupedMLP(Experts):
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         raise NotImplementedError
 
+    def _read_weights(self) -> ExpertWeights:
+        """`weights()`, each read once: a parametrised one is computed at each reading."""
+        weights = ExpertWeights(*self.weights())
+        if not all(weight is None or weight.is_floating_point() for weight in weights):
+            name = next(n for n in self.slot_names if not getattr(self, n).is_floating_point())
+            tensor = getattr(self, name)
+            raise ValueError(
+                f"experts.{name} is {tensor.dtype} {list(tensor.shape)}: packed or quantised tensors cannot be read. "
+                "Parametrise it by its dequantised value (torch.nn.utils.parametrize), or keep it in a float dtype"
+            )
+        return weights
+
     def _keeps(self, *tensors: Tensor | None) -> bool:
         """Whether a forward of `tensors` keeps pre-activations for its backward."""
         learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -73,7 +85,7 @@ class GroupedMLP(Experts):
         router, activation = routing.router, self.activation
         assert router is not None
         assert activation is not None
-        weights = ExpertWeights(*self.weights())
+        weights = self._read_weights()
         gate = Router(
             router.vectors,
             router.thresholds,
@@ -90,7 +102,7 @@ class GroupedMLP(Experts):
             weights,
             activation,
             combine_gradient == "normalized",
-            self.compute_dtype(x_TD),
+            self.compute_dtype(x_TD, weights.w1_EDH),
             self._keeps(x_TD, router.vectors, router.thresholds, router.scale, *weights),
             self.engine,
         )
@@ -100,13 +112,13 @@ class GroupedMLP(Experts):
         self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
     ) -> Tensor:
         """Expert rows [rows, output_dim]; for fixed-k gates times their weights."""
-        dtype = self.compute_dtype(x_TD)
         apply_gate = routing.weights is not None
-        x = x_TD.to(dtype)
         if self.skip_expert:
-            rows = routing.dispatch(x)
-            return rows * gate_A.unsqueeze(1).to(dtype) if apply_gate else rows
-        weights = ExpertWeights(*self.weights())
+            rows = routing.dispatch(x_TD.to(self.compute_dtype(x_TD)))
+            return rows * gate_A.unsqueeze(1).to(rows.dtype) if apply_gate else rows
+        weights = self._read_weights()
+        dtype = self.compute_dtype(x_TD, weights.w1_EDH)
+        x = x_TD.to(dtype)
         activation = self.activation
         if activation is None:
             w1, b1, w3, b3, w2, b2 = weights

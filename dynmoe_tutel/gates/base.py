@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Capacity, Routing
+from ..temporary_hooks import without_temporary_hooks
 from ..validation import environment_number, number, positive_int, warn_once
 
 
@@ -59,6 +60,7 @@ class Gate(nn.Module):
     default_aux: ClassVar[dict[str, float]] = {}
     without_gshard: ClassVar[dict[str, float]] = {}
     aux_choices: ClassVar[tuple[str, ...]] = ()
+    slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
 
     def __init__(
         self,
@@ -132,7 +134,16 @@ class Gate(nn.Module):
         """Set all tensors as at construction: with a seed, bitwise those; else from the global random state."""
         raise NotImplementedError
 
+    @property
+    def itself(self) -> Gate:
+        """This gate, for `parts.unwrapped`."""
+        return self
+
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""
         device = next((p.device for p in self.parameters()), None)
         return torch.ones(self.slots, dtype=torch.bool, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a meter's hooks, which belong to this gate alone."""
+        return without_temporary_hooks(self.__dict__)

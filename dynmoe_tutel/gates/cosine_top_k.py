@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..initialization import fill_uniform, reset_modules, seed_of, seeded
+from ..parts import call_linear, writable
 from ..validation import number, positive_int
 from .base import gate_type
 from .top_any import MAX_LOG_SCALE
@@ -22,6 +23,8 @@ class CosineTopKGate(FixedKGate):
 
     `cosine_projector` D -> proj_dim, `sim_matrix` [proj_dim, E], `temperature` [1].
     """
+
+    slot_axes: ClassVar[dict[str, int]] = {"sim_matrix": 1}
 
     def __init__(
         self,
@@ -41,13 +44,15 @@ class CosineTopKGate(FixedKGate):
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:
+        sim_matrix = writable("the gate", self, "sim_matrix")
         self.temperature.fill_(math.log(1 / self.init_t))
         if generator is not None:
-            for parameter in self.cosine_projector.parameters():
-                fill_uniform(parameter, self.model_dim**-0.5, generator)
-        if not self.sim_matrix.is_meta:
-            drawn = torch.empty(self.sim_matrix.shape, device="cpu").normal_(0, 0.01, generator=generator)
-            self.sim_matrix.copy_(drawn)
+            for name in ("weight", "bias"):
+                tensor = writable("the gate's cosine_projector", self.cosine_projector, name)
+                fill_uniform(tensor, self.model_dim**-0.5, generator)
+        if not sim_matrix.is_meta:
+            drawn = torch.empty(sim_matrix.shape, device="cpu").normal_(0, 0.01, generator=generator)
+            sim_matrix.copy_(drawn)
 
     def reset_parameters(self) -> None:
         """Projector, routing vectors and temperature as at construction."""
@@ -58,7 +63,6 @@ class CosineTopKGate(FixedKGate):
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
         dtype = x_TD.dtype
-        projector = self.cosine_projector
-        projected = F.linear(x_TD, projector.weight.to(dtype), projector.bias.to(dtype))
+        projected = call_linear(self.cosine_projector, x_TD)
         cos_TE = F.normalize(projected, dim=1) @ F.normalize(self.sim_matrix.to(dtype), dim=0)
         return cos_TE * self.temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..initialization import drawn_from, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype
+from ..parts import compute_dtype
 from ..routing import Capacity, Routing
 from ..validation import positive_int
 from .base import gate_type
@@ -91,8 +92,7 @@ class CustomGate(FixedKGate):
         token_mask: Tensor | None = None,
     ) -> Routing:
         """Route tokens [T, D] by the user's module; it sees zeros where `token_mask` is False."""
-        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), x_TD)
-        result = self.module(x_TD.to(parameter.dtype))
+        result = self.module(x_TD.to(compute_dtype(self.module, x_TD)))
         if isinstance(result, Routing):
             return self._adopted(result, x_TD.shape[0], capacity, token_mask)
         if not isinstance(result, Tensor) or result.shape != (x_TD.shape[0], self.slots):

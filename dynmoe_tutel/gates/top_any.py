@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import losses
 from ..initialization import seed_of, seeded
 from ..kernels import gate_dtype, threshold_gate, vector_losses
-from ..routing import Capacity, Router, Routing
+from ..parts import writable
+from ..routing import Capacity, Router, Routing, is_active
 from ..validation import number, warn_once
 from .base import Gate, gate_type
 from .budget import Budget
@@ -42,6 +43,7 @@ class TopAnyGate(Gate):
     """
 
     adaptive: ClassVar[bool] = True
+    slot_axes: ClassVar[dict[str, int]] = {"sim_matrix": 1, "gates": 0, "experts_mask": 0}
     default_aux: ClassVar[dict[str, float]] = {"diversity": 1.0, "simplicity": 1.0}
     without_gshard = default_aux
     aux_choices: ClassVar[tuple[str, ...]] = (
@@ -100,10 +102,11 @@ class TopAnyGate(Gate):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Routing vectors, thresholds, temperature and mask as at construction."""
-        if not self.sim_matrix.is_meta:  # in fp32 on the CPU: qr has no half kernel, and the generator is a CPU one
+        sim_matrix, gates = self.written()
+        if not sim_matrix.is_meta:  # in fp32 on the CPU: qr has no half kernel, and the generator is a CPU one
             w_ED = torch.empty(self.slots, self.model_dim, dtype=torch.float32, device="cpu")
-            self.sim_matrix.copy_(nn.init.orthogonal_(w_ED, generator=seeded(self.seed)).t())
-        self.gates.zero_()
+            sim_matrix.copy_(nn.init.orthogonal_(w_ED, generator=seeded(self.seed)).t())
+        gates.zero_()
         self.reset_mask()
         if self.temperature is not None:
             self.temperature.fill_(math.log(1 / self.init_t))
@@ -166,13 +169,18 @@ class TopAnyGate(Gate):
 
     def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """tau, [] in `dtype`."""
-        if self.temperature is None:
-            return torch.ones((), dtype=dtype, device=self.gates.device)
-        return self.temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+        temperature = self.temperature
+        if temperature is None:
+            return torch.ones((), dtype=dtype, device=self.experts_mask.device)
+        return temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """`sim_matrix` and `gates`, to write; ValueError by name if a write would be lost."""
+        return writable("the gate", self, "sim_matrix"), writable("the gate", self, "gates")
 
     def active(self) -> Tensor:
         """[E] bool: the slots that hold an expert."""
-        return self.experts_mask > 0
+        return is_active(self.experts_mask)
 
     def forward(
         self,
@@ -189,16 +197,16 @@ class TopAnyGate(Gate):
         if top_k is not None:
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = gate_dtype(x_TD)
-        tau = self.scale(dtype)
+        # each is read once: a parametrisation is computed anew at each reading, and may change its state
+        sim_matrix, thresholds, tau = self.sim_matrix, self.gates, self.scale(dtype)
         active_E = self.active()
         most = self.limit_of_call(max_k)
-        shift = None if self.budget_shift is None else self.budget_shift
         score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
-            x_TD, self.sim_matrix, self.gates.detach(), active_E, tau, not self.training, token_mask, shift,
+            x_TD, sim_matrix, thresholds.detach(), active_E, tau, not self.training, token_mask, self.budget_shift,
             most or 0,
         )  # fmt: skip
-        raised_E = self.gates if shift is None else self.gates.to(dtype) + shift.to(dtype)
-        threshold_E = torch.sigmoid(tau * raised_E.to(dtype))
+        raised = thresholds if self.budget_shift is None else thresholds.to(dtype) + self.budget_shift.to(dtype)
+        threshold_E = torch.sigmoid(tau * raised.to(dtype))
         routing = Routing.from_bits(
             bits_TW,
             score_TE,
@@ -209,10 +217,10 @@ class TopAnyGate(Gate):
             block_counts=block_counts,
             max_k=most,
         )
-        routing.router = Router(self.sim_matrix, raised_E, tau, inv_norm_T)
+        routing.router = Router(sim_matrix, raised, tau, inv_norm_T)
         of_vectors: dict[str, Tensor] = {}
         if {"diversity", "simplicity"} & set(self.aux_names):
-            diversity, simplicity, *_ = vector_losses(self.sim_matrix, active_E)
+            diversity, simplicity, *_ = vector_losses(sim_matrix, active_E)
             of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
@@ -239,8 +247,9 @@ class TopAnyGate(Gate):
     @torch.no_grad()
     def activate(self, slot: int, w_D: Tensor) -> None:
         """Grow: the slot routes by direction `w_D` [D] with G = 0."""
-        self.sim_matrix[:, slot] = w_D.to(self.sim_matrix)
-        self.gates[slot] = 0
+        sim_matrix, gates = self.written()
+        sim_matrix[:, slot] = w_D.to(sim_matrix)
+        gates[slot] = 0
         self.experts_mask[slot] = 1
 
     @torch.no_grad()
@@ -252,7 +261,8 @@ class TopAnyGate(Gate):
     def permute_slots(self, order: list[int]) -> None:
         """Move the gate's entries of slot order[i] to slot i."""
         order_E = torch.tensor(order, device=self.experts_mask.device)
-        for tensor, axis in ((self.sim_matrix, 1), (self.gates, 0), (self.experts_mask, 0)):
+        sim_matrix, gates = self.written()
+        for tensor, axis in ((sim_matrix, 1), (gates, 0), (self.experts_mask, 0)):
             tensor.copy_(tensor.index_select(axis, order_E))
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..initialization import fill_uniform, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype, pack_bits
+from ..parts import call_linear, writable
 from ..routing import Capacity, Routing
 from ..validation import positive_int
 from .base import Gate, gate_type
@@ -101,6 +102,8 @@ class FixedKGate(Gate):
 class TopKGate(FixedKGate):
     """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
 
+    slot_axes: ClassVar[dict[str, int]] = {"wg.weight": 0}
+
     def __init__(self, *, generator: torch.Generator | None = None, **common: Any) -> None:
         super().__init__(**common)
         self.seed = seed_of(generator)
@@ -110,10 +113,11 @@ class TopKGate(FixedKGate):
 
     def reset_parameters(self) -> None:
         """Draw the router as at construction."""
+        self._weight()
         if self.seed is None:
             reset_modules("the gate", self.wg.modules())
         else:
-            fill_uniform(self.wg.weight, self.model_dim**-0.5, seeded(self.seed))
+            fill_uniform(self._weight(), self.model_dim**-0.5, seeded(self.seed))
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
@@ -124,10 +128,15 @@ class TopKGate(FixedKGate):
         """Set `wg.weight` to momentum * itself + (1 - momentum) * `keys_ED`; unit rows if tokens are normalised."""
         if self.normalize_one_score_gate:
             keys_ED = F.normalize(keys_ED, dim=1)
-        self.wg.weight.lerp_(keys_ED.to(self.wg.weight), 1 - momentum)
+        weight = self._weight()
+        weight.lerp_(keys_ED.to(weight), 1 - momentum)
+
+    def _weight(self) -> Tensor:
+        """The router's weight [E, D], to write; ValueError if a tool replaced or parametrised it."""
+        return writable("the gate's wg", self.wg, "weight")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
         if self.normalize_one_score_gate:
             x_TD = F.normalize(x_TD, dim=1)
-        return F.linear(x_TD, self.wg.weight.to(x_TD.dtype))
+        return call_linear(self.wg, x_TD)

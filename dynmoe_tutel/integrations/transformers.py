@@ -11,18 +11,25 @@ from __future__ import annotations
 import logging
 import shutil
 import uuid
+from collections.abc import Callable
+from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dynmoe_tutel.checkpoint import is_checkpoint, read_checkpoint, write_checkpoint
 from dynmoe_tutel.integrations import require
+from dynmoe_tutel.integrations.divided_experts import WRITES_ONE_RANK, has_divided_experts
 from dynmoe_tutel.integrations.training import MoECallback, MoETraining, refuse_without_layers
+from dynmoe_tutel.parallel import ignore_experts_in_ddp
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import SaveStrategy
 else:
     TrainerCallback = require("transformers", "hf").TrainerCallback
     require("accelerate", "hf")
+    SaveStrategy = require("transformers.trainer_utils", "hf").SaveStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +41,55 @@ class DynMoECallback(MoECallback, TrainerCallback):
     """Trains the MoE layers of a Trainer's model: `trainer.add_callback(DynMoECallback(trainer, schedule=300))`.
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
-      optimizer step; `controller` and `events` exist once training has begun. A model whose gates all have a fixed k
-      trains without a controller.
+      optimizer step, not one that a GradScaler skips; `controller` and `events` exist once training has begun. A model
+      whose gates all have a fixed k trains without a controller.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss, as the mean over the micro-batches
       of a step and over the ranks; do not add it in the model as well. `loss` in the log does not include it.
     * When the Trainer logs, it also logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.
     * Every checkpoint-N gets a folder `dynmoe`, from which `trainer.train(resume_from_checkpoint=...)` resumes bitwise,
       even in the middle of a record window. A moved checkpoint is looked up in `output_dir` and in
       `TrainingArguments(resume_from_checkpoint=...)`.
+    * Experts that ranks divide are kept out of DistributedDataParallel; their gradients are averaged once a step, with
+      copies over `expert_data_group` (`parallel.average_gradients`). `max_grad_norm`, the logged `grad_norm` and a
+      GradScaler's skipped steps are of all ranks. The Trainer must not save then (`save_strategy="no"`): its files
+      would hold rank 0's experts alone.
 
-    Only the Trainer's training forwards are recorded. Raises ValueError for a model without MoE layers, unknown
-    options, a second DynMoECallback, and for unsupported training: FSDP and DeepSpeed (they shard parameters),
-    DataParallel, and `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
+    Only the Trainer's training forwards are recorded, and a `train()` that an exception or Ctrl-C ends leaves nothing
+    on the model. Raises ValueError for a model without MoE layers, unknown options, a second DynMoECallback, another
+    Trainer than `trainer`, and for unsupported training: FSDP and DeepSpeed (they shard parameters), DataParallel, and
+    `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
     """
 
-    def __init__(self, trainer: Trainer, schedule: Any = None, aux_weight: float = 0.01, **options: Any) -> None:
-        super().__init__(aux_weight, {"schedule": schedule, **options})
+    def __init__(
+        self,
+        trainer: Trainer,
+        schedule: Any = None,
+        aux_weight: float = 0.01,
+        expert_data_group: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(aux_weight, {"schedule": schedule, **options}, expert_data_group)
         if not hasattr(trainer, "callback_handler"):
             raise ValueError(f"trainer must be the transformers.Trainer itself, got {type(trainer).__name__}")
         refuse_without_layers(trainer.model)  # type: ignore[arg-type]
         self._trainer = trainer
         self._session = ""
         self._refuse_unserved()
+        _Train.of(trainer, self)
+        if has_divided_experts(trainer.model):  # type: ignore[arg-type]
+            ignore_experts_in_ddp(trainer.model)  # type: ignore[arg-type]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+        if state is not self._trainer.state:
+            raise ValueError(
+                "this DynMoECallback was made for another Trainer: make one for each, "
+                "trainer.add_callback(DynMoECallback(trainer, ...))"
+            )
         self._refuse_unserved()
+        self._take_over_gradients(kwargs["model"])
         self._training = MoETraining(kwargs["model"], kwargs["optimizer"], self._aux_weight, self._options)
         if state.global_step > 0:
             self._resume(args, state, self._training)
@@ -76,15 +104,24 @@ class DynMoECallback(MoECallback, TrainerCallback):
         micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer in an epoch's last step
         self._training.set_factor(1 / micro_batches, self._trainer.accelerator.scaler)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._gradients is not None:
+            self._gradients.average_once()  # where the Trainer has not asked for the norm
+            self._gradients.step_follows()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._training is not None
-        self._training.step()
+        self._training.step(int(not self._trainer.accelerator.optimizer_step_was_skipped))
         self._log(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log(control)
+        assert self._training is not None
+        self._training.warn_without_steps()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._training is not None
@@ -102,6 +139,26 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+
+    def _take_over_gradients(self, model: nn.Module) -> None:
+        """Where experts are divided, stand in for what the Trainer does with gradients and checkpoints."""
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        gradients = self._gradients_of(model, trainer.model_wrapped)
+        if gradients is None:
+            return
+        if SaveStrategy(trainer.args.save_strategy) is not SaveStrategy.NO:
+            raise ValueError(f"save_strategy = '{SaveStrategy(trainer.args.save_strategy).value}' {WRITES_ONE_RANK}")
+
+        def clip_grad_norm(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            accelerator.unscale_gradients()
+            gradients.average_once()
+            return gradients.clip(parameters, max_norm, norm_type)
+
+        self._gradients = gradients
+        gradients.stand_in(accelerator, "clip_grad_norm_", clip_grad_norm)
+        gradients.refuse_saving(trainer, "save_model")
+        if accelerator.scaler is not None:
+            gradients.share_overflow(accelerator.scaler)
 
     def _log(self, control: TrainerControl) -> None:
         if control.should_log:
@@ -146,6 +203,26 @@ class DynMoECallback(MoECallback, TrainerCallback):
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"trainer cannot be served by DynMoECallback: {reason}")
+
+
+class _Train:
+    """The `train` of one Trainer, after which its callback detaches: the Trainer tells no callback of an exception."""
+
+    def __init__(self, train: Callable[..., Any], callback: DynMoECallback) -> None:
+        self.train, self.callback = train, callback
+        update_wrapper(self, train)
+
+    @classmethod
+    def of(cls, trainer: Trainer, callback: DynMoECallback) -> None:
+        """Put it in the place of the Trainer's `train`, or of that of an earlier callback."""
+        train = trainer.train.train if isinstance(trainer.train, cls) else trainer.train
+        trainer.train = cls(train, callback)  # type: ignore[method-assign]
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return self.train(*arguments, **options)
+        finally:
+            self.callback.close()
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -5,15 +5,26 @@ Every rank of the group must make the same calls in the same order.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+logger = logging.getLogger("dynmoe_tutel")
+
+_TOGETHER = (
+    "a layer whose experts are divided over ranks needs all ranks of its group in every forward, in evaluation too. "
+    "Evaluate on all of them; or save with checkpoint.distributed on all of them, and load that into a layer without a "
+    "group in one process"
+)
+_WORDS = ("evaluate", "evaluate with gradients", "compute in training mode without gradients", "train")  # by mode
+_SLOW_SECONDS = 30.0  # after which a rank that evaluates says for whom it waits
 _ANSWER_SECONDS = 10.0  # after a failed collective: how long to wait for signs of life from the other ranks
 _SAME_TOKENS = (
     "a bounded capacity (a factor, or 'full') needs the same number on each: give padding and a token_mask, or "
@@ -39,7 +50,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Wait and return the result."""
-        self._wire.guarded(self._work.wait)
+        self._wire.guarded(lambda: self._wire.finish(self._work))
         return self.out
 
 
@@ -49,6 +60,37 @@ class Wire:
     def __init__(self, group: Any) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
+        self.mode = 3  # of this forward, 0 to 3: 2 in training mode, plus 1 with gradients
+
+    def set_mode(self, training: bool) -> None:
+        """Say what this rank does in the forward that comes."""
+        self.mode = 2 * training + torch.is_grad_enabled()
+
+    def check_modes(self, modes: Sequence[int]) -> None:
+        """Raise ValueError, on every rank, if one trains while another evaluates; `modes` by rank."""
+        if len(set(modes)) > 1:
+            found = [
+                f"rank(s) {[rank for rank, each in enumerate(modes) if each == mode]} {_WORDS[mode]}"
+                for mode in sorted(set(modes))
+            ]
+            raise ValueError(f"in one forward, of the ranks of group {' and '.join(found)}: {_TOGETHER}")
+
+    def finish(self, work: Any) -> None:
+        """Wait for a collective; in evaluation, warn when that takes long (on Gloo, where a wait can be resumed)."""
+        if self.mode != 3 and dist.get_backend(self.group) == "gloo":
+            try:
+                work.wait(timedelta(seconds=_SLOW_SECONDS))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            logger.warning(
+                "rank %d has waited for the other ranks of group for %g s in a forward without training: %s",
+                dist.get_rank(),
+                _SLOW_SECONDS,
+                _TOGETHER,
+            )
+        work.wait()
 
     def start(self, x: Tensor, sent: list[int], received: list[int], *, backward: bool = False) -> Pending:
         """Start an all-to-all: send x [sum(sent), ...] to the ranks in order, receive [sum(received), ...]."""
@@ -64,15 +106,20 @@ class Wire:
         return Pending(self, work, x, out)
 
     def check_tokens(self, tokens: int, device: torch.device) -> None:
-        """Raise ValueError on every rank if their numbers of tokens differ, before any message depends on them.
+        """Raise ValueError on every rank if modes or numbers of tokens differ, before any message depends on them.
 
         On a GPU a device-side assertion instead, so that the host does not wait.
         """
-        own = torch.full((self.size,), tokens, device=device)
+        own = torch.full((self.size,), 4 * tokens + self.mode, device=device)
         theirs = self.start(own, [1] * self.size, [1] * self.size).wait()
         if device.type != "cpu":
-            torch._assert_async((theirs == tokens).all(), f"{_SAME_TOKENS}; this rank has {tokens}")
-        elif (found := theirs.tolist()) != [tokens] * self.size:
+            said = (
+                f"{_SAME_TOKENS}; this rank has {tokens}. Or ranks do not {_WORDS[self.mode]} as this one: {_TOGETHER}"
+            )
+            torch._assert_async((theirs == own).all(), said)
+            return
+        self.check_modes((theirs % 4).tolist())
+        if (found := (theirs // 4).tolist()) != [tokens] * self.size:
             raise ValueError(f"input has {found} tokens on the ranks of group: {_SAME_TOKENS}")
 
     def guarded(self, call: Callable[[], Any]) -> Any:
@@ -82,9 +129,12 @@ class Wire:
         except RuntimeError as error:
             missing = _silent_ranks(self.group)
             who = f"rank(s) {missing} did not answer" if missing else "all ranks still answer"
+            why = "the log of the rank that is gone says why"
+            if self.mode != 3:
+                why = f"{why}. If none is gone, this one alone went to {_WORDS[self.mode]}: {_TOGETHER}"
             raise RuntimeError(
                 f"rank {dist.get_rank()}: the exchange of expert rows failed, and {who} within {_ANSWER_SECONDS:g} s: "
-                f"the log of the rank that is gone says why ({error})"
+                f"{why} ({error})"
             ) from error
 
 
@@ -105,6 +155,11 @@ def _silent_ranks(group: Any) -> list[int]:
     except RuntimeError:  # the store died with its process, rank 0 unless a launcher keeps it
         return [0]
     return silent
+
+
+def world_size(group: Any = None) -> int:
+    """The number of ranks of `group` (None: all); 1 where torch.distributed is not initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give all ranks the same") -> None:
@@ -142,7 +197,7 @@ def sum_over_ranks(tensors: Sequence[Tensor], group: Any) -> None:
 
 def shared_seed(group: Any) -> int:
     """A seed for all ranks of `group`, drawn from the global random state of its rank 0."""
-    seed = torch.randint(2**62, (1,), device="cpu").to(_wire_device(group))
+    seed = torch.randint(2**62, (1,), device="cpu").to(wire_device(group))
     dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
     return int(seed)
 
@@ -152,13 +207,13 @@ def copy_from_first(module: nn.Module, group: Any) -> None:
     """Overwrite parameters and buffers of `module` with those of rank 0 of `group`."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if not tensor.is_meta:
-            value = tensor.detach().to(_wire_device(group), copy=True)
+            value = tensor.detach().to(wire_device(group), copy=True)
             dist.broadcast(value, src=dist.get_global_rank(group, 0), group=group)
             tensor.copy_(value)
 
 
-def _wire_device(group: Any) -> torch.device:
-    """The device for tensors in collectives: NCCL does not take CPU tensors."""
+def wire_device(group: Any) -> torch.device:
+    """The device for tensors in collectives of `group` (None: all ranks): NCCL does not take CPU tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..capacity import drop_beyond_capacity, room_for
-from ..experts import make_experts
+from ..experts import Experts, make_experts, slots_of
 from ..kernels.activations import has_hooks
+from ..parts import unwrapped
 from ..routing import Capacity, Routing
 from .placement import Placement
 from .slots import SlotAccess
@@ -82,7 +83,8 @@ class LocalExchange:
 
     def __call__(self, experts: Any, x_TD: Tensor, routing: Routing, call: Call) -> Tensor:
         """In one operation if the experts fuse, else in stages."""
-        if experts.fuses(routing) and not has_hooks(experts):
+        # what a tool put around experts is called; its own parts would be passed by otherwise
+        if isinstance(experts, Experts) and experts.fuses(routing) and not has_hooks(experts):
             y_TO = experts.mean(x_TD, routing, call.combine_gradient)
         else:
             gate_A = routing.row_gates(call.combine_gradient)
@@ -90,12 +92,13 @@ class LocalExchange:
         return as_tokens(y_TO, x_TD.shape[1], call.token_shape)
 
     def slots(self, experts: Any) -> SlotAccess:
-        """The experts themselves."""
-        return experts
+        """The experts themselves, with the adapters around them."""
+        access: SlotAccess = slots_of(experts)
+        return access
 
     def reset_experts(self, experts: Any) -> None:
         """By their own method."""
-        experts.reset_parameters()
+        unwrapped(experts, Experts).reset_parameters()
 
 
 def within_factor(routing: Routing, call: Call, group: Any) -> Routing:

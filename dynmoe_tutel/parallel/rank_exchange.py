@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..capacity import bounded_pairs, pair_capacity
-from ..experts import make_block
+from ..experts import Experts, make_block, slots_of
 from ..kernels import pack_bits, ragged_index
+from ..parts import unwrapped
 from ..routing import Routing
 from .collectives import Pending, Wire, check_alike, copy_from_first, shared_seed
 from .exchange import Call, as_tokens, within_factor
@@ -71,7 +72,8 @@ class RankExchange:
         Tokens go in `call.degree` chunks: later chunks are sent while one is computed. A bounded capacity has one
         chunk.
         """
-        x_TD, exact = x_TD.to(experts.compute_dtype(x_TD)), call.capacity == "exact"
+        x_TD, exact = x_TD.to(unwrapped(experts, Experts).compute_dtype(x_TD)), call.capacity == "exact"
+        self.wire.set_mode(experts.training)
         if not exact:
             self.wire.check_tokens(x_TD.shape[0], x_TD.device)
         bounds = _bounds(x_TD.shape[0], call.degree if exact else 1)
@@ -101,11 +103,11 @@ class RankExchange:
 
     def slots(self, experts: Any) -> SlotAccess:
         """Access to the slots through messages between the ranks."""
-        return ShardedSlots(experts, self.placement)
+        return ShardedSlots(slots_of(experts), self.placement)
 
     def reset_experts(self, experts: Any) -> None:
         """By their own method, which keeps to this rank's slots."""
-        experts.reset_parameters()
+        unwrapped(experts, Experts).reset_parameters()
 
 
 class _Blocks:
@@ -278,9 +280,14 @@ def _chunks(
     by_ranks = [_indexed(rank_bits_TW[first:last], R, routing, room) for first, last in bounds]
     if bound is None:
         rows_NR = torch.stack([by_rank.counts for by_rank in by_ranks])
-        own = torch.stack([rows_NR, count_NR.int()], dim=2).transpose(0, 1).contiguous()  # [R, chunks, 2] int32
+        own = (
+            torch.stack([4 * rows_NR + wire.mode, count_NR.int()], dim=2).transpose(0, 1).contiguous()
+        )  # [R, chunks, 2] int32
         theirs = wire.start(own, [1] * R, [1] * R).wait()
         sent, received = torch.stack([own, theirs]).permute(0, 2, 3, 1).tolist()  # [chunks][2][R]
+        wire.check_modes([rows % 4 for rows in received[0][0]])
+        for counts in (*sent, *received):
+            counts[0] = [rows // 4 for rows in counts[0]]
     else:
         sent = received = [[[fixed_rows] * R, [bound] * R]]
     pending = []

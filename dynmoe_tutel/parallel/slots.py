@@ -24,6 +24,9 @@ class SlotAccess(Protocol):
     def slot_tensors(self, slot: int) -> list[SlotTensor]:
         """All state of the slot on this rank, parameters and then buffers, each with the index of its entries."""
 
+    def check_written(self, init: str = "nearest") -> None:
+        """ValueError, by name, if a slot cannot be filled as `init` says: writes would be lost or reach others."""
+
     def copy_slot(self, target: int, sources: list[int]) -> None:
         """Fill slot `target` with the mean of the slots `sources`: one source is an exact copy."""
 
@@ -57,6 +60,10 @@ class ShardedSlots:
     def slot_tensors(self, slot: int) -> list[SlotTensor]:
         """All state of the slot on this rank; nothing if another rank holds it."""
         return self._tensors(slot) if self._holds(slot) else []
+
+    def check_written(self, init: str = "nearest") -> None:
+        """By the experts of this rank."""
+        self._experts.check_written(init)
 
     @torch.no_grad()
     def copy_slot(self, target: int, sources: list[int]) -> None:

@@ -9,6 +9,8 @@ import torch
 import tutel.checkpoint.gather
 import tutel.checkpoint.scatter
 
+from ..routing import is_active
+
 _MAIN = {"gather": tutel.checkpoint.gather.main, "scatter": tutel.checkpoint.scatter.main}  # Tutel's own
 
 
@@ -50,5 +52,5 @@ def _each_layer(state: Any, change: Callable[[dict[str, Any], str], Any]) -> Non
 def _count_active(state: dict[str, Any], prefix: str) -> None:
     masks = [state[key] for key in state if key.startswith(f"{prefix}gates.") and key.endswith(".experts_mask")]
     if masks:
-        active_E = torch.stack([mask.reshape(-1) > 0 for mask in masks]).any(dim=0)
+        active_E = torch.stack([is_active(mask.reshape(-1)) for mask in masks]).any(dim=0)
         state[f"{prefix}_num_global_experts"] = active_E.sum()

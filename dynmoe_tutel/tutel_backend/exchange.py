@@ -20,6 +20,7 @@ from ..layer_config import MoEConfig
 from ..parallel.exchange import Call, Exchange, LocalExchange
 from ..parallel.placement import Placement
 from ..parallel.slots import SlotAccess
+from ..parts import compute_dtype
 from ..routing import PaddedRows, Routing
 from .experts import TutelSlots, tutel_experts
 
@@ -221,4 +222,4 @@ def _compute_dtype(experts: nn.Module, x_TD: Tensor) -> torch.dtype:
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return next((p.dtype for p in experts.parameters()), x_TD.dtype)
+    return compute_dtype(experts, x_TD)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import COUNT_KEYS
+from ..experts.adapters import lora_of_parameters
 from ..experts.base import SlotParameter, SlotTensor, activation_function, check_activation
-from ..experts.custom import make_batched
+from ..experts.custom import make_batched, may_stack
 from ..parallel.slots import ShardedSlots
+from ..parts import own_tensors, writable
 from ..validation import refuse_unknown
 
 
@@ -67,14 +69,32 @@ class TutelSlots(ShardedSlots):
 
     def _entries(self, slot: int) -> list[SlotParameter]:
         """Every parameter of the experts, each with the index of `slot` on its own rank."""
-        found = [(parameter, self._index(parameter, slot)) for parameter in self._experts.parameters()]
-        return [(parameter, index) for parameter, index in found if index is not None]
+        return self._of(slot, buffers=False)
 
     def _tensors(self, slot: int) -> list[SlotTensor]:
         """Every parameter, detached, and every buffer, each with the index of `slot` on its own rank."""
-        found = [(buffer, self._index(buffer, slot)) for buffer in self._experts.buffers()]
-        buffers = [(buffer, index) for buffer, index in found if index is not None]
-        return [(parameter.detach(), index) for parameter, index in self._entries(slot)] + buffers
+        return [(parameter.detach(), index) for parameter, index in self._entries(slot)] + self._of(slot, buffers=True)
+
+    def _of(self, slot: int, buffers: bool) -> list[Any]:
+        """The tensors that hold slots, each with the index of `slot`: not those of torch.nn's layers (slopes)."""
+        whole = self._placement.shards > 1
+        tensors = [
+            tensor
+            for owner, name, tensor in own_tensors(self._experts)
+            if (name in owner._buffers) == buffers and (whole or may_stack(owner))
+        ]
+        return [(tensor, index) for tensor in tensors if (index := self._index(tensor, slot)) is not None]
+
+    def check_written(self, init: str = "nearest") -> None:
+        """ValueError, by name, if a tensor that holds slots is parametrised or has an adapter."""
+        if lora_of_parameters(self._experts):
+            raise ValueError(
+                "the experts are Tutel's, with LoRA on their stacked tensors: experts cannot grow or move. Merge the "
+                "adapters before (merge_and_unload), or use layout = 'packed'"
+            )
+        for owner, name, tensor in own_tensors(self._experts):
+            if may_stack(owner) and self._index(tensor, 0) is not None:
+                writable("the experts", owner, name)
 
     def _index(self, tensor: Tensor, slot: int) -> tuple[Any, ...] | None:
         """The entries of `slot` on its own rank; None if the tensor does not hold slots."""

@@ -11,30 +11,41 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Index, Router
-from ..threshold_gate import NORM_EPS
+from .norms import factor_for, factor_of_inverse, inverse_of, own_inverse
+
+
+@triton.jit
+def _column_norm(w, e, factor, D, stride_d, stride_e, BLOCK_D: tl.constexpr):
+    """||factor w[:, e]||."""
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32) * factor
+        total += v * v
+    return tl.sqrt_rn(tl.sum(total, axis=0))
 
 
 @triton.jit
 def unit_vectors_kernel(
-    w, unit, inv_norm, D, stride_d, stride_e, FINITE: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr
+    w, unit, inv_norm, D, stride_d, stride_e, FINITE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector; with FINITE, 0 for a non-finite vector too.
 
     In: [D, E]. Out: [E, D], [E], fp32. Grid: E.
     """
     e = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    norm = _column_norm(w, e, 1.0, D, stride_d, stride_e, BLOCK_D)
+    factor = factor_for(norm)
+    if factor != 1.0:
+        norm = _column_norm(w, e, factor, D, stride_d, stride_e, BLOCK_D)
+    inverse = inverse_of(norm)
+    if FINITE:
+        inverse = tl.where(inverse == inverse, inverse, 0.0)
+    tl.store(inv_norm + e, own_inverse(inverse, factor))
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
-        total += v * v
-    norm = tl.sqrt_rn(tl.sum(total, axis=0))
-    inverse = tl.where(norm > EPS, 1.0 / norm, 0.0)  # 0 for NaN and inf too
-    tl.store(inv_norm + e, inverse)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
-        u = v * inverse
+        u = v * factor * inverse
         if FINITE:
             u = tl.where(inverse > 0, u, 0.0)
         tl.store(unit + e * D + d, u, mask=d < D)
@@ -140,20 +151,23 @@ def token_gradient_kernel(
             r = tl.sum(tl.where(here, row, 0), axis=0)
             total += tl.load(d_rows + r * D + d, mask=mask, other=0.0).to(tl.float32)
             g += tl.sum(tl.where(here, dcos, 0.0), axis=0) * tl.load(unit + expert * D + d, mask=mask, other=0.0)
-    token = tl.load(x + t * stride_xt + d, mask=in_D, other=0.0).to(tl.float32)
+    factor = factor_of_inverse(inverse)  # x / ||x|| is the same for the scaled token
+    inverse = inverse / factor
+    token = tl.load(x + t * stride_xt + d, mask=in_D, other=0.0).to(tl.float32) * factor
     radial = tl.sum(g * token, axis=0) * inverse * inverse
     tl.store(d_x + t * D + d, (total + g - token * radial).to(d_x.dtype.element_ty), mask=in_D)
 
 
 def unit_vectors(w_DE: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor]:
-    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; 0 for a zero vector, with `finite` also for NaN and inf."""
+    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; 0 for a zero vector, with `finite` also for NaN and inf.
+
+    An inverse norm is 0 too for a vector so short that it passes no gradient, see `norms`.
+    """
     D, E = w_DE.shape
     unit_ED = w_DE.new_empty((E, D), dtype=torch.float32)
     inv_norm_E = w_DE.new_empty((E,), dtype=torch.float32)
     if E:
-        unit_vectors_kernel[(E,)](
-            w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), FINITE=finite, EPS=NORM_EPS, BLOCK_D=1024
-        )
+        unit_vectors_kernel[(E,)](w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), FINITE=finite, BLOCK_D=1024)
     return unit_ED, inv_norm_E
 
 

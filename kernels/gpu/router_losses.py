@@ -45,7 +45,7 @@ def losses_kernel(
     e = tl.arange(0, BLOCK_E)
     m = tl.load(active + e, mask=e < E, other=0) != 0
     inverse = tl.load(inv_norm + e, mask=m, other=0.0)
-    norm = tl.where(inverse > 0, 1.0 / tl.where(inverse > 0, inverse, 1.0), 0.0)
+    norm = tl.where(inverse == 0, 0.0, 1.0 / tl.where(inverse == 0, 1.0, inverse))  # NaN shows
     tl.store(simplicity, tl.sum(norm, axis=0) / tl.maximum(tl.sum(m.to(tl.float32), axis=0), 1.0))
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
-from ..threshold_gate import NORM_EPS
 from . import tiles
+from .norms import factor_for, factor_of_inverse, inverse_of, is_ordinary, own_inverse
 from .ragged_index import MOST_EXPERTS
 from .router_gradient import direction_gradient, unit_vectors
 
@@ -25,6 +25,7 @@ HALF = (torch.bfloat16, torch.float16)
 EXACT_EXPERTS = 16  # up to so many, fp32 products without matrix cores take less time than reading the tokens
 KB = 1024
 SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program
+TWO_PROGRAMS = 128  # registers a thread, for two programs of 8 warps a multiprocessor; elsewhere they spill
 MOST_COLUMNS = 4096  # of a routing vector that one program holds in registers
 GRADIENT_PROGRAMS = 512  # share the sum over the tokens; the same on every device, so that a sum has one order
 GRADIENT_TOKENS = 256  # the fewest tokens that a program sums
@@ -40,9 +41,22 @@ def _split_and_store(v, at, mask, step, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _column_squares(column, v, factor, e, D, E, DP, stride_d, BLOCK_D: tl.constexpr):
+    """The sum of squares of a column of w times `factor`; `v` are its first BLOCK_D entries."""
+    d = tl.arange(0, BLOCK_D)
+    v *= factor
+    squares = v * v
+    for d0 in range(BLOCK_D, DP, BLOCK_D):
+        far = (d0 + d).to(tl.int64)
+        u = tl.load(column + far * stride_d, mask=(far < D) & (e < E), other=0.0).to(tl.float32) * factor
+        squares += u * u
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit
 def routing_vectors_kernel(
     w, parts, inv_norm, D, E, DP, stride_d, stride_e,
-    EPS: tl.constexpr, EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Columns of w as rows, times a power of two that brings their norms to [1, 2) 2^EXPONENT, split into PARTS.
 
@@ -53,23 +67,78 @@ def routing_vectors_kernel(
     d = tl.arange(0, BLOCK_D)
     column = w + e * stride_e
     v = tl.load(column + d.to(tl.int64) * stride_d, mask=(d < D) & (e < E), other=0.0).to(tl.float32)
-    squares = v * v
-    for d0 in range(BLOCK_D, DP, BLOCK_D):
-        far = (d0 + d).to(tl.int64)
-        u = tl.load(column + far * stride_d, mask=(far < D) & (e < E), other=0.0).to(tl.float32)
-        squares += u * u
-    norm = tl.sqrt_rn(tl.sum(squares, axis=0))
+    norm = tl.sqrt_rn(_column_squares(column, v, 1.0, e, D, E, DP, stride_d, BLOCK_D))
+    near = factor_for(norm)  # to ordinary length first
+    if near != 1.0:
+        norm = tl.sqrt_rn(_column_squares(column, v, near, e, D, E, DP, stride_d, BLOCK_D))
     exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.minimum(tl.maximum(exponent, 64), 254)  # any will do for zero or non-finite w
     factor = ((254 + EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(inv_norm + e, tl.where(norm > EPS, tl.div_rn(1.0, norm * factor), 0.0))
+    tl.store(inv_norm + e, inverse_of(norm * factor))
     row = parts + e * DP
     step = tl.cast(DP, tl.int64) * BLOCK_E
-    _split_and_store(v * factor, row + d, d < DP, step, PARTS)
+    _split_and_store(v * near * factor, row + d, d < DP, step, PARTS)
     for d0 in range(BLOCK_D, DP, BLOCK_D):
         far = (d0 + d).to(tl.int64)
         u = tl.load(column + far * stride_d, mask=(far < D) & (e < E), other=0.0).to(tl.float32)
-        _split_and_store(u * factor, row + far, far < DP, step, PARTS)
+        _split_and_store(u * near * factor, row + far, far < DP, step, PARTS)
+
+
+@triton.jit
+def _tokens(x_at, real, d, D, EVEN_D: tl.constexpr):
+    """A tile of tokens; masked ones are zero."""
+    if EVEN_D:
+        return tl.load(x_at, mask=real[:, None], other=0.0)
+    else:
+        return tl.load(x_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _step(
+    tile, part_at, in_E, DP,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The tile's products with the routing vectors, [BLOCK_T, BLOCK_E], smallest part first."""
+    step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for p in tl.static_range(PARTS):
+        part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
+        step = tl.dot(tile, part, step, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
+    return step
+
+
+@triton.jit
+def _scaled_norms(x_at, real, factor, D, DP, EVEN_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of the tokens times `factor`, [BLOCK_T]."""
+    squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    for d0 in tl.range(0, DP, BLOCK_D, num_stages=1):
+        wide = _tokens(x_at, real, d0 + d, D, EVEN_D).to(tl.float32) * factor[:, None]
+        squares += wide * wide
+        x_at += BLOCK_D
+    return tl.sqrt_rn(tl.sum(squares, axis=1))
+
+
+@triton.jit
+def _scaled_products(
+    x, parts, t, e, real, factor, D, E, DP, stride_t,
+    EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Products of the tokens times `factor`, [BLOCK_T, BLOCK_E].
+
+    They are added in the order of the plain loop: a token has the same bits whatever other tokens its block holds.
+    """
+    d = tl.arange(0, BLOCK_D)
+    x_at = x + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+    part_at = parts + e[None, :] * DP + d[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for d0 in tl.range(0, DP, BLOCK_D, num_stages=1):
+        tile = _tokens(x_at, real, d0 + d, D, EVEN_D)
+        tile = (tile.to(tl.float32) * factor[:, None]).to(tile.dtype)
+        acc += _step(tile, part_at, e < E, DP, PARTS, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E)
+        x_at += BLOCK_D
+        part_at += BLOCK_D
+    return acc
 
 
 @triton.jit
@@ -78,7 +147,7 @@ def threshold_gate_kernel(
     score, words, unrouted, inv_norm_T, counts,
     T, D, E, DP, WORDS, stride_t,
     FALLBACK: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, MAX_K: tl.constexpr,
-    EVEN_D: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, COUNT_T: tl.constexpr,
 ):  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of BLOCK_T tokens; see `kernels.threshold_gate`.
@@ -86,59 +155,62 @@ def threshold_gate_kernel(
     In: x [T, D] with stride_t, parts [PARTS, BLOCK_E, DP] and inv_norm_E of `routing_vectors_kernel`, threshold and
     active [E], scale [], token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32 (expert
     e in bit e % 32 of word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
-    Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2.
+    Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2. A block with a token
+    that is zero, not finite, or very long or short reads its tokens twice.
 
-    A masked token is read as zeros. The cosines of a non-finite token are NaN and pass no threshold; the fallback takes
-    NaN for the largest, as torch's argmax does.
+    A masked token is read as zeros. The fallback takes NaN for the largest cosine, as torch's argmax does.
     """
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     in_T, in_E = t < T, e < E
     real = in_T
     if MASKED:
         real = real & (tl.load(token_mask + t, mask=in_T, other=0) != 0)
-    x_at = x + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+    d = tl.arange(0, BLOCK_D)
+    first_x_at = x + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+    x_at = first_x_at
     part_at = parts + e[None, :] * DP + d[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for d0 in range(0, DP, BLOCK_D):
-        if EVEN_D:
-            tile = tl.load(x_at, mask=real[:, None], other=0.0)
-        else:
-            tile = tl.load(x_at, mask=real[:, None] & (d < D - d0)[None, :], other=0.0)
+        tile = _tokens(x_at, real, d0 + d, D, EVEN_D)
         # Matrix cores truncate as they accumulate. So each step has its own accumulator, smallest part first, and the
         # steps are added with rounding; max_num_imprecise_acc keeps the compiler from merging them.
-        step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-        for p in tl.static_range(PARTS):
-            part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
-            step = tl.dot(tile, part, step, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
-        acc += step
+        acc += _step(tile, part_at, in_E, DP, PARTS, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E)
         wide = tile.to(tl.float32)
         squares += wide * wide
         x_at += BLOCK_D
         part_at += BLOCK_D
-
     norm = tl.sqrt_rn(tl.sum(squares, axis=1))
-    inverse = tl.where(norm > EPS, tl.div_rn(1.0, norm), 0.0)
-    tl.store(inv_norm_T + t, inverse, mask=in_T)
-    cos = acc * inverse[:, None] * tl.load(inv_norm_E + e)[None, :]
+    factor = tl.full((BLOCK_T,), 1.0, tl.float32)
+    if tl.max((real & (is_ordinary(norm) == 0)).to(tl.int32), axis=0) > 0:
+        factor = factor_for(norm)
+        norm = _scaled_norms(first_x_at, real, factor, D, DP, EVEN_D, BLOCK_T, BLOCK_D)
+        acc = _scaled_products(
+            x, parts, t, e, real, factor, D, E, DP, stride_t, EVEN_D, PARTS, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
+        )  # fmt: skip
+    inverse = inverse_of(norm)
+    tl.store(inv_norm_T + t, own_inverse(inverse, factor), mask=in_T)
+    inverse_E = tl.load(inv_norm_E + e)
+    cos = acc * inverse[:, None] * inverse_E[None, :]
     score_at = score + t.to(tl.int64)[:, None] * E + e[None, :]
     tl.store(score_at, tl.sigmoid(cos * tl.load(scale).to(tl.float32)), mask=in_T[:, None] & in_E[None, :])
 
     is_active = tl.load(active + e, mask=in_E, other=0) != 0
     limit = tl.load(threshold + e, mask=in_E, other=0.0).to(tl.float32)
+    takes_all = (limit != limit) | (inverse_E != inverse_E)
     margin = tl.where(is_active[None, :], cos - limit[None, :], float("-inf"))
     if SHIFTED:
         limit += tl.load(shift).to(tl.float32)
-    passes = (cos > limit[None, :]) & is_active[None, :] & real[:, None]
+    passes = ((cos > limit[None, :]) | takes_all[None, :]) & is_active[None, :] & real[:, None]
     if SHIFTED:
         best = tl.max(margin, axis=1)
         first = tl.min(tl.where(margin == best[:, None], e[None, :], BLOCK_E), axis=1)
         keeps = real & (best > 0) & (tl.max(passes.to(tl.int32), axis=1) == 0)
         passes = passes | (keeps[:, None] & (e[None, :] == first[:, None]))
     if MAX_K > 0:
+        margin = tl.where(margin == margin, margin, float("inf"))  # an expert that takes all stays
         margin = tl.where(passes, margin, float("-inf"))
         passes = passes & False
         for _ in range(MAX_K):
@@ -155,6 +227,10 @@ def threshold_gate_kernel(
         best = tl.max(key, axis=1)
         first = tl.min(tl.where(key == best[:, None], e[None, :], BLOCK_E), axis=1)
         passes = passes | (lost[:, None] & (e[None, :] == first[:, None]))
+    else:
+        first = tl.min(tl.where(is_active, e, BLOCK_E), axis=0)
+        broken = lost & (tl.min((cos != cos).to(tl.int32), axis=1) > 0)
+        passes = passes | (broken[:, None] & (e == first)[None, :])
     assigned = passes.to(tl.int32)
 
     bit = assigned << (e % 32)[None, :]
@@ -228,11 +304,13 @@ def cosine_gradient_kernel(
     in_T = t < T
     row = t.to(tl.int64)
     inverse = tl.load(inv_norm + t, mask=in_T, other=0.0)
+    factor = factor_of_inverse(inverse)  # x / ||x|| is the same for the scaled token
+    inverse = inverse / factor
     radial = tl.zeros((BLOCK_T,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         in_D = d < D - d0
         at = (row * stride_t)[:, None] + (d0 + d)[None, :]
-        tile = tl.load(x + at, mask=in_T[:, None] & in_D[None, :], other=0.0).to(tl.float32)
+        tile = tl.load(x + at, mask=in_T[:, None] & in_D[None, :], other=0.0).to(tl.float32) * factor[:, None]
         g = _through_cosines(
             d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
         )  # fmt: skip
@@ -242,7 +320,7 @@ def cosine_gradient_kernel(
         in_D = d < D - d0
         mask = in_T[:, None] & in_D[None, :]
         at = (row * stride_t)[:, None] + (d0 + d)[None, :]
-        tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
         g = _through_cosines(
             d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
         )  # fmt: skip
@@ -251,30 +329,27 @@ def cosine_gradient_kernel(
 
 
 @triton.jit
-def unit_gradient_kernel(
-    d_cos, x, out, T, D, E, CHUNK, stride_t,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+def _weighted_sum(
+    d_cos, x, inv_norm, T, D, E, CHUNK, stride_t,
+    CHECKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens; CHUNK is a multiple of BLOCK_T.
-
-    In: d_cos [T, E] fp32, x [T, D] with stride_t. Out: [chunks, E, D] fp32. Grid: (columns, experts, chunks).
-    Bytes: x once for each block of experts, d_cos once for each block of columns, mostly from L2.
-
-    SPLIT: x is bf16, and d_cos is split into three bf16 parts, 24 bits. Otherwise the product is fp32.
-    """
+    """d_cos^T x over the program's chunk, [BLOCK_E, BLOCK_D]; CHECKED reads tokens without inverse norm as zeros."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    chunk = tl.program_id(2)
-    first = chunk * CHUNK
+    first = tl.program_id(2) * CHUNK
     step = tl.arange(0, BLOCK_T)
     in_D, in_E = d < D, e < E
     row = (first + step).to(tl.int64)
     x_at = x + (row * stride_t)[:, None] + d[None, :]
     d_cos_at = d_cos + (row * E)[None, :] + e[:, None]
     acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for t0 in range(first, tl.minimum(first + CHUNK, T), BLOCK_T):
+    for t0 in tl.range(first, tl.minimum(first + CHUNK, T), BLOCK_T, num_stages=1 if CHECKED else None):
         in_T = step < T - t0
-        tile = tl.load(x_at, mask=in_T[:, None] & in_D[None, :], other=0.0)
+        read = in_T
+        if CHECKED:
+            read = tl.load(inv_norm + t0 + step, mask=in_T, other=0.0) > 0
+        tile = tl.load(x_at, mask=read[:, None] & in_D[None, :], other=0.0)
         weight = tl.load(d_cos_at, mask=in_E[:, None] & in_T[None, :], other=0.0)
         if SPLIT:
             high = weight.to(tl.bfloat16)
@@ -286,8 +361,33 @@ def unit_gradient_kernel(
             acc = tl.dot(weight, tile.to(tl.float32), acc, input_precision=PRECISION)
         x_at += BLOCK_T * tl.cast(stride_t, tl.int64)
         d_cos_at += BLOCK_T * tl.cast(E, tl.int64)
-    at = (chunk * tl.cast(E, tl.int64) + e) * D
-    tl.store(out + at[:, None] + d[None, :], acc, mask=in_E[:, None] & in_D[None, :])
+    return acc
+
+
+@triton.jit
+def unit_gradient_kernel(
+    d_cos, x, inv_norm, out, T, D, E, CHUNK, stride_t,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens; CHUNK is a multiple of BLOCK_T.
+
+    In: d_cos [T, E] fp32, x [T, D] with stride_t, inv_norm [T]. Out: [chunks, E, D] fp32.
+    Grid: (columns, experts, chunks). Bytes: x once for each block of experts, d_cos once for each block of columns,
+    mostly from L2. If the sum is NaN, it is taken again: 0 times a token that is not finite is NaN too.
+
+    SPLIT: x is bf16, and d_cos is split into three bf16 parts, 24 bits. Otherwise the product is fp32.
+    """
+    acc = _weighted_sum(
+        d_cos, x, inv_norm, T, D, E, CHUNK, stride_t, False, SPLIT, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
+    )  # fmt: skip
+    if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
+        acc = _weighted_sum(
+            d_cos, x, inv_norm, T, D, E, CHUNK, stride_t, True, SPLIT, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
+        )  # fmt: skip
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    at = (tl.program_id(2) * tl.cast(E, tl.int64) + e) * D
+    tl.store(out + at[:, None] + d[None, :], acc, mask=(e < E)[:, None] & (d < D)[None, :])
 
 
 def _precision(E: int, chip: str) -> str:
@@ -327,7 +427,10 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
     elif chip in SMALL_SHARED_MEMORY:
         while stages > 2 and (stages - 1) * stage > 96 * KB:  # shared memory holds one stage fewer
             stages -= 1
-    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+    if chip == "sm_90" and stages == 4 and (x in HALF or block_e <= EXACT_EXPERTS):
+        tile["maxnreg"] = TWO_PROGRAMS
+    return tile
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -349,7 +452,6 @@ def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: 
         E,
         columns,
         *w_DE.stride(),
-        EPS=NORM_EPS,
         EXPONENT=14 if x == torch.float16 else 0,
         PARTS=parts,
         BLOCK_D=block_d,
@@ -403,7 +505,6 @@ def threshold_gate(
             SHIFTED=shift is not None,
             MAX_K=max_k if max_k < E else 0,
             EVEN_D=parts_PED.shape[2] == D,
-            EPS=NORM_EPS,
             PARTS=parts,
             PRECISION=_precision(E, chip),
             COUNT_T=count_t,
@@ -412,8 +513,10 @@ def threshold_gate(
     return score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts
 
 
-def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
+def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor, inv_norm_T: Tensor) -> Tensor:
     """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors. d_cos: the cosines' gradient over ||x||, fp32.
+
+    A token that is not finite, whose inverse norm is NaN, counts only where its d_cos is not 0.
 
     It sums each chunk of tokens, then the chunks in order; the chunks depend on shapes alone.
     """
@@ -434,6 +537,7 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor) -> Tensor:
     unit_gradient_kernel[(columns, experts, chunks)](
         d_cos_TE,
         x_TD,
+        inv_norm_T,
         sums_CED,
         T,
         D,
@@ -455,7 +559,10 @@ def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
     block_t = 32 if split or block_e > 16 else 16
     block_d = 128 if split and 16 < block_e <= 64 else 64
     stages = 2 if chip.startswith("gfx") else 4 if block_e <= 16 or block_d == 128 else 3
-    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
+    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
+    if chip == "sm_90" and block_d == 64:
+        tile["maxnreg"] = TWO_PROGRAMS
+    return tile
 
 
 def threshold_gate_backward(
@@ -499,5 +606,5 @@ def threshold_gate_backward(
             num_warps=4,
             num_stages=2,
         )
-    d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD), unit_ED, inv_norm_E, scale, w_DE)
+    d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD, inv_norm_T), unit_ED, inv_norm_E, scale, w_DE)
     return d_x_TD, d_w_DE, d_scale

@@ -45,6 +45,11 @@ def top_any_ffn_backward(
     )
     thresholds = (router.thresholds_E, d_score_TE.sum(dim=0))
     d_w_DE, d_scale, d_thresholds_E = direction_gradient(
-        unit_gradient(d_cos_TE, x_TD), unit_ED, inv_norm_E, router.scale, router.w_DE, thresholds
+        unit_gradient(d_cos_TE, x_TD, router.inv_norm_T.contiguous()),
+        unit_ED,
+        inv_norm_E,
+        router.scale,
+        router.w_DE,
+        thresholds,
     )
     return d_x_TD, d_w_DE, d_thresholds_E, d_scale, *grads

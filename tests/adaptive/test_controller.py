@@ -407,3 +407,52 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"decision for 1.gates.0 prunes slot 9"):
             controller.step()
         assert active_slots(first) == [0, 1]
+
+
+class TestWhatDoesNotLearn:
+    """The first update says which layers or parameters the optimizer or the controller misses."""
+
+    def messages(self, model: Net, optimizer: Any, caplog: pytest.LogCaptureFixture, change: Any = None) -> list[str]:
+        controller = ExpertController(model, optimizer, 1)
+        if change is not None:
+            change()
+        with caplog.at_level(logging.WARNING, "dynmoe_tutel"):
+            for _ in range(2):
+                train(model, None, controller, near(0, 1))
+        return [record.getMessage() for record in caplog.records]
+
+    def test_an_optimizer_made_before_the_layer(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model.mlp = make_layer()
+        for part, message in zip(("experts", "gates.0"), self.messages(model, [optimizer], caplog), strict=True):
+            assert f"none of the parameters of mlp.{part}: they do not learn" in message
+
+    def test_new_experts_after_the_optimizer(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model.mlp.experts.load_state_dict(make_layer().experts.state_dict(), assign=True)
+        (message,) = self.messages(model, optimizer, caplog)
+        assert "mlp.experts" in message
+
+    def test_a_layer_that_was_replaced(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        (message,) = self.messages(model, optimizer, caplog, lambda: setattr(model, "mlp", make_layer()))
+        assert message.startswith("mlp was replaced in the model after the controller was made")
+
+    @pytest.mark.parametrize("how", ["all", "frozen", "one by one", "added later", "copies"])
+    def test_what_is_meant_is_not_reported(self, how: str, caplog: pytest.LogCaptureFixture) -> None:
+        model, change = Net(), None
+        optimizer: Any = torch.optim.AdamW(model.parameters())
+        if how == "frozen":
+            model.mlp.requires_grad_(False)
+            optimizer = torch.optim.AdamW(model.head.parameters())
+        elif how == "one by one":
+            optimizer = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
+        elif how == "added later":
+            optimizer = torch.optim.AdamW(model.head.parameters())
+            change = lambda: optimizer.add_param_group({"params": model.mlp.parameters()})  # noqa: E731
+        elif how == "copies":
+            optimizer = torch.optim.AdamW([parameter.detach().clone() for parameter in model.parameters()])
+        assert self.messages(model, optimizer, caplog, change) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,11 @@ from controller_case import (
     slot_mask,
     train,
 )
+from torch import Tensor
+from torchvision_stand_in import import_timm
 
 from dynmoe_tutel.adaptive.controller import ExpertController
+from dynmoe_tutel.adaptive.optimizer_state import OptimizerRows
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -119,15 +123,20 @@ class TestOptimizers:
             expected = torch.where(mask, parameter.detach().double(), before[name] + 1)
             assert torch.equal(optimizer.state[parameter]["master_param"], expected), name
 
-    def test_state_of_another_shape_is_left_alone_with_one_warning(self, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("state", [torch.ones(7), torch.ones(SLOTS, H, D, dtype=torch.uint8)])
+    def test_state_of_another_shape_or_type_is_left_alone_with_one_warning(
+        self, caplog: pytest.LogCaptureFixture, state: Tensor
+    ) -> None:
         model = Net(experts=2)
-        optimizer = torch.optim.Adafactor(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
         controller = ExpertController(model, optimizer, 1)
         train(model, optimizer, controller, near(0, 1))
+        optimizer.state[model.mlp.experts.batched_fc1_w]["absmax"] = state
         for axis in (5, 4):
             train(model, optimizer, controller, near(0, 1, 2, axis))
-        about_fc1 = [m for m in caplog.messages if f"{(SLOTS, H, D)}" in m and "row_var" in m]
+        about_fc1 = [m for m in caplog.messages if f"{(SLOTS, H, D)}" in m and "absmax" in m]
         assert len(about_fc1) == 1
+        assert (state == 1).all()
 
     def test_averages_and_copies_take_the_new_value_and_unknown_state_is_warned_of(
         self, caplog: pytest.LogCaptureFixture
@@ -159,3 +168,180 @@ class TestOptimizers:
         caplog.clear()
         ExpertController(Net().requires_grad_(False), None, 1)
         assert caplog.messages == []
+
+
+def of_timm() -> Any:
+    import_timm()
+    return importlib.import_module("timm.optim")
+
+
+def _named(model: Net) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "mlp" in name}
+
+
+ELEMENTWISE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.9),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.5),
+    "adagrad-from-zero": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "timm-lion": lambda p: of_timm().Lion(p, lr=0.1),
+    "timm-adabelief": lambda p: of_timm().AdaBelief(p, lr=0.1),
+    "timm-madgrad": lambda p: of_timm().MADGRAD(p, lr=0.1, momentum=0.9),
+    "timm-nadamw": lambda p: of_timm().NAdamW(p, lr=0.1),
+    "timm-lookahead": lambda p: of_timm().Lookahead(torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+}
+# a slot's step depends on the other slots, by a norm or by what they share of a factored state
+COUPLED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "transformers-adafactor": lambda p: pytest.importorskip("transformers").Adafactor(
+        p, lr=0.1, relative_step=False, beta1=0.9
+    ),
+    "timm-adafactor": lambda p: of_timm().Adafactor(p, lr=0.1),
+    "timm-adafactor-bv": lambda p: of_timm().AdafactorBigVision(p, lr=0.1, min_dim_size_to_factor=2),
+    "timm-lamb": lambda p: of_timm().Lamb(p, lr=0.1),
+    "timm-muon": lambda p: of_timm().Muon(p, lr=0.1),
+}
+
+
+FIVE = 5  # slots; no other size is five
+
+
+def grown_under(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Net, torch.optim.Optimizer, list[int]]:
+    """A model whose slot 2 was pruned after some steps and grew again, its optimizer and [2]."""
+    model = Net(experts=3, slots=FIVE)
+    optimizer = make(model.parameters())
+    controller = ExpertController(model, optimizer, {"every": 4, "window": 1})
+    for _ in range(3):
+        train(model, optimizer, controller, near(0, 1, 2))
+    with torch.no_grad():
+        model.mlp.gates[0].sim_matrix.copy_(torch.eye(D)[:, :FIVE])
+        model.mlp.gates[0].gates.fill_(0.5)
+    model.mlp(near(0, 1, 5)).sum().backward()
+    model.zero_grad()
+    optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+    assert [(e.slot, e.action) for e in train(model, optimizer, controller, near(0, 1, 5))] == [
+        (2, "pruned"),
+        (2, "grown"),
+    ]
+    del optimizer.step
+    return model, optimizer, [2]
+
+
+class TestFreshState:
+    """A grown slot's state is that of a fresh parameter. Regression: zeros made Rprop's slot stand still for ever."""
+
+    @pytest.mark.parametrize("name", ELEMENTWISE)
+    def test_first_step_of_a_grown_slot_is_a_fresh_parameter_s(
+        self, name: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Of one whose optimizer counts as many steps: all slots of a parameter share the counter."""
+        model, optimizer, slots = grown_under(ELEMENTWISE[name])
+        start = {n: p.detach().clone() for n, p in _named(model).items()}
+        fresh = {n: torch.nn.Parameter(value.clone()) for n, value in start.items()}
+        other = ELEMENTWISE[name](fresh.values())
+        for parameter in fresh.values():
+            parameter.grad = torch.zeros_like(parameter)
+        other.step()  # makes the state, and with gradient zero leaves the moments as they start
+        generator = torch.Generator().manual_seed(0)
+        for key, parameter in _named(model).items():
+            with torch.no_grad():
+                fresh[key].copy_(start[key])
+            for entry, value in optimizer.state[parameter].items():
+                if not isinstance(value, Tensor) or value.dim() == 0:  # a counter
+                    other.state[fresh[key]][entry] = value.clone() if isinstance(value, Tensor) else value
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            fresh[key].grad = parameter.grad.clone()
+        optimizer.step()
+        other.step()
+        for key, parameter in _named(model).items():
+            where = slot_mask(key, parameter, slots)
+            if where.any():
+                assert not torch.equal(parameter[where], start[key][where]), f"{key} stands still"
+                torch.testing.assert_close(parameter[where], fresh[key][where], rtol=1e-6, atol=1e-7, msg=key)
+        assert caplog.messages == []
+
+    @pytest.mark.parametrize(
+        ("shape", "index", "name", "of_state", "expected"),
+        [
+            ((6, 6), (slice(None), 2), "exp_avg_sq_row", (6,), []),  # means over the slots
+            ((6, 6), (slice(None), 2), "exp_avg_sq_col", (6,), [(2,)]),
+            ((6, 6), (slice(None), 2), "unknown", (6,), []),
+            ((6, 6, 8), (2,), "exp_avg_sq_row", (6, 6), [(2,)]),
+            ((6, 6, 8), (2,), "exp_avg_sq_col", (6, 8), [(2,)]),
+            ((8, 6), (slice(None), 2), "row_var", (8, 1), []),
+            ((8, 6), (slice(None), 2), "col_var", (1, 6), [(slice(None), 2)]),
+        ],
+    )
+    def test_entries_of_a_slot_in_factored_state(
+        self, shape: Any, index: Any, name: str, of_state: Any, expected: Any
+    ) -> None:
+        """Also where an axis is as long as another."""
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        optimizer.state[parameter][name] = torch.ones(of_state)
+        assert [own for _, own in OptimizerRows([optimizer]).of(parameter, index)] == expected
+
+    def test_an_accumulator_that_starts_at_one(self) -> None:
+        """timm's RMSpropTF and torch's RMSprop have state of the same name."""
+        model, optimizer, slots = grown_under(lambda p: of_timm().RMSpropTF(p, lr=0.1, momentum=0.9))
+        for key, parameter in _named(model).items():
+            where = slot_mask(key, parameter, slots)
+            assert (optimizer.state[parameter]["square_avg"][where] == 1).all(), key
+            assert not optimizer.state[parameter]["momentum_buffer"][where].any(), key
+
+    @pytest.mark.parametrize("name", COUPLED)
+    def test_rows_of_coupled_state_are_zero_and_others_stay(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+        model, optimizer, slots = grown_under(COUPLED[name])
+        generator = torch.Generator().manual_seed(0)
+        seen = 0
+        for key, parameter in _named(model).items():
+            where = slot_mask(key, parameter, slots)
+            for entry, value in optimizer.state[parameter].items():
+                if not isinstance(value, Tensor) or value.dim() == 0 or not where.any():
+                    continue
+                axes = [axis for axis, size in enumerate(value.shape) if size == FIVE]
+                if axes:
+                    own = value.select(axes[0], slots[0])
+                    rest = value.index_select(axes[0], torch.tensor([0, 1]))
+                    seen += 1
+                    assert not own.any(), f"{entry} of {key}"
+                    assert rest.any(), f"{entry} of {key}"
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        assert seen
+        assert caplog.messages == []
+        before = {key: p.detach().clone() for key, p in _named(model).items()}
+        optimizer.step()
+        for key, parameter in _named(model).items():
+            where = slot_mask(key, parameter, slots)
+            moved = (parameter - before[key])[where]
+            assert not where.any() or (moved.abs().max() > 0 and moved.isfinite().all()), key
+
+    def test_the_history_of_lbfgs_starts_anew(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Its vectors run over all parameters; after an update they are of another function."""
+        model = Net(experts=3)
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01)
+        controller = ExpertController(model, optimizer, 2)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(near(0, 1)).square().mean() + 0.01 * model.mlp.l_aux
+            loss.backward()
+            return loss
+
+        for events in ([], ["pruned"]):
+            optimizer.step(closure)
+            assert next(iter(optimizer.state.values()))
+            assert [event.action for event in controller.step()] == events
+        assert not next(iter(optimizer.state.values()))
+        assert [m for m in caplog.messages if "history" in m] == caplog.messages
+        assert len(caplog.messages) == 1
+        optimizer.step(closure)

@@ -163,6 +163,29 @@ def test_a_decoder_has_its_own_mask() -> None:
     assert seen == [7, 7, 4, 4]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_t5])
+def test_two_forwards_before_a_backward_under_checkpointing(make: Any, reentrant: bool) -> None:
+    """Pairs of sentences (SimCSE, DPO): each recompute has the mask of its own forward, and the same dropout."""
+    masks = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
+    decoder = {"decoder_input_ids": ids(2, 5)} if make is tiny_t5 else {}
+    found = []
+    for checkpointing in (False, True):
+        model = convert(make(), layers="all", num_experts=4, seeds=(0, 0)).train()
+        with torch.no_grad():
+            for layer in moe_layers(model):
+                layer.experts.batched_fc2_w.mul_(torch.arange(1.0, 5).view(4, 1, 1))  # no expert is as another
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        a, b = (model(ids(2, 5), attention_mask=mask, **decoder).logits for mask in masks)
+        (a * b).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert relative_rms(found[1][name], gradient, scale=1e-3) < 1e-5, name
+
+
 def test_generation_with_a_cache_and_left_padding_is_the_dense_models() -> None:
     config = transformers.GPT2Config(vocab_size=23, n_positions=32, n_embd=8, n_layer=2, n_head=2, pad_token_id=0)
     model = seeded(lambda: transformers.GPT2LMHeadModel(config))

@@ -138,6 +138,23 @@ def test_what_a_replacement_would_lose_is_left_alone(make: Callable[[], FFN]) ->
     assert torch.equal(revert(model)(tokens()), expected)
 
 
+def test_a_dropout_with_hooks_is_left_alone() -> None:
+    ffn = FFN(nn.Dropout(0.5), "activated")
+    ffn.drop.register_forward_hook(lambda *_: None)
+    model = convert(Host(ffn, FFN()), "all", num_experts=4)
+    assert [type(block) is MoELayer for block in model.blocks] == [False, True]
+
+
+def test_an_activation_with_hooks_is_called() -> None:
+    """One that only looks too: the fused activation of the same values would not run it."""
+    model, calls = Host(FFN()), []
+    model.blocks[0].act.register_forward_hook(lambda *_: calls.append(1))
+    convert(model, "all", num_experts=4)
+    calls.clear()
+    model(tokens())
+    assert calls
+
+
 def test_hooks_are_named_where_such_a_module_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"'blocks.0' is a FFN with hooks, with the linear maps.*without hooks"):
         convert(Host(hooked(FFN(), ""), FFN()), "blocks.0", num_experts=4)

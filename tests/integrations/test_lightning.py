@@ -19,8 +19,9 @@ WEIGHT = 0.3
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, manual: bool = False, **options: Any) -> None:
+    def __init__(self, manual: bool = False, lr: float = 0.05, **options: Any) -> None:
         super().__init__()
+        self.lr = lr
         self.net = Net(**options)
         self.automatic_optimization = not manual
         self.steps: list[dict[str, Tensor]] = []
@@ -45,7 +46,7 @@ class Module(lightning.LightningModule):
         self.steps.append(gradients(self.net))
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=0.05)
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 def loader(size: int = 4, items: int = 16, seed: int = 0) -> Any:
@@ -260,3 +261,57 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
     with pytest.raises(ValueError, match="FSDPStrategy splits the parameters"):
         trainer.fit(Module(), loader())
+
+
+class TestAverages:
+    """Lightning's callbacks that average weights, with their defaults, beside growth and pruning."""
+
+    def fitted(self, folder: Path, average: Any, epochs: int = 4) -> tuple[Module, Any, list[Any]]:
+        """The module and the trainer after `fit`, and the cosines of grown vectors before the weights are replaced."""
+        module, seen = Module(lr=0.005), []
+
+        class Look(lightning.Callback):
+            def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+                averaged = average._average_model
+                averaged = getattr(averaged, "module", averaged)
+                for name in ("first", "second"):
+                    live, old = getattr(pl_module.net, name), getattr(averaged.net, name)
+                    grown = {e.slot for e in callback.events if e.layer == f"net.{name}" and e.action == "grown"}
+                    for slot in [s for s in sorted(grown) if bool(live.gates[0].active()[s])]:
+                        w, v = (each.gates[0].sim_matrix[:, slot].detach() for each in (old, live))
+                        seen.append(float(torch.cosine_similarity(w, v, dim=0)))
+                    assert old.gates[0].experts_mask.tolist() == live.gates[0].experts_mask.tolist()
+                    assert old.num_global_experts == live.num_global_experts
+
+        callback = DynMoECallback(3, WEIGHT)
+        trainer = trainer_of(folder, Look(), callback, average, max_epochs=epochs, num_sanity_val_steps=2)
+        trainer.fit(module, loader(), loader(seed=1))
+        assert {event.action for event in callback.events} >= {"grown"}
+        return module, trainer, seen
+
+    @pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
+    def test_experts_are_those_of_the_module(self, name: str, tmp_path: Path) -> None:
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+        options = {"swa_lrs": 0.005, "swa_epoch_start": 1} if name == "StochasticWeightAveraging" else {}
+        module, _, cosines = self.fitted(tmp_path, getattr(callbacks, name)(**options))
+        assert cosines
+        assert min(cosines) > 0.9
+        for layer in (module.net.first, module.net.second):
+            assert set(layer.gates[0].experts_mask.tolist()) <= {0.0, 1.0}
+            assert int(layer.gates[0].active().sum()) == layer.num_global_experts
+
+    def test_checkpoints_hold_the_average_whole_and_go_on(self, tmp_path: Path) -> None:
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        _, trainer, _ = self.fitted(tmp_path, EMAWeightAveraging(), 3)
+        trainer.save_checkpoint(tmp_path / "average.ckpt")
+        state = torch.load(tmp_path / "average.ckpt", weights_only=False)
+        for part in ("state_dict", "current_model_state"):
+            for name in ("net.first.", "net.second."):
+                mask = state[part][f"{name}gates.0.experts_mask"]
+                assert set(mask.tolist()) <= {0.0, 1.0}
+                assert int(mask.sum()) == int(state[part][f"{name}_num_global_experts"])
+        resumed = trainer_of(tmp_path, DynMoECallback(3, WEIGHT), EMAWeightAveraging(), max_epochs=5)
+        module = Module()
+        resumed.fit(module, loader(), ckpt_path=tmp_path / "average.ckpt")
+        assert set(module.net.first.gates[0].experts_mask.tolist()) <= {0.0, 1.0}

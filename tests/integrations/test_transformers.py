@@ -82,6 +82,31 @@ def test_gradient_scaler(tmp_path: Path) -> None:
     assert_same_tensors(found, expected_gradients(Net(), WEIGHT, Items()), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_skipped_step_is_none(optim: str, tmp_path: Path) -> None:
+    """The scaler finds an infinite gradient in the second of four steps; a fused optimizer skips it by itself."""
+    model = Net()
+    trainer = trainer_of(model, tmp_path, optim=optim)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    callback = with_callback(trainer, schedule=2)
+    moved = []
+
+    class Infinite(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                model.head.weight.grad.fill_(torch.inf)
+            moved.append(model.head.weight.detach().clone())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            moved[-1] = not torch.equal(model.head.weight, moved[-1])
+
+    trainer.add_callback(Infinite())
+    trainer.train()
+    assert moved == [True, False, True, True]
+    assert callback.controller.steps == 3
+    assert {event.step for event in callback.events} == {2}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
     model = Net(checkpointing=reentrant)

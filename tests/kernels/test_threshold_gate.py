@@ -382,3 +382,100 @@ def test_an_inactive_slot_may_hold_anything(value: float) -> None:
         results.append((bits, *(leaf.grad for leaf in leaves)))
         w[:, ~active_E] = value
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class TestEdges:
+    """Tokens and routing vectors at the ends of a dtype's range, and those that are not finite."""
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize("exponent", [-120, -50, -41, 41, 66, 100, 120])
+    @pytest.mark.parametrize("what", ["one token", "tokens", "vectors"])
+    def test_a_power_of_two_changes_no_bit_of_a_score(self, what: str, exponent: int, fallback: bool) -> None:
+        x_TD, w_DE, *rest = gate_inputs(33, 47, 6)
+        plain = threshold_gate(x_TD, w_DE, *rest, ONE, fallback)
+        if what == "vectors":
+            w_DE[:, ::2] *= 2.0**exponent
+        else:
+            x_TD[5 : 6 if what == "one token" else None] *= 2.0**exponent
+        found = threshold_gate(x_TD, w_DE, *rest, ONE, fallback)
+        for i in (0, 1, 2, 4):
+            assert torch.equal(found[i], plain[i])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-15, 1e20, 1e30, 1e37])
+    def test_every_size_has_the_formulas_decisions_and_gradients(self, size: float, dtype: torch.dtype) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(33, 47, 6, torch.promote_types(dtype, torch.float32))
+        size = min(max(size, 1e-6), 1e3) if dtype == torch.float16 else size
+        x_TD, w_DE = (x_TD * size).to(dtype).requires_grad_(), w_DE.to(x_TD.dtype).requires_grad_()
+        score_TE, bits, unrouted_T, *_ = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, False)
+        cos_TE = cosine(x_TD, w_DE)
+        passed_TE, lost_T = naive_decision(cos_TE.detach(), threshold_E, active_E, False)
+        assert torch.equal(unpack_bits(bits, 6), passed_TE)
+        assert torch.equal(unrouted_T, lost_T)
+        assert relative_rms(score_TE, cos_TE.sigmoid()) < 1e-6
+        weight_TE = torch.randn(33, 6, generator=torch.Generator().manual_seed(1)) * min(size, 1)
+        (score_TE * weight_TE).sum().backward()
+        found, x_TD.grad, w_DE.grad = (x_TD.grad, w_DE.grad), None, None
+        (cos_TE.sigmoid() * weight_TE).sum().backward()
+        tolerance = 4e-3 if dtype in (torch.bfloat16, torch.float16) else 2e-6
+        if size < 1e-30 and dtype != torch.float64:  # too short: 1 / ||x|| overflows
+            assert not found[0].any()
+        else:
+            assert relative_rms(found[0].double() * size, x_TD.grad.double() * size) < tolerance
+            assert relative_rms(found[1], w_DE.grad) < 2e-6 if size < 1e37 else found[1].isfinite().all()
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_token_that_is_not_finite_gets_the_first_active_expert(
+        self, value: float, fallback: bool, masked: bool
+    ) -> None:
+        x_TD, w_DE, _, active_E = gate_inputs(9, 16, 5)
+        active_E[:2] = torch.tensor([False, True])
+        threshold_E = torch.full((5,), -0.2)  # a cosine of 0 would pass
+        x_TD[4, 3] = value
+        mask_T = torch.arange(9) != 4 if masked else None
+        _, bits, unrouted_T, inv_norm_T, counts = threshold_gate(
+            x_TD, w_DE, threshold_E, active_E, ONE, fallback, mask_T
+        )
+        assert unpack_bits(bits, 5)[4].tolist() == [False, not masked, False, False, False]
+        assert bool(unrouted_T[4]) is not masked
+        assert torch.equal(counts, unpack_bits(bits, 5).sum(dim=0, dtype=torch.int32))
+        assert bool(inv_norm_T[4].isnan()) is not masked
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_it_gives_the_router_no_gradient(self, value: float) -> None:
+        x_TD, w_DE, threshold_E, active_E = gate_inputs(9, 16, 5)
+        d_score_TE = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+        d_score_TE[4] = 0
+        results = []
+        for _ in range(2):
+            x, w = x_TD.clone().requires_grad_(), w_DE.clone().requires_grad_()
+            threshold_gate(x, w, threshold_E, active_E, ONE, False)[0].backward(d_score_TE)
+            results.append((x.grad[torch.arange(9) != 4], w.grad))
+            x_TD[4, 2] = value
+        for clean, dirty in zip(*results, strict=True):
+            assert torch.equal(clean, dirty)
+            assert dirty.any()
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    @pytest.mark.parametrize("broken", ["vector nan", "vector inf", "threshold nan"])
+    def test_an_active_expert_that_is_not_finite_shows(self, broken: str, fallback: bool) -> None:
+        """Every token activates it, so its NaN reaches the gradients. Regression: no token did, and it was pruned."""
+        x_TD, w_DE, threshold_E, _ = gate_inputs(9, 16, 5)
+        active_E = torch.tensor([True, True, True, False, True])
+        x_TD[7] = float("nan")
+        clean = unpack_bits(threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, fallback)[1], 5)
+        for e in (2, 3):  # slot 3 is inactive: what it holds changes nothing
+            if broken == "threshold nan":
+                threshold_E[e] = float("nan")
+            else:
+                w_DE[1, e] = float(broken.split()[1])
+        _, bits, unrouted_T, *_ = threshold_gate(x_TD, w_DE, threshold_E, active_E, ONE, fallback)
+        assigned_TE = unpack_bits(bits, 5)
+        assert assigned_TE[:, 2].all()
+        assert not assigned_TE[:, 3].any()
+        if not fallback:
+            finite_T = torch.arange(9) != 7
+            assert torch.equal(assigned_TE[finite_T][:, [0, 1, 4]], clean[finite_T][:, [0, 1, 4]])
+        assert not unrouted_T.any()

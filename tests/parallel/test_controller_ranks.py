@@ -5,6 +5,7 @@ The processes report and the test compares: equal to one process, the same on ev
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def _report(folder: Path, world: int) -> dict[str, Any]:
         slot = job.controller.events[0].slot
         report[init] = slot, [gathered(p.detach()) for p in job.model.mlp.experts.parameters()]
     report["rebalanced"] = _rebalanced(folder, world)
+    report["averages"] = _averages()
     report["checkpoints"] = _checkpoints(folder, world)
     if world == 2:
         report["refused"] = _refused_kinds()
@@ -79,6 +81,27 @@ def _rebalanced(folder: Path, world: int) -> dict[str, Any]:
         "moves": moves.result(),
         "resumed": same(moves.state(), resumed.state()),
     }
+
+
+def _averages() -> dict[str, Any]:
+    """What an average of the weights has after growth, and its outputs before and after experts change ranks."""
+    job = Job().train(EVERY - 1)
+    average = copy.deepcopy(job.model)
+    torch._foreach_mul_([p.detach() for p in average.parameters()], 0.5)
+    job.train(EVERY)
+    slot, layers = job.controller.events[0].slot, (job.model.mlp, average.mlp)
+    entries = [[t[index].clone() for t, index in layer.slot_parameters(slot)] for layer in layers]
+    found = {"grown": len(entries[0]), "follows": same(*entries), "masks": [mask_of(layer) for layer in layers]}
+    job.train(SAVED)
+    x = global_batch(99).chunk(dist.get_world_size())[dist.get_rank()]
+    before = gathered(average.eval()(x).detach())
+    found["moved"] = job.controller.rebalance(1.05).moves
+    return {**found, "before": before, "after": gathered(average(x).detach())}
+
+
+def mask_of(layer: MoELayer) -> list[float]:
+    mask: list[float] = layer.gates[0].experts_mask.tolist()  # type: ignore[operator]
+    return mask
 
 
 def record_counts(job: Job) -> list[int]:
@@ -171,6 +194,7 @@ def test_ranks_train_adapt_move_and_resume_as_one(tmp_path: Path) -> None:
     check_training(reports)
     check_inits(reports)
     check_rebalance(reports)
+    check_averages(reports)
     check_checkpoints(reports)
     check_replicated(reports)
     for rank in reports[2]:
@@ -233,6 +257,19 @@ def check_rebalance(reports: dict[int, list[Any]]) -> None:
     text = reports[2][0]["rebalanced"]["text"]
     assert text.startswith(f"step {SAVED}: mlp: moved expert ")
     assert "load max/mean over 2 ranks was" in text
+
+
+def check_averages(reports: dict[int, list[Any]]) -> None:
+    """They follow growth, each rank in its own slots, and their experts move along."""
+    for world in WORLDS:
+        found = [rank["averages"] for rank in reports[world]]
+        for rank in found:
+            assert rank["follows"]
+            assert rank["masks"][0] == rank["masks"][1]
+            assert (rank["moved"] > 0) == (world > 1)
+            assert relative_rms(rank["after"], rank["before"]) < 1e-6
+        assert max(rank["grown"] for rank in found) == 6  # on the rank that holds the slot; the gate's two on all
+        assert relative_rms(found[0]["before"], reports[1][0]["averages"]["before"]) < 1e-6
 
 
 def check_checkpoints(reports: dict[int, list[Any]]) -> None:

@@ -12,10 +12,7 @@ from pathlib import Path
 import features
 import pytest
 import ranks
-import torch
 from helpers import PATIENCE, outputs, spawn_ranks
-
-from dynmoe_tutel import parallel
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
@@ -38,13 +35,6 @@ def test_recipes_with_ddp_fsdp_and_all_reduce(processes: int, expert_ranks: int)
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def test_ddp_goes_on_ignoring_what_it_was_told_to() -> None:
-    model = torch.nn.Linear(2, 2)
-    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bias"])
-    parallel.ignore_experts_in_ddp(model)
-    assert list(model._ddp_params_and_buffers_to_ignore) == ["bias"]
 
 
 @pytest.mark.parametrize(("lost", "end"), [(2, "kill"), (0, "raise")])

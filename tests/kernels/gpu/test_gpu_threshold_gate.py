@@ -266,7 +266,7 @@ def test_strides(how_x: str, how_w: str, device: str) -> None:
         own = gpu.threshold_gate_backward(d, score, *strided, inv_norm, scale)
         assert all(torch.equal(one, other) for one, other in zip(own, gradients, strict=True))
     d_cos = in_other_strides(d_score, how_w)
-    assert torch.equal(gpu.unit_gradient(d_cos, strided[0]), gpu.unit_gradient(d_score, x))
+    assert torch.equal(gpu.unit_gradient(d_cos, strided[0], inv_norm), gpu.unit_gradient(d_score, x, inv_norm))
 
 
 def test_an_expanded_gradient(device: str) -> None:
@@ -315,7 +315,8 @@ def test_zero_and_non_finite_tokens_leave_the_others_alone(device: str) -> None:
     for one, other in zip(clean[:4], dirty[:4], strict=True):
         assert torch.equal(one[others], other[others])
     assert dirty[2][[3, 5, 9]].all()  # a zero token has cosine 0, below every threshold here
-    assert not dirty[1][[3, 5, 9]].any()
+    assert dirty[1][[3, 5, 9], 0].tolist() == [0, 1, 1]  # the others get the first active expert
+    assert dirty[3][[5, 9]].isnan().all()
     assert float(dirty[3][3]) == 0
     assert torch.equal(dirty[0][3], torch.full((5,), 0.5, device=device))
     assigned = unpack_bits(dirty[1].cpu(), 5)
@@ -378,10 +379,11 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
     T, D, E = shape
     generator = torch.Generator().manual_seed(T)
     d_cos, x = torch.randn(T, E, generator=generator), torch.randn(T, D, generator=generator).to(dtype)
-    found = gpu.unit_gradient(d_cos.to(device), x.to(device))
+    inverse = torch.ones(T, device=device)
+    found = gpu.unit_gradient(d_cos.to(device), x.to(device), inverse)
     assert found.dtype == torch.float32
     assert relative_rms(found, d_cos.double().t() @ x.double()) < 1e-6
-    assert torch.equal(found, gpu.unit_gradient(d_cos.to(device), x.to(device)))
+    assert torch.equal(found, gpu.unit_gradient(d_cos.to(device), x.to(device), inverse))
 
 
 def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None:
@@ -410,3 +412,96 @@ def test_the_tile_fits_where_shared_memory_is_small(block_e: int, parts: int, ch
         tile = gpu._tile(block_e, dtype, parts if dtype == torch.bfloat16 else 1, chip)
         rows = tile["BLOCK_T"] + block_e * (parts if dtype == torch.bfloat16 else 1)
         assert (tile["num_stages"] - 1) * rows * tile["BLOCK_D"] * dtype.itemsize <= 96 * 1024
+
+
+SIZES = [1e-40, 1e-30, 1e-15, 1e20, 1e37]
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_and_vectors_of_every_size(size: float, dtype: torch.dtype, fallback: bool, device: str) -> None:
+    """Decisions, scores and gradients are those of float64. Regression: 1e-15 counted as zero, 1e20 overflowed."""
+    size = min(max(size, 1e-6), 1e3) if dtype == torch.float16 else size
+    for E in (6, 65)[: 1 if fallback else 2]:
+        batch = Batch(33, 47, E, dtype, torch.float32)
+        batch.x, batch.w = (batch.x.double() * size).to(dtype), batch.w * min(max(size, 1e-25), 1e25)
+        if size < 1e-30:  # such tokens pass no gradient: 1 / ||x|| may overflow
+            found, wanted = (
+                gpu.threshold_gate(*batch.arguments(device), fallback),
+                threshold_gate(*batch.in_fp64(), fallback),
+            )
+            assert torch.equal(found[1].cpu(), wanted[1])
+            assert relative_rms(found[0], wanted[0]) < 1e-6
+            assert not found[3].any()
+            continue
+        compare(batch, device, fallback)
+        d_score = torch.randn(33, E, generator=torch.Generator().manual_seed(7)) * min(size, 1)
+        x, w, *_, scale = batch.arguments(device)
+        score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
+        found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
+        exact = threshold_gate(*batch.in_fp64(), False)
+        xd, wd, *_, tau = batch.in_fp64()
+        wanted = threshold_gate_backward(d_score.double(), exact[0], xd, wd, exact[3], tau)
+        if size < 1e37:
+            assert relative_rms(found[1].double() * size, wanted[1] * size) < (1e-4 if dtype in HALF else 1e-5)
+            rounding = 3e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+            assert relative_rms(found[0].double() * size, wanted[0] * size) < rounding
+        assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.parametrize("exponent", [-100, -50, 66, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_power_of_two_changes_no_decision(dtype: torch.dtype, exponent: int, device: str) -> None:
+    """Nor a score, of one token or of all."""
+    batch = Batch(33, 47, 6, dtype)
+    plain = gpu.threshold_gate(*batch.arguments(device), False)
+    x = batch.x.clone()
+    for rows in (slice(5, 6), slice(None)):
+        batch.x = x.clone()
+        batch.x[rows] *= 2.0**exponent
+        found = gpu.threshold_gate(*batch.arguments(device), False)
+        for i in (0, 1, 2, 4):
+            assert torch.equal(found[i], plain[i])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_token_that_is_not_finite_gives_the_router_no_gradient(
+    value: float, dtype: torch.dtype, device: str, poisoned: None
+) -> None:
+    batch = Batch(33, 47, 5, dtype)
+    d_score = torch.randn(33, 5, generator=torch.Generator().manual_seed(1)).to(device)
+    d_score[4] = 0
+    results = []
+    for _ in range(2):
+        x, w, *_, scale = batch.arguments(device)
+        score, bits, unrouted, inv_norm, counts = gpu.threshold_gate(*batch.arguments(device), False)
+        assert int(counts.sum()) == int(unpack_bits(bits.cpu(), 5).sum())
+        d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+        others = torch.arange(33, device=device) != 4
+        results.append((d_x[others], d_w, d_scale, bits[others], unrouted[others]))
+        batch.x[4, 2] = value
+    assert bits[4].tolist() == [0b00001]
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("broken", ["vector nan", "vector inf", "threshold nan"])
+def test_an_active_expert_that_is_not_finite_is_decided_as_by_torch(broken: str, fallback: bool, device: str) -> None:
+    for E in (5, 16):
+        batch = Batch(20, 24, E)
+        batch.x[7] = float("nan")
+        for e in (2, 4):  # 4 is inactive
+            if broken == "threshold nan":
+                batch.G[e] = float("nan")
+            else:
+                batch.w[1, e] = float(broken.split()[1])
+        assert batch.active[2]
+        assert not batch.active[4]
+        wanted = threshold_gate(*batch.arguments("cpu"), fallback)
+        found = gpu.threshold_gate(*batch.arguments(device), fallback)
+        for i in (1, 2, 4):
+            assert torch.equal(found[i].cpu(), wanted[i])
+        assert unpack_bits(wanted[1], E)[:, 2].all()
