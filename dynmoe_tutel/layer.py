@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
-from .experts import Experts, FFNExperts
+from .experts import FFNExperts
 from .forwards import in_backward, is_training
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
@@ -56,6 +56,7 @@ class MoELayer(AdaptiveExperts):
     unweighted terms by name.
     """
 
+    _experts_first: ClassVar[bool] = False  # without seeds: whether experts are drawn before gates, as in Tutel
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     _dropped: Tensor
@@ -77,14 +78,18 @@ class MoELayer(AdaptiveExperts):
         assert config.experts is not None
         generators = generators_of(config.seeds, len(config.gates))
         weights = config.aux_weights()
+        experts = None
+        if self._experts_first and exchange.placement.ranks == 1:
+            experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         gates = nn.ModuleList()
         for gate, terms, generator in zip(config.gates, weights, generators, strict=False):
             gates.append(_made_gate(gate, config, exchange, tuple(terms), generator))
         exchange.agree(gates, config.described(exchange.placement.slots, gates))
-        experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
+        if experts is None:
+            experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         super().__init__(gates, experts, exchange, config.model_dim, config.record_group)
-        if exchange.placement.ranks > 1 and isinstance(experts, Experts) and experts.seed is not None:
-            self._share_seeds(experts.seed)
+        if (seed := getattr(exchange, "seed", None)) is not None:
+            self._share_seeds(seed)
         for name in config.attributes:
             setattr(self, name, getattr(config, name))
         self.combine_gradients, self._aux_weights = config.combine_gradients(), weights

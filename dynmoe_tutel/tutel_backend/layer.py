@@ -65,6 +65,8 @@ class TopAnyMOELayer(MoELayer, MOELayer):
         layout: "packed", "padded", or "auto": packed if possible.
     """
 
+    _experts_first = True
+
     def __init__(self, gate_type: Any, model_dim: int, experts: Any = None, *arguments: Any, **options: Any) -> None:
         options.pop("pad_samples", None)  # deprecated and without effect in Tutel
         exchange = partial(tutel_exchange, layout=options.pop("layout", "auto"))
