@@ -30,6 +30,7 @@ from .routing import Capacity, Routing
 from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, warn_once
 
+ONE_SCORE_NEEDS = "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -278,10 +279,7 @@ class MoELayer(AdaptiveExperts):
         """
         gate, experts = self._gate(0), self.held_experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
-            raise ValueError(
-                "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
-            )
-        self.refuse_wrapped("update_one_score_gate")
+            raise ValueError(ONE_SCORE_NEEDS)
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
 

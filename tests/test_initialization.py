@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer, moe
@@ -143,3 +144,49 @@ def test_seeds_leave_the_global_random_state_alone() -> None:
     for gate in ("top", "cosine_top", "top_any", "gated_multi_gate"):
         moe.moe_layer(gate, 16, experts, seeds=(9, 5))
         assert torch.equal(torch.get_rng_state(), before), gate
+
+
+def helloworld(steps: int, dtype: torch.dtype, batch: int, k: int, num_experts: int) -> list[float]:
+    """The losses of Tutel's example `helloworld` with 1024 tokens a sample and its seeds."""
+    torch.set_default_dtype(dtype)
+    try:
+        layer = moe.moe_layer(
+            {"type": "top", "k": k, "fp32_gate": False, "capacity_factor": 1.0},
+            2048,
+            {"num_experts_per_device": num_experts, "hidden_size_per_expert": 2048, "activation_fn": F.relu},
+            seeds=(1, 1, 1),
+        )
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-5)
+        torch.manual_seed(0)
+        x = torch.randn(batch, 1024, 2048, dtype=torch.float32).to(dtype)
+        y = torch.zeros(batch, dtype=torch.int64)
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.nll_loss(F.log_softmax(layer(x).sum(dim=2), dim=1), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "batch", "k", "num_experts", "published"),
+    [
+        (torch.float64, 1, 2, 2, [27.448386457158, 16.62704052924519, 7.467060806621459]),
+        (torch.float32, 16, 1, 1, [29.98500633239746]),
+        (torch.float32, 16, 1, 2, [22.07648277282715]),
+        (torch.float32, 16, 2, 2, [24.08013153076172, 23.29282569885254]),
+    ],
+    ids=str,
+)
+def test_the_losses_that_tutel_publishes(
+    dtype: torch.dtype, batch: int, k: int, num_experts: int, published: list[float]
+) -> None:
+    """The first losses in `tests/test_baseline.json` of Tutel 0.3 for its unit tests of top-1 and top-2."""
+    found = helloworld(len(published), dtype, batch, k, num_experts)
+    digits = 3 if dtype == torch.float32 else 5  # Tutel rounds to 3 and to 1
+    assert [round(loss, digits) for loss in found] == [round(loss, digits) for loss in published]
