@@ -280,6 +280,7 @@ class MoELayer(AdaptiveExperts):
         gate, experts = self._gate(0), self.held_experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
             raise ValueError(ONE_SCORE_NEEDS)
+        self.refuse_wrapped("update_one_score_gate")
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)
 

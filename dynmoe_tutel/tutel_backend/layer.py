@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import tutel.impls.moe_layer
 from torch import Tensor
 
+from ..adaptive.policy import ExpertChange
 from ..adaptive.recording import RecordsRouting
 from ..forwards import in_backward, is_training
 from ..gates import GATE_TYPES, gate_config
@@ -88,10 +89,9 @@ class MOELayer(RecordsRouting, _Stock):
         self.records[gate_index].add(input.reshape(-1, self.model_dim), kept_routing(noted[0]))
         return y
 
-    def adaptive_update_experts(self, gate_index: int = 0) -> NoReturn:
+    def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
         """ValueError: the number of experts of Tutel's gates is fixed."""
-        self._adaptive_gate(gate_index)
-        raise AssertionError("Tutel has no adaptive gate")
+        raise AssertionError(f"Tutel has an adaptive gate: {self._adaptive_gate(gate_index)}")
 
     def update_one_score_gate(self) -> None:
         """ValueError: the layer has no avg-k gate."""
