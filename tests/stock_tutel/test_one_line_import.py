@@ -33,6 +33,7 @@ def losses(source: str, folder: Path, options: list[str], processes: int) -> lis
     return re.findall(r"STEP-\d+: loss = ([\d.]+)", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "processes"),
     [

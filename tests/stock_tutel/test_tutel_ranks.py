@@ -277,6 +277,7 @@ def train_swin_block(rank: int, how: str, gate: dict[str, Any]) -> Any:
     return {"losses": losses, "first": first, "last": {n: p.detach() for n, p in block.named_parameters()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["top", "cosine_top"])
 def test_a_swin_like_block_trains_as_with_stock_tutel(kind: str, tmp_path: Path) -> None:
     """Registered: bit for bit. One-line import: the same start weights, and losses equal in 5 digits."""
