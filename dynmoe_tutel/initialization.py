@@ -60,6 +60,17 @@ def linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator | N
 
 
 @torch.no_grad()
+def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fill `p` from U(-bound, bound), on the CPU if a private generator is given."""
+    if p.is_meta:
+        return
+    if generator is None:
+        p.uniform_(-bound, bound)
+    else:
+        p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+@torch.no_grad()
 def fill_linear(
     weight: Tensor, bias: Tensor | None, generator: torch.Generator | None, *, transposed: bool = False
 ) -> None:

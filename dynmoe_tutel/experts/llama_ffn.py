@@ -63,11 +63,10 @@ class LlamaFFNExperts(GroupedMLP):
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew."""
+        self.check_written()
         for parameter in (self.W_fc1, self.W_fc2, self.W_fc3):
             if not parameter.is_meta:
                 parameter[slot] = _normal(*parameter.shape[1:], generator=generator)
-"""
-        self.check_written()
 
     def dense_view(self, role: str) -> Tensor | None:
         """The weights as views [E, H, D]."""
