@@ -124,6 +124,13 @@ def combine_weights(routing: Routing, combine_gradient: str) -> Tensor:
     return gate_TE / k_T1.clamp(min=1)
 
 
+def bits_of_picks(expert_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Tensor:
+    """The bitmask [T, ceil(E / 64)] of the picks that are kept; `expert_TK` is -1 for no pick."""
+    kept_TE = torch.zeros((len(expert_TK), num_experts + 1), dtype=torch.bool, device=expert_TK.device)
+    kept_TE.scatter_(1, expert_TK.remainder(num_experts + 1).masked_fill(~kept_TK, num_experts), True)
+    return pack_bits(kept_TE[:, :num_experts].contiguous())
+
+
 def drop_beyond_capacity(
     routing: Routing, capacity: int, combine_gradient: str = "mean", *, batch_prioritized: bool = False
 ) -> Routing:
@@ -132,15 +139,13 @@ def drop_beyond_capacity(
     Weights do not change, as in Tutel: a token that loses one of two experts gets half of the other.
     """
     expert_TK = picks(routing)
-    T, E = routing.scores.shape
+    E = routing.num_experts
     best_T = None
     if batch_prioritized:
         best_T = routing.scores.detach().masked_fill(~routing.assigned, -math.inf).amax(dim=1)
     kept_TK = (expert_TK >= 0) & (locations(expert_TK, E, best_T) < capacity)
-    kept_TE = torch.zeros((T, E + 1), dtype=torch.bool, device=expert_TK.device)
-    kept_TE.scatter_(1, expert_TK.remainder(E + 1).masked_fill(~kept_TK, E), True)
     kept = Routing.from_bits(
-        pack_bits(kept_TE[:, :E].contiguous()),
+        bits_of_picks(expert_TK, kept_TK, E),
         routing.scores,
         unrouted=routing.unrouted,
         thresholds=routing.thresholds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,15 @@ def reset_modules(owner: str, modules: Iterable[nn.Module]) -> None:
         module.reset_parameters()  # type: ignore[operator]
 
 
+def linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator | None) -> nn.Linear:
+    """A new nn.Linear, drawn from `generator`, or without one from the global random state."""
+    with torch.random.fork_rng(devices=[], enabled=generator is not None):
+        made = nn.Linear(inputs, outputs, bias)
+    if generator is not None:
+        fill_linear(made.weight, made.bias, generator)
+    return made
+
+
 @torch.no_grad()
 def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> None:
     """Fill `p` from U(-bound, bound), on the CPU if a private generator is given."""
@@ -58,6 +68,25 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator | None) -> 
         p.uniform_(-bound, bound)
     else:
         p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+@torch.no_grad()
+def fill_linear(
+    weight: Tensor, bias: Tensor | None, generator: torch.Generator | None, *, transposed: bool = False
+) -> None:
+    """Fill `weight` [out, in] (`transposed`: [in, out]) and `bias` [out] with the bits of a new nn.Linear.
+
+    On the CPU if a private generator is given.
+    """
+    if weight.is_meta:
+        return
+    like = weight if generator is None else torch.empty(0, device="cpu")
+    drawn = like.new_empty(weight.shape[::-1] if transposed else weight.shape)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    weight.copy_(drawn.t() if transposed else drawn)
+    if bias is not None:
+        bound = 1 / math.sqrt(drawn.shape[1])
+        bias.copy_(nn.init.uniform_(like.new_empty(bias.shape), -bound, bound, generator=generator))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
-from .experts import Experts, FFNExperts
+from .experts import FFNExperts
 from .forwards import in_backward, is_training
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
@@ -30,6 +30,7 @@ from .routing import Capacity, Routing
 from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, positive_int, warn_once
 
+ONE_SCORE_NEEDS = "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -56,6 +57,7 @@ class MoELayer(AdaptiveExperts):
     unweighted terms by name.
     """
 
+    _experts_first: ClassVar[bool] = False  # without seeds: whether experts are drawn before gates, as in Tutel
     l_aux: Tensor | None
     aux_terms: dict[str, Tensor]
     _dropped: Tensor
@@ -77,14 +79,18 @@ class MoELayer(AdaptiveExperts):
         assert config.experts is not None
         generators = generators_of(config.seeds, len(config.gates))
         weights = config.aux_weights()
+        experts = None
+        if self._experts_first and exchange.placement.ranks == 1:
+            experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         gates = nn.ModuleList()
         for gate, terms, generator in zip(config.gates, weights, generators, strict=False):
             gates.append(_made_gate(gate, config, exchange, tuple(terms), generator))
         exchange.agree(gates, config.described(exchange.placement.slots, gates))
-        experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
+        if experts is None:
+            experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         super().__init__(gates, experts, exchange, config.model_dim, config.record_group)
-        if exchange.placement.ranks > 1 and isinstance(experts, Experts) and experts.seed is not None:
-            self._share_seeds(experts.seed)
+        if (seed := getattr(exchange, "seed", None)) is not None:
+            self._share_seeds(seed)
         for name in config.attributes:
             setattr(self, name, getattr(config, name))
         self._room_by_budget = config.capacity is None
@@ -284,9 +290,7 @@ class MoELayer(AdaptiveExperts):
         """
         gate, experts = self._gate(0), self.held_experts
         if not self.one_score_gate or not isinstance(gate, TopKGate) or not isinstance(experts, FFNExperts):
-            raise ValueError(
-                "update_one_score_gate needs one_score_gate = True, a gate of type 'top' and 'ffn' experts"
-            )
+            raise ValueError(ONE_SCORE_NEEDS)
         self.refuse_wrapped("update_one_score_gate")
         keys_LD = experts.mean_keys(self.value_norm_weighted).detach()
         gate.set_keys(gathered(keys_LD, self.placement.group), self.update_momentum)

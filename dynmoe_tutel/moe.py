@@ -58,7 +58,10 @@ class MOELayer(MoELayer, metaclass=_TutelsClass):
 
     Without a `group`, the experts are divided over all ranks, where torch.distributed is initialised; in a `MoELayer`,
     each process then holds them all. A k above the number of experts means all experts, in `gate_type` and in the call.
+    Start weights have the bits of Tutel 0.3, also without seeds.
     """
+
+    _experts_first = True
 
     @staticmethod
     def _meant(config: MoEConfig) -> MoEConfig:

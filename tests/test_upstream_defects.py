@@ -154,6 +154,48 @@ class TestBatchMates:
             assert relative_rms(y[t], y_D) < FP32
             assert relative_rms(x.grad[t], dx_D, scale=rms(x.grad)) < FP32
 
+    def test_d4_the_first_pick_of_gshards_loss_is_a_tokens_own(self) -> None:
+        """Upstream's first pick is torch.topk's among equal ones. Among 16 slots, about half of the tokens with two
+        experts change it with the largest k of the batch; it is another than the best expert's for most tokens, and
+        l_aux differs by 1 to 20 %. Here it is the expert of highest score."""
+        layer = build({"type": "gated_multi_gate", "max_expert_num": 8}, 6, is_gshard_loss=True)
+        gate, generator = layer.gates[0], torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            gate.gates.zero_()
+        x = torch.randn(2000, D, generator=generator) + 0.3 * torch.randn(D, generator=generator)
+        routing = layer.route(x)
+        assigned_TE, k = routing.assigned.float(), int(routing.k_per_token.max())
+        best_T = routing.scores.masked_fill(~routing.assigned, -1).argmax(dim=1)
+        upstreams_T = assigned_TE.topk(k, dim=1).indices[:, 0]
+
+        def l_aux(first_T: Tensor) -> float:
+            first_TE = F.one_hot(first_T, 8) * assigned_TE
+            return float(layer.num_global_experts * (assigned_TE.sum(0) * first_TE.sum(0)).sum() / len(x) ** 2)
+
+        assert float(layer(x).l_aux.detach()) == pytest.approx(l_aux(best_T), rel=1e-5)
+        assert 0.01 < abs(l_aux(upstreams_T) / l_aux(best_T) - 1) < 0.2
+        assert 0.4 < (best_T != upstreams_T)[routing.k_per_token > 0].float().mean() < 0.8
+        two_TE = torch.zeros(2000, 16).scatter(1, torch.rand(2000, 16, generator=generator).argsort(dim=1)[:, :2], 1)
+        picks = torch.stack([two_TE.topk(k, dim=1).indices[:, 0] for k in range(2, 17)])
+        assert 0.3 < (picks != picks[0]).any(dim=0).float().mean() < 0.6
+
+    def test_d4_the_gradient_where_no_token_has_two_experts(self) -> None:
+        """Upstream then leaves out the mean: <dy, expert(x)>, which is "mean" here. The centred formula, which its gate
+        names have here in every batch, is 0 for a token of one expert, in upstream's other batches too."""
+        found = {}
+        for how in ("normalized", "mean"):
+            layer = build({"type": "gated_multi_gate", "max_expert_num": 3}, combine_gradient=how)
+            x, dy = axes(0, 1, 2, 0), torch.randn(4, D, generator=torch.Generator().manual_seed(0))
+            y = layer(x)
+            y.backward(dy)
+            assert layer.route(x).k_per_token.tolist() == [1, 1, 1, 1]
+            s_E = torch.sigmoid(layer.gates[0].gates.detach())
+            own_T = (dy * y.detach()).sum(dim=1)
+            expected_E = -torch.stack([own_T[0] + own_T[3], own_T[1], own_T[2]]) * s_E * (1 - s_E)
+            found[how] = (layer.gates[0].gates.grad, expected_E)
+        assert not found["normalized"][0].any()
+        assert relative_rms(*found["mean"]) < FP32
+
     def test_d4_the_fallback_has_weight_one(self) -> None:
         case = make_case(G=1.5)
         y = case.layer.eval()(case.x)

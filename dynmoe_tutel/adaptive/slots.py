@@ -26,13 +26,13 @@ from ..parallel.slots import SlotAccess
 from ..parts import foreign_parameters, unwrapped, writable
 from .lineage import Lineage
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
-from .records import RoutingRecord
+from .recording import RecordsRouting
 
 _log = logging.getLogger("dynmoe_tutel")
 INITS = ("nearest", "mean", "fresh", "keep")
 
 
-class AdaptiveExperts(nn.Module):
+class AdaptiveExperts(RecordsRouting, nn.Module):
     """Gates [D -> Routing], the expert networks that they share, one record a gate, and the placement of slots.
 
     It uses `exchange` for the placement and for access to the slots. Buffers have upstream's names:
@@ -52,9 +52,7 @@ class AdaptiveExperts(nn.Module):
         self.gates, self.experts = gates, experts
         self.register_buffer("_num_global_experts", torch.tensor(exchange.start))
         self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
-        self.records = [RoutingRecord(self.slots, model_dim) for _ in gates]
-        self.record_routing, self.record_eval = False, False
-        self.record_window = 0  # number of the last window, which tells it from one that was opened later
+        self.reset_record_routing()  # makes the records here: under FakeTensorMode they would be fake
         self.record_group = record_group  # ranks over which records are summed; None: all
         self.lineage = Lineage()
         self._marks: dict[str, dict[str, Any]] = {}
@@ -157,35 +155,6 @@ class AdaptiveExperts(nn.Module):
     def max_num_local_experts(self) -> int:
         """Slots on this rank."""
         return self.placement.local
-
-    @property
-    def record(self) -> RoutingRecord:
-        """The record of the first gate; `records` has one for each."""
-        return self.records[0]
-
-    def begin_record_routing(self, record_eval: bool = False) -> None:
-        """Open an empty record window. Only training forwards are recorded, unless `record_eval`: those in train mode
-        that a backward can follow. Recomputes of gradient checkpointing never are."""
-        self.reset_record_routing()
-        self.record_routing, self.record_eval = True, record_eval
-        self.record_window += 1
-
-    def end_record_routing(self) -> None:
-        """Close the window; the record can still be read."""
-        self.record_routing = False
-
-    def reset_record_routing(self) -> None:
-        """Empty the records of all gates."""
-        for record in self.records:
-            record.reset(self._num_global_experts.device)
-
-    def get_routing_records(self) -> Tensor:
-        """The first gate's assignments of each slot in the window, [E] int64."""
-        return self.record.counts.clone()
-
-    def get_sample_records(self) -> Tensor | None:
-        """Sum of the window's unrouted tokens, [D] fp32, or None if there was none."""
-        return self.record.unrouted_sum.clone() if int(self.record.unrouted_tokens) else None
 
     def adaptive_update_experts(self, gate_index: int = 0) -> list[ExpertChange]:
         """Prune and grow by the default policy, from the record summed over the ranks of `record_group`.
@@ -320,19 +289,8 @@ class AdaptiveExperts(nn.Module):
         parameters = slots.slot_parameters(first)
         return [*parameters, *slots.slot_tensors(first)[len(parameters) :]]
 
-    def _adaptive_gate(self, gate_index: int) -> Any:
-        gate = self._gate(gate_index)
-        if not gate.adaptive:
-            raise ValueError(
-                f"gate {gate_index} is a {type(gate).__name__}, whose number of experts is fixed: experts grow and are "
-                "pruned with gates of type top_any, gated_multi_gate or gated_multi_gate_t"
-            )
-        return gate
-
     def _gate(self, gate_index: int) -> Gate:
-        if type(gate_index) is not int or not 0 <= gate_index < len(self.gates):
-            raise ValueError(f"gate_index = {gate_index!r}: this layer has gates 0 to {len(self.gates) - 1}")
-        return unwrapped(self.gates[gate_index], Gate)
+        return unwrapped(RecordsRouting._gate(self, gate_index), Gate)
 
     def _check_slot(self, name: str, slot: object) -> None:
         if type(slot) is not int or not 0 <= slot < self.slots:
@@ -461,8 +419,7 @@ class AdaptiveExperts(nn.Module):
         self._mark_experts()
         if rests:
             self.lineage.settle(self)
-        for record in self.records:  # records are not buffers, to stay out of the state dict
-            record.move(self._num_global_experts.device)
+        self._move_records()
         return moved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]

@@ -82,7 +82,6 @@ def make_block(
         experts.first_slot = first
         return experts
     experts = make_experts(config, model_dim, count, generator=torch.Generator().manual_seed(0))
-    for slot in range(first + count):  # earlier slots are drawn too, then overwritten
-        experts.reset_slot(max(slot - first, 0), generator)
-    experts.seed, experts.first_slot = generator.initial_seed(), first
+    experts.seed, experts.first_slot, experts.all_slots = generator.initial_seed(), first, slots
+    experts.draw(generator)
     return experts

@@ -53,9 +53,9 @@ class Experts(nn.Module):
         self.model_dim, self.local_slots = model_dim, local_slots
         self.output_dim = model_dim
         self.skip_expert = False  # Tutel's SKIP_EXPERT: experts are the identity
-        # for `reset_parameters`: the seed of the private generator, and how many slots of lower ranks it draws first
+        # for `draw`: the seed of the private generator, and these slots' place among those of all ranks
         self.seed: int | None = None
-        self.first_slot = 0
+        self.first_slot, self.all_slots = 0, local_slots
 
     def forward(
         self, x_TD: Tensor, routing: Routing, gate_A: Tensor, token_shape: tuple[int, ...] | None = None
@@ -136,7 +136,10 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, as at construction: with a seed, bitwise those; else from the global random state."""
-        generator = seeded(self.seed)
+        self.draw(seeded(self.seed))
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw all weights from `generator` (None: the global random state): the bits that one process would draw."""
         for slot in range(self.first_slot + self.local_slots):  # slots of lower ranks are drawn too, then overwritten
             self.reset_slot(max(slot - self.first_slot, 0), generator)
 

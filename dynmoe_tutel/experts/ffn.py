@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..initialization import fill_uniform
+from ..initialization import fill_linear
 from ..validation import flag, positive_int
 from .base import Activation, activation_function, check_activation, expert_kind
 from .mlp import MLP_KEYS, GroupedMLP
@@ -23,9 +23,10 @@ class FFNExperts(GroupedMLP):
     """E slots of D -> H -> output_dim.
 
     `batched_fc1_w` [E, H, D], `batched_fc1_bias` [E, H], `batched_fc2_w` [E, H, output_dim] (y = a @ w),
-    `batched_fc2_bias` [E, output_dim]; initialised like nn.Linear. `activation_fn` takes the pre-activations of all
-    rows, [rows, H]; the default is relu, as in Tutel. gelu, relu, silu (functions or modules) and the names in
-    `kernels.ACTIVATIONS` (such as "squared_relu") run fused. `recompute` and `engine`: see `GroupedMLP`.
+    `batched_fc2_bias` [E, output_dim]; each slot is drawn like two nn.Linear, as in Tutel 0.3. `activation_fn` takes
+    the pre-activations of all rows, [rows, H]; the default is relu, as in Tutel. gelu, relu, silu (functions or
+    modules) and the names in `kernels.ACTIVATIONS` (such as "squared_relu") run fused. `recompute` and `engine`: see
+    `GroupedMLP`.
     """
 
     dense_names: ClassVar[dict[str, str]] = {
@@ -73,24 +74,14 @@ class FFNExperts(GroupedMLP):
             ("batched_fc2_bias", self.output_dim, has_fc2_bias),
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(local_slots, width)) if wanted else None)
-        for slot in range(local_slots):
-            self._draw(slot, generator)
-
-    def _draw(self, slot: int, generator: torch.Generator | None) -> None:
-        bound1, bound2 = self.model_dim**-0.5, self.hidden_size_per_expert**-0.5
-        for parameter, bound in (
-            (self.batched_fc1_w, bound1),
-            (self.batched_fc1_bias, bound1),
-            (self.batched_fc2_w, bound2),
-            (self.batched_fc2_bias, bound2),
-        ):
-            if parameter is not None:
-                fill_uniform(parameter.detach()[slot], bound, generator)
+        self.draw(generator)
 
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
-        """Draw a slot's weights anew, like nn.Linear."""
+        """Draw a slot's weights anew: the bits of an nn.Linear(D, H), then of an nn.Linear(H, output_dim)."""
         self.check_written()
-        self._draw(slot, generator)
+        b1, b2 = (None if b is None else b.detach()[slot] for b in (self.batched_fc1_bias, self.batched_fc2_bias))
+        fill_linear(self.batched_fc1_w.detach()[slot], b1, generator)
+        fill_linear(self.batched_fc2_w.detach()[slot], b2, generator, transposed=True)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Views in the kernels' order."""

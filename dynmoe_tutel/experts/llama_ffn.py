@@ -42,20 +42,31 @@ class LlamaFFNExperts(GroupedMLP):
         self.W_fc1 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
         self.W_fc2 = nn.Parameter(torch.empty(local_slots, model_dim, hidden))
         self.W_fc3 = nn.Parameter(torch.empty(local_slots, hidden, model_dim))
-        for slot in range(local_slots):
-            self._draw(slot, generator)
+        self.draw(generator)
 
     @torch.no_grad()
-    def _draw(self, slot: int, generator: torch.Generator | None) -> None:
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw all slots, one parameter after the other, as Tutel does."""
+        self.check_written()
+        first, end = self.first_slot, self.first_slot + self.local_slots
         for parameter in (self.W_fc1, self.W_fc2, self.W_fc3):
-            if not parameter.is_meta:
-                drawn = torch.empty(parameter.shape[1:], device="cpu").normal_(0, 0.01, generator=generator)
-                parameter[slot] = drawn
+            if parameter.is_meta:
+                continue
+            # torch draws normal numbers in blocks of 16: only slots of whole blocks can be drawn one by one
+            step = self.all_slots if parameter[0].numel() % 16 else 1
+            for start in range(0, self.all_slots, step):
+                drawn = _normal(step, *parameter.shape[1:], generator=generator)
+                low, high = max(start, first), min(start + step, end)
+                if low < high:
+                    parameter[low - first : high - first] = drawn[low - start : high - start]
 
+    @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator | None) -> None:
         """Draw a slot's weights anew."""
         self.check_written()
-        self._draw(slot, generator)
+        for parameter in (self.W_fc1, self.W_fc2, self.W_fc3):
+            if not parameter.is_meta:
+                parameter[slot] = _normal(*parameter.shape[1:], generator=generator)
 
     def dense_view(self, role: str) -> Tensor | None:
         """The weights as views [E, H, D]."""
@@ -71,3 +82,7 @@ class LlamaFFNExperts(GroupedMLP):
             f"model_dim={self.model_dim}, hidden_size={self.hidden_size_per_expert}, slots={self.local_slots}, "
             f"activation={self.activation or self.activation_fn}"
         )
+
+
+def _normal(*shape: int, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(shape, device="cpu").normal_(0, 0.01, generator=generator)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..initialization import fill_uniform, reset_modules, seed_of, seeded
+from ..initialization import fill_linear, linear, reset_modules, seed_of, seeded
 from ..parts import call_linear, writable
 from ..validation import number, positive_int
 from .base import gate_type
@@ -38,27 +38,31 @@ class CosineTopKGate(FixedKGate):
         init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
         self.seed, self.init_t = seed_of(generator), init_t
         self.temperature = nn.Parameter(torch.empty(1))
-        self.cosine_projector = nn.Linear(self.model_dim, positive_int("gate_type['proj_dim']", proj_dim))
+        proj_dim = positive_int("gate_type['proj_dim']", proj_dim)
+        self.cosine_projector = linear(self.model_dim, proj_dim, True, generator)
         self.sim_matrix = nn.Parameter(torch.empty(proj_dim, self.slots))
         self._draw(generator)
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:
+        """Draw the vectors, after the projector."""
         sim_matrix = writable("the gate", self, "sim_matrix")
         self.temperature.fill_(math.log(1 / self.init_t))
-        if generator is not None:
-            for name in ("weight", "bias"):
-                tensor = writable("the gate's cosine_projector", self.cosine_projector, name)
-                fill_uniform(tensor, self.model_dim**-0.5, generator)
         if not sim_matrix.is_meta:
-            drawn = torch.empty(sim_matrix.shape, device="cpu").normal_(0, 0.01, generator=generator)
+            drawn = torch.empty(sim_matrix.shape, device="cpu")
+            for _ in range(2):  # Tutel draws the vectors twice and keeps the second
+                drawn.normal_(0, 0.01, generator=generator)
             sim_matrix.copy_(drawn)
 
     def reset_parameters(self) -> None:
         """Projector, routing vectors and temperature as at construction."""
-        if self.seed is None:
-            reset_modules("the gate", self.cosine_projector.modules())
-        self._draw(seeded(self.seed))
+        generator, projector = seeded(self.seed), self.cosine_projector
+        if generator is None:
+            reset_modules("the gate", projector.modules())
+        else:
+            owner = "the gate's cosine_projector"
+            fill_linear(writable(owner, projector, "weight"), writable(owner, projector, "bias"), generator)
+        self._draw(generator)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""

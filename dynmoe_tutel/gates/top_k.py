@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import losses
-from ..initialization import fill_uniform, reset_modules, seed_of, seeded
+from ..initialization import fill_linear, linear, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype, pack_bits
 from ..parts import call_linear, writable
 from ..routing import Capacity, Routing
@@ -107,9 +107,7 @@ class TopKGate(FixedKGate):
     def __init__(self, *, generator: torch.Generator | None = None, **common: Any) -> None:
         super().__init__(**common)
         self.seed = seed_of(generator)
-        self.wg = nn.Linear(self.model_dim, self.slots, bias=False)
-        if generator is not None:
-            fill_uniform(self.wg.weight, self.model_dim**-0.5, generator)
+        self.wg = linear(self.model_dim, self.slots, False, generator)
 
     def reset_parameters(self) -> None:
         """Draw the router as at construction."""
@@ -117,7 +115,7 @@ class TopKGate(FixedKGate):
         if self.seed is None:
             reset_modules("the gate", self.wg.modules())
         else:
-            fill_uniform(self._weight(), self.model_dim**-0.5, seeded(self.seed))
+            fill_linear(self._weight(), None, seeded(self.seed))
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""

@@ -162,10 +162,16 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def values_of_ranks(value: Any, group: Any) -> list[Any]:
+    """A plain value of every rank of `group`, in rank order."""
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, value, group=group)
+    return of_ranks
+
+
 def check_alike(what: str, own: dict[str, Any], group: Any, remedy: str = "give all ranks the same") -> None:
     """Raise ValueError on every rank of `group` if one of `own` (plain values by name) differs between ranks."""
-    of_ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(of_ranks, own, group=group)
+    of_ranks = values_of_ranks(own, group)
     for rank, other in enumerate(of_ranks):
         for name, value in other.items():
             if value != of_ranks[0].get(name):

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..capacity import bounded_pairs, pair_capacity
-from ..experts import Experts, make_block, slots_of
+from ..experts import Experts, make_block, make_experts, slots_of
+from ..initialization import seed_of
 from ..kernels import pack_bits, ragged_index
 from ..parts import unwrapped
 from ..routing import Routing
-from .collectives import Pending, Wire, check_alike, copy_from_first, shared_seed
+from .collectives import Pending, Wire, check_alike, copy_from_first, shared_seed, values_of_ranks
 from .exchange import Call, as_tokens, within_factor
 from .placement import Placement
 from .slots import ShardedSlots, SlotAccess
@@ -38,6 +39,7 @@ class RankExchange:
     def __init__(self, placement: Placement, start: int) -> None:
         self.placement, self.start = placement, start
         self.wire = Wire(placement.group)
+        self.seed: int | None = None  # of the experts of rank 0, known to all ranks
 
     def __reduce__(self) -> Any:
         """Without the collectives, which belong to a process: a copy has its own, with its counts at zero."""
@@ -52,10 +54,17 @@ class RankExchange:
         copy_from_first(gates, self.placement.group)
 
     def make_experts(self, config: Mapping[str, Any], model_dim: int, generator: torch.Generator | None) -> Any:
-        """This rank's block of slots."""
+        """This rank's block of slots, of those that one process would draw; with unlike seeds, as in Tutel, its own."""
         place = self.placement
-        if generator is None:
+        seeds = values_of_ranks(seed_of(generator), place.group)
+        if generator is None or None in seeds:
+            if any(seed is not None for seed in seeds):
+                raise ValueError(f"seeds of the experts are {seeds} on the ranks of group: give all ranks one, or none")
             generator = torch.Generator().manual_seed(shared_seed(place.group))
+            seeds = [generator.initial_seed()]
+        self.seed = seeds[0]
+        if len(set(seeds)) > 1 and config.get("type") != "custom":
+            return make_experts(config, model_dim, place.local, generator=generator)
         return make_block(config, model_dim, place.slots, place.first, place.local, generator)
 
     def bounded(self, routing: Routing, call: Call) -> Routing:

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 import tutel.impls.fast_dispatch
 from torch import Tensor
 
 from .. import moe
+from ..capacity import bits_of_picks
 from ..routing import Routing
+
+_noted: ContextVar[list[Any] | None] = ContextVar("noted", default=None)
+
+
+def extract_critical(*arguments: Any, **options: Any) -> Any:
+    """Tutel's own, for Tutel's own layers: inside `noting` the critical data that it returns are noted too."""
+    made = tutel.impls.fast_dispatch.extract_critical(*arguments, **options)
+    if (noted := _noted.get()) is not None:
+        noted.append(made[0])
+    return made
+
+
+@contextmanager
+def noting() -> Iterator[list[Any]]:
+    """The critical data of the layers that run inside, in this thread."""
+    noted: list[Any] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def kept_routing(critical_data: Any) -> Routing:
+    """The assignments that Tutel's critical data keep within the capacity; for records: it has no scores or weights."""
+    num_experts, experts, places, _, capacity, *_ = critical_data
+    expert_TK, place_TK = (torch.stack(list(columns), dim=1).long() for columns in (experts, places))
+    bits_TW = bits_of_picks(expert_TK, (expert_TK >= 0) & (place_TK < capacity), num_experts)
+    scores = torch.zeros((len(expert_TK), num_experts), device=expert_TK.device)
+    return Routing.from_bits(bits_TW, scores, unrouted=(expert_TK < 0).all(dim=1))
 
 
 class FastDispatcher(tutel.impls.fast_dispatch.TutelMoeFastDispatcher):

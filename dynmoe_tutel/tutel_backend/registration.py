@@ -35,6 +35,7 @@ def register() -> None:
     replaced = [
         (layers, "MOELayer", MOELayer),
         (layers, "moe_layer", MOELayer),
+        (layers, "extract_critical", dispatch.extract_critical),
         (functions, "moe_layer", MOELayer),
         (functions, "top_any_routing", moe.top_any_routing),
         (functions, "top_k_routing", dispatch.top_k_routing),

@@ -76,6 +76,26 @@ def no_group_is_all_ranks() -> None:
     assert layer_of({"type": "top", "k": k}, count=2).gates[0].top_k == ranks * 2
 
 
+def unlike_seeds_are_each_ranks_own() -> None:
+    """Tutel's examples give `seeds=(1, rank + 1, 1)`: each rank draws its experts from its own seed, slot by slot."""
+    rank, local = dist.get_rank(), E // dist.get_world_size()
+    for layer in (layer_of(GATES[1], seeds=(1, rank + 1, None)), layer_of(GATES[1], seeds=(1, rank + 1))):
+        for drawn in range(2):
+            torch.manual_seed(rank + 1)
+            for slot in range(local):
+                up, down = nn.Linear(D, H), nn.Linear(H, D)
+                assert torch.equal(layer.experts.batched_fc1_w[slot], up.weight), drawn
+                assert torch.equal(layer.experts.batched_fc2_w[slot], down.weight.t()), drawn
+            torch.manual_seed(1)
+            assert torch.equal(layer.gates[0].wg.weight, nn.Linear(D, E, bias=False).weight)
+            layer.reset_parameters()
+    layer = layer_of(GATES[1], seeds=(None, rank + 1))
+    layer.reset_parameters()
+    assert alike(layer.gates[0].wg.weight)
+    said = refused(lambda: layer_of(GATES[1], seeds=(1, rank if rank else None)), ValueError)
+    assert "seeds of the experts are [None, 1" in said
+
+
 def ddp_users_hold_them_all() -> None:
     """`MoELayer` and `convert` keep every expert in each process, and so does a group of this process alone."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -195,6 +215,7 @@ def copies() -> None:
 
 CHECKS = (
     no_group_is_all_ranks,
+    unlike_seeds_are_each_ranks_own,
     ddp_users_hold_them_all,
     a_script_trains_like_one_process,
     what_cannot_be_divided_says_what_to_do,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import FP32, GROUP_PATIENCE, make_case, relative_rms, spawn_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from tutel_twin import draw
 
 pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
@@ -224,3 +224,76 @@ def test_what_cannot_be_divided(tmp_path: Path) -> None:
         assert len(said) == 3
         for message, part in zip(said, ("5 slots", "max_expert_num'] = 4", "an expert on 3 devices"), strict=True):
             assert part in message
+
+
+def swin_block(how: str, gate: dict[str, Any]) -> Any:
+    """Attention and a mixture behind layer norms, as Swin-MoE's blocks: batch-prioritised, capacity 1.25, noise."""
+    from tutel import moe as stock
+
+    from dynmoe_tutel import moe as own
+
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"norm1": nn.LayerNorm(D), "attention": nn.MultiheadAttention(D, 2, batch_first=True)})
+    block["norm2"] = nn.LayerNorm(D)
+    block["mlp"] = (own if how == "import" else stock).moe_layer(
+        gate_type=dict(gate),
+        experts={"type": "ffn", "num_experts_per_device": 2, "hidden_size_per_expert": H, "activation_fn": F.gelu},
+        model_dim=D,
+        scan_expert_func=lambda name, parameter: setattr(parameter, "skip_allreduce", True),
+        seeds=(1, dist.get_rank() + 1, dist.get_rank() + 1),
+        batch_prioritized_routing=True,
+        normalize_gate=False,
+        is_gshard_loss=False,
+    )
+    return block
+
+
+def train_swin_block(rank: int, how: str, gate: dict[str, Any]) -> Any:
+    """The losses of 8 AdamW steps, the first parameters and the last ones."""
+    from dynmoe_tutel import tutel_backend
+
+    if how == "stock":
+        tutel_backend.unregister()
+    block = swin_block(how, gate)
+    first = {name: p.detach().clone() for name, p in block.named_parameters()}
+    optimizer = torch.optim.AdamW(block.parameters(), 1e-3, foreach=False)
+    generator = torch.Generator().manual_seed(5 + rank)
+    losses = []
+    for step in range(8):
+        torch.manual_seed(100 * step + rank)  # of the gate noise
+        x = torch.randn(2, 16, D, generator=generator)
+        a = block["norm1"](x)
+        h = x + block["attention"](a, a, a, need_weights=False)[0]
+        y = h + block["mlp"](block["norm2"](h))
+        loss = (y - x.roll(1, dims=1)).square().mean() + 0.01 * block["mlp"].l_aux
+        optimizer.zero_grad()
+        loss.backward()
+        for p in block.parameters():
+            if not hasattr(p, "skip_allreduce"):
+                dist.all_reduce(p.grad)
+                p.grad /= RANKS
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "first": first, "last": {n: p.detach() for n, p in block.named_parameters()}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["top", "cosine_top"])
+def test_a_swin_like_block_trains_as_with_stock_tutel(kind: str, tmp_path: Path) -> None:
+    """Registered: bit for bit. One-line import: the same start weights, and losses equal in 5 digits."""
+    gate: dict[str, Any] = {"type": kind, "k": 1, "gate_noise": 1.0, "capacity_factor": 1.25, "fp32_gate": True}
+    if kind == "cosine_top":
+        gate["proj_dim"] = 8
+    results = {}
+    for how in ("stock", "registered", "import"):
+        (tmp_path / how).mkdir()
+        results[how] = spawn(train_swin_block, tmp_path / how, how, gate)
+    for stock, registered, own in zip(*results.values(), strict=True):
+        assert len({f"{loss:.5g}" for loss in stock["losses"]}) == 8
+        assert registered["losses"] == stock["losses"]
+        assert [f"{loss:.4e}" for loss in own["losses"]] == [f"{loss:.4e}" for loss in stock["losses"]]
+        for name, value in stock["first"].items():
+            assert torch.equal(own["first"][name], value), name
+            assert torch.equal(registered["last"][name], stock["last"][name]), name
+            if name.startswith("mlp."):  # attention's biases of keys have no gradient but rounding
+                assert relative_rms(own["last"][name], stock["last"][name]) < 1e-4, name
