@@ -211,7 +211,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     # capacity, losses, gradients
     **{
         f"capacity {v!r}": (lambda v=v: build(capacity=v), ["capacity", repr(v), '"exact"'])  # type: ignore[misc]
-        for v in (0, -1, 0.0, -0.5, NAN, INF, "half", None, True, [1])
+        for v in (0, -1, 0.0, -0.5, NAN, INF, "half", True, [1])
     },
     **{
         f"combine_gradient {v!r}": (lambda v=v: build(combine_gradient=v), ["combine_gradient", repr(v), "'mean'"])  # type: ignore[misc]
