@@ -139,7 +139,7 @@ def test_tokens_of_any_length_reach_the_same_experts_and_grow_the_same(size: flo
 def test_what_an_inactive_slot_holds_does_nothing(what: str) -> None:
     """Regression: times 0, the NaN reached the losses of the assignment."""
     aux = dict.fromkeys(("diversity", "simplicity", "load_balance", "efficiency", "gshard"), 1.0)
-    aux, results = aux if what == "vector" else {}, []
+    results = []
     for value in (None, float("nan"), float("inf")):
         layer, x = layer_with("top_any", aux_losses=aux), tokens().requires_grad_()
         with torch.no_grad():
@@ -183,3 +183,20 @@ def test_padding_may_hold_anything() -> None:
         y.sum().backward()
         results.append((y, *(p.grad for p in layer.parameters() if p.grad is not None)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [-100, -60, 66, 100])
+def test_the_cosine_router_has_no_scale(power: int, dtype: torch.dtype) -> None:
+    """Routing vectors and the projection (without its bias) of any length: the picks of length 1, bit by bit."""
+    results = []
+    for factor in (1.0, 2.0**power):
+        layer, x = layer_with("cosine_top").to(dtype), tokens(dtype)
+        gate = layer.gates[0]
+        with torch.no_grad():
+            gate.cosine_projector.bias.zero_()
+            gate.sim_matrix.mul_(factor)
+        routing = layer.route(x * factor)
+        results.append((routing.scores, routing.bits))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

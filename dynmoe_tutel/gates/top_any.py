@@ -23,6 +23,7 @@ MAX_LOG_SCALE = math.log(100.0)
 SAMPLE = 256  # tokens kept of a forward to hold a budget
 
 
+_OF_VECTORS = {"diversity", "simplicity"}  # losses of the routing vectors alone
 _UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
 
 
@@ -206,7 +207,10 @@ class TopAnyGate(Gate):
             most or 0,
         )  # fmt: skip
         raised = thresholds if self.budget_shift is None else thresholds.to(dtype) + self.budget_shift.to(dtype)
-        threshold_E = torch.sigmoid(tau * raised.to(dtype))
+        own = raised.to(dtype)
+        if set(self.aux_names) - _OF_VECTORS:  # a loss on assignments has gradients for thresholds that may be NaN
+            own = own.masked_fill(~active_E, 0)
+        threshold_E = torch.sigmoid(tau * own)
         routing = Routing.from_bits(
             bits_TW,
             score_TE,
@@ -219,7 +223,7 @@ class TopAnyGate(Gate):
         )
         routing.router = Router(sim_matrix, raised, tau, inv_norm_T)
         of_vectors: dict[str, Tensor] = {}
-        if {"diversity", "simplicity"} & set(self.aux_names):
+        if _OF_VECTORS & set(self.aux_names):
             diversity, simplicity, *_ = vector_losses(sim_matrix, active_E)
             of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}

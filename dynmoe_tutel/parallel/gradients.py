@@ -19,19 +19,18 @@ _NONE, _STRIDED, _SPARSE = range(3)  # what a rank has as the gradient of a para
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters of experts that are divided over ranks: each is on one rank of its group only."""
+    """Named parameters of experts that are divided over ranks: each is on one rank of its group only.
+
+    Parameters that all experts share, such as the slope of an activation, are not among them: every rank has them.
+    """
     for prefix, layer in _divided_layers(model):
-        for name, parameter in layer.experts.named_parameters():
+        for name, parameter in _of_slots(layer):
             yield f"{prefix}.experts.{name}".lstrip("."), parameter
 
 
 def placements_of_experts(model: nn.Module) -> dict[int, Placement]:
     """By the id of each parameter of divided experts, the placement of its layer."""
-    return {
-        id(parameter): layer.placement
-        for _, layer in _divided_layers(model)
-        for parameter in layer.experts.parameters()
-    }
+    return {id(parameter): layer.placement for _, layer in _divided_layers(model) for _, parameter in _of_slots(layer)}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> None:
@@ -131,6 +130,16 @@ def _divided_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         placement = getattr(module, "placement", None)
         if isinstance(placement, Placement) and placement.ranks > 1:
             yield prefix, module
+
+
+def _of_slots(layer: Any) -> list[tuple[str, nn.Parameter]]:
+    """The named parameters of a layer's experts that hold slots of this rank; all, where experts do not say which."""
+    named = list(layer.experts.named_parameters())
+    access = getattr(layer, "expert_slots", None)
+    if access is None:
+        return named
+    held = {id(p) for slot in range(layer.placement.slots) for p, _ in access.slot_parameters(slot)}
+    return [(name, parameter) for name, parameter in named if id(parameter) in held]
 
 
 def _complete_gradients(named: list[tuple[str, nn.Parameter]], group: Any) -> None:

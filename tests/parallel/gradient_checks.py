@@ -25,13 +25,13 @@ TOP_ANY = {"type": "top_any", "max_expert_num": E}
 class Net(nn.Module):
     """Dense, MoE, and one of four heads; experts divided over `group`."""
 
-    def __init__(self, group: Any = None, gates: Any = TOP_ANY) -> None:
+    def __init__(self, group: Any = None, gates: Any = TOP_ANY, activation: Any = F.gelu) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(D, D)
         self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(4))
         ranks = 1 if group is None else dist.get_world_size(group)
-        experts = {"num_experts_per_device": E // ranks, "hidden_size_per_expert": H, "activation_fn": F.gelu}
+        experts = {"num_experts_per_device": E // ranks, "hidden_size_per_expert": H, "activation_fn": activation}
         self.moe = MoELayer(gates, D, experts, group=group, seeds=(1, 2))
 
     def forward(self, x: Tensor, head: int = 0, gate: int = 0) -> Tensor:
@@ -67,13 +67,14 @@ def trained(
     copies: Any = None,
     max_norm: float = 1.0,
     gates: Any = TOP_ANY,
+    activations: Any = (F.gelu, F.gelu),
 ) -> None:
     """STEPS steps of SGD beside one process, which clips the gradient of the mean loss by torch's function.
 
     Each rank calls the model with its own of `calls`.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    one = Net(gates=gates)
+    one = Net(gates=gates, activation=activations[1])
     ours, theirs = (torch.optim.SGD(m.parameters(), 0.02, momentum=0.5) for m in (model, one))
     clipped = 0
     for batch in batches(STEPS):
@@ -94,7 +95,7 @@ def trained(
         ours.step(), theirs.step()
     assert clipped > 0
     for (name, p), q in zip(model.named_parameters(), one.named_parameters(), strict=True):
-        full = q[1] if ".experts." not in name else q[1].chunk(model.moe.world_size)[model.moe.rank]
+        full = q[1] if p.shape == q[1].shape else q[1].chunk(model.moe.world_size)[model.moe.rank]
         assert relative_rms(p, full) < 1e-3, name
     assert all(equal_on_ranks(p) for p in replicated(model))
     if copies is not None:
@@ -124,6 +125,15 @@ def gates_of_a_list() -> None:
     gates = [TOP_ANY, {"type": "gated_multi_gate_t", "max_expert_num": E}]
     calls = [{"gate": rank % 2} for rank in range(dist.get_world_size())]
     trained(Net(dist.group.WORLD, gates), calls, gates=gates)
+
+
+def a_slope_that_all_experts_share() -> None:
+    """The parameter of an activation is on every rank: it is averaged as the dense ones are, and stays one."""
+    slopes = [nn.PReLU(init=0.3) for _ in range(2)]
+    model = Net(dist.group.WORLD, activation=slopes[0])
+    assert not any(p is slopes[0].weight for _, p in parallel.expert_parameters(model))
+    trained(model, [{}] * dist.get_world_size(), activations=slopes)
+    assert float(slopes[0].weight.detach()) != 0.3
 
 
 def heads_under_ddp() -> None:
@@ -341,6 +351,7 @@ def shared_overflow() -> None:
 
 AVERAGES: tuple[Callable[[], None], ...] = (
     different_heads,
+    a_slope_that_all_experts_share,
     gates_of_a_list,
     heads_under_ddp,
     only_some_parameters,
