@@ -229,7 +229,7 @@ def record(arch: str, cases: Sequence[Case], large_gate: bool = False) -> list[L
                 run_all(shape, dtype, variant, FILES)
             if large_gate:
                 torch.set_float32_matmul_precision("highest")
-                run_all(*LARGE_GATE, ("threshold_gate",))
+                run_all(*LARGE_GATE, ("threshold_gate", "score_gradient"))
         finally:
             torch.set_float32_matmul_precision(before)
     return launches

@@ -36,6 +36,7 @@ from .operation import expect, expect_matrix, operation
 from .ragged_index import WORD, block_tokens, count_blocks, pack_bits, words
 
 MODULES = {"triton": "gpu.threshold_gate"}
+BACKWARD_MODULES = {"triton": "gpu.score_gradient"}
 
 
 def gate_dtype(x: Tensor) -> torch.dtype:
@@ -173,7 +174,7 @@ def _backward_shapes(
     return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), torch.empty_like(scale)
 
 
-@operation(fake=_backward_shapes, engines=MODULES, autocast=False)
+@operation(fake=_backward_shapes, engines=BACKWARD_MODULES, autocast=False)
 def threshold_gate_backward(
     d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

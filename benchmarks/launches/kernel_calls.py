@@ -144,7 +144,7 @@ class Loop:
 def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     """The kernels in forward, then backward order."""
     from dynmoe_tutel.kernels.gpu import dispatch_combine as rows
-    from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, threshold_gate
+    from dynmoe_tutel.kernels.gpu import grouped_ffn, ragged_index, router_gradient, score_gradient, threshold_gate
 
     i, s = inputs, inputs.shape
     T, D, H, E, A = s.T, s.D, s.H, s.E, inputs.A
@@ -267,7 +267,7 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     d_cos = torch.randn_like(i.score_TE)
     yield Kernel(
         "routing vectors' gradient",
-        lambda: threshold_gate.unit_gradient(d_cos, i.x_TD, i.inv_norm_T),
+        lambda: score_gradient.unit_gradient(d_cos, i.x_TD, i.inv_norm_T),
         tokens + 4 * T * E + 4 * D * E,
         2 * T * D * E,
         lambda: d_cos.t() @ i.x_TD.float(),

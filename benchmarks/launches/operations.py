@@ -93,6 +93,8 @@ class Operations:
         gate = (self.w_DE, self.threshold_E, self.active_E, self.scale, self.variant.fallback)
         shift = self.scale if self.variant.max_k else None
         gpu.threshold_gate(self.x_TD, *gate, mask_T, shift, self.variant.max_k)
+
+    def score_gradient(self, gpu: Any) -> None:
         backward = (self.score_TE, self.x_TD, self.w_DE, self.inv_norm_T, self.scale)
         gpu.threshold_gate_backward(self.score_TE, *backward)
 
@@ -132,7 +134,15 @@ class Operations:
         gpu.vector_losses_backward(diversity, simplicity, diversity, *saved, self.active_E, self.w_DE)
 
 
-FILES = ("threshold_gate", "ragged_index", "dispatch_combine", "grouped_ffn", "top_any_ffn", "router_losses")
+FILES = (
+    "threshold_gate",
+    "score_gradient",
+    "ragged_index",
+    "dispatch_combine",
+    "grouped_ffn",
+    "top_any_ffn",
+    "router_losses",
+)
 
 
 def run_all(shape: Shape, dtype: torch.dtype, variant: Variant, only: tuple[str, ...] = FILES) -> None:

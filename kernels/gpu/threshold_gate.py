@@ -1,7 +1,4 @@
-"""The threshold gate in one pass over the tokens, and the gradient of its scores.
-
-Forward:   routing_vectors (to the layout and type of the product)  ->  threshold_gate
-Backward:  score_gradient  ->  cosine_gradient (to the tokens), unit_gradient (to the routing vectors)
+"""The threshold gate in one pass over the tokens: routing_vectors (to the product's layout and type), threshold_gate.
 
 Matrix cores multiply half-precision tokens without loss: each routing vector is split into a sum of parts in the
 tokens' dtype, scaled by a power of two. An fp32 vector takes three bf16 parts (24 bits; two err by 7e-6 if few
@@ -17,18 +14,14 @@ from torch import Tensor
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from . import tiles
-from .norms import factor_for, factor_of_inverse, inverse_of, is_ordinary, own_inverse
+from .norms import factor_for, inverse_of, is_ordinary, own_inverse
 from .ragged_index import MOST_EXPERTS
-from .router_gradient import direction_gradient, unit_vectors
+from .score_gradient import EXACT_EXPERTS, TWO_PROGRAMS, precision, rows_contiguous
 
 HALF = (torch.bfloat16, torch.float16)
-EXACT_EXPERTS = 16  # up to so many, fp32 products without matrix cores take less time than reading the tokens
 KB = 1024
 SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KB a program
-TWO_PROGRAMS = 128  # registers a thread, for two programs of 8 warps a multiprocessor; elsewhere they spill
 MOST_COLUMNS = 4096  # of a routing vector that one program holds in registers
-GRADIENT_PROGRAMS = 512  # share the sum over the tokens; the same on every device, so that a sum has one order
-GRADIENT_TOKENS = 256  # the fewest tokens that a program sums
 
 
 @triton.jit
@@ -252,149 +245,6 @@ def threshold_gate_kernel(
         tl.store(counts + b[:, None] * E + e[None, :], count, mask=(b * COUNT_T < T)[:, None] & in_E[None, :])
 
 
-@triton.jit
-def score_gradient_kernel(
-    d_score, score, inv_norm, scale, d_cos, T, E, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    """d_cos = d_score s (1 - s) tau / ||x||.
-
-    In: d_score [T, E] of any strides, score [T, E], inv_norm [T]. Out: d_cos [T, E] fp32. Grid: blocks of tokens and of
-    experts. Bytes: 12 T E.
-    """
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask = (t < T)[:, None] & (e < E)[None, :]
-    row = t.to(tl.int64)[:, None]
-    ds = tl.load(d_score + row * stride_t + e.to(tl.int64)[None, :] * stride_e, mask=mask, other=0.0)
-    s = tl.load(score + row * E + e[None, :], mask=mask, other=0.0)
-    over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tl.load(scale).to(tl.float32)
-    grad = tl.where(ds == 0, 0.0, (1.0 - s) * s * ds * over_norm[:, None])  # the score of an inactive slot may be NaN
-    tl.store(d_cos + row * E + e[None, :], grad, mask=mask)
-
-
-@triton.jit
-def _through_cosines(
-    d_cos_at, unit_at, in_T, in_D, E, D, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Tile [BLOCK_T, BLOCK_D] of d_cos times the unit vectors, for pointers to the tokens and the columns."""
-    e = tl.arange(0, BLOCK_E)
-    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for e0 in range(0, E, BLOCK_E):
-        in_E = e < E - e0
-        d_cos = tl.load(d_cos_at[:, None] + (e0 + e)[None, :], mask=in_T[:, None] & in_E[None, :], other=0.0)
-        row = (e0 + e).to(tl.int64) * D
-        unit = tl.load(unit_at[None, :] + row[:, None], mask=in_E[:, None] & in_D[None, :], other=0.0)
-        acc = tl.dot(d_cos, unit, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def cosine_gradient_kernel(
-    d_cos, unit, x, inv_norm, d_x, T, D, E, stride_t,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """d_x = g - x <g, x> / ||x||^2, with g = d_cos unit.
-
-    In: d_cos [T, E] (over ||x||), unit [E, D], inv_norm [T], fp32; x [T, D] with stride_t. Out: d_x [T, D].
-    Grid: blocks of BLOCK_T tokens. Bytes: x twice, d_x once; d_cos and unit from L2.
-    """
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
-    in_T = t < T
-    row = t.to(tl.int64)
-    inverse = tl.load(inv_norm + t, mask=in_T, other=0.0)
-    factor = factor_of_inverse(inverse)  # x / ||x|| is the same for the scaled token
-    inverse = inverse / factor
-    radial = tl.zeros((BLOCK_T,), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        in_D = d < D - d0
-        at = (row * stride_t)[:, None] + (d0 + d)[None, :]
-        tile = tl.load(x + at, mask=in_T[:, None] & in_D[None, :], other=0.0).to(tl.float32) * factor[:, None]
-        g = _through_cosines(
-            d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
-        )  # fmt: skip
-        radial += tl.sum(g * tile, axis=1)
-    radial = radial * inverse * inverse
-    for d0 in range(0, D, BLOCK_D):
-        in_D = d < D - d0
-        mask = in_T[:, None] & in_D[None, :]
-        at = (row * stride_t)[:, None] + (d0 + d)[None, :]
-        tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-        g = _through_cosines(
-            d_cos + row * E, unit + d0 + d, in_T, in_D, E, D, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
-        )  # fmt: skip
-        out = (g - tile * radial[:, None]).to(d_x.dtype.element_ty)
-        tl.store(d_x + (row * D)[:, None] + (d0 + d)[None, :], out, mask=mask)
-
-
-@triton.jit
-def _weighted_sum(
-    d_cos, x, inv_norm, T, D, E, CHUNK, stride_t,
-    CHECKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """d_cos^T x over the program's chunk, [BLOCK_E, BLOCK_D]; CHECKED reads tokens without inverse norm as zeros."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    first = tl.program_id(2) * CHUNK
-    step = tl.arange(0, BLOCK_T)
-    in_D, in_E = d < D, e < E
-    row = (first + step).to(tl.int64)
-    x_at = x + (row * stride_t)[:, None] + d[None, :]
-    d_cos_at = d_cos + (row * E)[None, :] + e[:, None]
-    acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for t0 in tl.range(first, tl.minimum(first + CHUNK, T), BLOCK_T, num_stages=1 if CHECKED else None):
-        in_T = step < T - t0
-        read = in_T
-        if CHECKED:
-            read = tl.load(inv_norm + t0 + step, mask=in_T, other=0.0) > 0
-        tile = tl.load(x_at, mask=read[:, None] & in_D[None, :], other=0.0)
-        weight = tl.load(d_cos_at, mask=in_E[:, None] & in_T[None, :], other=0.0)
-        if SPLIT:
-            high = weight.to(tl.bfloat16)
-            weight -= high.to(tl.float32)
-            middle = weight.to(tl.bfloat16)
-            low = (weight - middle.to(tl.float32)).to(tl.bfloat16)
-            acc += tl.dot(high, tile, tl.dot(middle, tile, tl.dot(low, tile)))
-        else:
-            acc = tl.dot(weight, tile.to(tl.float32), acc, input_precision=PRECISION)
-        x_at += BLOCK_T * tl.cast(stride_t, tl.int64)
-        d_cos_at += BLOCK_T * tl.cast(E, tl.int64)
-    return acc
-
-
-@triton.jit
-def unit_gradient_kernel(
-    d_cos, x, inv_norm, out, T, D, E, CHUNK, stride_t,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens; CHUNK is a multiple of BLOCK_T.
-
-    In: d_cos [T, E] fp32, x [T, D] with stride_t, inv_norm [T]. Out: [chunks, E, D] fp32.
-    Grid: (columns, experts, chunks). Bytes: x once for each block of experts, d_cos once for each block of columns,
-    mostly from L2. If the sum is NaN, it is taken again: 0 times a token that is not finite is NaN too.
-
-    SPLIT: x is bf16, and d_cos is split into three bf16 parts, 24 bits. Otherwise the product is fp32.
-    """
-    acc = _weighted_sum(
-        d_cos, x, inv_norm, T, D, E, CHUNK, stride_t, False, SPLIT, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
-    )  # fmt: skip
-    if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
-        acc = _weighted_sum(
-            d_cos, x, inv_norm, T, D, E, CHUNK, stride_t, True, SPLIT, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
-        )  # fmt: skip
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    at = (tl.program_id(2) * tl.cast(E, tl.int64) + e) * D
-    tl.store(out + at[:, None] + d[None, :], acc, mask=(e < E)[:, None] & (d < D)[None, :])
-
-
-def _precision(E: int, chip: str) -> str:
-    """How to multiply fp32: "tf32x3" has the accuracy of fp32; AMD's matrix cores multiply fp32 itself."""
-    return "tf32x3" if chip.startswith("sm_") and E > EXACT_EXPERTS else "ieee"
-
-
 def _number_of_parts(x: torch.dtype, w: torch.dtype) -> int:
     """How many parts in the tokens' dtype hold a routing vector."""
     if x not in HALF or x == w:
@@ -431,10 +281,6 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
     if chip == "sm_90" and stages == 4 and (x in HALF or block_e <= EXACT_EXPERTS):
         tile["maxnreg"] = TWO_PROGRAMS
     return tile
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: int) -> tuple[Tensor, Tensor]:
@@ -476,7 +322,7 @@ def threshold_gate(
     inv_norm_T = x_TD.new_empty((T,), dtype=torch.float32)
     block_counts = x_TD.new_empty((triton.cdiv(T, count_t) * E,), dtype=torch.int32)
     if T:
-        x_TD, chip = _rows_contiguous(x_TD), tiles.architecture(x_TD.device)
+        x_TD, chip = rows_contiguous(x_TD), tiles.architecture(x_TD.device)
         parts = _number_of_parts(x_TD.dtype, w_DE.dtype)
         tile = _tile(max(16, triton.next_power_of_2(E)), x_TD.dtype, parts, chip)
         parts_PED, inv_norm_E = _routing_vectors(w_DE, x_TD.dtype, tile, parts)
@@ -506,105 +352,8 @@ def threshold_gate(
             MAX_K=max_k if max_k < E else 0,
             EVEN_D=parts_PED.shape[2] == D,
             PARTS=parts,
-            PRECISION=_precision(E, chip),
+            PRECISION=precision(E, chip),
             COUNT_T=count_t,
             **tile,
         )
     return score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts
-
-
-def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor, inv_norm_T: Tensor) -> Tensor:
-    """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors. d_cos: the cosines' gradient over ||x||, fp32.
-
-    A token that is not finite, whose inverse norm is NaN, counts only where its d_cos is not 0.
-
-    It sums each chunk of tokens, then the chunks in order; the chunks depend on shapes alone.
-    """
-    (T, D), E = x_TD.shape, d_cos_TE.shape[1]
-    if T == 0 or D == 0:
-        return d_cos_TE.new_zeros((E, D))
-    x_TD, d_cos_TE = _rows_contiguous(x_TD), d_cos_TE.contiguous()
-    chip = tiles.architecture(x_TD.device)
-    split = x_TD.dtype == torch.bfloat16
-    block_e = min(128, max(16, triton.next_power_of_2(E)))
-    tile = _gradient_tile(block_e, split, chip)
-    block_t, block_d = tile["BLOCK_T"], tile["BLOCK_D"]
-    columns, experts = triton.cdiv(D, block_d), triton.cdiv(E, block_e)
-    most = max(1, GRADIENT_PROGRAMS // (columns * experts))
-    chunk = block_t * triton.cdiv(max(GRADIENT_TOKENS, triton.cdiv(T, most)), block_t)
-    chunks = triton.cdiv(T, chunk)
-    sums_CED = d_cos_TE.new_empty((chunks, E, D))
-    unit_gradient_kernel[(columns, experts, chunks)](
-        d_cos_TE,
-        x_TD,
-        inv_norm_T,
-        sums_CED,
-        T,
-        D,
-        E,
-        chunk,
-        x_TD.stride(0),
-        SPLIT=split,
-        PRECISION=_precision(E, chip),
-        **tile,
-    )
-    return sums_CED[0] if chunks == 1 else sums_CED.sum(dim=0)
-
-
-def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
-    """Tile, warps and stages of `unit_gradient_kernel`: rows of 128 or 256 bytes, as many as fit in registers.
-
-    Rows are wide where nothing spills: the narrower they are, the more often the kernel reads d_cos.
-    """
-    block_t = 32 if split or block_e > 16 else 16
-    block_d = 128 if split and 16 < block_e <= 64 else 64
-    stages = 2 if chip.startswith("gfx") else 4 if block_e <= 16 or block_d == 128 else 3
-    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
-    if chip == "sm_90" and block_d == 64:
-        tile["maxnreg"] = TWO_PROGRAMS
-    return tile
-
-
-def threshold_gate_backward(
-    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E = x_TD.shape, w_DE.shape[1]
-    d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
-    d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
-    unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
-    x_TD = _rows_contiguous(x_TD)
-    if T:
-        chip = tiles.architecture(x_TD.device)
-        block_e = min(64, max(16, triton.next_power_of_2(E)))
-        score_gradient_kernel[(triton.cdiv(T, 2048 // block_e), triton.cdiv(E, block_e))](
-            d_score_TE,
-            score_TE,
-            inv_norm_T,
-            scale,
-            d_cos_TE,
-            T,
-            E,
-            *d_score_TE.stride(),
-            BLOCK_T=2048 // block_e,
-            BLOCK_E=block_e,
-            num_warps=4,
-        )
-        cosine_gradient_kernel[(triton.cdiv(T, 16),)](
-            d_cos_TE,
-            unit_ED,
-            x_TD,
-            inv_norm_T,
-            d_x_TD,
-            T,
-            D,
-            E,
-            x_TD.stride(0),
-            PRECISION=_precision(E, chip),
-            BLOCK_T=16,
-            BLOCK_D=32,
-            BLOCK_E=min(32, block_e),
-            num_warps=4,
-            num_stages=2,
-        )
-    d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD, inv_norm_T), unit_ED, inv_norm_E, scale, w_DE)
-    return d_x_TD, d_w_DE, d_scale

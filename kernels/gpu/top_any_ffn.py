@@ -14,7 +14,7 @@ from ..operands import ExpertWeights, Index, Router
 from .dispatch_combine import combine
 from .gemm import activation_gradient, in_dtype, linear, token_rows, up, weight_gradients
 from .router_gradient import direction_gradient, token_gradient, unit_vectors
-from .threshold_gate import unit_gradient
+from .score_gradient import unit_gradient
 
 
 def top_any_ffn(

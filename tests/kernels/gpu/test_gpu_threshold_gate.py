@@ -8,6 +8,7 @@ from helpers import HAS_GPU, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel.kernels import threshold_gate, unpack_bits
+from dynmoe_tutel.kernels.gpu import score_gradient
 from dynmoe_tutel.kernels.gpu import threshold_gate as gpu
 from dynmoe_tutel.kernels.threshold_gate import threshold_gate_backward
 
@@ -83,7 +84,7 @@ def gradient_errors(batch: Batch, d_score: Tensor, device: str) -> dict[str, flo
     """Errors relative to the terms whose differences the gradients are, in units of their dtype's precision."""
     x, w, *_, scale = batch.arguments(device)
     score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
-    found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
+    found = score_gradient.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
     exact = threshold_gate(*batch.in_fp64(), False)
     xd, wd, *_, tau = batch.in_fp64()
     wanted = threshold_gate_backward(d_score.double(), exact[0], xd, wd, exact[3], tau)
@@ -261,12 +262,14 @@ def test_strides(how_x: str, how_w: str, device: str) -> None:
         assert torch.equal(one, other)
 
     score, inv_norm, d_score = expected[0], expected[3], d_score.to(device)
-    gradients = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+    gradients = score_gradient.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
     for d in (in_other_strides(d_score, how_x), d_score):
-        own = gpu.threshold_gate_backward(d, score, *strided, inv_norm, scale)
+        own = score_gradient.threshold_gate_backward(d, score, *strided, inv_norm, scale)
         assert all(torch.equal(one, other) for one, other in zip(own, gradients, strict=True))
     d_cos = in_other_strides(d_score, how_w)
-    assert torch.equal(gpu.unit_gradient(d_cos, strided[0], inv_norm), gpu.unit_gradient(d_score, x, inv_norm))
+    assert torch.equal(
+        score_gradient.unit_gradient(d_cos, strided[0], inv_norm), score_gradient.unit_gradient(d_score, x, inv_norm)
+    )
 
 
 def test_an_expanded_gradient(device: str) -> None:
@@ -342,7 +345,7 @@ def test_zero_vectors_get_zero_gradients(device: str, poisoned: None) -> None:
     assert not (bits & 4).any()
     assert (score[:, 2] == 0.5).all()
     d_score = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).to(device)
-    d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+    d_x, d_w, d_scale = score_gradient.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
     assert (d_x[3] == 0).all()
     assert (d_w[:, 2] == 0).all()
     assert all(t.isfinite().all() and (t != 0).any() for t in (d_x, d_w, d_scale))
@@ -380,10 +383,10 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
     generator = torch.Generator().manual_seed(T)
     d_cos, x = torch.randn(T, E, generator=generator), torch.randn(T, D, generator=generator).to(dtype)
     inverse = torch.ones(T, device=device)
-    found = gpu.unit_gradient(d_cos.to(device), x.to(device), inverse)
+    found = score_gradient.unit_gradient(d_cos.to(device), x.to(device), inverse)
     assert found.dtype == torch.float32
     assert relative_rms(found, d_cos.double().t() @ x.double()) < 1e-6
-    assert torch.equal(found, gpu.unit_gradient(d_cos.to(device), x.to(device), inverse))
+    assert torch.equal(found, score_gradient.unit_gradient(d_cos.to(device), x.to(device), inverse))
 
 
 def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None:
@@ -396,7 +399,7 @@ def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None
         x, w, _, active, scale = batch.arguments(device)
         score, bits, unrouted, inv_norm, counts = gpu.threshold_gate(*batch.arguments(device), True)
         d_score = torch.randn(20, 5, generator=torch.Generator().manual_seed(1)).to(device) * active
-        d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+        d_x, d_w, d_scale = score_gradient.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
         assert not d_w[:, 1].any()
         results.append((score[:, active], bits, unrouted, counts, d_x, d_w, d_scale))
     for one, other in zip(results[0] * 2, results[1] + results[2], strict=True):
@@ -439,7 +442,7 @@ def test_tokens_and_vectors_of_every_size(size: float, dtype: torch.dtype, fallb
         d_score = torch.randn(33, E, generator=torch.Generator().manual_seed(7)) * min(size, 1)
         x, w, *_, scale = batch.arguments(device)
         score, _, _, inv_norm, _ = gpu.threshold_gate(*batch.arguments(device), False)
-        found = gpu.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
+        found = score_gradient.threshold_gate_backward(d_score.to(device), score, x, w, inv_norm, scale)
         exact = threshold_gate(*batch.in_fp64(), False)
         xd, wd, *_, tau = batch.in_fp64()
         wanted = threshold_gate_backward(d_score.double(), exact[0], xd, wd, exact[3], tau)
@@ -478,7 +481,7 @@ def test_a_token_that_is_not_finite_gives_the_router_no_gradient(
         x, w, *_, scale = batch.arguments(device)
         score, bits, unrouted, inv_norm, counts = gpu.threshold_gate(*batch.arguments(device), False)
         assert int(counts.sum()) == int(unpack_bits(bits.cpu(), 5).sum())
-        d_x, d_w, d_scale = gpu.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
+        d_x, d_w, d_scale = score_gradient.threshold_gate_backward(d_score, score, x, w, inv_norm, scale)
         others = torch.arange(33, device=device) != 4
         results.append((d_x[others], d_w, d_scale, bits[others], unrouted[others]))
         batch.x[4, 2] = value
