@@ -203,21 +203,23 @@ class LateCount:
         self._host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
+    def __reduce__(self) -> tuple[type[LateCount], tuple[()]]:
+        """A copy starts anew: an event of a GPU can be neither copied nor pickled."""
+        return LateCount, ()
+
     def above_zero(self, count: Tensor) -> bool:
-        """Whether `count`, [] on a GPU, was above 0 at an earlier call; never waits; False inside a graph capture."""
+        """Whether `count` was above 0 at an earlier call; as `value`."""
+        return (self.value(count) or 0) > 0
+
+    def value(self, count: Tensor) -> int | None:
+        """What `count`, [] on a GPU, was at an earlier call; None before it arrives, or in a graph capture. No wait."""
         with torch.cuda.device(count.device):
-            if torch.cuda.is_current_stream_capturing():
-                return False
-            if self._copied is not None:
-                if not self._copied.query():
-                    return False
-                self._copied = None
-                assert self._host is not None
-                if int(self._host) > 0:
-                    return True
+            if torch.cuda.is_current_stream_capturing() or (self._copied is not None and not self._copied.query()):
+                return None
+            value = None if self._copied is None or self._host is None else int(self._host)
             if self._host is None:
                 self._host = torch.zeros((), dtype=count.dtype, pin_memory=True)
             self._host.copy_(count, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return False
+        return value

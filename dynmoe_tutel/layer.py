@@ -27,6 +27,7 @@ from .parallel.placement import Placement
 from .parallel.rank_exchange import RankExchange
 from .refusals import refuse_script, refuse_transforms
 from .routing import Capacity, Routing
+from .silence import SilenceWatch
 from .temporary_hooks import without_temporary_hooks
 from .validation import describe, environment_flag, has_no_data, number, positive_int, warn_once
 
@@ -101,6 +102,7 @@ class MoELayer(AdaptiveExperts):
         self.l_aux, self.aux_terms = None, {}
         self.dropped_assignments = torch.zeros_like(self._num_global_experts)
         self._dropped_late = LateCount()  # for the warning, without waiting for a GPU
+        self._silence = SilenceWatch()
         if config.scan_expert_func is not None:
             for name, parameter in self.experts.named_parameters():
                 config.scan_expert_func(name, parameter)
@@ -203,6 +205,8 @@ class MoELayer(AdaptiveExperts):
             self.l_aux, self.aux_terms = l_aux, routing.aux
             if routing.dropped is not None and not has_no_data(input):
                 self._count_dropped(routing.dropped)
+            if gate.adaptive and len(x_TD) and not torch.compiler.is_compiling() and is_training(self):
+                self._silence.see(routing)
         if self.lineage.is_copy and y.requires_grad:
             self.lineage.watch(y)
         y.l_aux = l_aux  # type: ignore[attr-defined]
@@ -390,7 +394,7 @@ class MoELayer(AdaptiveExperts):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out temporary hooks, and the last forward's losses, whose graph cannot be copied or pickled."""
         state = without_temporary_hooks(self.__dict__)
-        return {**state, "l_aux": None, "aux_terms": {}, "_dropped_late": LateCount()}
+        return {**state, "l_aux": None, "aux_terms": {}}
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

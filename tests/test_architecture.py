@@ -25,7 +25,7 @@ FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tute
         "validation",
         "version",
     ),
-    ("capacity", "initialization", "parts"),
+    ("capacity", "initialization", "parts", "silence"),
     ("experts", "gates", "parallel"),
     ("adaptive", "layer_config"),
     ("checkpoint", "layer"),
