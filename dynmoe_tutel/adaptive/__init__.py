@@ -1,6 +1,6 @@
 """The adaptive process: it records routing, decides after each window, and grows and prunes slots.
 
-Each module uses only earlier ones: records, policy, schedule, optimizer_state, slots, budget, calibration,
+Each module uses only earlier ones: events, records, policy, schedule, optimizer_state, slots, budget, calibration,
 gate_history, rebalance, controller.
 """
 

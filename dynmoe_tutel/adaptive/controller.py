@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..validation import number
 from .averages import Average, averaged_layers
 from .budget import Budgets
+from .events import announce
 from .gate_history import GateHistory, gate_histories
 from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
 from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
@@ -292,7 +293,7 @@ class ExpertController:
             layer.lineage.follow(layer)
         self.events += events
         for event in events:
-            logger.info("%s", event)
+            announce(logger, str(event))
         return events
 
     def _warn_of_what_does_not_learn(self) -> None:

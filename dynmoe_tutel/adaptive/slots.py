@@ -24,6 +24,7 @@ from ..parallel.placement import Placement, slot_order, slot_to_grow, spread_swa
 from ..parallel.rank_exchange import RankExchange
 from ..parallel.slots import SlotAccess
 from ..parts import foreign_parameters, unwrapped, writable
+from .events import announce
 from .lineage import Lineage
 from .policy import Decision, DynMoEPolicy, ExpertChange, unit_direction
 from .recording import RecordsRouting
@@ -175,7 +176,11 @@ class AdaptiveExperts(RecordsRouting, nn.Module):
         record.reset()
         changes = self.update_experts(decision, gate_index, load=load)
         after = int(gate.active().sum())
-        _log.info("adaptive update: from %d to %d experts%s", int(active_E.sum()), after, _summary(changes))
+        message = f"adaptive update: from {int(active_E.sum())} to {after} experts{_summary(changes)}"
+        if changes:
+            announce(_log, message)
+        else:
+            _log.info("%s", message)
         return changes
 
     def update_experts(

@@ -19,12 +19,18 @@ from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
 from .. import tutel_stand_in
+from ..adaptive.events import EVENTS, is_first_rank, is_shown
 from .children import prepare_children
 
 __all__ = ["main", "run"]
 
 _TOOLS = {"tutel.checkpoint.gather": "gather", "tutel.checkpoint.scatter": "scatter"}
 _USAGE = "give SCRIPT ARGS..., or -m MODULE ARGS..."
+_HELP = """usage: dynmoe-tutel run SCRIPT ARGS...
+       dynmoe-tutel run -m MODULE ARGS...
+
+Run an unedited script that imports tutel, with this package's gate types, whether Tutel is installed or not.
+"""
 
 
 def run(arguments: list[str]) -> int:
@@ -44,6 +50,9 @@ def main(arguments: list[str]) -> int:
     Nothing is put back: the threads, pools and exit functions that the script leaves find everything as it was, and
     python itself waits for them or ends them.
     """
+    if arguments[:1] == ["--help"]:
+        sys.stdout.write(_HELP)
+        return 0
     try:
         return _run(arguments, ExitStack())
     except (ValueError, ImportError, OSError) as error:
@@ -57,6 +66,7 @@ def _run(arguments: list[str], undo: ExitStack) -> int:
     tool = _TOOLS.get(target) if is_module else None
     _keep_process(undo)
     show_log(undo)
+    _ask_for_events(undo)
     sys.argv[:] = [target, *rest]
     _set_first_path("" if is_module else target)
     provide_tutel(undo, needed=tool is not None)
@@ -193,15 +203,33 @@ def _frames_of_script(traceback: TracebackType | None) -> TracebackType | None:
 
 
 class _Shown(logging.Handler):
-    """Writes this package's records to stderr until the script has configured logging, then hands them to its root."""
+    """Writes this package's records to stderr until the script has configured logging, then hands them to its root.
+
+    What is no warning, only the first rank writes.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         root = logging.getLogger()
         if root.handlers:
             if record.levelno >= root.level:
                 root.handle(record)
-        elif logging.getLogger("dynmoe_tutel").handlers == [self]:
+        elif self._is_alone() and (record.levelno >= logging.WARNING or is_first_rank()):
             sys.stderr.write(f"{self.format(record)}\n")
+
+    def shows(self, level: int) -> bool:
+        """Whether a record of this level is written, by this handler or the root's."""
+        root = logging.getLogger()
+        return is_shown(root, level) if root.handlers else self._is_alone()
+
+    def _is_alone(self) -> bool:
+        return logging.getLogger("dynmoe_tutel").handlers == [self]
+
+
+def _ask_for_events(undo: ExitStack) -> None:
+    """Let a script that logs warnings alone show how experts grow, and its child processes too."""
+    if EVENTS not in os.environ:
+        os.environ[EVENTS] = "1"
+        undo.callback(os.environ.pop, EVENTS, None)
 
 
 def show_log(undo: ExitStack) -> None:
