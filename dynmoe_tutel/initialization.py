@@ -91,10 +91,17 @@ def fill_linear(
 
 @contextmanager
 def drawn_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Seed the global random state from `generator` inside the block and restore it after; None: do nothing."""
+    """Seed the global random state from `generator` inside the block and restore it after; None: do nothing.
+
+    In the first block that a new generator serves, the state is that of `torch.manual_seed` with its seed, as in
+    Tutel's constructor.
+    """
     if generator is None:
         yield
         return
+    seed = generator.initial_seed()
+    is_new = torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+    drawn = int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
     with torch.random.fork_rng():
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device="cpu")))
+        torch.manual_seed(seed if is_new else drawn)
         yield

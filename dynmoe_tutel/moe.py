@@ -34,6 +34,7 @@ __all__ = [
     "FastDispatcher",
     "MOELayer",
     "extract_critical",
+    "fast_cumsum_sub_one",
     "fast_decode",
     "fast_dispatcher",
     "fast_encode",
@@ -47,10 +48,14 @@ class _TutelsClass(type):
     """Tutel has one class of layers: `isinstance` against its name finds every `MoELayer`, however it was made."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return super().__instancecheck__(instance) or (cls is MOELayer and isinstance(instance, MoELayer))
+        return super().__instancecheck__(instance) or (cls._is_tutels() and isinstance(instance, MoELayer))
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return super().__subclasscheck__(subclass) or (cls is MOELayer and issubclass(subclass, MoELayer))
+        return super().__subclasscheck__(subclass) or (cls._is_tutels() and issubclass(subclass, MoELayer))
+
+    def _is_tutels(cls) -> bool:
+        """Whether Tutel's name stands for this class, and not for one that a user derives from it."""
+        return cls.__name__ == "MOELayer" and cls.__module__.partition(".")[0] == __package__
 
 
 class MOELayer(MoELayer, metaclass=_TutelsClass):
@@ -82,8 +87,11 @@ moe_layer = MOELayer
 
 
 def _at_most(experts: int, k: Any) -> Any:
-    """k, at most the number of experts; what is no integer is left to the gate to refuse."""
-    return min(k, experts) if isinstance(k, Integral) and not isinstance(k, bool) else k
+    """k, at most the number of experts, with a warning; what is no integer is left to the gate to refuse."""
+    if not isinstance(k, Integral) or isinstance(k, bool) or k <= experts:
+        return k
+    warn_once(f"k = {k} is more than the {experts} experts of a layer: a token takes them all, as in Tutel")
+    return experts
 
 
 def _ranks_of_job() -> Any:
@@ -198,6 +206,13 @@ def top_k_routing(
 
 
 extract_critical = top_k_routing  # Tutel's other name
+
+
+def fast_cumsum_sub_one(data: Tensor, dim: int = 0) -> Tensor:
+    """The sums of `data` [T, E] down to each row, minus one: with 0 and 1, each token's place in its expert's queue."""
+    if not isinstance(data, Tensor) or data.dim() != 2 or dim != 0:
+        raise ValueError(f"fast_cumsum_sub_one takes a matrix [T, E] and dim = 0, got {describe(data)} and {dim!r}")
+    return data.cumsum(dim=0) - 1
 
 
 def _all_ranks() -> Any:

@@ -138,6 +138,54 @@ def test_this_packages_own_layer_draws_gates_first() -> None:
     check(MoELayer("top", 16, experts), expected)
 
 
+class OwnExperts(nn.Module):
+    """Of Tutel's kind: all slots in one module."""
+
+    def __init__(self, model_dim: int, num_experts_per_device: int, sharded_count: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(num_experts_per_device, model_dim, model_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.w)
+
+    def forward(self, x: Tensor, ctx: Any) -> Tensor:
+        return x @ self.w
+
+
+class OwnGate(nn.Linear):
+    def __init__(self, model_dim: int, num_global_experts: int) -> None:
+        super().__init__(model_dim, num_global_experts)
+
+
+def test_modules_of_ones_own_draw_tutels_bits_from_seeds() -> None:
+    torch.manual_seed(5)
+    expected = {"experts.module.w": torch.randn(E, 16, 16)}
+    torch.manual_seed(9)
+    linear = nn.Linear(16, E)
+    expected |= {"gates.0.module.weight": linear.weight, "gates.0.module.bias": linear.bias}
+    before = torch.get_rng_state()
+    experts = {"type": "custom", "module": OwnExperts, "num_experts_per_device": E}
+    layer = moe.moe_layer({"type": "custom", "module": OwnGate}, 16, experts, seeds=(9, 5))
+    check(layer, expected)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    layer.reset_parameters()
+    check(layer, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_class_of_ones_own_draws_unlike_slots() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 16)
+
+    experts = {"type": "custom", "module": Own, "num_experts_per_device": E}
+    first, *others = moe.moe_layer("top", 16, experts, seeds=(9, 5)).experts.module
+    assert not any(torch.equal(first.weight, other.weight) for other in others)
+
+
 def test_seeds_leave_the_global_random_state_alone() -> None:
     experts = {"hidden_size_per_expert": 20, "num_experts_per_device": E}
     before = torch.get_rng_state()

@@ -444,6 +444,14 @@ class TestTutelsMeaning:
         assert torch.equal(many(x, top_k=0), every(x))
         assert layer_with(f"Top{START + 5}Gate").gates[0].top_k == START
 
+    def test_k_above_the_experts_warns_once(self, warnings: pytest.LogCaptureFixture) -> None:
+        layer = layer_with({"type": "top", "k": START + 3})
+        for _ in range(2):
+            layer(tokens(), top_k=START + 3)
+            layer_with({"type": "cosine_top", "k": START + 3})
+        message = f"k = {START + 3} is more than the {START} experts of a layer: a token takes them all, as in Tutel"
+        assert [record.getMessage() for record in warnings.records] == [message]
+
     def test_r_of_tutels_scripts(self) -> None:
         """helloworld_switch calls with every r and degree in turn."""
         layer, x = layer_with("top"), tokens()
@@ -685,6 +693,15 @@ def layer_of(layer: Any, routing: Routing) -> Any:
 
 
 class TestFunctions:
+    def test_fast_cumsum_sub_one(self) -> None:
+        mask_TE = F.one_hot(torch.tensor([1, 0, 1, 1, 0]))
+        place_TE = moe.fast_cumsum_sub_one(mask_TE)
+        assert (place_TE * mask_TE).sum(dim=1).tolist() == [0, 0, 1, 2, 1]
+        assert place_TE.dtype == torch.int64
+        for data, dim in ((mask_TE, 1), (mask_TE[0], 0), ([1], 0)):
+            with pytest.raises(ValueError, match=r"takes a matrix \[T, E\] and dim = 0, got"):
+                moe.fast_cumsum_sub_one(data, dim)
+
     @pytest.mark.parametrize("train", [True, False])
     @pytest.mark.parametrize("kind", ["top_any", "gated_multi_gate_t"])
     @pytest.mark.parametrize("combine_gradient", ["mean", "normalized"])

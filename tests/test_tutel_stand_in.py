@@ -18,14 +18,16 @@ from helpers import PATIENCE, spawn_ranks
 from torch import Tensor
 
 from dynmoe_tutel import gates, layer, moe, tutel_stand_in
-from dynmoe_tutel.tutel_stand_in import net, system
+from dynmoe_tutel.tutel_stand_in import layer as stand_in_layer
+from dynmoe_tutel.tutel_stand_in import modules, net, sharding, system
 
 if tutel_stand_in.tutel_is_importable():
     pytest.skip("Tutel is installed, and its stand-in refuses to hide it", allow_module_level=True)
 
 MODULES = ["tutel", "tutel.moe", "tutel.impls", "tutel.impls.moe_layer", "tutel.impls.fast_dispatch", "tutel.gates",
            "tutel.gates.top", "tutel.gates.cosine_top", "tutel.gates.top_any", "tutel.gates.gated_multi_gate",
-           "tutel.gates.gated_multi_gate_t", "tutel.system", "tutel.net"]  # fmt: skip
+           "tutel.gates.gated_multi_gate_t", "tutel.experts", "tutel.experts.ffn", "tutel.jit_kernels.gating",
+           "tutel.system", "tutel.net"]  # fmt: skip
 
 
 def ours() -> set[str]:
@@ -94,25 +96,31 @@ def test_every_module_is_imported_found_and_reached_from_its_parent() -> None:
 
 @pytest.mark.usefixtures("surface")
 def test_names_are_this_packages_own() -> None:
+    import tutel.experts.ffn
     import tutel.gates.cosine_top
     import tutel.gates.gated_multi_gate_t
     import tutel.gates.top
     import tutel.impls.fast_dispatch
     import tutel.impls.moe_layer
+    import tutel.jit_kernels.gating
     import tutel.moe
     from tutel import system_init
 
-    assert tutel.impls.moe_layer.MOELayer is tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer is moe.moe_layer
+    assert tutel.impls.moe_layer.MOELayer is tutel.impls.moe_layer.moe_layer is tutel.moe.moe_layer
+    assert tutel.moe.moe_layer is stand_in_layer.MOELayer
     assert issubclass(tutel.moe.moe_layer, layer.MoELayer)
+    assert isinstance(moe.moe_layer("top_any", 8, {"hidden_size_per_expert": 4}), tutel.impls.moe_layer.MOELayer)
     assert isinstance(layer.MoELayer("top_any", 8, {"hidden_size_per_expert": 4}), tutel.impls.moe_layer.MOELayer)
-    assert tutel.gates.top.Gate is gates.TopKGate
-    assert tutel.gates.cosine_top.Gate is gates.CosineTopKGate
+    assert tutel.gates.top.Gate is tutel.gates.top.LinearTopKGate is modules.LinearTopKGate
+    assert tutel.gates.cosine_top.Gate is tutel.gates.cosine_top.CosineTopKGate is modules.CosineTopKGate
+    assert tutel.experts.ffn.ExpertModule is tutel.experts.ffn.FusedExpertsNetwork is modules.FusedExpertsNetwork
+    assert tutel.jit_kernels.gating.fast_cumsum_sub_one is moe.fast_cumsum_sub_one
     assert tutel.gates.gated_multi_gate_t.Gate is gates.TopAnyGate
     assert tutel.impls.fast_dispatch.fast_encode is moe.fast_encode
     assert system_init is tutel.system
-    for name in moe.__all__:
+    for name in set(moe.__all__) - set(stand_in_layer.__all__):
         assert getattr(tutel.moe, name) is getattr(moe, name)
-    for module, source in (("moe", moe), ("net", net), ("system", system)):
+    for module, source in (("moe", moe), ("net", net), ("net", sharding), ("system", system)):
         scope: dict[str, Any] = {}
         exec(f"from tutel.{module} import *", scope)
         assert set(source.__all__) <= scope.keys()
@@ -131,8 +139,8 @@ def test_a_patch_of_the_stand_in_is_not_one_of_this_package(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("statement", "error", "name"),
     [
-        ("import tutel.net; tutel.net.batch_all_to_all_v", AttributeError, "tutel.net.batch_all_to_all_v"),
-        ("from tutel.net import TutelDistributedOptimizer", ImportError, "tutel.net.TutelDistributedOptimizer"),
+        ("import tutel.net; tutel.net.AllToAllStatus", AttributeError, "tutel.net.AllToAllStatus"),
+        ("from tutel.impls.communicate import swap_axis", ImportError, "tutel.impls.communicate.swap_axis"),
         ("import tutel.jit", ImportError, "tutel.jit"),
         ("from tutel import jit", ImportError, "tutel.jit"),
         ("from tutel.impls import overlap", ImportError, "tutel.impls.overlap"),

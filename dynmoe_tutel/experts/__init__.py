@@ -15,7 +15,7 @@ from .base import EXPERT_KINDS, Experts, expert_kind
 from .ffn import FFNExperts
 from .llama_ffn import LlamaFFNExperts
 
-from .custom import CustomExperts  # isort: skip
+from .custom import CustomExperts, takes_context  # isort: skip
 
 __all__ = [
     "EXPERT_KINDS",
@@ -27,6 +27,7 @@ __all__ = [
     "make_block",
     "make_experts",
     "slots_of",
+    "takes_context",
 ]
 
 COUNT_KEYS = ("num_experts_per_device", "count_per_node")

@@ -220,13 +220,13 @@ class CustomExperts(Experts):
 
     def reset_parameters(self) -> None:
         """Call `reset_parameters()` of all modules that hold tensors, drawn as at construction; ValueError without."""
-        if not isinstance(self.module, nn.ModuleList) or self.padded:
-            with drawn_from(seeded(self.seed)):
-                reset_modules("custom experts", self.module.modules())
-            return
         generator = seeded(self.seed)
         for _ in range(self.first_slot if generator is not None else 0):  # pass the slots of lower ranks
             torch.randint(2**62, (1,), generator=generator, device="cpu")
+        if not isinstance(self.module, nn.ModuleList) or self.padded:
+            with drawn_from(generator):
+                reset_modules("custom experts", self.module.modules())
+            return
         for expert in self.module:
             with drawn_from(generator):
                 reset_modules("a custom expert", expert.modules())

@@ -13,8 +13,11 @@ from .custom import CustomGate
 from .top_any import TopAnyGate
 from .top_k import TopKGate
 
+TUTELS_OWN = ("top", "cosine_top", "custom")  # gate types that Tutel has too
+
 __all__ = [
     "GATE_TYPES",
+    "TUTELS_OWN",
     "CosineTopKGate",
     "CustomGate",
     "Gate",

@@ -70,7 +70,7 @@ class CustomGate(FixedKGate):
         super().__init__(
             k=top_k,
             gate_noise=getattr(module, "gate_noise", gate_noise),
-            capacity_factor=capacity_factor,
+            capacity_factor=getattr(module, "capacity_factor", capacity_factor),
             **common,
         )
         self.module = module

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..capacity import bounded_pairs, pair_capacity
-from ..experts import Experts, make_block, make_experts, slots_of
+from ..experts import Experts, make_block, make_experts, slots_of, takes_context
 from ..initialization import seed_of
 from ..kernels import pack_bits, ragged_index
 from ..parts import unwrapped
@@ -63,7 +63,7 @@ class RankExchange:
             generator = torch.Generator().manual_seed(shared_seed(place.group))
             seeds = [generator.initial_seed()]
         self.seed = seeds[0]
-        if len(set(seeds)) > 1 and config.get("type") != "custom":
+        if len(set(seeds)) > 1 and (config.get("type") != "custom" or takes_context(config.get("module"))):
             return make_experts(config, model_dim, place.local, generator=generator)
         return make_block(config, model_dim, place.slots, place.first, place.local, generator)
 

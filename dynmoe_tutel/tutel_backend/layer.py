@@ -17,14 +17,13 @@ from torch import Tensor
 from ..adaptive.policy import ExpertChange
 from ..adaptive.recording import RecordsRouting
 from ..forwards import in_backward, is_training
-from ..gates import GATE_TYPES, gate_config
+from ..gates import GATE_TYPES, TUTELS_OWN, gate_config
 from ..layer import ONE_SCORE_NEEDS, MoELayer
 from ..layer_config import MoEConfig
 from ..validation import flag, number
 from .dispatch import kept_routing, noting
 from .exchange import PaddedExchange, tutel_exchange
 
-TUTELS_OWN = ("top", "cosine_top", "custom")  # gate types that stay Tutel's
 TOP_ANY = tuple(name for name in GATE_TYPES if name not in TUTELS_OWN)
 _UPSTREAM_OPTIONS = ("one_score_gate", "normalize_one_score_gate", "value_norm_weighted", "update_momentum")
 _Stock: Any = tutel.impls.moe_layer.MOELayer

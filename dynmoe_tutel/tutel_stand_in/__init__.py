@@ -1,7 +1,8 @@
 """A stand-in for the part of Tutel that training scripts use, for machines without Tutel.
 
-`install()` makes `from tutel import moe, system, net` and `tutel.impls.moe_layer` importable: the layer comes from
-`dynmoe_tutel.moe`, the rest is in `system` and `net`. Importing anything else raises an error that says so.
+`install()` makes `from tutel import moe, system, net` and `tutel.impls.moe_layer` importable: the layer and functions
+come from `dynmoe_tutel.moe`, with Tutel's defaults (`layer`); `system`, `net`, `sharding` and `modules` have the rest.
+Importing anything else raises an error that says so.
 """
 
 from __future__ import annotations
@@ -14,30 +15,39 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from ..gates import GATE_TYPES
+from ..gates import GATE_TYPES, TUTELS_OWN
 
 __all__ = ["install", "installed", "remove", "tutel_is_importable"]
 
 _OWN = "dynmoe_tutel"
-_WHOLE = {  # modules with every public name provided
-    "tutel.moe": f"{_OWN}.moe",
-    "tutel.system": f"{_OWN}.tutel_stand_in.system",
-    "tutel.net": f"{_OWN}.tutel_stand_in.net",
-    "tutel.impls.communicate": f"{_OWN}.tutel_stand_in.net",
+_HERE = f"{_OWN}.tutel_stand_in"
+_WHOLE = {  # modules with every public name provided, each from the first of these that has it
+    "tutel.moe": (f"{_HERE}.layer", f"{_OWN}.moe"),
+    "tutel.system": (f"{_HERE}.system",),
+    "tutel.net": (f"{_HERE}.net", f"{_HERE}.sharding"),
+    "tutel.impls.communicate": (f"{_HERE}.net", f"{_HERE}.sharding"),
 }
 _NAMES: dict[str, dict[str, tuple[str, str]]] = {  # module -> name -> (module, name) that provides it
     "tutel": {},
     "tutel.impls": {},
-    "tutel.impls.moe_layer": {name: (f"{_OWN}.moe", name) for name in ("MOELayer", "moe_layer")},
+    "tutel.impls.moe_layer": {name: (f"{_HERE}.layer", name) for name in ("MOELayer", "moe_layer")},
     "tutel.impls.fast_dispatch": {
         name: (f"{_OWN}.moe", name) for name in ("extract_critical", "fast_decode", "fast_dispatcher", "fast_encode")
     },
+    "tutel.jit_kernels": {},
+    "tutel.jit_kernels.gating": {"fast_cumsum_sub_one": (f"{_OWN}.moe", "fast_cumsum_sub_one")},
     "tutel.gates": {},
     **{
         f"tutel.gates.{name}": {"Gate": (f"{_OWN}.gates", kind.cls.__name__)}
         for name, kind in GATE_TYPES.items()
-        if name != "custom"
+        if name not in TUTELS_OWN
     },
+    "tutel.gates.top": dict.fromkeys(("Gate", "LinearTopKGate"), (f"{_HERE}.modules", "LinearTopKGate")),
+    "tutel.gates.cosine_top": dict.fromkeys(("Gate", "CosineTopKGate"), (f"{_HERE}.modules", "CosineTopKGate")),
+    "tutel.experts": {},
+    "tutel.experts.ffn": dict.fromkeys(
+        ("ExpertModule", "FusedExpertsNetwork"), (f"{_HERE}.modules", "FusedExpertsNetwork")
+    ),
 }
 
 
@@ -60,7 +70,7 @@ class _StandIn(ModuleType):
 
     def _public(self) -> list[str]:
         if self.__name__ in _WHOLE:
-            return list(importlib.import_module(_WHOLE[self.__name__]).__all__)
+            return sorted({name for whole in _WHOLE[self.__name__] for name in importlib.import_module(whole).__all__})
         below = (name.removeprefix(f"{self.__name__}.") for name in (*_WHOLE, *_NAMES) if name != self.__name__)
         children = [name for name in below if "." not in name]
         return sorted({*_NAMES[self.__name__], *children})
@@ -69,9 +79,9 @@ class _StandIn(ModuleType):
         if not name.startswith("__"):
             if found := _NAMES.get(self.__name__, {}).get(name):
                 return getattr(importlib.import_module(found[0]), found[1])
-            whole = _WHOLE.get(self.__name__)
-            if whole and name in (module := importlib.import_module(whole)).__all__:
-                return getattr(module, name)
+            for whole in _WHOLE.get(self.__name__, ()):
+                if name in (module := importlib.import_module(whole)).__all__:
+                    return getattr(module, name)
         raise AttributeError(_not_provided(f"{self.__name__}.{name}"), name=name, obj=self)
 
     def __dir__(self) -> list[str]:
