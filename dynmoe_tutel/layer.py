@@ -205,7 +205,7 @@ class MoELayer(AdaptiveExperts):
             self.l_aux, self.aux_terms = l_aux, routing.aux
             if routing.dropped is not None and not has_no_data(input):
                 self._count_dropped(routing.dropped)
-            if gate.adaptive and len(x_TD) and not torch.compiler.is_compiling() and is_training(self):
+            if gate.adaptive and not torch.compiler.is_compiling() and is_training(self) and not has_no_data(input):
                 self._silence.see(routing)
         if self.lineage.is_copy and y.requires_grad:
             self.lineage.watch(y)

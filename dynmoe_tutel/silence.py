@@ -24,7 +24,9 @@ class SilenceWatch:
         self._late = LateCount()
 
     def see(self, routing: Routing) -> None:
-        """Count one training forward with tokens."""
+        """Count one training forward; one without tokens does not count."""
+        if routing.num_tokens == 0:
+            return
         device = routing.expert_offsets.device.type
         stride = 1 if device == "cpu" else GPU_STRIDE
         self._forwards += 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe_tutel import MoELayer
@@ -67,6 +68,15 @@ def test_other_layers_do_not(what: str, warned: Any) -> None:
             layer({"routed": ROUTED, "no tokens": LOST[:0]}.get(what, LOST))
         if what == "at times" and step % 10 == 0:
             layer(ROUTED)
+    assert warned() == 0
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_tokens_without_values_do_not_count(where: str, warned: Any) -> None:
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        layer = MoELayer("top_any", D, {"hidden_size_per_expert": 4})
+        for _ in range(2 * SILENT_FORWARDS):
+            layer(torch.ones(3, D))
     assert warned() == 0
 
 
