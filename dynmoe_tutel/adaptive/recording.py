@@ -31,8 +31,9 @@ class RecordsRouting:
         """The record of each gate."""
         gates: Sized = self.gates
         made = [RoutingRecord(self.max_num_global_experts, self.model_dim) for _ in range(len(gates))]
-        for record in made:
-            record.move(self._num_global_experts.device)
+        if not self._num_global_experts.is_meta:  # else tensors are put in its place one by one, with no call to follow
+            for record in made:
+                record.move(self._num_global_experts.device)
         return made
 
     @property
