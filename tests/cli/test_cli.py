@@ -86,7 +86,10 @@ def test_train_leaves_everything_in_its_folder(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rows", "dense,best"], "rows must be different ones of dense, top-1, top-2, dynmoe, got dense, best"),
+        (
+            ["--rows", "dense,best"],
+            "rows must be different ones of dense, top-1, top-2, dynmoe, dynmoe-k2, got dense, best",
+        ),
         (["--rows", ""], "rows must be"),
         (["--seeds", "0"], "--seeds must be at least 1 and at most 1000, a number of seeds, got 0"),
         (["--seeds", "99999999999"], "--seeds must be at least 1 and at most 1000, a number of seeds, got 99999999999"),

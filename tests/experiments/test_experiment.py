@@ -325,7 +325,15 @@ def test_rows_have_names_an_order_and_options() -> None:
         "num_experts": 16,
     }
     assert moe_options("dynmoe", 8, 16)["gate_type"]["max_expert_num"] == 16
-    for bad, message in (("top-9-of-8", "got 'top-9-of-8'"), ("top-2", "got 'top-2'"), ("best", "got 'best'")):
+    assert moe_options("dynmoe-k1.5", 8, 16)["gate_type"]["budget"] == {"target_k": 1.5}
+    assert row_order(["dynmoe-k1.5", "dynmoe-k3", "dynmoe", "dense"]) == ("dense", "dynmoe", "dynmoe-k3", "dynmoe-k1.5")
+    check_rows(("dense", "dynmoe-k2", "dynmoe-k1.5"))
+    for bad, message in (
+        ("top-9-of-8", "got 'top-9-of-8'"),
+        ("top-2", "got 'top-2'"),
+        ("best", "got 'best'"),
+        ("dynmoe-k0", "got 'dynmoe-k0'"),
+    ):
         with pytest.raises(ValueError, match=message):
             check_rows(("dense", bad))
     with pytest.raises(ValueError, match="different ones"):

@@ -24,7 +24,7 @@ TAKEN: dict[str, dict[str, type]] = {
     "experiment language": {"task": str, "train-domains": str, "data": Path, "model": str, "layers": str, "batch": int},
 }  # fmt: skip
 OWN_HELP = {
-    "train": ["dense, top-1, top-2, dynmoe. Default: all.", "75 degrees. Default: 75.", "under 40 seconds",
+    "train": ["top-2, dynmoe, dynmoe-kX (mean k held at X)", "75 degrees. Default: 75.", "under 40 seconds",
               "Optimizer steps of each run. Default: 200.", "Train dense, top-1, top-2 and DynMoE on rotated digits"],
     "experiment vision": ["top-2-of-8), dynmoe. Default: dense,top-1-of-8,", "Default: 0.002, with --data 3e-5.",
                           "pixels of a side. Default: 224.", "under 3 minutes", "Train a ViT on all domains but one"],

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.experiments.options import option
-from dynmoe_tutel.experiments.rows import moe_options
+from dynmoe_tutel.experiments.rows import BUDGET, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.vision import digits
 from dynmoe_tutel.experiments.vision.vit import ViT, ViTConfig
 
-ROWS = ("dense", "top-1", "top-2", "dynmoe")
+ROWS = ("dense", "top-1", "top-2", "dynmoe", "dynmoe-k2")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class TrainConfig(Settings):
     machine.
     """
 
-    rows: tuple[str, ...] = option(ROWS, "Rows of the table, by comma: dense, top-1, top-2, dynmoe. Default: all.")
+    rows: tuple[str, ...] = option(
+        ROWS,
+        "Rows of the table, by comma: dense, top-1, top-2, dynmoe, dynmoe-kX (mean k held at X). Default: all, X 2.",
+    )
     # 75, the last one: nothing beyond it is trained on, so the model must extrapolate
     test_domain: int = option(75, "The angle left out: 0, 15, 30, 45, 60 or 75 degrees.")
     batch_per_domain: int = 16
@@ -44,7 +47,8 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_bad_choice("rows", self.rows, ROWS)
+        budgeted = tuple(row for row in self.rows if BUDGET.fullmatch(row))
+        refuse_bad_choice("rows", self.rows, (*ROWS, *budgeted))
         if self.test_domain not in digits.ANGLES:
             raise ValueError(f"test_domain must be one of {list(digits.ANGLES)}, got {self.test_domain!r}")
         self.refuse_below_one("batch_per_domain")
@@ -98,7 +102,7 @@ def build_model(config: TrainConfig, row: str, seed: int) -> ViT:
         return ViT(config.model, seed)
     options = moe_options(row, config.experts, config.slots)
     gate = options["gate_type"]
-    if row != "dynmoe":
+    if gate["type"] == "cosine_top":
         gate["proj_dim"] = config.model.dim
     experts = {
         "type": "ffn",

@@ -197,7 +197,10 @@ def test_command_line_makes_a_table_and_refuses_bad_input(config: LanguageConfig
     again = call("--resume", str(tmp_path / "job"), "--data", str(moved))
     assert again.exit_code == 0, again.output
     for arguments, message in (
-        ([*given, "--rows", "top-3"], "rows must be dense, dynmoe or top-K-of-E"),
+        (
+            [*given, "--rows", "top-3"],
+            "rows must be dense, dynmoe, dynmoe-kX with a mean number X of experts a token, or top-K-of-E",
+        ),
         ([*given, "--seeds", "none"], "--seeds must be numbers by comma"),
         ([*given, "--train-domains", "films,books"], "train_domains must be"),
         ([*given, "--task", "glue"], "task must be sentiment or one of sst2"),
