@@ -60,9 +60,9 @@ class Scaled(NamedTuple):
         return self.norm if self.factor is None else self.norm / self.factor
 
 
-def _may_look(v: Tensor) -> bool:
-    """Whether Python may branch on values: a GPU would wait, and torch.compile cannot."""
-    return v.device.type == "cpu" and not torch.compiler.is_compiling()
+def _may_look(values: Tensor) -> bool:
+    """Whether Python may branch on them: a GPU would wait, and torch.compile and fake tensors have none."""
+    return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _within(values: Tensor, low: float, high: float) -> bool:
@@ -76,7 +76,7 @@ def scaled(v: Tensor, dim: int) -> Scaled:
     """The vectors of v [n, m], fp32 or fp64, along `dim` with their norms, scaled where these need it."""
     norm = torch.linalg.vector_norm(v, dim=dim)
     safe, up, down = RANGES[v.dtype]
-    if _may_look(v):
+    if _may_look(norm):
         if _within(norm, 1 / safe, safe):
             return Scaled(v, norm, ordinary=True)
         odd = ~((norm >= 1 / safe) & (norm <= safe))
@@ -94,7 +94,7 @@ def scaled_rows(v: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     are not finite become zero, so that they reach no sum over the rows.
     """
     safe = RANGES[v.dtype].safe
-    if _may_look(v):
+    if _may_look(inverse):
         if _within(inverse, 1 / safe, safe):
             return v, inverse, None
         odd = ~((inverse >= 1 / safe) & (inverse <= safe)) & (inverse != 0)

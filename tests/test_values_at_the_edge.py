@@ -200,3 +200,14 @@ def test_the_cosine_router_has_no_scale(power: int, dtype: torch.dtype) -> None:
         results.append((routing.scores, routing.bits))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_zero_token_of_the_cosine_router_has_finite_gradients(dtype: torch.dtype) -> None:
+    layer, x = layer_with("cosine_top").to(dtype), tokens(dtype)
+    with torch.no_grad():
+        layer.gates[0].cosine_projector.bias.zero_()
+        x[2] = 0
+    y = layer(x)
+    (y.square().sum() + y.l_aux).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)

@@ -6,23 +6,15 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..initialization import fill_linear, linear, reset_modules, seed_of, seeded
-from ..kernels.norms import RANGES
+from ..kernels.norms import unit
 from ..parts import call_linear, writable
 from ..validation import number, positive_int
 from .base import gate_type
 from .top_any import MAX_LOG_SCALE
 from .top_k import FixedKGate
-
-
-def _unit(v: Tensor, dim: int) -> Tensor:
-    """v / ||v|| of any length: a power of two, which changes no bit, first brings it to an ordinary one."""
-    largest, (safe, up, down) = v.detach().abs().amax(dim=dim, keepdim=True), RANGES[v.dtype]
-    factor = torch.ones_like(largest).masked_fill(largest > safe, down).masked_fill(largest < 1 / safe, up)
-    return F.normalize(v * factor, dim=dim, eps=torch.finfo(v.dtype).tiny)
 
 
 @gate_type("cosine_top", ("k", "proj_dim", "init_t"))
@@ -76,5 +68,5 @@ class CosineTopKGate(FixedKGate):
         """[T, E]."""
         dtype = x_TD.dtype
         projected = call_linear(self.cosine_projector, x_TD)
-        cos_TE = _unit(projected, 1) @ _unit(self.sim_matrix.to(dtype), 0)
+        cos_TE = unit(projected, 1) @ unit(self.sim_matrix.to(dtype), 0)
         return cos_TE * self.temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp()
