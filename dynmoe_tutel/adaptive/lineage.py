@@ -68,7 +68,7 @@ class Lineage:
         """Take the layer for trained once a gradient reaches its output `y`; at once where torch compiles."""
         if torch.compiler.is_compiling():
             self.trained = True
-        else:
+        elif not self.trained:
             y.register_hook(self._reached)
 
     def _reached(self, _: Tensor) -> None:
@@ -159,7 +159,7 @@ def _router(layer: Any) -> list[Tensor]:
 
 def _take_slot(layer: Any, average: Any, gate: int, slot: int) -> None:
     """Give the slot the mask of the gate of `layer`, and where that is active the gate's entries and the expert."""
-    of_layer, of_average = layer.gates[gate], average.gates[gate]
+    of_layer, of_average = layer.held_gates[gate], average.held_gates[gate]
     of_average.experts_mask[slot] = of_layer.experts_mask[slot].to(of_average.experts_mask)
     if not bool(of_layer.active()[slot]):
         return

@@ -91,7 +91,7 @@ def rebalance_layer(histories: Sequence[GateHistory], rows: OptimizerRows, thres
         _permute_gate(layer.held_gates[history.gate], rows, order)
         history.permute_slots(order)
         for average in averages:
-            average.gates[history.gate].permute_slots(order)
+            average.held_gates[history.gate].permute_slots(order)
     swapped = [slot for slot, source in enumerate(order) if slot != source]
     layer.lineage.miss(((history.gate, slot) for history in histories for slot in swapped), besides=averages)
     moves = [

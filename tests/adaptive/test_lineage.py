@@ -328,3 +328,33 @@ def test_a_compiled_copy_that_is_trained_keeps_its_bits() -> None:
     bits = copy.deepcopy(other.state_dict())
     TestOtherCopies().changed(model)
     assert all(torch.equal(value, bits[name]) for name, value in other.state_dict().items())
+
+
+def test_an_average_follows_a_wrapped_gate() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            return self.inner(*arguments, **options)
+
+    def wrapping(model: Net) -> tuple[nn.Module, Update]:
+        model.mlp.gates[0] = Wrapped(model.mlp.gates[0])
+        return over_parameters(model)
+
+    model, average = history(wrapping)
+    live, of_average = model.mlp, average.mlp
+    assert of_average.held_gates[0].active().tolist() == live.held_gates[0].active().tolist()
+    for (old, index), (new, _) in zip(of_average.slot_parameters(2), live.slot_parameters(2), strict=True):
+        torch.testing.assert_close(old[index], new[index], rtol=0.1, atol=0.01)
+
+
+def test_a_trained_copy_is_watched_no_longer() -> None:
+    """nn.TransformerEncoder and others make their layers by deepcopy: each output would get a hook in every step."""
+    copied = copy.deepcopy(make_layer())
+    x = torch.randn(8, D)
+    first = copied(x)
+    assert first._backward_hooks
+    first.sum().backward()
+    assert not copied(x)._backward_hooks
