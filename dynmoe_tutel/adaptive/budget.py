@@ -59,7 +59,7 @@ class Budgets:
         self._gates: dict[Any, list[TopAnyGate]] = {}  # by process group
         for layer in model.modules():
             if isinstance(layer, AdaptiveExperts):
-                found = [gate for gate in layer.gates if isinstance(gate, TopAnyGate)]
+                found = [gate for gate in layer.held_gates if isinstance(gate, TopAnyGate)]
                 self._gates.setdefault(layer.record_group if group is None else group, []).extend(found)
 
     @torch.no_grad()

@@ -47,12 +47,13 @@ def calibrate(
 
     Raises ValueError for a target out of range, a model without top-any gates, and batches that end after one reading.
     """
-    gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, TopAnyGate)}
+    layers = [module for module in model.modules() if isinstance(module, AdaptiveExperts)]
+    groups = {gate: layer.record_group for layer in layers for gate in layer.held_gates if isinstance(gate, TopAnyGate)}
+    gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, TopAnyGate) and gate in groups}
     if not gates:
         raise ValueError("model has no gate of type top_any, gated_multi_gate or gated_multi_gate_t to calibrate")
     if iter(batches) is batches:
         raise ValueError("batches can be read only once: give a list or a DataLoader")
-    groups = {g: m.record_group for m in model.modules() if isinstance(m, AdaptiveExperts) for g in m.gates}
     budgets = {}
     for name, gate in gates.items():
         most = gate.limit_of_call(max_k)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer
 from dynmoe_tutel.adaptive.budget import Budgets, kept_margins, shift_for
@@ -184,3 +184,23 @@ class TestParts:
         """By hand: midway between what stays and what goes; the ends where only best experts stay, or all."""
         margins = torch.tensor([[INF, 0.4, -0.1], [INF, 0.2, -0.2]])
         assert float(shift_for(margins, torch.tensor(2), target)) == pytest.approx(shift)
+
+
+class Wrapped(nn.Module):
+    """What a tool puts in the place of a gate."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.inner(*arguments, **options)
+
+
+def test_a_wrapped_gate_holds_its_target() -> None:
+    layer = make_layer({"target_k": 2.0})
+    gate = layer.gates[0]
+    layer.gates[0] = Wrapped(gate)
+    k, _ = Task().train(layer, [layer], 60)
+    assert sum(k[-20:]) / 20 == pytest.approx(2.0, rel=0.1)
+    assert gate.budget_shift > 0

@@ -112,3 +112,21 @@ def test_refuses_batches_that_end_and_models_without_gates() -> None:
         calibrate(model, iter(batches), 2.0)
     with pytest.raises(ValueError, match="model has no gate of type top_any"):
         calibrate(nn.Linear(2, 2), batches, 2.0)
+
+
+def test_a_wrapped_gate_is_calibrated() -> None:
+    """As a tool wraps it: by a module in the gate's place."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            return self.inner(*arguments, **options)
+
+    model, batches = model_and_batches()
+    model[1].gates[0] = Wrapped(model[1].gates[0])
+    found = calibrate(model, batches, 2.0)
+    assert found == {"0.gates.0": pytest.approx(2.0, rel=0.1), "1.gates.0.inner": pytest.approx(2.0, rel=0.1)}
+    assert mean_k(model, batches) == [pytest.approx(k) for k in found.values()]
