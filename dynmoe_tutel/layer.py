@@ -336,7 +336,7 @@ class MoELayer(AdaptiveExperts):
 
         For tokens without values, whose assignments cannot be counted, room for all.
         """
-        if self._room_by_budget and not factor and self.placement.ranks == 1:
+        if self._room_by_budget and self.capacity == "exact" and not factor and self.placement.ranks == 1:
             most = gate.limit_of_call(max_k)
             if most is not None and most < self.slots:
                 return float(most)

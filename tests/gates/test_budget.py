@@ -132,6 +132,8 @@ def test_a_cap_makes_memory_static() -> None:
     assert int(layer.dropped_assignments) == 0
     exact = MoELayer({"type": "top_any", "budget": {"max_k": 2}}, 4, EXPERTS, capacity="exact")
     assert exact.route(x).token_of_row.shape == (int(exact.route(x).num_assignments),)
+    layer.capacity = 0.5
+    assert layer.route(x).token_of_row.shape == layer.route(x, max_k=1).token_of_row.shape == (5,)
 
 
 def test_a_cap_composes_with_a_bounded_capacity() -> None:
