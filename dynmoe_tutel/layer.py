@@ -63,6 +63,7 @@ class MoELayer(AdaptiveExperts):
     aux_terms: dict[str, Tensor]
     _dropped: Tensor
     _is_replica = False  # nn.DataParallel sets it on its copies
+    _room_by_budget = False  # no capacity was given; so in layers that were pickled before there were budgets
     # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dynmoe_tutel
-from dynmoe_tutel import MoELayer, RoutingRecord, old_paths
+from dynmoe_tutel import ExpertController, MoELayer, RoutingRecord, old_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = {"controller", "distributed_checkpoint", "meters", "policy", "records"}
@@ -81,3 +81,22 @@ def test_a_layer_of_before_says_what_to_do() -> None:
         packed = packed.replace(now, then)
     with pytest.raises(ValueError, match=r"make the layer anew and load its state_dict\(\)"):
         pickle.loads(packed)
+
+
+def test_a_layer_pickled_before_budgets_runs_and_grows() -> None:
+    """torch.save(model) of the version before: it lacks attributes that a new layer has."""
+    layer = MoELayer("top_any", 8, {"num_experts_per_device": 2, "hidden_size_per_expert": 8}, seeds=(1, 2))
+    x = torch.randn(5, 8)
+    expected = layer(x).detach()
+    gate = layer.gates[0]
+    added = {layer: ("_room_by_budget", "lineage"), gate: ("budget", "_sample", "_sampled")}
+    for owner, names in {**added, layer.record: ("_least_tokens",)}.items():
+        for name in names:
+            del vars(owner)[name]
+    del gate._buffers["budget_shift"]
+    restored = pickle.loads(pickle.dumps(layer))
+    controller = ExpertController(restored, torch.optim.SGD(restored.parameters(), lr=0.0), 1)
+    assert torch.equal(restored(x), expected)
+    restored(x).sum().backward()
+    controller.step()
+    assert restored.state_dict().keys() == layer.state_dict().keys()

@@ -54,6 +54,7 @@ class RoutingRecord:
     k_histogram: Tensor
     _sample: Tensor
     _sample_state: Tensor
+    _least_tokens = 0  # in records that were pickled without
 
     def __init__(self, num_experts: int, model_dim: int, keep_tokens: int = 0) -> None:
         self.num_experts, self.model_dim = num_experts, model_dim

@@ -152,6 +152,11 @@ class TopAnyGate(Gate):
         margin_TE = (unit_TD @ unit_DE - self.gates.float()).masked_fill_(~self.active(), -torch.inf)
         return margin_TE if token_mask is None else margin_TE.masked_fill_(~token_mask.unsqueeze(1), -torch.inf)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any module's; a gate that was pickled before there were budgets has none."""
+        super().__setstate__({"budget": None, "_sample": None, "_sampled": None, **state})
+        self._buffers.setdefault("budget_shift", None)
+
     def _apply(self, *args: Any, **options: Any) -> Any:
         """As any module's, but the shift stays fp32: half precision is too coarse for it."""
         exact = self.budget_shift
