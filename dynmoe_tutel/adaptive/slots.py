@@ -53,7 +53,7 @@ class AdaptiveExperts(RecordsRouting, nn.Module):
         self.gates, self.experts = gates, experts
         self.register_buffer("_num_global_experts", torch.tensor(exchange.start))
         self.register_buffer("_max_num_global_experts", torch.tensor(self.slots))
-        self.reset_record_routing()  # makes the records here: under FakeTensorMode they would be fake
+        assert self.records  # made here: under FakeTensorMode they would be fake
         self.record_group = record_group  # ranks over which records are summed; None: all
         self.lineage = Lineage()
         self._marks: dict[str, dict[str, Any]] = {}
