@@ -22,8 +22,8 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
 
     If the layer has more slots than the state, the saved ones come first; the rest keep their values and are inactive.
     If it has fewer, the surplus slots are dropped if none is active. Missing counts (dense or stock checkpoints) are
-    filled in, and so are budgets' shifts, by 0. A layer divided over ranks takes its own slots from a whole state. `block` is (first, end) of the slots
-    if the state is one rank's: ValueError unless they are this rank's.
+    filled in, and so are budgets' shifts, by 0. A layer divided over ranks takes its own slots from a whole state.
+    `block` is (first, end) of the slots if the state is one rank's: ValueError unless they are this rank's.
     """
     _check_block(layer, prefix, block)
     slots = layer.slots
@@ -136,7 +136,7 @@ def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _fit_shifts(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str) -> None:
-    """Fill in the shift of a budget by 0; ValueError for a shift that the layer has no place for: k would be another."""
+    """Fill in a missing shift of a budget by 0; ValueError for a shift where the layer has none: its k would differ."""
     for key in own:
         if key.endswith(".budget_shift") and key not in state_dict:
             _log.warning("%s is missing in the checkpoint and is filled in: the budget starts at shift 0", key)

@@ -125,8 +125,9 @@ def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) 
 def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     """(layer/name, value) for every number of `RoutingMeter.read` that is worth a curve.
 
-    `experts`, `k`, `unrouted`, and a budget's `target_k` and `shift`; `load_max_over_mean` over the active slots (1: equal load); and `k_histogram/n`, the
-    share of tokens with n experts, for n up to the most that a token can have or had.
+    `experts`, `k`, `unrouted`, and a budget's `target_k` and `shift`; `load_max_over_mean` over the active slots (1:
+    equal load); and `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or
+    had.
     """
     for name, layer in layers.items():
         for key in ("experts", "k", "unrouted", "target_k", "shift"):

@@ -63,9 +63,14 @@ def pack_bits(assigned_TE: Tensor) -> Tensor:
 
 def count_of_token(assigned_TE: Tensor) -> Tensor:
     """Assignments of each token, [T] integer."""
-    if assigned_TE.shape[1] > 248:  # the sums of eight bytes must fit into one
+    if assigned_TE.shape[1] > 127:  # the sum must fit into the top byte, a signed one
         return assigned_TE.sum(dim=1)
-    return _by_eight(assigned_TE).sum(dim=1) * _SUM_BYTES >> 56 & 255
+    return _by_eight(assigned_TE).sum(dim=1) * _SUM_BYTES >> 56
+
+
+def without_expert(assigned_TE: Tensor) -> Tensor:
+    """Whether a token has no assignment, [T] bool."""
+    return (_by_eight(assigned_TE) == 0).all(dim=1)
 
 
 def _by_eight(assigned_TE: Tensor) -> Tensor:

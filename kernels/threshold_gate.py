@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .norms import scaled, scaled_rows
 from .operation import expect, expect_matrix, operation
-from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, words
+from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, without_expert, words
 
 MODULES = {"triton": "gpu.threshold_gate"}
 BACKWARD_MODULES = {"triton": "gpu.score_gradient"}
@@ -115,17 +115,11 @@ def threshold_gate(
         assigned_TE &= token_mask_T.unsqueeze(1)
         cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
         inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
-    has_cap = 0 < max_k < assigned_TE.shape[1]
-    if has_cap or shift is not None:
-        bits_TW, k_T = None, count_of_token(assigned_TE)
-        unrouted_T = k_T == 0
-    else:
-        bits_TW = pack_bits(assigned_TE)
-        unrouted_T = (bits_TW == 0).all(dim=1)
+    unrouted_T = without_expert(assigned_TE)
     if token_mask_T is not None:
         unrouted_T &= token_mask_T
-    if has_cap:
-        _cap(assigned_TE, cos_TE, threshold_E, (k_T > max_k).nonzero().squeeze(1), max_k)
+    if 0 < max_k < assigned_TE.shape[1]:
+        _cap(assigned_TE, cos_TE, threshold_E, max_k)
     if shift is not None:
         _keep_best(unrouted_T, assigned_TE, cos_TE, threshold_E.masked_fill(~active_E, torch.inf))
     if fallback:
@@ -135,10 +129,8 @@ def threshold_gate(
     elif tokens.factor is not None:
         first_E = active_E & (active_E.cumsum(0) == 1)
         assigned_TE |= (unrouted_T & inv_norm_T.isnan()).unsqueeze(1) & first_E
-    if bits_TW is None or fallback or tokens.factor is not None:
-        bits_TW = pack_bits(assigned_TE)
     score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
-    return score_TE, bits_TW, unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+    return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
 def _keep_best(unrouted_T: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor) -> None:
@@ -155,9 +147,9 @@ def _keep_best(unrouted_T: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshol
         unrouted_T.index_fill_(0, token_M, False)
 
 
-def _cap(assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, token_N: Tensor, max_k: int) -> None:
-    """Of the assignments of each of these tokens, which have more, keep the `max_k` of largest margin, of equal margins
-    those of lower slots, in place."""
+def _cap(assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, max_k: int) -> None:
+    """Of a token's assignments keep the `max_k` of largest margin, of equal margins those of lower slots, in place."""
+    token_N = (count_of_token(assigned_TE) > max_k).nonzero().squeeze(1)
     if not token_N.numel():
         return
     assigned_NE = assigned_TE.index_select(0, token_N)

@@ -42,7 +42,7 @@ def test_the_start_is_the_mean_that_is_asked_for(monkeypatch: pytest.MonkeyPatch
         assert error == pytest.approx(abs(start / 2 - 1), abs=0.01)
 
 
-def test_writes_tables_under_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+def test_writes_tables_under_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "GATES", ((40, 8, 4), (64, 8, 8)))
     monkeypatch.setattr(budget, "SIZES", (8,))
     monkeypatch.setattr(budget, "worst_error", lambda law, D, centre, start, steps: start / D)
@@ -56,7 +56,7 @@ def test_writes_tables_under_the_command(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(results["gate"][0]["over_none"]) == {"target", "target, cap of 4", "cap of 2"}
 
 
-@pytest.mark.parametrize("argv", [["--steps", "99"], ["--repeats", "1"], ["--part", "layer"], ["--threads", "0"]])
+@pytest.mark.parametrize("argv", [["--steps", "99"], ["--repeats", "0"], ["--part", "layer"], ["--threads", "0"]])
 def test_refuses(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         budget.main(argv)

@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 
 from dynmoe_tutel import __version__, moe
 from dynmoe_tutel.cli import app, doctor, inspection
-from dynmoe_tutel.metrics import RoutingMeter
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
+from dynmoe_tutel.metrics import RoutingMeter
 
 FILES = {"config.json", "runs", "table.md", "table.json", "accuracy.png", "experts.png", "k_histogram.png", "load.png",
          "trade_off.png"}  # fmt: skip
@@ -236,7 +236,9 @@ def test_inspect_agrees_with_the_layers_own_routing() -> None:
 def test_inspect_prints_what_a_budget_holds(tmp_path: Path) -> None:
     """The shift, as far as weights tell; a checkpoint of the job knows the target and k too."""
     gate = {"type": "top_any", "max_expert_num": 4, "budget": {"target_k": 2.5}}
-    model = torch.nn.ModuleDict({"a": moe.moe_layer(gate, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 4})})
+    model = torch.nn.ModuleDict(
+        {"a": moe.moe_layer(gate, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 4})}
+    )
     model["a"].gates[0].budget_shift.fill_(-0.125)
     meter = RoutingMeter(model)
     model["a"](torch.randn(20, 8))

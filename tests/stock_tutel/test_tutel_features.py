@@ -272,7 +272,12 @@ def test_a_budget(layout: str, k: dict[str, Any]) -> None:
     case = make_case(**k)
     given = {**({"target_k": 1.0} if "shift" in k else {}), **({"max_k": 2} if "max_k" in k else {})}
     gate = {"type": "top_any", "max_expert_num": E, "budget": given}
-    experts = {"type": "ffn", "num_experts_per_device": E, "hidden_size_per_expert": H, "activation_fn": torch.nn.functional.gelu}
+    experts = {
+        "type": "ffn",
+        "num_experts_per_device": E,
+        "hidden_size_per_expert": H,
+        "activation_fn": torch.nn.functional.gelu,
+    }
     layer = tutel.moe.moe_layer(gate, D, experts, layout=layout)
     layer.load_state_dict(case.layer.state_dict())
     assert layer.layout == layout
