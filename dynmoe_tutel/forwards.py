@@ -1,4 +1,5 @@
-"""Which forward is running: one of training, one that no backward follows, or the recompute of an earlier one.
+"""Which forward is running: one of training, one that no backward follows, or the recompute of an earlier one; and
+whether under autocast.
 
 Knows torch alone.
 """
@@ -6,10 +7,12 @@ Knows torch alone.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 
@@ -43,3 +46,8 @@ def _in_autograd_function() -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context with autocast off on the device of `x`; the meta device has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

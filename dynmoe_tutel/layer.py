@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .adaptive.slots import AdaptiveExperts
 from .capacity import LateCount
 from .experts import FFNExperts
-from .forwards import in_backward, is_training
+from .forwards import in_backward, is_training, without_autocast
 from .gates import Gate, TopKGate, make_gate
 from .initialization import generators_of
 from .layer_config import MoEConfig, overlap_degree, takes_arguments_of
@@ -396,11 +395,6 @@ class MoELayer(AdaptiveExperts):
         """Leave out temporary hooks, and the last forward's losses, whose graph cannot be copied or pickled."""
         state = without_temporary_hooks(self.__dict__)
         return {**state, "l_aux": None, "aux_terms": {}}
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context with autocast off on the device of `x`; the meta device has none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _limit_of_call(gate: Gate, max_k: int | None) -> dict[str, int]:

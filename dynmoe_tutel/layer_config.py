@@ -164,6 +164,7 @@ class MoEConfig:
             "model_dim": self.model_dim,
             "experts": {name: value for name, value in self.experts.items() if isinstance(value, int | str)},
             "gates": [type(gate).__name__ for gate in gates],
+            "budgets": [str(getattr(gate, "budget", None)) for gate in gates],
             "capacity": self.capacity,
             "a2a_ffn_overlap_degree": self.a2a_ffn_overlap_degree,
         }

@@ -22,8 +22,8 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
 
     If the layer has more slots than the state, the saved ones come first; the rest keep their values and are inactive.
     If it has fewer, the surplus slots are dropped if none is active. Missing counts (dense or stock checkpoints) are
-    filled in. A layer divided over ranks takes its own slots from a whole state. `block` is (first, end) of the slots
-    if the state is one rank's: ValueError unless they are this rank's.
+    filled in, and so are budgets' shifts, by 0. A layer divided over ranks takes its own slots from a whole state.
+    `block` is (first, end) of the slots if the state is one rank's: ValueError unless they are this rank's.
     """
     _check_block(layer, prefix, block)
     slots = layer.slots
@@ -35,6 +35,7 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
     _round_masks(own, state_dict)
     if any(key.startswith(prefix) for key in state_dict):
         _fill_counts(layer, state_dict, prefix)
+        _fit_shifts(own, state_dict, prefix)
     if not getattr(layer.experts, "padded", True):
         _fit_modules(layer, state_dict, prefix, own)
     for key, target in own.items():
@@ -132,6 +133,21 @@ def _fill_counts(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     elif count not in state_dict:
         state_dict[count] = layer.held_gates[0].active().sum()
     state_dict[slots] = torch.tensor(layer.slots)
+
+
+def _fit_shifts(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str) -> None:
+    """Fill in a missing shift of a budget by 0; ValueError for a shift where the layer has none: its k would differ."""
+    for key in own:
+        if key.endswith(".budget_shift") and key not in state_dict:
+            _log.warning("%s is missing in the checkpoint and is filled in: the budget starts at shift 0", key)
+            state_dict[key] = torch.zeros(1)
+    for key in state_dict:
+        if key.startswith(f"{prefix}gates.") and key.endswith(".budget_shift") and key not in own:
+            raise ValueError(
+                f"the checkpoint has the shift of a budget, {key}, and this layer's gate none: build it with "
+                "gate_type['budget'] = {'target_k': ...}, the mean number of experts a token that it was trained or "
+                "calibrated for; or take the key out to have each token's number of experts without a budget"
+            )
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

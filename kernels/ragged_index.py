@@ -20,6 +20,7 @@ WORD = 64
 MOST_ROWS = 2**31 - 1  # the limit of an int32 index
 # multiplying eight 0/1 bytes by this puts their low bits, in order, into the top byte
 _GATHER_LOW_BITS = 0x0102040810204080
+_SUM_BYTES = 0x0101010101010101  # and this sums them there
 
 
 def words(num_experts: int) -> int:
@@ -52,11 +53,34 @@ def pack_bits(assigned_TE: Tensor) -> Tensor:
     if assigned_TE.dim() != 2 or assigned_TE.dtype != torch.bool:
         raise ValueError(f"assigned_TE must be bool [T, E], got {assigned_TE.dtype} {list(assigned_TE.shape)}")
     T, E = assigned_TE.shape
-    W = words(E)
-    padded = assigned_TE.new_zeros((T, W * WORD))
+    octets = _by_eight(assigned_TE) * _GATHER_LOW_BITS >> 56
+    if E % WORD == 0:
+        return octets.to(torch.uint8).view(torch.int64)
+    bytes_TB = octets.new_zeros((T, words(E) * 8), dtype=torch.uint8)
+    bytes_TB[:, : octets.shape[1]] = octets
+    return bytes_TB.view(torch.int64)
+
+
+def count_of_token(assigned_TE: Tensor) -> Tensor:
+    """Assignments of each token, [T] integer."""
+    if assigned_TE.shape[1] > 127:  # the sum must fit into the top byte, a signed one
+        return assigned_TE.sum(dim=1)
+    return _by_eight(assigned_TE).sum(dim=1) * _SUM_BYTES >> 56
+
+
+def without_expert(assigned_TE: Tensor) -> Tensor:
+    """Whether a token has no assignment, [T] bool."""
+    return (_by_eight(assigned_TE) == 0).all(dim=1)
+
+
+def _by_eight(assigned_TE: Tensor) -> Tensor:
+    """[T, ceil(E / 8)] int64, eight experts in its bytes, 0 or 1."""
+    T, E = assigned_TE.shape
+    if E % 8 == 0 and assigned_TE.is_contiguous() and assigned_TE.storage_offset() % 8 == 0:
+        return assigned_TE.view(torch.int64)
+    padded = assigned_TE.new_zeros((T, -(-E // 8) * 8))
     padded[:, :E] = assigned_TE
-    octets = padded.view(torch.int64) * _GATHER_LOW_BITS >> 56
-    return octets.to(torch.uint8).view(torch.int64)
+    return padded.view(torch.int64)
 
 
 def unpack_bits(bits_TW: Tensor, num_experts: int) -> Tensor:

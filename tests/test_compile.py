@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe_tutel import Routing, kernels, moe
+from dynmoe_tutel.adaptive import Budgets
 
 D, H, E, T = 16, 12, 6, 24
 
@@ -31,6 +32,10 @@ def layer_with(gate: Any = None, experts: Any = None, **given: Any) -> Any:
     gate = {"type": "top_any", "max_expert_num": E} if gate is None else gate
     config = {"num_experts_per_device": 4, "hidden_size_per_expert": H, "activation_fn": F.gelu, **(experts or {})}
     return moe.moe_layer(gate, D, config, **{"seeds": (1, 2), **given})
+
+
+def budgeted() -> Any:
+    return layer_with({"type": "top_any", "max_expert_num": E, "budget": {"target_k": 2.0, "max_k": 3}}, capacity=None)
 
 
 def batches(layer: Any, T: int = T) -> list[Tensor]:
@@ -68,6 +73,7 @@ KINDS: dict[str, Callable[[], Any]] = {
         {"output_dim": 5},
         aux_losses={"diversity": 1, "simplicity": 1, "load_balance": 1, "efficiency": 1, "gshard": 1},
     ),
+    "budget": lambda: budgeted(),
     "bounded": lambda: layer_with(capacity=1.5),
     "full, llama": lambda: layer_with(experts={"type": "llama_ffn", "activation_fn": F.silu}, capacity="full"),
     "lambda": lambda: layer_with(experts={"activation_fn": lambda h: F.gelu(h) * 2}),
@@ -160,6 +166,18 @@ class TestOneGraph:
             change()
             assert torch.equal(run(x), layer(x))
         assert counter.frame_count == 1
+
+    def test_a_step_of_a_budget_adds_none(self) -> None:
+        """The compiled layer keeps the sample that the eager one keeps."""
+        layer, eager = budgeted(), budgeted()
+        run, counter = compiled(layer)
+        for x in batches(layer):
+            for each, forward in ((layer, run), (eager, eager)):
+                outcome(forward, each, x, True)
+                Budgets(each).step()
+            assert torch.equal(layer.gates[0].budget_shift, eager.gates[0].budget_shift)
+            assert counter.frame_count == 1
+        assert float(layer.gates[0].budget_shift) != 0
 
     def test_dropped_assignments_are_counted(self) -> None:
         layer, eager = layer_with(capacity=0.5), layer_with(capacity=0.5)

@@ -270,3 +270,42 @@ class TestForeign:
         assert "gates.0.experts_mask" in message
         assert "[1, 2, 3, 4]" in message
         assert "averages=" in message
+
+
+class TestTheShiftOfABudget:
+    """`budget_shift` is there where the gate has a target, and only there."""
+
+    @staticmethod
+    def layer(**budget: Any) -> Any:
+        gate = {"type": "top_any", "max_expert_num": 4, **({"budget": budget} if budget else {})}
+        return moe.moe_layer(gate, 8, {"num_experts_per_device": 3, "hidden_size_per_expert": 4}, seeds=(1, 2))
+
+    def test_a_state_without_one_starts_at_0(self, caplog: pytest.LogCaptureFixture) -> None:
+        layer = torch.nn.Sequential(self.layer(target_k=2.0))
+        layer[0].gates[0].budget_shift.fill_(0.3)
+        layer.load_state_dict(torch.nn.Sequential(self.layer()).state_dict())
+        assert layer[0].gates[0].budget_shift.tolist() == [0.0]
+        assert "0.gates.0.budget_shift is missing in the checkpoint and is filled in" in caplog.text
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("budget", [{}, {"max_k": 2}])
+    def test_a_state_with_one_needs_a_target(self, budget: dict[str, Any], strict: bool) -> None:
+        saved = torch.nn.Sequential(self.layer(target_k=2.0)).state_dict()
+        message = r"the shift of a budget, 0\.gates\.0\.budget_shift.*gate_type\['budget'\] = \{'target_k'"
+        with pytest.raises(ValueError, match=message):
+            torch.nn.Sequential(self.layer(**budget)).load_state_dict(saved, strict=strict)
+
+    def test_by_gate_of_a_list(self) -> None:
+        gates = [{"type": "top_any", "max_expert_num": 4, "budget": {"target_k": k}} for k in (1.5, 2.0)]
+        experts = {"num_experts_per_device": 3, "hidden_size_per_expert": 4}
+        first, second = (moe.moe_layer(gates, 8, experts) for _ in range(2))
+        for gate, shift in zip(first.gates, (0.1, 0.2), strict=True):
+            gate.budget_shift.fill_(shift)
+        second.load_state_dict(first.state_dict())
+        assert [gate.budget_shift.item() for gate in second.gates] == pytest.approx([0.1, 0.2])
+
+    def test_another_target_takes_the_shift_over(self) -> None:
+        first, second = self.layer(target_k=2.0), self.layer(target_k=1.5, max_k=2)
+        first.gates[0].budget_shift.fill_(0.25)
+        second.load_state_dict(first.state_dict())
+        assert second.gates[0].budget_shift.tolist() == [0.25]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import MoELayer, moe
 from dynmoe_tutel.metrics import RoutingMeter, layer_scalars, moe_layers, parameter_counts
 
 
@@ -126,3 +126,14 @@ def test_free_slots_count_as_no_parameters() -> None:
     assert total == 72 + 3 * (9 + expert)
     assert activated == 72 + 3 * 9 + 1.5 * expert
     assert parameter_counts(nn.Linear(8, 8), {}) == (72, 72)
+
+
+def test_a_budget_is_read_and_is_worth_a_curve() -> None:
+    gate = {"type": "top_any", "budget": {"target_k": 2.0, "max_k": 3}}
+    layer = MoELayer(gate, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 4})
+    meter = RoutingMeter(torch.nn.ModuleDict({"a": layer}))
+    layer(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+    layer.gates[0].budget_shift.fill_(0.25)
+    scalars = dict(layer_scalars(meter.read()))
+    assert (scalars["a/target_k"], scalars["a/shift"]) == (2.0, 0.25)
+    meter.close()

@@ -18,6 +18,7 @@ from helpers import PATIENCE, spawn_ranks
 from torch import Tensor
 
 from dynmoe_tutel import gates, layer, moe, tutel_stand_in
+from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.tutel_stand_in import layer as stand_in_layer
 from dynmoe_tutel.tutel_stand_in import modules, net, sharding, system
 
@@ -174,6 +175,19 @@ def test_an_upstream_layer_records_and_adapts(kind: str) -> None:
     assert (torch.nn.functional.normalize(opposite_D, dim=0) @ grown_DE).max() > 1 - 1e-6
     (block(torch.randn(2, 3, 8)).sum() + block.l_aux).backward()
     assert block.gates[0].sim_matrix.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("surface")
+def test_a_layer_has_a_budget() -> None:
+    from tutel import moe as tutel_moe
+
+    gate = {"type": "gated_multi_gate", "max_expert_num": 4, "budget": {"target_k": 1.5, "max_k": 2}}
+    block = tutel_moe.moe_layer(gate, 8, {"type": "ffn", "count_per_node": 3, "hidden_size_per_expert": 8})
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    assert int(block.route(x).k_per_token.max()) == 2
+    block(x, max_k=1)
+    Budgets(block).step()
+    assert float(block.gates[0].budget_shift) != 0
 
 
 @pytest.mark.parametrize(

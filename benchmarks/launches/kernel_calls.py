@@ -158,6 +158,14 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         2 * T * D * E,
         lambda: on_torch("threshold_gate", *gate)[:4],
     )
+    budget = (i.x_TD, i.w_DE, i.thresholds_E - 0.02, *gate[3:], None, i.scale.new_full((1,), 0.02), int(2 * s.k))
+    yield Kernel(
+        "gate with a budget",
+        lambda: threshold_gate.threshold_gate(*budget)[:4],
+        tokens + n * D * E + 4 * T * E + 8 * T * W + 5 * T,
+        2 * T * D * E,
+        lambda: on_torch("threshold_gate", *budget)[:4],
+    )
     yield Kernel(
         "index (bounded)",
         lambda: ragged_index.ragged_index(i.bits_TW, E, A, i.counts),

@@ -43,7 +43,7 @@ def shift_for(margins: Tensor, tokens: Tensor, target_k: float) -> Tensor:
     """
     sorted_N = torch.cat([margins.flatten().sort(descending=True).values, margins.new_full((1,), -torch.inf)])
     rank = (tokens * target_k).round().long().clamp(1, margins.numel())
-    stays, goes = sorted_N[rank - 1], sorted_N[rank]
+    stays, goes = sorted_N.gather(0, torch.stack([rank - 1, rank])).unbind()  # sorted_N[rank] would wait for the device
     middle = (stays + goes) / 2
     return torch.where(goes == -torch.inf, -2.0, torch.where(stays == torch.inf, 2.0, middle)).clamp(-2, 2)
 
@@ -96,6 +96,8 @@ def _margins_of_ranks(gates: list[TopAnyGate], group: Any) -> list[tuple[Tensor,
     One collective for all gates. Each of R ranks sends a part of its sample, so that a message stays small.
     """
     kept = [kept_margins(gate.sample_margins(), gate.budget.max_k) for gate in gates]  # type: ignore[union-attr]
+    for gate in gates:
+        gate.forget_sample()
     if dist.is_available() and dist.is_initialized() and gates:
         group = dist.group.WORLD if group is None else group
         ranks, device = dist.get_world_size(group), kept[0].device

@@ -374,6 +374,7 @@ class AdaptiveExperts(RecordsRouting, nn.Module):
         own = {
             "tensors": {name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors.items()},
             "gates": [type(gate).__name__ for gate in self.gates],
+            "budgets": [str(getattr(gate, "budget", None)) for gate in self.held_gates],
             "experts at start": self.exchange.start,
             "parameters with hooks": hooked,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,16 @@ CELL = 7
 @dataclass(frozen=True)
 class LayerState:
     """One gate of one layer. `thresholds` [E] are sigmoid(tau G), None for a fixed-k gate; `load` [E] is each slot's
-    share of tokens; load and k are None where they are not known."""
+    share of tokens; load and k are None where they are not known. `shift` is a budget's, in cosine units, None without
+    one; weights do not tell its `target_k`, the job's checkpoints do."""
 
     name: str
     active: list[bool]
     thresholds: list[float] | None
     load: list[float] | None = None
     k: float | None = None
+    shift: float | None = None
+    target_k: float | None = None
 
 
 def inspect(path: Path, console: Console) -> None:
@@ -82,7 +85,8 @@ def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor)
         tau = 1.0 if temperature is None else math.exp(min(float(temperature), MAX_LOG_SCALE))
         thresholds = torch.sigmoid(tau * gates.double()).tolist()
     active = [True] * slots if mask is None else is_active(mask).tolist()
-    return LayerState(_layer_name(prefix), active, thresholds)
+    shift = tensors.get(f"{prefix}budget_shift")
+    return LayerState(_layer_name(prefix), active, thresholds, shift=None if shift is None else float(shift))
 
 
 def _states(path: Path) -> list[tuple[str, list[LayerState]]]:
@@ -116,7 +120,7 @@ def _checkpoint(folder: Path) -> tuple[str, list[LayerState]]:
 
 def _with_statistics(layer: LayerState, statistics: Mapping[str, Mapping[str, Any]]) -> LayerState:
     found = statistics.get(layer.name, {})
-    return LayerState(layer.name, layer.active, layer.thresholds, found.get("load"), found.get("k"))
+    return replace(layer, load=found.get("load"), k=found.get("k"), target_k=found.get("target_k"))
 
 
 def _layer_name(prefix: str) -> str:
@@ -127,7 +131,9 @@ def _layer_name(prefix: str) -> str:
 def _headline(layer: LayerState) -> str:
     k = "k not stored" if layer.k is None else f"mean k {layer.k:.2f}"
     load = "" if layer.load is not None else ", load not stored"
-    return f"  {layer.name}: {sum(layer.active)} of {len(layer.active)} slots active, {k}{load}"
+    target = "" if layer.target_k is None else f" to hold k at {layer.target_k:g}"
+    budget = "" if layer.shift is None else f", a budget shifts thresholds by {layer.shift:+.4f}{target}"
+    return f"  {layer.name}: {sum(layer.active)} of {len(layer.active)} slots active, {k}{load}{budget}"
 
 
 def _slot_tables(layer: LayerState, width: int) -> list[Table]:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
+from ..forwards import without_autocast
 from ..initialization import seed_of, seeded
 from ..kernels import gate_dtype, threshold_gate, vector_losses
+from ..kernels.norms import unit
 from ..parts import writable
 from ..routing import Capacity, Router, Routing, is_active
 from ..validation import number, warn_once
@@ -21,7 +23,7 @@ from .budget import Budget
 
 MAX_LOG_SCALE = math.log(100.0)
 SAMPLE = 256  # tokens kept of a forward to hold a budget
-
+PATIENCE = 1000  # training forwards without a step of `adaptive.budget`, after which a gate warns
 
 _OF_VECTORS = {"diversity", "simplicity"}  # losses of the routing vectors alone
 _UPSTREAM = {"max_expert_num": 64, "upstream_init": True}
@@ -92,12 +94,14 @@ class TopAnyGate(Gate):
         if init_t is not None:
             self.init_t = number("gate_type['init_t']", init_t, 0, open_low=True)
             self.temperature = nn.Parameter(torch.empty(1))
-        self._sample: Tensor | None = None  # [S, D]: tokens of the last training forward, for `adaptive.budget`
-        self._sampled: Tensor | None = None  # [S] bool: which rows of it are tokens
+        # No buffers, which DistributedDataParallel would overwrite with another rank's; see `keep_sample`.
+        self._sample: Tensor | None = None  # [S, D] fp32: tokens of the last training forward, for `adaptive.budget`
+        self._sampled: Tensor | None = None  # [S] bool: which rows of it are tokens that no step has used
+        self._unused_samples = 0  # forwards since the last step
         self.register_buffer("budget_shift", None)
-        self.budget = None if budget is None else Budget.of(budget, num_experts)
-        if self.budget is not None and self.budget.target_k is not None:
-            self.budget_shift = torch.zeros(1)
+        self.budget: Budget | None = None
+        if budget is not None:
+            self.hold_budget(Budget.of(budget, num_experts))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -111,9 +115,9 @@ class TopAnyGate(Gate):
         self.reset_mask()
         if self.temperature is not None:
             self.temperature.fill_(math.log(1 / self.init_t))
-        self._sample = self._sampled = None
         if self.budget_shift is not None:
             self.budget_shift.zero_()
+            self.forget_sample()
 
     def hold_budget(self, budget: Budget, shift: float | None = None) -> None:
         """Take over a budget, and a shift if it has a target; without `shift`, the shift stays as it is, or 0."""
@@ -122,6 +126,7 @@ class TopAnyGate(Gate):
             self.budget_shift = None
         elif self.budget_shift is None:
             self.budget_shift = torch.zeros(1, device=self.experts_mask.device)
+            self._sample_on(self.experts_mask.device)
         if shift is not None and self.budget_shift is not None:
             self.budget_shift.fill_(shift)
 
@@ -130,26 +135,53 @@ class TopAnyGate(Gate):
         """Keep SAMPLE tokens of a training forward at an even stride, where the gate has a target."""
         if self.budget_shift is None:
             return
-        if self._sample is None or self._sampled is None or self._sample.device != x_TD.device:
-            self._sample = torch.zeros((SAMPLE, self.model_dim), device=x_TD.device)
-            self._sampled = torch.zeros(SAMPLE, dtype=torch.bool, device=x_TD.device)
+        self._warn_without_steps()
+        self._sample_on(x_TD.device)
+        assert self._sample is not None
+        assert self._sampled is not None
         chosen = slice(None, None, -(-x_TD.shape[0] // SAMPLE) or 1)
         taken = x_TD[chosen].shape[0]
         self._sample[:taken] = x_TD[chosen]
         self._sampled[:taken] = True if token_mask is None else token_mask[chosen]
         self._sampled[taken:] = False
 
+    def _sample_on(self, device: torch.device) -> None:
+        """Have room for a sample on `device`: made anew, without a token, where it is elsewhere."""
+        if self._sample is None or self._sample.device != device:
+            self._sample = torch.zeros((SAMPLE, self.model_dim), device=device)
+            self._sampled = torch.zeros(SAMPLE, dtype=torch.bool, device=device)
+
+    def _warn_without_steps(self) -> None:
+        if torch.compiler.is_compiling():  # a count would be compiled anew for each value
+            return
+        self._unused_samples += 1
+        if self._unused_samples == PATIENCE:
+            warn_once(
+                f"a layer whose gate_type['budget'] has a target_k ran {PATIENCE} forwards in training, and nothing "
+                "has moved its shift: call step() of an ExpertController, or of dynmoe_tutel.adaptive.Budgets, after "
+                "each optimizer step. If the shift is to stay as it is, all is well"
+            )
+
+    def forget_sample(self) -> None:
+        """The sample was used: without a forward in between, the next step finds no token."""
+        self._unused_samples = 0
+        if self._sampled is not None:
+            self._sampled.zero_()
+
     def sample_margins(self) -> Tensor:
         """The margins of the kept tokens under the weights as they are, [SAMPLE, E]; -inf in rows without a token."""
-        if self._sample is None or self._sampled is None:
-            return torch.full((SAMPLE, self.slots), -torch.inf, device=self.experts_mask.device)
+        self._sample_on(self.experts_mask.device)
+        assert self._sample is not None
         return self.margins(self._sample, self._sampled)
 
     @torch.no_grad()
     def margins(self, x_TD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """cos(x_t, w_e) - G_e without a shift, [T, E] fp32; -inf for inactive slots and for padding."""
-        unit_TD, unit_DE = (F.normalize(t.float(), dim=d) for t, d in ((x_TD, 1), (self.sim_matrix, 0)))
-        margin_TE = (unit_TD @ unit_DE - self.gates.float()).masked_fill_(~self.active(), -torch.inf)
+        """cos(x_t, w_e) - G_e without a shift, [T, E] fp32; -inf for inactive slots, for padding and for a token that
+        is not finite."""
+        with without_autocast(x_TD):
+            cos_TE = unit(x_TD.float(), 1) @ unit(self.sim_matrix.float(), 0)
+        margin_TE = (cos_TE - self.gates.float()).masked_fill_(~self.active(), -torch.inf)
+        margin_TE.masked_fill_(margin_TE.isnan(), -torch.inf)
         return margin_TE if token_mask is None else margin_TE.masked_fill_(~token_mask.unsqueeze(1), -torch.inf)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,6 +195,8 @@ class TopAnyGate(Gate):
         super()._apply(*args, **options)
         if exact is not None and self.budget_shift is not None and not exact.is_meta:
             self.budget_shift = exact.to(self.budget_shift.device)
+        if self.budget_shift is not None:
+            self._sample_on(self.experts_mask.device)
         return self
 
     def start_with(self, active: Sequence[bool]) -> None:

@@ -37,11 +37,11 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
-    assert len({r["kernel"] for r in results}) == len(results) == 15
+    assert len({r["kernel"] for r in results}) == len(results) == 16
     assert all(r["difference"] < 1e-5 for r in results)
     assert all(r["bytes"] > 0 and r["bound_microseconds"] > 0 for r in results)
     _check_models({r["kernel"]: r for r in results})
-    assert out.with_suffix(".md").read_text().count("\n| T 40") == 15
+    assert out.with_suffix(".md").read_text().count("\n| T 40") == 16
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -55,6 +55,7 @@ def _check_models(found: dict[str, dict[str, Any]]) -> None:
     expected = {
         # x, w, scores; per token a word of bits, a flag and a norm
         "gate": (tokens + 4 * 32 * 4 + router + 8 * 40 + 40 + 4 * 40, 2 * 40 * 32 * 4),
+        "gate with a budget": (tokens + 4 * 32 * 4 + router + 8 * 40 + 40 + 4 * 40, 2 * 40 * 32 * 4),
         "index (bounded)": (8 * 40 + 4 * (2 * A + 40 + 4), 0),
         "dispatch": (tokens + rows_D + 4 * A, 0),
         "up": (tokens + weight + 2 * rows_H, product),  # writes the pre-activation and the activation

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from dynmoe_tutel import __version__, moe
 from dynmoe_tutel.cli import app, doctor, inspection
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
+from dynmoe_tutel.metrics import RoutingMeter
 
 FILES = {"config.json", "runs", "table.md", "table.json", "accuracy.png", "experts.png", "k_histogram.png", "load.png",
          "trade_off.png"}  # fmt: skip
@@ -230,6 +231,23 @@ def test_inspect_agrees_with_the_layers_own_routing() -> None:
         routing = getattr(model, name).route(torch.randn(4, 8))
         assert layers[name].thresholds == pytest.approx(routing.thresholds.tolist())
         assert layers[name].active == [True, True, True, False, False]
+
+
+def test_inspect_prints_what_a_budget_holds(tmp_path: Path) -> None:
+    """The shift, as far as weights tell; a checkpoint of the job knows the target and k too."""
+    gate = {"type": "top_any", "max_expert_num": 4, "budget": {"target_k": 2.5}}
+    model = torch.nn.ModuleDict(
+        {"a": moe.moe_layer(gate, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 4})}
+    )
+    model["a"].gates[0].budget_shift.fill_(-0.125)
+    meter = RoutingMeter(model)
+    model["a"](torch.randn(20, 8))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert "a budget shifts thresholds by -0.1250" in call("inspect", tmp_path / "model.pt").stdout
+    layer = inspection._with_statistics(inspection.layers_in(model.state_dict())[0], meter.read())
+    meter.close()
+    assert inspection._headline(layer).endswith("a budget shifts thresholds by -0.1250 to hold k at 2.5")
+    assert f"mean k {layer.k:.2f}" in inspection._headline(layer)
 
 
 def test_inspect_wraps_many_slots_and_names_further_gates(tmp_path: Path) -> None:

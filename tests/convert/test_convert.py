@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe_tutel import MoELayer
+from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.convert import aux_loss, convert, revert
 from dynmoe_tutel.convert.find_ffns import find_ffns
 
@@ -332,3 +333,20 @@ def test_frozen_and_global_state() -> None:
     convert(model, [1], "emoe", num_experts=3, split="random", seeds=(0, 0))
     assert not any(p.requires_grad for p in moe_layers(model)[0].experts.parameters())
     assert all(p.requires_grad for p in moe_layers(model)[0].gates.parameters())
+
+
+def test_a_budget_holds_in_every_layer_of_a_converted_model() -> None:
+    gate = {"type": "top_any", "max_expert_num": 4, "budget": {"target_k": 2.0, "max_k": 3}}
+    model = convert(host(), layers=[1, 3], gate_type=gate, num_experts=4)
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    budgets = Budgets(model)
+    for _ in range(30):
+        model(tokens(16, 16))
+        budgets.step()
+    assert len(layers) == 2
+    k: list[float] = []
+    for layer in layers:
+        layer.gates[0].register_forward_hook(lambda *call: k.append(float(call[2].k_per_token.float().mean())))
+        assert layer.gates[0].budget.max_k == 3
+    model(tokens(16, 16))
+    assert k == pytest.approx([2.0, 2.0], abs=0.15)

@@ -15,6 +15,7 @@ from helpers import HALF, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import kernels, moe
+from dynmoe_tutel.adaptive import Budgets
 
 STATIC = [2.5, 0.7, "full"]  # 0.7 drops assignments
 cuda_only = pytest.mark.cuda_only
@@ -22,7 +23,7 @@ cuda_only = pytest.mark.cuda_only
 
 def layer_with(
     device: str,
-    capacity: float | str = "exact",
+    capacity: float | str | None = "exact",
     *,
     kind: str = "ffn",
     D: int = 128,
@@ -151,6 +152,24 @@ class TestNoWaiting:
         step(layer, x, dy, mask)
         with no_waiting():
             step(layer, x, dy, mask)
+
+    @cuda_only
+    @pytest.mark.parametrize("scope", ["layer", "model"])
+    def test_a_budget(self, scope: str, device: str) -> None:
+        """No capacity given: room for `max_k` experts a token. And the step that moves the shift."""
+        gate = {"type": "top_any", "max_expert_num": 8, "budget": {"target_k": 1.5, "max_k": 3, "scope": scope}}
+        layer = layer_with(device, None, gate=gate)
+        x, dy = batch(device)
+        budgets = Budgets(layer)
+        for _ in range(2):  # compiles
+            step(layer, x, dy)
+            budgets.step()
+        with no_waiting():
+            for max_k in (None, 2):
+                step(layer, x, dy)
+                layer(x, max_k=max_k)
+                budgets.step()
+        assert float(layer.gates[0].budget_shift) != 0
 
     @cuda_only
     def test_the_test_sees_waiting(self, device: str) -> None:

@@ -155,6 +155,21 @@ def test_logs(tmp_path: Path) -> None:
                 assert line[f"moe/{layer}/{action}"] == events.count((step, layer, action))
 
 
+def test_a_budget_is_held_and_logged(tmp_path: Path) -> None:
+    log, module = Log(), Module(lr=0.001, budget={"target_k": 1.5})
+    options = {"logger": log, "log_every_n_steps": 1, "accumulate_grad_batches": 2, "max_epochs": 20}
+    trainer_of(tmp_path, DynMoECallback(1000, WEIGHT), **options).fit(module, loader())
+    lines = [line for _, line in log.lines if "moe/aux" in line]
+    for layer in ("first", "second"):
+        k = [line[f"moe/net.{layer}/k"] for line in lines]
+        assert k[0] < 0.8
+        assert sum(k[-20:]) / 20 == pytest.approx(1.5, rel=0.05)
+        assert lines[-1][f"moe/net.{layer}/target_k"] == 1.5
+        assert lines[-1][f"moe/net.{layer}/shift"] == pytest.approx(
+            float(getattr(module.net, layer).gates[0].budget_shift)
+        )
+
+
 def state_of(module: Module, trainer: Any, callback: Any) -> dict[str, Any]:
     controller = callback.controller.state_dict()
     moments = trainer.optimizers[0].state_dict()["state"]

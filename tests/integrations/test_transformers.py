@@ -190,6 +190,22 @@ def test_logs(tmp_path: Path) -> None:
     assert scalars[-1]["moe/first/experts"] == trainer.model.first.num_global_experts
 
 
+def test_a_budget_is_held_and_logged(tmp_path: Path) -> None:
+    options = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 40, "learning_rate": 0.001}
+    trainer = trainer_of(Net(budget={"target_k": 1.5}), tmp_path, gradient_accumulation_steps=2, **options)
+    with_callback(trainer, schedule=1000)
+    trainer.train()
+    scalars = [entry for entry in trainer.state.log_history if "moe/aux" in entry]
+    for layer in ("first", "second"):
+        k = [entry[f"moe/{layer}/k"] for entry in scalars]
+        assert k[0] < 0.8
+        assert sum(k[-20:]) / 20 == pytest.approx(1.5, rel=0.05)
+        assert scalars[-1][f"moe/{layer}/target_k"] == 1.5
+        assert scalars[-1][f"moe/{layer}/shift"] == pytest.approx(
+            float(getattr(trainer.model, layer).gates[0].budget_shift)
+        )
+
+
 def test_the_logged_loss_is_that_of_the_task(tmp_path: Path) -> None:
     logged = []
     for weight in (0.0, WEIGHT):

@@ -29,10 +29,10 @@ def moe_layer(gate: str = "top_any", **gate_options: Any) -> nn.Module:
 class Net(nn.Module):
     """Maps x [B, TOKENS, D] and labels [B] to loss and logits; two MoE layers with residuals."""
 
-    def __init__(self, gate: str = "top_any", checkpointing: bool | None = None) -> None:
+    def __init__(self, gate: str = "top_any", checkpointing: bool | None = None, **gate_options: Any) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.first, self.second = moe_layer(gate), moe_layer(gate)
+        self.first, self.second = moe_layer(gate, **gate_options), moe_layer(gate, **gate_options)
         self.head = nn.Linear(D, 2)
         with torch.no_grad():
             self.head.weight.normal_(generator=generator)

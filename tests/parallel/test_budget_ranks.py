@@ -45,9 +45,38 @@ def _train(divided: bool) -> dict[str, Any]:
     return {"k": k, "shift": layer.gates[0].budget_shift.clone(), "experts": layer.num_global_experts}
 
 
+def _bound_and_capped() -> None:
+    """`bind` brings rank 0's shift along, refuses unlike budgets, and a call's `max_k` holds on every rank."""
+    rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+
+    def layer_of(**budget: Any) -> MoELayer:
+        experts = {"num_experts_per_device": 8, "hidden_size_per_expert": 8}
+        return MoELayer({"type": "top_any", "budget": budget}, D, experts, seeds=(1, 2))
+
+    layer, whole = layer_of(target_k=TARGET, max_k=4), layer_of(target_k=TARGET, max_k=4)
+    whole.gates[0].budget_shift.fill_(0.1)
+    layer.gates[0].budget_shift.fill_(0.1 + rank)
+    layer.bind(group)
+    assert torch.equal(layer.gates[0].budget_shift, whole.gates[0].budget_shift)
+    x = torch.randn(ranks * 20, D, generator=torch.Generator().manual_seed(3))
+    for max_k in (None, 2, 1):
+        own = x[rank * 20 : rank * 20 + 20]
+        routing = layer.route(own, max_k=max_k)
+        assert int(routing.k_per_token.max()) == (max_k or 4)
+        torch.testing.assert_close(layer(own, max_k=max_k), whole(x, max_k=max_k)[rank * 20 : rank * 20 + 20])
+        assert routing.token_of_row.shape == (int(routing.num_assignments),)  # over ranks, capacity stays exact
+    experts = {"num_experts_per_device": 8 // ranks, "hidden_size_per_expert": 8}
+    for unlike in ({"max_k": 2 + rank}, {"target_k": 2.0} if rank else {"max_k": 2}):
+        with pytest.raises(ValueError, match="moe_layer over the ranks of group: budgets = "):
+            MoELayer({"type": "top_any", "budget": unlike}, D, experts, group=group)
+    with pytest.raises(ValueError, match="bind: budgets = "):
+        layer_of(max_k=2 + rank).bind(group)
+
+
 def _process(rank: int, folder: str, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=GROUP_PATIENCE)
+    _bound_and_capped()
     torch.save([_train(divided) for divided in (False, True)], f"{folder}/{rank}.pt")
     dist.barrier()
     leave()

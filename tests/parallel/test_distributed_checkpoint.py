@@ -50,9 +50,9 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 class Alone:
     """A model on one process, without torch.distributed."""
 
-    def __init__(self, optimizer: Any = None) -> None:
+    def __init__(self, optimizer: Any = None, **options: Any) -> None:
         torch.manual_seed(0)
-        gate = {"type": "top_any", "max_expert_num": 6}
+        gate = {"type": "top_any", "max_expert_num": 6, **options}
         experts = {"type": "ffn", "num_experts_per_device": 3, "hidden_size_per_expert": 5}
         self.model = nn.Sequential(moe.moe_layer(gate_type=gate, experts=experts, model_dim=D), nn.Linear(D, 2))
         make = optimizer or (lambda p: torch.optim.Adam(p, lr=1e-2))
@@ -94,6 +94,21 @@ def test_one_process_resumes_bitwise(name: str, tmp_path: Path) -> None:
     assert same(resumed.state(), before)
     assert same(resumed.train(5, start=4).state(), job.train(5, start=4).state())
     assert job.controller.events, "the resumed part must have something to get wrong"
+
+
+def test_a_budget_resumes_bitwise_and_is_not_lost(tmp_path: Path) -> None:
+    budget = {"budget": {"target_k": 1.5, "max_k": 2}}
+    job = Alone(**budget).train(4)
+    assert float(job.model[0].gates[0].budget_shift) != 0
+    distributed.save(tmp_path / "step-4", *job.parts())
+    resumed = Alone(**budget).train(1, start=50)
+    distributed.load(tmp_path / "step-4", *resumed.parts())
+    assert same(resumed.train(5, start=4).state(), job.train(5, start=4).state())
+    with pytest.raises(ValueError, match=r"has unknown \['model\.0\.gates\.0\.budget_shift'\]"):
+        distributed.load(tmp_path / "step-4", *Alone().parts())
+    distributed.save(tmp_path / "plain", *Alone().train(1).parts())
+    with pytest.raises(ValueError, match=r"lacks \['model\.0\.gates\.0\.budget_shift'\]"):
+        distributed.load(tmp_path / "plain", *Alone(**budget).parts())
 
 
 def _copied(value: Any) -> Any:

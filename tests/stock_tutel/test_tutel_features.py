@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tutel_twin import LAYOUTS, D, E, H, tutel_twin
 
 from dynmoe_tutel import ExpertController
+from dynmoe_tutel.adaptive import Budgets
 
 tutel = pytest.importorskip("tutel", reason="stock Tutel is not installed: its README says how")
 pytestmark = pytest.mark.usefixtures("registered")
@@ -262,3 +263,35 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture, caplog: pytest.LogCap
         layer(torch.randn(9, D))
         layer.adaptive_update_experts()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [{"max_k": 2}, {"shift": 0.1}, {"shift": 0.1, "max_k": 2}], ids=str)
+def test_a_budget(layout: str, k: dict[str, Any]) -> None:
+    """The layer has the numbers of this package's own, its own `max_k` in a call, and is moved by the same steps."""
+    case = make_case(**k)
+    given = {**({"target_k": 1.0} if "shift" in k else {}), **({"max_k": 2} if "max_k" in k else {})}
+    gate = {"type": "top_any", "max_expert_num": E, "budget": given}
+    experts = {
+        "type": "ffn",
+        "num_experts_per_device": E,
+        "hidden_size_per_expert": H,
+        "activation_fn": torch.nn.functional.gelu,
+    }
+    layer = tutel.moe.moe_layer(gate, D, experts, layout=layout)
+    layer.load_state_dict(case.layer.state_dict())
+    assert layer.layout == layout
+    for max_k in (None, 1):
+        assert relative_rms(layer(case.x, max_k=max_k), case.layer(case.x, max_k=max_k)) < FP32
+    if "shift" in k:
+        for each in (layer, case.layer):
+            Budgets(each).step()
+        assert torch.equal(layer.gates[0].budget_shift, case.layer.gates[0].budget_shift)
+        assert float(layer.gates[0].budget_shift) != pytest.approx(0.1)
+
+
+def test_tutels_own_gates_have_no_budget() -> None:
+    experts = {"type": "ffn", "num_experts_per_device": E, "hidden_size_per_expert": H}
+    layer = tutel.moe.moe_layer({"type": "top", "k": 2}, D, experts)
+    with pytest.raises(TypeError, match="max_k"):
+        layer(torch.randn(4, D), max_k=1)
