@@ -141,7 +141,7 @@ class TopAnyGate(Gate):
         assert self._sampled is not None
         chosen = slice(None, None, -(-x_TD.shape[0] // SAMPLE) or 1)
         taken = x_TD[chosen].shape[0]
-        self._sample[:taken] = x_TD[chosen]
+        self._sample[:taken] = unit(x_TD[chosen].to(gate_dtype(x_TD)), 1)  # their lengths may not fit fp32
         self._sampled[:taken] = True if token_mask is None else token_mask[chosen]
         self._sampled[taken:] = False
 
@@ -176,17 +176,22 @@ class TopAnyGate(Gate):
 
     @torch.no_grad()
     def margins(self, x_TD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """cos(x_t, w_e) - G_e without a shift, [T, E] fp32; -inf for inactive slots, for padding and for a token that
-        is not finite."""
+        """cos(x_t, w_e) - G_e without a shift, [T, E] fp32, never NaN.
+
+        It is -inf for inactive slots, for padding and for a token that is not finite; inf for an active expert whose
+        vector or threshold is not finite, which every token activates.
+        """
+        dtype = gate_dtype(x_TD)
         with without_autocast(x_TD):
-            cos_TE = unit(x_TD.float(), 1) @ unit(self.sim_matrix.float(), 0)
-        margin_TE = (cos_TE - self.gates.float()).masked_fill_(~self.active(), -torch.inf)
-        margin_TE.masked_fill_(margin_TE.isnan(), -torch.inf)
+            cos_TE = unit(x_TD.to(dtype), 1) @ unit(self.sim_matrix.to(dtype), 0)
+        margin_TE = (cos_TE - self.gates.to(dtype)).float().nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        margin_TE.masked_fill_(~self.active(), -torch.inf)
+        margin_TE.masked_fill_(~x_TD.isfinite().all(dim=1, keepdim=True), -torch.inf)
         return margin_TE if token_mask is None else margin_TE.masked_fill_(~token_mask.unsqueeze(1), -torch.inf)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As any module's; a gate that was pickled before there were budgets has none."""
-        super().__setstate__({"budget": None, "_sample": None, "_sampled": None, **state})
+        super().__setstate__({"budget": None, "_sample": None, "_sampled": None, "_unused_samples": 0, **state})
         self._buffers.setdefault("budget_shift", None)
 
     def _apply(self, *args: Any, **options: Any) -> Any:

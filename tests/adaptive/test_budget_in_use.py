@@ -355,3 +355,26 @@ def test_a_capped_gate_neither_waits_for_the_device_nor_copies_to_it() -> None:
         routing = layer.route(torch.empty(300, D, device="meta"))
         layer.route(torch.empty(300, D, device="meta"), max_k=2)
     assert routing.token_of_row.shape == (900,)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+def test_the_length_of_fp64_tokens_does_not_count(scale: float) -> None:
+    """Regression: the sample was fp32, where such tokens are zero or infinite."""
+    shifts = []
+    for factor in (1.0, scale):
+        layer = layer_of(target_k=2.0).double()
+        layer(tokens(0, 64).double() * factor)
+        Budgets(layer).step()
+        shifts.append(shift(layer))
+    assert shifts[0] == pytest.approx(shifts[1], abs=1e-5)
+    assert shifts[0] != 0
+
+
+def test_an_expert_that_every_token_activates_counts() -> None:
+    """An active routing vector that is not finite is passed by every token, at any shift."""
+    layer = layer_of(target_k=2.0)
+    with torch.no_grad():
+        layer.gates[0].sim_matrix[0, 1] = float("nan")
+    margin_TE = layer.gates[0].margins(tokens(0, 5))
+    assert margin_TE[:, 1].tolist() == [torch.inf] * 5
+    assert margin_TE[:, [0, 2]].isfinite().all()
