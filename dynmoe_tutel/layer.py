@@ -156,7 +156,7 @@ class MoELayer(AdaptiveExperts):
         `gate_index` chooses the gate; `top_k` overrides k of a fixed-k gate; the last `reserve_dims` dimensions make D.
         Tokens where `token_mask` (bool, `input`'s shape without those dimensions) is False are padding: they are read
         as zeros, reach no expert, record or loss, and give output 0.
-        `max_k` (top-any gates) is the largest number of experts a token in this call, beside the gate's budget.
+        `max_k` (gates without a fixed k) is the largest number of experts a token in this call, beside the gate's own.
         `capacity_factor` (default: the gate's, else 0, dropless) drops rows as Tutel does, see `expert_capacity`.
         `a2a_ffn_overlap_degree` and `adaptive_r` stay for later calls. `inequivalent_tokens` and `adaptive_r` matter
         inside Tutel only; `megablocks_size` is ignored: packed rows have no padding to skip.
@@ -194,7 +194,7 @@ class MoELayer(AdaptiveExperts):
             routing = self.gates[gate_index](x_TD, call.capacity, self._k_of_call(top_k), mask_T, **limit)
             routing = self.exchange.bounded(routing, call)
         if is_training(self) and not recompute and not has_no_data(input):
-            gate.keep_sample(x_TD, mask_T)
+            gate.keep_sample(x_TD, routing)
         recorded = self.record_routing and (self.record_eval or is_training(self))
         if recorded and not recompute and not has_no_data(input):
             self.records[gate_index].add(x_TD, routing)

@@ -3,6 +3,9 @@
 A gate keeps a sample of the tokens of its last training forward (`TopAnyGate.keep_sample`). `Budgets.step` computes
 their margins cos - G under the weights as they now are, gathers them over the ranks, and moves the shift towards the
 quantile that gives `target_k` assignments a token. All of it stays on the device: the host never waits.
+
+Other gates with state that moves after a step count in their forwards (`Gate.step_counts`); `Budgets.step` sums these
+counts over the ranks and hands them back (`Gate.after_step`).
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..gates import TopAnyGate
-from ..parallel.collectives import gathered
+from ..gates import Gate, TopAnyGate
+from ..parallel.collectives import gathered, sum_over_ranks
 from .slots import AdaptiveExperts
 
 RATE = 0.5  # the part of the way to the sample's quantile that a shift goes in one step; the rest averages samples
@@ -49,7 +52,10 @@ def shift_for(margins: Tensor, tokens: Tensor, target_k: float) -> Tensor:
 
 
 class Budgets:
-    """The top-any gates of a model; `step()`, once after each optimizer step, moves the shifts of those with a target.
+    """The gates of a model; `step()`, once after each optimizer step, moves the state of those that hold a target.
+
+    That is the shift of a top-any gate with `target_k`, and what the gates `relu`, `top_p`, `expert_threshold`,
+    `null_experts` and `quantile_top_k` keep.
 
     `group` is the data-parallel process group over which samples are gathered; None: each layer's `record_group`.
     `ExpertController` and the callbacks call it: it is for training without them.
@@ -57,14 +63,20 @@ class Budgets:
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
         self._gates: dict[Any, list[TopAnyGate]] = {}  # by process group
+        self._counting: dict[Any, list[Gate]] = {}  # the other gates
         for layer in model.modules():
             if isinstance(layer, AdaptiveExperts):
-                found = [gate for gate in layer.held_gates if isinstance(gate, TopAnyGate)]
-                self._gates.setdefault(layer.record_group if group is None else group, []).extend(found)
+                of_layer = layer.record_group if group is None else group
+                for gate in layer.held_gates:
+                    if isinstance(gate, TopAnyGate):
+                        self._gates.setdefault(of_layer, []).append(gate)
+                    else:
+                        self._counting.setdefault(of_layer, []).append(gate)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every shift. A gate that saw no token since the last step keeps its own."""
+        """Move every gate's state. A gate that saw no token since the last step keeps its own."""
+        self._step_counting()
         of_model: list[tuple[TopAnyGate, Tensor, Tensor]] = []
         for group, gates in self._gates.items():
             held = [gate for gate in gates if gate.budget_shift is not None]
@@ -79,12 +91,36 @@ class Budgets:
             tokens = torch.stack([tokens.to(device) for *_, tokens in of_model]).sum()
             _move([gate for gate, *_ in of_model], every, tokens)
 
+    def _step_counting(self) -> None:
+        """One collective a process group; gates of one class and scope "model" share the sum of their counts."""
+        of_model: dict[type[Gate], list[tuple[Gate, Tensor]]] = {}
+        for group, gates in self._counting.items():
+            found = [(gate, counts) for gate in gates if (counts := gate.step_counts()) is not None]
+            if found and dist.is_available() and dist.is_initialized():
+                sum_over_ranks([counts for _, counts in found], group)
+            for gate, counts in found:
+                if gate.scope == "model":
+                    of_model.setdefault(type(gate), []).append((gate, counts))
+                else:
+                    gate.after_step(counts)
+        for shared in of_model.values():
+            _one_target([gate.target_k for gate, _ in shared], "gate_type")
+            total = torch.stack([counts.to(shared[0][1].device) for _, counts in shared]).sum(dim=0)
+            for gate, counts in shared:
+                gate.after_step(total.to(counts.device))
+
+
+def _one_target(targets: list[Any], name: str) -> float:
+    """The target of gates that share one; ValueError if they differ."""
+    if len(set(targets)) > 1:
+        raise ValueError(f"{name} of scope 'model': layers have target_k {sorted(set(targets))}: give one")
+    target: float = targets[0]
+    return target
+
 
 def _move(gates: list[Any], margins: Tensor, tokens: Tensor) -> None:
-    targets = {gate.budget.target_k for gate in gates}
-    if len(targets) > 1:
-        raise ValueError(f"gate_type['budget'] of scope 'model': layers have target_k {sorted(targets)}: give one")
-    wanted = shift_for(margins, tokens, targets.pop())
+    target_k = _one_target([gate.budget.target_k for gate in gates], "gate_type['budget']")
+    wanted = shift_for(margins, tokens, target_k)
     for gate in gates:
         way = (RATE * (wanted.to(gate.budget_shift.device) - gate.budget_shift)).clamp(-FARTHEST, FARTHEST)
         gate.budget_shift.add_(way.masked_fill(tokens.to(way.device) == 0, 0))

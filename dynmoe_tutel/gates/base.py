@@ -61,6 +61,8 @@ class Gate(nn.Module):
     without_gshard: ClassVar[dict[str, float]] = {}
     aux_choices: ClassVar[tuple[str, ...]] = ()
     slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
+    exact_buffers: tuple[str, ...] = ()  # buffers that stay fp32 in a layer of half precision
+    scope: str = "layer"  # of what `after_step` holds: "model": counts of all layers' gates of this class are summed
 
     def __init__(
         self,
@@ -120,11 +122,21 @@ class Gate(nn.Module):
     def limit_of_call(self, max_k: int | None) -> int | None:
         """The largest number of experts a token in a call with `max_k`; None: no limit."""
         if max_k is not None:
-            raise ValueError(f"max_k = {max_k!r} is for top-any gates, not for {type(self).__name__}: give top_k")
+            raise ValueError(
+                f"max_k = {max_k!r} is for top-any gates and those of type relu, top_p and expert_threshold, not for "
+                f"{type(self).__name__}: give top_k"
+            )
         return None
 
-    def keep_sample(self, x_TD: Tensor, token_mask: Tensor | None = None) -> None:
-        """Keep tokens of a training forward, where the gate has a budget to hold."""
+    def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
+        """Keep what `adaptive.Budgets` needs of a training forward's tokens, where the gate has state to move."""
+
+    def step_counts(self) -> Tensor | None:
+        """What the training forwards since the last step counted, [n] int64; None: `after_step` does nothing."""
+        return None
+
+    def after_step(self, counts: Tensor) -> None:
+        """Move the gate's state after an optimizer step, by the `step_counts` of all ranks; count anew."""
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
@@ -143,6 +155,15 @@ class Gate(nn.Module):
         """[E] bool: the slots that hold an expert."""
         device = next((p.device for p in self.parameters()), None)
         return torch.ones(self.slots, dtype=torch.bool, device=device)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """As any module's, but `exact_buffers` stay fp32: half precision is too coarse for them."""
+        exact = {name: value for name in self.exact_buffers if (value := getattr(self, name)) is not None}
+        super()._apply(*args, **options)
+        for name, value in exact.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without a meter's hooks, which belong to this gate alone."""

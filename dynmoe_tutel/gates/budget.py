@@ -36,8 +36,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.target_k is None and self.max_k is None:
             raise ValueError("gate_type['budget'] has neither 'target_k' nor 'max_k': give at least one of them")
-        if self.scope not in SCOPES:
-            raise ValueError(f"gate_type['budget']['scope'] = {self.scope!r}: allowed are 'layer' and 'model'")
+        checked_scope("gate_type['budget']['scope']", self.scope)
 
     @classmethod
     def of(cls, value: object, experts: int) -> Budget:
@@ -64,3 +63,10 @@ def checked_target(name: str, value: object, most: int) -> float:
             f"{most} (the active experts, or max_k if less)"
         )
     return float(value)
+
+
+def checked_scope(name: str, value: object) -> str:
+    """ "layer" or "model"; ValueError for anything else."""
+    if not isinstance(value, str) or value not in SCOPES:
+        raise ValueError(f"{name} = {value!r}: allowed are 'layer' and 'model'")
+    return value

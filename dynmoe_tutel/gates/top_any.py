@@ -46,6 +46,7 @@ class TopAnyGate(Gate):
     """
 
     adaptive: ClassVar[bool] = True
+    exact_buffers = ("budget_shift",)
     slot_axes: ClassVar[dict[str, int]] = {"sim_matrix": 1, "gates": 0, "experts_mask": 0}
     default_aux: ClassVar[dict[str, float]] = {"diversity": 1.0, "simplicity": 1.0}
     without_gshard = default_aux
@@ -131,7 +132,7 @@ class TopAnyGate(Gate):
             self.budget_shift.fill_(shift)
 
     @torch.no_grad()
-    def keep_sample(self, x_TD: Tensor, token_mask: Tensor | None = None) -> None:
+    def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
         """Keep SAMPLE tokens of a training forward at an even stride, where the gate has a target."""
         if self.budget_shift is None:
             return
@@ -142,7 +143,7 @@ class TopAnyGate(Gate):
         chosen = slice(None, None, -(-x_TD.shape[0] // SAMPLE) or 1)
         taken = x_TD[chosen].shape[0]
         self._sample[:taken] = unit(x_TD[chosen].to(gate_dtype(x_TD)), 1)  # their lengths may not fit fp32
-        self._sampled[:taken] = True if token_mask is None else token_mask[chosen]
+        self._sampled[:taken] = True if routing.token_mask is None else routing.token_mask[chosen]
         self._sampled[taken:] = False
 
     def _sample_on(self, device: torch.device) -> None:
@@ -195,11 +196,8 @@ class TopAnyGate(Gate):
         self._buffers.setdefault("budget_shift", None)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
-        """As any module's, but the shift stays fp32: half precision is too coarse for it."""
-        exact = self.budget_shift
+        """As any gate's, and the sample has room on the same device."""
         super()._apply(*args, **options)
-        if exact is not None and self.budget_shift is not None and not exact.is_meta:
-            self.budget_shift = exact.to(self.budget_shift.device)
         if self.budget_shift is not None:
             self._sample_on(self.experts_mask.device)
         return self

@@ -18,22 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
+from waiting import refuse_reads, refuse_waiting
 
 from dynmoe_tutel.kernels.operation import OPERATIONS
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU has graphs")
 aten = torch.ops.aten
-# on a GPU each waits for a value or a size, or copies from host memory
-WAITING = (
-    aten._local_scalar_dense,
-    aten.is_nonzero,
-    aten.equal,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique2,
-    aten.bincount,
-    aten.lift_fresh,
-)
 
 
 @lru_cache
@@ -56,8 +46,7 @@ class Tape(TorchDispatchMode):
         if func.namespace == "dynmoe_tutel":
             with self:
                 return implementation(func.name().split("::")[1])(*args, **kwargs)
-        if func.overloadpacket in WAITING or _selects_by_mask(func, args):
-            raise AssertionError(f"{func} waits for the device")
+        refuse_waiting(func, args)
         made = func(*args, **kwargs)
         self.steps.append(lambda: _refill(made, func(*args, **kwargs)))
         return made
@@ -74,12 +63,6 @@ class Tape(TorchDispatchMode):
                 step()
 
 
-def _selects_by_mask(func: Any, args: tuple) -> bool:
-    if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-        return False
-    return any(i is not None and i.dtype == torch.bool for i in args[1])
-
-
 def _refill(made: Any, again: Any) -> None:
     """Copy an operation's new results to its old buffers; views and in-place results are already there."""
     for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
@@ -92,13 +75,8 @@ def on_tape(call: Callable[[], Any]) -> tuple[Tape, Any]:
     tape, run = Tape(), GridExecutor.__call__
     with pytest.MonkeyPatch.context() as patch, tape:
         patch.setattr(GridExecutor, "__call__", lambda *args, **given: tape.launch(lambda: run(*args, **given)))
-        for reads in ("__int__", "__index__", "__float__", "__bool__", "tolist", "numpy"):  # no operations on a CPU
-            patch.setattr(Tensor, reads, _refuse)
+        refuse_reads(patch)
         return tape, call()
-
-
-def _refuse(tensor: Tensor, *_: Any) -> None:
-    raise AssertionError("reading a value waits for the device")
 
 
 def step(layer: Any, x: Tensor, dy: Tensor, mask: Tensor | None) -> list[Tensor]:
