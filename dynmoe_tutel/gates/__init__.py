@@ -10,8 +10,13 @@ from ..validation import positive_int, refuse_unknown
 from .base import GATE_TYPES, Gate, GateType, gate_type
 from .cosine_top_k import CosineTopKGate
 from .custom import CustomGate
+from .expert_threshold import ExpertThresholdGate
+from .null_experts import NullExpertsGate
+from .quantile_top_k import QuantileTopKGate
+from .relu import ReLUGate
 from .top_any import TopAnyGate
 from .top_k import TopKGate
+from .top_p import TopPGate
 
 TUTELS_OWN = ("top", "cosine_top", "custom")  # gate types that Tutel has too
 
@@ -20,9 +25,14 @@ __all__ = [
     "TUTELS_OWN",
     "CosineTopKGate",
     "CustomGate",
+    "ExpertThresholdGate",
     "Gate",
+    "NullExpertsGate",
+    "QuantileTopKGate",
+    "ReLUGate",
     "TopAnyGate",
     "TopKGate",
+    "TopPGate",
     "combine_gradient_of",
     "gate_class",
     "gate_config",
@@ -82,7 +92,7 @@ def make_gate(config: Mapping[str, Any], **common: Any) -> Gate:
     kind, options = _known(config), dict(config)
     name = options.pop("type")
     if kind.keys is not None:
-        hint = " (a top-any gate has no k: every token chooses its own)" if "k" in options else ""
+        hint = f" (a {name} gate has no k: every token chooses its own)" if "k" in options else ""
         refuse_unknown(f"gate_type of type {name!r}", options, kind.keys, hint)
         options = {**kind.defaults, **options}
         options.pop("max_expert_num", None)

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import losses
-from ..initialization import fill_linear, linear, reset_modules, seed_of, seeded
 from ..kernels import gate_dtype, pack_bits
-from ..parts import call_linear, writable
 from ..routing import Capacity, Routing
 from ..validation import positive_int
 from .base import Gate, gate_type
+from .linear import LinearLogits
 
 
 class FixedKGate(Gate):
@@ -99,23 +98,8 @@ class FixedKGate(Gate):
 
 
 @gate_type("top", ("k",))
-class TopKGate(FixedKGate):
+class TopKGate(LinearLogits, FixedKGate):
     """logits = x wg^T. `wg.weight` [E, D]; `normalize_one_score_gate` makes x unit vectors first."""
-
-    slot_axes: ClassVar[dict[str, int]] = {"wg.weight": 0}
-
-    def __init__(self, *, generator: torch.Generator | None = None, **common: Any) -> None:
-        super().__init__(**common)
-        self.seed = seed_of(generator)
-        self.wg = linear(self.model_dim, self.slots, False, generator)
-
-    def reset_parameters(self) -> None:
-        """Draw the router as at construction."""
-        self._weight()
-        if self.seed is None:
-            reset_modules("the gate", self.wg.modules())
-        else:
-            fill_linear(self._weight(), None, seeded(self.seed))
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""
@@ -126,15 +110,11 @@ class TopKGate(FixedKGate):
         """Set `wg.weight` to momentum * itself + (1 - momentum) * `keys_ED`; unit rows if tokens are normalised."""
         if self.normalize_one_score_gate:
             keys_ED = F.normalize(keys_ED, dim=1)
-        weight = self._weight()
+        weight = self.weight_of("wg")
         weight.lerp_(keys_ED.to(weight), 1 - momentum)
-
-    def _weight(self) -> Tensor:
-        """The router's weight [E, D], to write; ValueError if a tool replaced or parametrised it."""
-        return writable("the gate's wg", self.wg, "weight")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
         if self.normalize_one_score_gate:
             x_TD = F.normalize(x_TD, dim=1)
-        return call_linear(self.wg, x_TD)
+        return super().logits(x_TD)
