@@ -37,7 +37,8 @@ class MoEConfig:
 
     Args:
         gate_type: a dict such as ``{"type": "top_any", "max_expert_num": 16}``, a name, or a list of them (chosen by
-            ``gate_index`` in forward). Types: top_any, gated_multi_gate, gated_multi_gate_t, top, cosine_top, custom.
+            ``gate_index`` in forward). Types: top_any, gated_multi_gate, gated_multi_gate_t, top, cosine_top, relu,
+            top_p, expert_threshold, null_experts, quantile_top_k, custom.
         model_dim: D.
         experts: a dict such as ``{"type": "ffn", "num_experts_per_device": 8, "hidden_size_per_expert": 1536}``; types
             ffn, llama_ffn, custom. ``num_experts_per_device`` (or ``count_per_node``) experts are active at start.
