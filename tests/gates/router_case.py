@@ -117,3 +117,4 @@ def check(layer: MoELayer, x_TD: Tensor, against: Against, mask_T: Tensor | None
     routing = layer.route(x_TD.detach(), token_mask=mask_T)
     assert torch.equal(routing.assigned[real_T], choice.a_TE)
     assert not routing.assigned[~real_T].any()
+    assert not routing.unrouted[~real_T].any()

@@ -78,8 +78,10 @@ class TestEach:
             layer = make_layer(gate_type(kind))
             y = checkpoint(layer, x, use_reentrant=False) if inside else layer(x)
             y.square().mean().backward()
+            counts = layer.gates[0].step_counts()
+            counted = {} if counts is None else {"counts": counts.clone()}
             Budgets(layer).step()
-            states.append(state(layer))
+            states.append({**counted, **state(layer)})
             grads.append({name: p.grad for name, p in layer.named_parameters()})
         assert equal(*states)
         assert equal(*grads)
