@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..routing import Routing
 from ..validation import number
@@ -49,14 +49,14 @@ class TopPGate(WeightedGate):
         self.target_k = number("gate_type['target_k']", target_k, 1, self.most)
         self.hold("p", 1, p)
         self.hold("error", 1, 0.0)
-        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.hold("logit_scale", 1, 1.0, learnt=True)
         self.num_counts = 2
 
     def logits(self, x_TD: Tensor) -> Tensor:
         logits_TE = super().logits(x_TD)
         if self.target_k is None:
             return logits_TE
-        return self.logit_scale.to(logits_TE.dtype) * F.layer_norm(logits_TE, (self.slots,))
+        return self.get_parameter("logit_scale").to(logits_TE.dtype) * F.layer_norm(logits_TE, (self.slots,))
 
     def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score_TE = F.softmax(logits_TE, dim=1)

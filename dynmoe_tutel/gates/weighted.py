@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import gate_dtype, pack_bits
 from ..routing import Capacity, Routing
@@ -40,11 +40,14 @@ class WeightedGate(LinearLogits):
         """The largest number of experts that a token may have."""
         return min(self.slots, self.limit_of_call(None) or self.slots)
 
-    def hold(self, name: str, size: int, value: float) -> None:
-        """Add the buffer `name` [size] fp32, filled with `value` at start."""
-        self.register_buffer(name, torch.full((size,), value))
+    def hold(self, name: str, size: int, value: float, learnt: bool = False) -> None:
+        """Add the buffer `name` [size] fp32, filled with `value` at start; `learnt`: a parameter."""
         self._at_start[name] = value
-        self.exact_buffers = tuple(self._at_start)
+        if learnt:
+            self.register_parameter(name, nn.Parameter(torch.full((size,), value)))
+        else:
+            self.register_buffer(name, torch.full((size,), value))
+            self.exact_buffers += (name,)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

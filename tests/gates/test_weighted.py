@@ -113,11 +113,13 @@ class TestEach:
             step(each, x)
             Budgets(each).step()
         assert equal(state(layer), state(other))
-        layer.reset_parameters()
         with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(0.1)
+            layer.reset_parameters()
             for name, parameter in layer.gates.named_parameters():
                 if name.endswith("weight"):
-                    parameter.mul_(3.0)
+                    parameter.mul_(3.0)  # as `make_layer` does
         assert equal(dict(layer.gates[0].state_dict()), dict(start))
 
     def test_nothing_waits_for_the_device(self, kind: str) -> None:
