@@ -92,7 +92,8 @@ def make_gate(config: Mapping[str, Any], **common: Any) -> Gate:
     kind, options = _known(config), dict(config)
     name = options.pop("type")
     if kind.keys is not None:
-        hint = f" (a {name} gate has no k: every token chooses its own)" if "k" in options else ""
+        own = "top-any" if kind.cls.adaptive else name
+        hint = f" (a {own} gate has no k: every token chooses its own)" if "k" in options else ""
         refuse_unknown(f"gate_type of type {name!r}", options, kind.keys, hint)
         options = {**kind.defaults, **options}
         options.pop("max_expert_num", None)

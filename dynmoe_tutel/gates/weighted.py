@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..forwards import without_autocast
 from ..kernels import gate_dtype, pack_bits
 from ..routing import Capacity, Routing
 from ..validation import positive_int, warn_once
@@ -114,7 +115,8 @@ class WeightedGate(LinearLogits):
     def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
         """Count a training forward, where the gate has state to move."""
         if self.num_counts:
-            counts = self.counted(x_TD, routing)
+            with without_autocast(x_TD):
+                counts = self.counted(x_TD, routing)
             if self._counts is None or self._counts.device != counts.device:
                 self._counts = torch.zeros_like(counts)
             self._counts += counts

@@ -342,10 +342,11 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(scope: str) -> Non
     layers = nn.ModuleList([layer_of(target_k=2.0, max_k=3, scope=scope) for _ in range(2)]).to("meta")
     budgets = Budgets(layers)
     x, mask = torch.empty(300, D, device="meta"), torch.empty(300, dtype=torch.bool, device="meta")
+    routings = [layers[0].route(x, token_mask=token_mask) for token_mask in (mask, None)]
     with _NothingFromTheHost():
         for layer in layers:
-            layer.gates[0].keep_sample(x, mask)
-            layer.gates[0].keep_sample(x)
+            for routing in routings:
+                layer.gates[0].keep_sample(x, routing)
         budgets.step()
 
 

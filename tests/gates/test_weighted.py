@@ -181,6 +181,15 @@ class TestMoving:
         budgets.step()
         assert equal(state(layer), once)
 
+    def test_counts_are_those_without_autocast(self, kind: str) -> None:
+        x, states = tokens(64, dtype=torch.float32), []
+        for enabled in (False, True):
+            layer = make_layer(gate_type(kind))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                layer(x)
+            states.append(layer.gates[0].step_counts().clone())
+        assert torch.equal(*states)
+
     def test_forwards_before_a_step_count_together(self, kind: str) -> None:
         x, states = tokens(64, dtype=torch.float32), []
         for parts in (1, 4):
