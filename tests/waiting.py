@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynmoe_tutel.kernels import norms
+
 aten = torch.ops.aten
 # on a GPU each waits for a value or a size, or copies from host memory
 WAITING = (
@@ -49,6 +51,11 @@ def refuse_reads(patch: pytest.MonkeyPatch, unless: Callable[[], bool] = lambda:
         patch.setattr(Tensor, name, refuse)
 
 
+def look_at_no_value(patch: pytest.MonkeyPatch) -> None:
+    """Let norms take the way that they take on a GPU, where Python must not branch on values."""
+    patch.setattr(norms, "_may_look", lambda values: False)
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses what waits for the device; what the package's own operations do inside is not looked at."""
 
@@ -58,6 +65,7 @@ class NoWaiting(TorchDispatchMode):
         self.patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> NoWaiting:
+        look_at_no_value(self.patch)
         refuse_reads(self.patch, lambda: self.inside)
         super().__enter__()
         return self
