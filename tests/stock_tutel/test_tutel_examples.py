@@ -27,6 +27,8 @@ CPU = [*HELLO, "--device=cpu"]
 FFN = [*CPU, "--hidden_size=64"]
 PICTURES = ["--epochs=1", "--log-interval=1", "--test-batch-size=50"]
 GPU = "nccl|NCCL|CUDA|cuda"
+DEVICE_IDS = "device_ids"
+NO_GATE_HELPS = (GPU, DEVICE_IDS)
 
 
 @dataclass
@@ -68,7 +70,7 @@ CASES: dict[str, Case] = {
         takes_top_any=False,
     ),
     "helloworld_switch": Case(FFN),
-    "helloworld_ddp": Case(FFN, stock_fails={2: "device_ids"}, ours_fail={2: "device_ids"}),
+    "helloworld_ddp": Case(FFN, stock_fails={2: DEVICE_IDS}, ours_fail={2: DEVICE_IDS}),
     "helloworld_ddp_tutel": Case(FFN),
     "helloworld_amp": Case([*HELLO, "--hidden_size=64"], both(GPU), both("backend = 'nccl' needs a GPU")),
     "helloworld_custom_expert_sharded": Case(CPU),
@@ -137,9 +139,9 @@ def printed(case: Case, name: str, mode: str, processes: int, folder: Path, top_
         check=False,
         timeout=PATIENCE,
     )
-    fails = (case.ours_fail if mode == "without" else {} if top_any else case.stock_fails).get(processes)
-    if top_any and "device_ids" in case.stock_fails.get(processes, ""):
-        fails = case.stock_fails[processes]
+    fails = (case.ours_fail if mode == "without" else case.stock_fails).get(processes)
+    if top_any and mode != "without" and fails not in NO_GATE_HELPS:
+        fails = None  # a kernel of Tutel that a top-any gate does without
     if fails is not None:
         assert done.returncode != 0, done.stdout
         assert re.search(fails, done.stderr), done.stderr[-3000:]
@@ -178,7 +180,8 @@ def test_with_a_top_any_gate(name: str, processes: int, tmp_path: Path) -> None:
         found[mode] = printed(case, name, mode, processes, tmp_path / mode, top_any=True)
     if processes not in case.ours_fail:
         assert found["without"] == found["registered"]
-        if "--eval" not in case.arguments and "moe_" not in name:
+        # the switch's overlap degree sets the capacity of each step, and so the rows that its loss lacks
+        if "--eval" not in case.arguments and "moe_" not in name and name != "helloworld_switch":
             first, last = float(found["without"][0]), float(found["without"][-1])
             small = "--expert_type=llama_ffn" in case.arguments or "--dtype=float16" in case.arguments
             assert last <= first if small else last < first  # steps of 1e-5 may be below the printed digits
