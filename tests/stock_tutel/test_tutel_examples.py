@@ -42,6 +42,7 @@ class Case:
     prints: str = r"loss = (\S+),"
     steps: int = STEPS
     takes_top_any: bool = True
+    drops_out: bool = False  # dropout inside the experts
 
 
 def both(text: str) -> dict[int, str]:
@@ -78,8 +79,8 @@ CASES: dict[str, Case] = {
     "helloworld_from_scratch": Case(
         [], edits=(("16 * 1024", "128"), ("2048, 2048", "64, 64")), steps=10, takes_top_any=False
     ),
-    "moe_mnist": Case(PICTURES, prints=r"Loss: (\S+)|Accuracy: \(Top-1\) (\S+)%", steps=5),
-    "moe_cifar10": Case(PICTURES, prints=r"Loss: (\S+)|Accuracy: \(Top-1\) (\S+)%", steps=5),
+    "moe_mnist": Case(PICTURES, prints=r"Loss: (\S+)|Accuracy: \(Top-1\) (\S+)%", steps=5, drops_out=True),
+    "moe_cifar10": Case(PICTURES, prints=r"Loss: (\S+)|Accuracy: \(Top-1\) (\S+)%", steps=5, drops_out=True),
     "bandwidth_test": Case(["--size_mb=1", "--loop=2", "--device=cpu"], steps=0, takes_top_any=False),
     "nccl_all_gather_v": Case([], both(GPU), both("backend = 'nccl' needs a GPU"), steps=0, takes_top_any=False),
     "nccl_all_to_all_v": Case([], both(GPU), both("backend = 'nccl' needs a GPU"), steps=0, takes_top_any=False),
@@ -179,7 +180,9 @@ def test_with_a_top_any_gate(name: str, processes: int, tmp_path: Path) -> None:
         (tmp_path / mode).mkdir()
         found[mode] = printed(case, name, mode, processes, tmp_path / mode, top_any=True)
     if processes not in case.ours_fail:
-        assert found["without"] == found["registered"]
+        # on several ranks the experts' rows, over which dropout draws, lie in another order
+        alike = slice(1) if case.drops_out and processes > 1 else slice(None)
+        assert found["without"][alike] == found["registered"][alike]
         # the switch's overlap degree sets the capacity of each step, and so the rows that its loss lacks
         if "--eval" not in case.arguments and "moe_" not in name and name != "helloworld_switch":
             first, last = float(found["without"][0]), float(found["without"][-1])
