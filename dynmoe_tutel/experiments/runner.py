@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel import metrics
+from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.adaptive.controller import ExpertController, Schedule
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 from dynmoe_tutel.experiments.task import KINDS, Part, RunKey, Task
@@ -102,6 +103,7 @@ class Run:
         self.optimizer = task.optimizer(self.model)
         self.meter = metrics.RoutingMeter(self.model)
         self.controller: ExpertController | None = None
+        self.budgets = Budgets(self.model)  # for routers without a controller, which moves what gates hold itself
         if task.adaptive(key.row):
             every = self.settings.update_every
             # No update in the last stretch: an expert that grew is trained before it is judged.
@@ -164,8 +166,9 @@ class Run:
         self.sums["steps"] += 1
 
     def adapt(self) -> None:
-        """Let the controller count the step, and log what grew and what was pruned."""
+        """Let what gates hold move after the step, or the controller count it, and log what grew and was pruned."""
         if self.controller is None:
+            self.budgets.step()
             return
         for event in self.controller.step():
             self.folder.log(EVENTS, {**self.key.fields, **asdict(event)})
