@@ -24,7 +24,7 @@ ROWS = (
 # Gates that hold a mean number of experts a token, by the name of their row, in the order of a table.
 HOLDING: dict[str, Callable[[float], dict[str, Any]]] = {
     # The published start of 1e-8 and rate of 0.2 are for many thousand steps: in a few hundred, mean k falls too far.
-    "relu": lambda k: {"type": "relu", "target_k": k, "coefficient": 0.2, "rate": 0.05},
+    "relu": lambda k: {"type": "relu", "target_k": k, "coefficient": 0.1, "rate": 0.05},
     "top-p": lambda k: {"type": "top_p", "target_k": k},
     # The published decay of 0.99 is an average over 100 steps, behind scores that move in a short training.
     "expert-threshold": lambda k: {"type": "expert_threshold", "target_k": k, "decay": 0.9},
