@@ -9,7 +9,7 @@
   - sign:     steps of a length that grows by 1.2 while the error keeps its sign and halves where it turns (Rprop's);
   - quantile: this package's, `dynmoe_tutel.adaptive.Budgets`.
 * gate: the time of the operation `threshold_gate` over that without a budget, on a CPU. The mean k is 2; with a cap of
-        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn, each round in another order. A ratio
+        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn, each round in a random order. A ratio
         is the median over the rounds of the time over that of the gate without in the same round, with its quartiles.
         The gate without runs twice a round: the second shows what the machine's other work does to a ratio. One thread
         is timed by its own clock, which stands still while another process has the processor.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shlex
 import sys
 import time
@@ -145,9 +146,9 @@ def time_gate(T: int, D: int, E: int, repeats: int) -> dict[str, Any]:
     }
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order = random.Random(0)
+    for _ in range(repeats):
+        for name in order.sample(list(calls), len(calls)):
             started = clock()
             calls[name]()
             times[name].append(clock() - started)

@@ -192,8 +192,8 @@ def _first(assigned_NE: Tensor, margin_NE: Tensor, n: int) -> Tensor:
 def _largest(margin_NE: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n-th largest of each row, [N, 1], and the least of all rows, [], NaN if there is a NaN.
 
-    The n-th may be too small for a row in which some are equal, too large where one is inf. On a CPU `topk` is the faster
-    way for few rows, and takes up to ten times as long for many.
+    The n-th may be too small for a row in which some are equal, too large where one is inf. On a CPU `topk` is the
+    faster way for few rows, and takes up to ten times as long for many.
     """
     if n > 16 or margin_NE.numel() <= 2048:
         value_Nn = margin_NE.topk(n, dim=1).values

@@ -486,7 +486,7 @@ def naive_budget(margin_TE: Tensor, active_E: Tensor, shift: float, max_k: int) 
     assigned_TE = torch.zeros_like(margin_TE, dtype=torch.bool)
     for t, margins in enumerate(margin_TE.nan_to_num(torch.inf, torch.inf, -torch.inf).tolist()):
         slots = [e for e in range(len(margins)) if active_E[e]]
-        best = sorted(slots, key=lambda e: -margins[e])  # noqa: B023
+        best = sorted(slots, key=lambda e: -margins[e])
         kept = [e for e in best if margins[e] > shift] or [e for e in best[:1] if margins[e] > 0]
         assigned_TE[t, kept[: max_k or None]] = True
     return assigned_TE, ~assigned_TE.any(dim=1)
@@ -511,7 +511,7 @@ class TestBudget:
     @pytest.mark.parametrize("max_k", [1, 2, 3])
     @pytest.mark.parametrize(("T", "E"), [(5, 6), (5, 8), (400, 8), (400, 65)])
     def test_equal_margins_among_others(self, T: int, E: int, max_k: int) -> None:
-        """Pairs of experts are the same; so are all for zero tokens, whose margins a threshold below 0 makes positive."""
+        """Pairs of experts are the same; so are all for zero tokens, whose thresholds below 0 they pass."""
         x_TD, w_DE, _, _ = gate_inputs(T, 16, E)
         w_DE[:, 1::2] = w_DE[:, : E - 1 : 2][:, : E // 2]
         x_TD[::3] = 0
