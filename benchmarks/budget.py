@@ -9,7 +9,7 @@
   - sign:     steps of a length that grows by 1.2 while the error keeps its sign and halves where it turns (Rprop's);
   - quantile: this package's, `dynmoe_tutel.adaptive.Budgets`.
 * gate: the time of the operation `threshold_gate` over that without a budget, on a CPU. The mean k is 2; with a cap of
-        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn, each round in a random order. A ratio
+        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn, each round in random order. A ratio
         is the median over the rounds of the time over that of the gate without in the same round, with its quartiles.
         The gate without runs twice a round: the second shows what the machine's other work does to a ratio. One thread
         is timed by its own clock, which stands still while another process has the processor.
