@@ -9,8 +9,10 @@
   - sign:     steps of a length that grows by 1.2 while the error keeps its sign and halves where it turns (Rprop's);
   - quantile: this package's, `dynmoe_tutel.adaptive.Budgets`.
 * gate: the time of the operation `threshold_gate` over that without a budget, on a CPU. The mean k is 2; with a cap of
-        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn; a time is the least of the repeats,
-        which other work on the machine disturbs least.
+        4 few tokens are over it, with one of 2 a quarter. Contestants run in turn, each round in random order. A ratio
+        is the median over the rounds of the time over that of the gate without in the same round, with its quartiles.
+        The gate without runs twice a round: the second shows what the machine's other work does to a ratio. One thread
+        is timed by its own clock, which stands still while another process has the processor.
 
 It prints the tables, and writes FILE.json and FILE.md.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shlex
 import sys
 import time
@@ -34,7 +37,7 @@ from dynmoe_tutel import ExpertController, MoELayer
 from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.kernels import threshold_gate
 
-from .common.timing import beside, check_outputs, environment, whole, write
+from .common.timing import beside, check_outputs, environment, spread, whole, write
 
 TARGET, EXPERTS, SLOTS, TOKENS, HIDDEN = 2.0, 8, 16, 256, 16
 WINDOW, SETTLED = 100, 200
@@ -123,7 +126,7 @@ def compare_laws(steps: int) -> list[dict[str, Any]]:
 
 
 def time_gate(T: int, D: int, E: int, repeats: int) -> dict[str, Any]:
-    """The time of the gate with each budget over that without, and without one the microseconds."""
+    """The times of the gate with each budget over those without, and without one the microseconds; with quartiles."""
     generator = torch.Generator().manual_seed(0)
     x_TD, w_DE = torch.randn(T, D, generator=generator), torch.randn(D, E, generator=generator)
     cos = (F.normalize(x_TD, dim=1) @ F.normalize(w_DE, dim=0)).flatten()
@@ -136,19 +139,25 @@ def time_gate(T: int, D: int, E: int, repeats: int) -> dict[str, Any]:
 
     calls = {
         "none": gate(G),
+        "none again": gate(G),
         "target": gate(G - 0.02, None, shift),
         "target, cap of 4": gate(G - 0.02, None, shift, 4),
         "cap of 2": gate(G, None, None, 2),
     }
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - started)
-    least = {name: min(found) for name, found in times.items()}
-    none = least.pop("none")
-    return {"T": T, "D": D, "E": E, "microseconds": 1e6 * none, "over_none": {n: t / none for n, t in least.items()}}
+        for name in order.sample(list(calls), len(calls)):
+            started = clock()
+            calls[name]()
+            times[name].append(clock() - started)
+    none = times.pop("none")
+    ratios = {name: [t / n for t, n in zip(found, none, strict=True)] for name, found in times.items()}
+    microseconds = spread([1e6 * t for t in none])
+    return {
+        "T": T, "D": D, "E": E, "microseconds": microseconds, "over_none": {n: spread(r) for n, r in ratios.items()},
+    }  # fmt: skip
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -163,8 +172,11 @@ def table(summary: dict[str, Any]) -> str:
         names = list(summary["gate"][0]["over_none"])
         lines += ["", f"| T, D, E | us without | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for r in summary["gate"]:
-        ratios = " | ".join(f"{ratio:.2f}" for ratio in r["over_none"].values())
-        lines.append(f"| {r['T']}, {r['D']}, {r['E']} | {r['microseconds']:.0f} | {ratios} |")
+        ratios = " | ".join(
+            f"{ratio['median']:.2f} ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})"
+            for ratio in r["over_none"].values()
+        )
+        lines.append(f"| {r['T']}, {r['D']}, {r['E']} | {r['microseconds']['median']:.0f} | {ratios} |")
     return "\n".join(lines)
 
 

@@ -65,12 +65,21 @@ def count_of_token(assigned_TE: Tensor) -> Tensor:
     """Assignments of each token, [T] integer."""
     if assigned_TE.shape[1] > 127:  # the sum must fit into the top byte, a signed one
         return assigned_TE.sum(dim=1)
-    return _by_eight(assigned_TE).sum(dim=1) * _SUM_BYTES >> 56
+    octets = _by_eight(assigned_TE)
+    return (octets.squeeze(1) if octets.shape[1] == 1 else octets.sum(dim=1)) * _SUM_BYTES >> 56
 
 
 def without_expert(assigned_TE: Tensor) -> Tensor:
     """Whether a token has no assignment, [T] bool."""
-    return (_by_eight(assigned_TE) == 0).all(dim=1)
+    octets = _by_eight(assigned_TE)
+    return (octets.squeeze(1) if octets.shape[1] == 1 else octets.amax(dim=1)) == 0
+
+
+def put_rows(assigned_TE: Tensor, token_N: Tensor, rows_NE: Tensor) -> None:
+    """Replace the rows `token_N` of bools, in place; where it can, eight at a time."""
+    if assigned_TE.shape[1] % 8 == 0 and assigned_TE.is_contiguous() and assigned_TE.storage_offset() % 8 == 0:
+        assigned_TE, rows_NE = assigned_TE.view(torch.int64), rows_NE.view(torch.int64)
+    assigned_TE.index_copy_(0, token_N, rows_NE)
 
 
 def _by_eight(assigned_TE: Tensor) -> Tensor:

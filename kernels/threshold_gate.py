@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .norms import scaled, scaled_rows
 from .operation import expect, expect_matrix, operation
-from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, without_expert, words
+from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, put_rows, without_expert, words
 
 MODULES = {"triton": "gpu.threshold_gate"}
 BACKWARD_MODULES = {"triton": "gpu.score_gradient"}
@@ -106,8 +106,13 @@ def threshold_gate(
     cos_TE = F.linear(tokens.vectors, unit_DE.t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
     cos_TE.mul_(inverse_T.unsqueeze(1))
     threshold_E = threshold_E.to(dtype)
-    limit_E = threshold_E if shift is None else threshold_E + shift.to(dtype)
-    assigned_TE = (cos_TE <= limit_E).logical_not_() & active_E  # NaN passes
+    own_E = threshold_E.masked_fill(~active_E, torch.inf)  # which no cosine exceeds
+    limit_E = own_E if shift is None else own_E + shift.to(dtype)
+    assigned_TE = _above(cos_TE, limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+    finite = tokens.factor is None and vectors.factor is None
+    if not finite:
+        assigned_TE |= cos_TE.isnan()
+        assigned_TE &= active_E
     if tokens.factor is not None:
         takes_all_E = threshold_E.isnan() | ~vectors.norm.isfinite()
         assigned_TE &= ~inverse_T.isnan().unsqueeze(1) | takes_all_E
@@ -115,13 +120,16 @@ def threshold_gate(
         assigned_TE &= token_mask_T.unsqueeze(1)
         cos_TE.masked_fill_(~token_mask_T.unsqueeze(1), 0)
         inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
-    unrouted_T = without_expert(assigned_TE)
+    if 0 < max_k < assigned_TE.shape[1]:
+        count_T = count_of_token(assigned_TE)
+        unrouted_T = count_T == 0
+        _cap(assigned_TE, count_T, cos_TE, own_E, 0.0 if shift is None else float(shift), max_k)
+    else:
+        unrouted_T = without_expert(assigned_TE)
     if token_mask_T is not None:
         unrouted_T &= token_mask_T
-    if 0 < max_k < assigned_TE.shape[1]:
-        _cap(assigned_TE, cos_TE, threshold_E, max_k)
     if shift is not None:
-        _keep_best(unrouted_T, assigned_TE, cos_TE, threshold_E.masked_fill(~active_E, torch.inf))
+        _keep_best(unrouted_T, assigned_TE, cos_TE, own_E, finite)
     if fallback:
         lost_T = unrouted_T.nonzero().squeeze(1)
         best_T = cos_TE[lost_T].masked_fill_(~active_E, -torch.inf).argmax(dim=1)
@@ -133,47 +141,70 @@ def threshold_gate(
     return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
-def _keep_best(unrouted_T: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor) -> None:
+def _above(values_NE: Tensor, limit_E: Tensor) -> Tensor:
+    """Whether values exceed their limit, [N, E] bool.
+
+    On a CPU a comparison that gives floats uses vector instructions, and takes a quarter of the time of one that gives
+    bools.
+    """
+    return torch.gt(values_NE, limit_E, out=torch.empty_like(values_NE)).bool()
+
+
+def _keep_best(unrouted_T: Tensor, assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, finite: bool) -> None:
     """Unrouted tokens that pass a threshold of their own get the expert of largest margin, in place.
 
-    On a CPU `index_select` takes a quarter of the time of an index, and `amax` an eighth of that of `max`.
+    `finite`: no cosine is NaN. These are few operations rather than little work: in a gate, whose tokens fill the
+    caches, the first call of an operation takes some 5 us beside its work.
     """
     token_N = unrouted_T.nonzero().squeeze(1)
     margin_NE = cos_TE.index_select(0, token_N).sub_(threshold_E)
-    own_M = (margin_NE.amax(dim=1) > 0).nonzero().squeeze(1)
-    if own_M.numel():
-        token_M = token_N.index_select(0, own_M)
-        assigned_TE[token_M, margin_NE.index_select(0, own_M).argmax(dim=1)] = True
-        unrouted_T.index_fill_(0, token_M, False)
+    if not finite:  # a slot that holds no expert may have any vector
+        margin_NE.masked_fill_(threshold_E == torch.inf, -torch.inf)
+    best_N, slot_N = margin_NE.max(dim=1)
+    own_N = best_N > 0
+    assigned_TE.view(-1).index_copy_(0, slot_N.add_(token_N, alpha=assigned_TE.shape[1]), own_N)
+    unrouted_T.index_copy_(0, token_N, own_N.logical_not_())
 
 
-def _cap(assigned_TE: Tensor, cos_TE: Tensor, threshold_E: Tensor, max_k: int) -> None:
+def _cap(assigned_TE: Tensor, count_T: Tensor, cos_TE: Tensor, threshold_E: Tensor, shift: float, max_k: int) -> None:
     """Of a token's assignments keep the `max_k` of largest margin, of equal margins those of lower slots, in place."""
-    token_N = (count_of_token(assigned_TE) > max_k).nonzero().squeeze(1)
+    token_N = (count_T > max_k).nonzero().squeeze(1)
     if not token_N.numel():
         return
-    assigned_NE = assigned_TE.index_select(0, token_N)
-    margin_NE = cos_TE.index_select(0, token_N).sub_(threshold_E).nan_to_num_(torch.inf)  # what takes all stays
-    margin_NE = torch.where(assigned_NE, margin_NE, -torch.inf)
-    kept_NE = (margin_NE >= _largest(margin_NE, max_k)).logical_and_(assigned_NE)
-    if int(kept_NE.sum()) > max_k * len(kept_NE):  # equal margins, which topk orders at will
-        order_NE = margin_NE.argsort(dim=1, descending=True, stable=True)
-        kept_NE = torch.zeros_like(kept_NE).scatter_(1, order_NE[:, :max_k], True)
-    assigned_TE.index_copy_(0, token_N, kept_NE)
+    margin_NE = cos_TE.index_select(0, token_N).sub_(threshold_E)
+    limit_N1, least = _largest(margin_NE, max_k)
+    kept_NE = torch.ge(margin_NE, limit_N1, out=torch.empty_like(margin_NE)).bool()
+    # Other slots have no larger margin than the shift but for rounding. So far above it, only assignments are kept.
+    clear = shift + 4 * torch.finfo(margin_NE.dtype).eps * (1 + abs(shift))
+    found = int(kept_NE.count_nonzero()) == max_k * len(token_N)  # more, if some are equal
+    if not (found and float(least) > clear):  # as a NaN is not
+        kept_NE = _first(assigned_TE.index_select(0, token_N), margin_NE, max_k)
+    put_rows(assigned_TE, token_N, kept_NE)
 
 
-def _largest(margin_NE: Tensor, n: int) -> Tensor:
-    """The n-th largest of each row, [N, 1]; no less, if some are equal.
+def _first(assigned_NE: Tensor, margin_NE: Tensor, n: int) -> Tensor:
+    """The `n` assignments of largest margin by a stable sort, [N, E] bool; NaN is the largest."""
+    margin_NE = torch.where(assigned_NE, margin_NE.nan_to_num(torch.inf), -torch.inf)  # what takes all stays
+    order_NE = margin_NE.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(assigned_NE).scatter_(1, order_NE[:, :n], True)
 
-    On a CPU `topk` is the faster way for few rows, and takes four times as long for many.
+
+def _largest(margin_NE: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n-th largest of each row, [N, 1], and the least of all rows, [], NaN if there is a NaN.
+
+    The n-th may be too small for a row in which some are equal, too large where one is inf. On a CPU `topk` is the
+    faster way for few rows, and takes up to ten times as long for many.
     """
-    if margin_NE.numel() <= 4096:
-        return margin_NE.topk(n, dim=1).values[:, -1:]
-    rest_NE, limit_N1 = margin_NE, margin_NE.amax(dim=1, keepdim=True)
+    if n > 16 or margin_NE.numel() <= 2048:
+        value_Nn = margin_NE.topk(n, dim=1).values
+        return value_Nn[:, -1:], value_Nn.amin()
+    huge = torch.finfo(margin_NE.dtype).max
+    limit_N1 = margin_NE.amax(dim=1, keepdim=True)
+    rest_NE, reached_NE = margin_NE, torch.empty_like(margin_NE)
     for _ in range(n - 1):
-        rest_NE = rest_NE.masked_fill(rest_NE == limit_N1, -torch.inf)
+        rest_NE = rest_NE.sub(torch.ge(rest_NE, limit_N1, out=reached_NE), alpha=huge)
         limit_N1 = rest_NE.amax(dim=1, keepdim=True)
-    return limit_N1
+    return limit_N1, limit_N1.amin()
 
 
 def _backward_shapes(

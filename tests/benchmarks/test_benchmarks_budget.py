@@ -53,10 +53,27 @@ def test_writes_tables_under_the_command(tmp_path: Path, monkeypatch: pytest.Mon
     results = json.loads((tmp_path / "b.json").read_text())
     assert len(results["laws"]) == 4
     assert [r["T"] for r in results["gate"]] == [40, 64]
-    assert set(results["gate"][0]["over_none"]) == {"target", "target, cap of 4", "cap of 2"}
+    assert set(results["gate"][0]["over_none"]) == {"none again", "target", "target, cap of 4", "cap of 2"}
 
 
 @pytest.mark.parametrize("argv", [["--steps", "99"], ["--repeats", "0"], ["--part", "layer"], ["--threads", "0"]])
 def test_refuses(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         budget.main(argv)
+
+
+def test_a_ratio_is_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is ten times slower in every other round, a gate of equal speed has a ratio of 1."""
+    now, calls = [0.0], [0]
+
+    def gate(*_: object) -> None:
+        now[0] += 10.0 if calls[0] // 5 % 2 else 1.0
+        calls[0] += 1
+
+    monkeypatch.setattr(budget, "threshold_gate", gate)
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(budget.time, clock, lambda: now[0])
+    result = budget.time_gate(40, 8, 4, 8)
+    for ratio in result["over_none"].values():
+        assert ratio == {"median": 1.0, "quartile_1": 1.0, "quartile_3": 1.0}
+    assert result["microseconds"]["quartile_1"] < result["microseconds"]["quartile_3"]
