@@ -216,9 +216,7 @@ class Task(ABC):
         """Whether a controller grows and prunes this row's experts."""
         return row.startswith("dynmoe")
 
-    def controller(
-        self, key: RunKey, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> ExpertController | None:
+    def controller(self, key: RunKey, model: nn.Module, optimizer: torch.optim.Optimizer) -> ExpertController | None:
         """What grows and prunes the run's experts; None where nothing does."""
         if not self.adaptive(key.row):
             return None
@@ -232,7 +230,8 @@ class Task(ABC):
         return 0.0
 
     def measure(self, path: Path, stop_request: Callable[[], int | None]) -> None:
-        """Do that, and keep the results in the folder `path`; returns early once `stop_request()` gives a signal."""
+        """Do that, and keep the results in the folder `path`; return early once `stop_request()` gives a signal."""
+        return None
 
     def report(self, path: Path, console: Any) -> bool:
         """Write the job's results into the folder `path`; False: they are the table of rows and its plots."""

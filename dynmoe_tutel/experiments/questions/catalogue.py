@@ -20,20 +20,20 @@ from dynmoe_tutel.experiments.questions.variants import (
 )
 
 SMALL = (
-    "The models are small, the trainings short, and one accuracy out of domain is of some 300 images: a difference within "
-    "the interval may be there in longer trainings of larger models."
+    "The models are small, the trainings short, and one accuracy out of domain is of some 300 images: a difference "
+    "within the interval may be there in longer trainings of larger models."
 )
 
 QUESTIONS = (
     Question(
         1,
         "What does a step cost?",
-        "How long is a training step of DynMoE against a dense model's, and against that of an unmodified top-k at equal "
-        "mean k?",
+        "How long is a training step of DynMoE against a dense model's, and against that of an unmodified top-k at "
+        "equal mean k?",
         (),
         step_times,
-        "Ratios are of this machine's CPU and these sizes. They say nothing of a GPU, nor of several ranks. The unmodified "
-        "top-k is a plain loop over the experts, as most code has it, without an auxiliary loss.",
+        "Ratios are of this machine's CPU and these sizes. They say nothing of a GPU, nor of several ranks. The "
+        "unmodified top-k is a plain loop over the experts, as most code has it, without an auxiliary loss.",
     ),
     Question(
         2,
@@ -58,14 +58,14 @@ QUESTIONS = (
         "DynMoE takes the mean over a token's experts. Would weights by score be better?",
         ("dynmoe", "dynmoe-score-weighted", "dynmoe-normalized"),
         against("dynmoe", ("dynmoe-score-weighted", "dynmoe-normalized")),
-        "Scores are sigmoids of a cosine, so that they lie between 0.27 and 0.73 and no expert can count as three others. "
+        "Scores are sigmoids of a cosine, so that they lie between 0.27 and 0.73 and no expert counts as three others. "
         f"Other weights, such as a softmax with a temperature, are not tried. {SMALL}",
     ),
     Question(
         5,
         "What does each auxiliary term do alone?",
-        "The loss has a diversity and a simplicity term, and DynMoE-DeepSpeed adds load balance and efficiency. What does "
-        "each do by itself, and what happens without any?",
+        "The loss has a diversity and a simplicity term, and DynMoE-DeepSpeed adds load balance and efficiency. What "
+        "does each do by itself, and what happens without any?",
         ("dynmoe", *[f"dynmoe-{term}" for term in AUX_TERMS], "dynmoe-no-aux"),
         against("dynmoe", (*[f"dynmoe-{term}" for term in AUX_TERMS], "dynmoe-no-aux")),
         f"Every term has the weight 0.01; other weights are not tried. {SMALL}",
@@ -76,8 +76,8 @@ QUESTIONS = (
         "Is it growth or pruning that matters, and does a fixed number of experts do as well?",
         ("dynmoe", "dynmoe-growth", "dynmoe-pruning", "dynmoe-fixed"),
         against("dynmoe", ("dynmoe-growth", "dynmoe-pruning", "dynmoe-fixed")),
-        "Where no expert falls silent, pruning has nothing to do, and growth alone is DynMoE itself; training starts with "
-        f"four experts, so that growth is needed more than where it starts with many. {SMALL}",
+        "Where no expert falls silent, pruning has nothing to do, and growth alone is DynMoE itself; training starts "
+        f"with four experts, so that growth is needed more than where it starts with many. {SMALL}",
     ),
     Question(
         7,
@@ -85,8 +85,8 @@ QUESTIONS = (
         "Does the interval between checks matter?",
         ("dynmoe", *[f"dynmoe-every-{n}" for n in INTERVALS]),
         against("dynmoe", tuple(f"dynmoe-every-{n}" for n in INTERVALS)),
-        "A check adds at most one expert a layer, so that the interval also limits how many there can be: its effect is "
-        f"not told apart from that of the number of experts. {SMALL}",
+        "A check adds at most one expert a layer, so that the interval also limits how many there can be: its effect "
+        f"is not told apart from that of the number of experts. {SMALL}",
     ),
     Question(
         8,
@@ -100,10 +100,10 @@ QUESTIONS = (
     Question(
         9,
         "How often does evaluation fall back to the best expert?",
-        "A token that passes no threshold takes its best expert in evaluation and gets nothing in training. How many do?",
+        "A token that passes no threshold takes its best expert in evaluation and gets nothing in training. How often?",
         ("dynmoe", BUDGET, "dynmoe-tuned"),
         fallback(("dynmoe", BUDGET, "dynmoe-tuned")),
-        "Shares are of tokens of small images in a model of four blocks; deeper models have more layers, and other ones.",
+        "Shares are of tokens of small images in a model of four blocks; deeper models have other layers.",
     ),
     Question(
         10,
@@ -117,12 +117,12 @@ QUESTIONS = (
     Question(
         11,
         "What does raggedness cost?",
-        "Hardware likes equal numbers. What does it cost that tokens have different numbers of experts, at equally many "
-        "assignments?",
+        "Hardware likes equal numbers. What does it cost that tokens have different numbers of experts, at equally "
+        "many assignments?",
         (),
         raggedness,
-        "This is one layer on this machine's CPU, whose kernels compute the rows that there are. On a GPU tiles are filled "
-        "in steps, and several ranks wait for the slowest: neither is measured here.",
+        "This is one layer on this machine's CPU, whose kernels compute the rows that there are. On a GPU tiles are "
+        "filled in steps, and several ranks wait for the slowest: neither is measured here.",
     ),
 )
 NUMBERS = tuple(each.number for each in QUESTIONS)

@@ -53,8 +53,8 @@ def _head(task: QuestionsTask) -> str:
     data = (
         "The data are the sentences of `experiment language`, and all variants start from its pretrained text model."
         if config.language
-        else "The data are the rotated digits of `train`: five angles are trained on, 75 degrees is never seen. Experts "
-        f"start from random weights; DynMoE starts with {config.experts} and has {config.slots} slots."
+        else "The data are the rotated digits of `train`: five angles are trained on, 75 degrees is never seen. "
+        f"Experts start from random weights; DynMoE starts with {config.experts} and has {config.slots} slots."
     )
     seeds = "one seed" if len(config.seeds) == 1 else f"{len(config.seeds)} seeds"
     text = (
@@ -64,8 +64,8 @@ def _head(task: QuestionsTask) -> str:
         f"{config.learning_rate:g} and {config.steps} steps; {seeds}; numbers are those after the last step. {data}"
     )
     caution = (
-        f"A difference is paired: the mean over the seeds of the difference within a seed, with its {CONFIDENCE} interval "
-        "(Student's t). One interval of twenty leaves out 0 where there is no difference, and this page has dozens."
+        f"A difference is paired: the mean over the seeds of the difference within a seed, with its {CONFIDENCE} "
+        "interval (Student's t). One interval of twenty leaves out 0 where there is no difference, and this page has dozens."
     )
     return "\n\n".join(["# Questions", _filled(text), _filled(caution)])
 
@@ -77,7 +77,6 @@ def _section(asked: Question, answer: Answer) -> str:
         parts.append(markdown_lines(header, rows) if rows else NONE)
     if answer.panels:
         parts.append(f"![{asked.title}]({picture_of(asked)})")
-        parts.append(_filled(answer.note[0].upper() + answer.note[1:].rstrip(".") + "."))
     parts.append(_filled(f"**Answer.** {answer.sentence}"))
     parts.append(_filled(f"**What it cannot show.** {asked.cannot}"))
     return "\n\n".join(parts)
@@ -88,9 +87,7 @@ def _as_json(asked: Question, answer: Answer) -> dict[str, Any]:
         "number": asked.number,
         "title": asked.title,
         "asked": asked.asked,
-        "tables": [
-            {"caption": caption, "header": header, "rows": rows} for caption, header, rows in answer.tables
-        ],
+        "tables": [{"caption": caption, "header": header, "rows": rows} for caption, header, rows in answer.tables],
         "panels": [asdict(panel) for panel in answer.panels],
         "answer": answer.sentence,
         "cannot_show": asked.cannot,

@@ -43,10 +43,8 @@ def draw(answer: Answer) -> bytes:
 
 def _dots(axes: Axes, panel: Panel) -> None:
     for place, (middle, low, high) in enumerate(panel.values.values()):
-        colour = COLOURS[0]
-        axes.errorbar(
-            middle, place, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color=colour, marker="o", capsize=3, ls=""
-        )  # fmt: skip
+        bar = [[max(middle - low, 0)], [max(high - middle, 0)]]
+        axes.errorbar(middle, place, xerr=bar, color=COLOURS[0], marker="o", capsize=3, ls="")
     if panel.line is not None:
         axes.axvline(panel.line, color="0.45", lw=1, ls=(0, (4, 3)))
     axes.set_yticks(range(len(panel.values)), list(panel.values), fontsize=8)

@@ -29,10 +29,10 @@ def against(reference: str, names: Sequence[str]) -> Callable[[Results], Answer]
     """The answer that compares variants with a reference."""
 
     def answer(results: Results) -> Answer:
-        sentences = [differing(results, names, reference, quantity) for quantity in (OUT, IN, MEAN_K, EXPERTS)]
+        found = [differing(results, names, reference, quantity) for quantity in (OUT, IN, MEAN_K, EXPERTS)]
         return Answer(
             [("", comparison_header(reference), comparison(results, names, reference, ABOUT))],
-            " ".join(sentence for sentence in sentences if not sentence.startswith("Nothing")) or sentences[0],
+            _joined(found),
             differences(results, names, reference) + ranges(results, [reference, *names]),
             f"Left: {INTERVALS_NOTE}. Right: {RANGES_NOTE}.",
         )
@@ -58,9 +58,9 @@ def spreads(results: Results) -> Answer:
         needed = max(2, round(2 * (1.96 * middle) ** 2))
         means = [each.mean for each in of_out if each is not None]
         sentence = (
-            f"Out of domain the standard deviation over the seeds is {min(found):.1f} to {max(found):.1f} points, in the "
-            f"median {middle:.1f}; the means of the {len(names)} variants lie within {max(means) - min(means):.1f} points. "
-            f"At the median, an unpaired difference of one point needs about {needed} seeds a variant."
+            f"Out of domain the standard deviation over the seeds is {min(found):.1f} to {max(found):.1f} points, in "
+            f"the median {middle:.1f}; the means of the {len(names)} variants lie within "
+            f"{max(means) - min(means):.1f} points. At the median, an unpaired difference of one point needs about {needed} seeds a variant."
         )
     panels = [
         Panel(quantity.title, {name: _mean_range(list(results.values(name, quantity).values())) for name in names})
@@ -75,16 +75,16 @@ def starts(results: Results) -> Answer:
     for names in (("dense", FIXED, "dynmoe"), ("dense-tuned", f"{FIXED}-tuned", "dynmoe-tuned")):
         rows += comparison(results, [name for name in names if name != names[-1]], names[-1], ABOUT)
     header = comparison_header("dynmoe")
-    header[5:7] = ["in domain, minus DynMoE of the same start", "out of domain, minus the same"]
+    header[4:6] = ["in domain, minus DynMoE of the same start", "out of domain, minus the same"]
     tuned = ("dense-tuned", f"{FIXED}-tuned")
     sentences = [
-        "From scratch: " + differing(results, ("dense", FIXED), "dynmoe", OUT),
-        "Fine-tuned: " + differing(results, tuned, "dynmoe-tuned", OUT),
-        "The start itself: " + differing(results, ("dynmoe-tuned",), "dynmoe", OUT),
+        differing(results, ("dense", FIXED), "dynmoe", OUT),
+        differing(results, tuned, "dynmoe-tuned", OUT),
+        differing(results, ("dynmoe-tuned",), "dynmoe", OUT),
         differing(results, ("dynmoe-tuned",), "dynmoe", MEAN_K),
     ]
     panels = differences(results, ("dense", FIXED), "dynmoe") + differences(results, tuned, "dynmoe-tuned")
-    return Answer([("", header, rows)], " ".join(sentences), panels, INTERVALS_NOTE)
+    return Answer([("", header, rows)], _joined(sentences), panels, INTERVALS_NOTE)
 
 
 def fallback(names: Sequence[str]) -> Callable[[Results], Answer]:
@@ -96,9 +96,12 @@ def fallback(names: Sequence[str]) -> Callable[[Results], Answer]:
         for name in results.have(names):
             by_seed = results.evaluations[name]
             layers = list(next(iter(by_seed.values()))[-1]["layers"])
-            curves = {}
+            curves: dict[str, list[tuple[float, tuple[float, float, float]]]] = {}
             for layer in layers:
-                inside, outside = _unrouted(results, name, "layers", layer), _unrouted(results, name, "layers_out", layer)
+                inside, outside = (
+                    _unrouted(results, name, "layers", layer),
+                    _unrouted(results, name, "layers_out", layer),
+                )
                 curves |= {f"{layer}, in domain": inside, f"{layer}, out of domain": outside}
                 last = [each[-1][1] for each in (inside, outside)]
                 highest = max(value[2] for _, value in outside)
@@ -109,13 +112,18 @@ def fallback(names: Sequence[str]) -> Callable[[Results], Answer]:
             return Answer([("", header, rows)], "None of the runs has been done.")
         least, most = min(ends), max(ends)
         sentence = (
-            f"After the last step the share of tokens that fall back out of domain is from {least[0]:.1f} % (`{least[1]}`, "
-            f"`{least[2]}`) to {most[0]:.1f} % (`{most[1]}`, `{most[2]}`), mean over the seeds."
+            f"After the last step the share of tokens that fall back out of domain is from {least[0]:.1f} % "
+            f"(`{least[1]}`, `{least[2]}`) to {most[0]:.1f} % (`{most[1]}`, `{most[2]}`), mean over the seeds."
         )
         caption = "After the last step, mean over the seeds and their range:"
         return Answer([(caption, header, rows)], sentence, panels, "line: mean of the seeds, band: their range")
 
     return answer
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    """Each once."""
+    return " ".join(dict.fromkeys(filter(None, sentences))) or "Nothing to compare has been run."
 
 
 def differences(results: Results, names: Sequence[str], reference: str) -> list[Panel]:

@@ -61,18 +61,19 @@ def t_quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a run: how it is named, its unit in a sentence, its decimals."""
+    """A number of a run: its title in tables, how a sentence about it begins, its unit there, its decimals."""
 
     key: str
     title: str
-    unit: str
+    by: str
+    unit: str = ""
     digits: int = 1
 
 
-IN = Quantity("in", "in domain %", " points")
-OUT = Quantity("out", "out of domain %", " points")
-MEAN_K = Quantity("k", "mean k", "", 2)
-EXPERTS = Quantity("experts", "experts", "")
+IN = Quantity("in", "in domain %", "In domain", " points")
+OUT = Quantity("out", "out of domain %", "Out of domain", " points")
+MEAN_K = Quantity("k", "mean k", "In mean k", digits=2)
+EXPERTS = Quantity("experts", "experts", "In the number of experts")
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def comparison(results: Results, names: Sequence[str], reference: str, about: Ma
         ]
         rows.append(
             [
-                f"`{name}`",
-                about[name],
+                f"`{name}`: {about[name]}",
                 str(len(results.evaluations[name])),
                 *[text(results.spread(name, quantity)) for quantity in (IN, OUT)],
                 *[NONE if each is None else each.text() for each in differences],
@@ -150,7 +150,6 @@ def comparison(results: Results, names: Sequence[str], reference: str, about: Ma
 def comparison_header(reference: str) -> list[str]:
     return [
         "variant",
-        "what it is",
         "seeds",
         IN.title,
         OUT.title,
@@ -162,26 +161,24 @@ def comparison_header(reference: str) -> list[str]:
 
 
 def differing(results: Results, names: Sequence[str], reference: str, quantity: Quantity) -> str:
-    """A sentence: which of the variants differ from the reference in a quantity beyond the paired interval."""
+    """A sentence: which of the variants differ from the reference in a quantity beyond the paired interval. Empty
+    where there is nothing to compare."""
     found: dict[str, Difference] = {}
     for name in results.have(names) if results.have([reference]) else ():
         difference = None if name == reference else results.difference(name, reference, quantity)
         if difference is not None:
             found[name] = difference
-    where = quantity.title.removesuffix(" %")
     if not found:
-        return f"Nothing to compare with `{reference}` by {where} has been run."
+        return ""
     halves = [each.half for each in found.values() if each.half is not None]
     if not halves:
-        return f"One seed says nothing about a difference from `{reference}` by {where}."
+        return f"One seed says nothing about differences from `{reference}`."
     clear = {name: each for name, each in found.items() if each.is_clear}
     width = f"the widest {CONFIDENCE} interval is ± {max(halves):.{quantity.digits}f}{quantity.unit}"
-    subject = f"By {where}"
     if not clear:
-        if len(found) == 1:
-            return f"{subject}, no difference between `{next(iter(found))}` and `{reference}` beyond the interval; {width}."
-        return f"{subject}, none of the {len(found)} differs from `{reference}` beyond the interval; {width}."
+        names = f"`{next(iter(found))}` does not differ" if len(found) == 1 else f"none of the {len(found)} differs"
+        return f"{quantity.by} {names} from `{reference}` beyond the interval; {width}."
     listed = "; ".join(f"`{name}` {each.text(quantity.digits)}{quantity.unit}" for name, each in clear.items())
     others = len(found) - len(clear)
     rest = f" The other {others} {'does' if others == 1 else 'do'} not." if others else ""
-    return f"{subject}, these differ from `{reference}` beyond the {CONFIDENCE} interval: {listed}.{rest}"
+    return f"{quantity.by} these differ from `{reference}` beyond the {CONFIDENCE} interval: {listed}.{rest}"

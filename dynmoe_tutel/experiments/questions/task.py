@@ -164,9 +164,7 @@ class QuestionsTask(Task):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.inner.optimizer(model)
 
-    def controller(
-        self, key: RunKey, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> ExpertController | None:
+    def controller(self, key: RunKey, model: nn.Module, optimizer: torch.optim.Optimizer) -> ExpertController | None:
         return VARIANTS[key.row].controller(model, optimizer, self.config, key.seed)
 
     def seconds_beside_runs(self, path: Path) -> float:

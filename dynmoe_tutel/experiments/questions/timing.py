@@ -1,7 +1,7 @@
 """What the questions time: everything that is compared takes turns in one process, so that ratios are those of a round.
 
 Every block is repeated for some seeds and kept in the job's folder, as timing/<question>-<block>-seed<n>.json: the
-milliseconds of each round by subject, and mean k.
+milliseconds of each round by subject, and how it routed.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ UNEVEN = "k = 2, half of it on 2 of 8 experts"
 
 @dataclass(frozen=True)
 class Block:
-    """Subjects by name that take turns; `settling` rounds come first, untimed. `k` reads the mean k of each after the
-    timed rounds; `facts` are what else is known of a subject."""
+    """Subjects by name that take turns; `settling` rounds come first, untimed. `routed` reads the mean k and the
+    experts of each after the timed rounds; `facts` are what else is known of a subject."""
 
-    subjects: dict[str, Callable[[], None]]
+    subjects: Mapping[str, Callable[[], None]]
     settling: int = 2
     start: Callable[[], None] = lambda: None  # called between settling and timing
-    k: Callable[[], dict[str, float | None]] = dict
+    routed: Callable[[], dict[str, tuple[float, float]]] = dict
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,7 +87,9 @@ def measure(task: QuestionsTask, path: Path, stop_request: Callable[[], int | No
                     ms[name].append(_milliseconds(block.subjects[name]))
                 if stop_request() is not None:
                     return
-            write_file(file, json.dumps({"seed": seed, "ms": ms, "k": block.k(), **block.facts}) + "\n")
+            write_file(
+                file, json.dumps({"seed": seed, "ms": ms, "routed": block.routed(), "facts": block.facts}) + "\n"
+            )
 
 
 def seconds(task: QuestionsTask, path: Path) -> float:
@@ -154,13 +156,18 @@ def _steps(task: QuestionsTask, seed: int) -> Block:
         for run in runs.values():
             run.meter.reset()
 
-    def k() -> dict[str, float | None]:
-        read = {name: [layer["k"] for layer in run.meter.read().values()] for name, run in runs.items()}
-        return {name: statistics.fmean(of_layers) if of_layers else None for name, of_layers in read.items()}
+    def routed() -> dict[str, tuple[float, float]]:
+        read = {name: run.meter.read().values() for name, run in runs.items()}
+        means = {
+            name: (statistics.fmean(each["k"] for each in layers), statistics.fmean(each["experts"] for each in layers))
+            for name, layers in read.items()
+            if layers
+        }
+        return {PLAIN: (K, ROUTED_EXPERTS), **means} if PLAIN in runs else means
 
     subjects = {name: partial(step, run) for name, run in runs.items()}
     # the last step of the settings is no limit: batches go on
-    return Block(subjects, min(SETTLING, task.config.steps), start, k)
+    return Block(subjects, min(SETTLING, task.config.steps), start, routed)
 
 
 def _layers(D: int, H: int, T: int, seed: int) -> Block:
@@ -180,10 +187,11 @@ def _layers(D: int, H: int, T: int, seed: int) -> Block:
         held(x_TD)
         budgets.step()
 
-    def k() -> dict[str, float | None]:
-        return {name: None if name == DENSE else float(K) for name in modules} | {HELD: _mean_k(held, x_TD)}
+    def routed() -> dict[str, tuple[float, float]]:
+        fixed = {name: (float(K), float(ROUTED_EXPERTS)) for name in modules if name not in (DENSE, HELD)}
+        return {**fixed, HELD: (_mean_k(held, x_TD), float(ROUTED_EXPERTS))}
 
-    return Block({name: partial(_pass, module, x_TD, dy_TD) for name, module in modules.items()}, k=k)
+    return Block({name: partial(_pass, module, x_TD, dy_TD) for name, module in modules.items()}, routed=routed)
 
 
 def _ragged(D: int, H: int, T: int, seed: int) -> Block:
@@ -203,7 +211,7 @@ def _ragged(D: int, H: int, T: int, seed: int) -> Block:
             # rows that a layout of equally many rows an expert has, over those that are needed
             "padded": ROUTED_EXPERTS * int(load_E.max()) / int(load_E.sum()),
         }
-    return Block(subjects, facts={"facts": facts})
+    return Block(subjects, facts=facts)
 
 
 class FixedRouting(nn.Module):

@@ -12,11 +12,8 @@ from dynmoe_tutel.experiments.questions.results import NONE, Results
 from dynmoe_tutel.experiments.questions.variants import BUDGET, PLAIN
 
 QUARTILES_NOTE = "mark: median of the ratios in one round, bar: their quartiles"
-TABLES = {
-    timing.STEP: ("A whole step: batch, forward, backward, optimizer, controller", PLAIN),
-    timing.LAYER: ("The layer alone, forward and backward, as large as in the digits' model", timing.UNMODIFIED),
-    timing.WIDE: ("A wider layer, forward and backward", timing.UNMODIFIED),
-}
+STEP_TITLE = "A whole step: batch, forward, backward, optimizer, controller"
+LAYER_TITLE = "The layer alone, forward and backward, D = {}, H = {}, T = {}"
 
 Measured = Sequence[Mapping[str, Any]]
 
@@ -24,25 +21,28 @@ Measured = Sequence[Mapping[str, Any]]
 def step_times(results: Results) -> Answer:
     """Against dense and against an unmodified top-k."""
     tables, panels, sentences = [], [], []
-    for name, (title, plain) in TABLES.items():
+    for name in (timing.STEP, *timing.SIZES):
         measured = timing.read(results.path, 1, name)
         if not measured:
             continue
+        is_step = name == timing.STEP
         subjects = list(measured[0]["ms"])
-        others = [other for other in (timing.DENSE, plain) if other in subjects]
-        header = ["", "ms", *[f"x `{other}`, median and quartiles" for other in others], "seeds' medians", "mean k"]
+        others = [other for other in (timing.DENSE, PLAIN if is_step else timing.UNMODIFIED) if other in subjects]
+        title = STEP_TITLE if is_step else LAYER_TITLE.format(*timing.SIZES[name])
+        header = ["", "ms", *[f"x `{other}`, median (quartiles)" for other in others],
+                  f"seeds' medians, x `{others[-1]}`", "mean k", "experts"]  # fmt: skip
         rows = [
             [f"`{subject}`", _ms(measured, subject), *[_ratio(measured, subject, other) for other in others],
-             _range(measured, subject, others[-1]), _k(measured, subject)]
+             _range(measured, subject, others[-1]), *_routed(measured, subject)]
             for subject in subjects
         ]  # fmt: skip
-        if name in timing.SIZES:
-            title += " (D = {}, H = {}, T = {}, 8 experts)".format(*timing.SIZES[name])
-        tables.append((f"{title}; the seeds' medians are those over `{others[-1]}`:", header, rows))
-        panels.append(_panel(measured, subjects, timing.DENSE, f"{name}: time over dense"))
-        held = BUDGET if name == timing.STEP else timing.HELD
-        compared = " and ".join(f"{_median(measured, held, other):.2f} times `{other}`" for other in others)
-        sentences.append(f"`{held}` at a mean k of {_k(measured, held)} takes {compared} ({name}).")
+        tables.append((f"{title}:", header, rows))
+        of_layer = "" if is_step else ", D = {}".format(*timing.SIZES[name])
+        panels.append(_panel(measured, subjects, timing.DENSE, f"{'step' if is_step else 'layer'}{of_layer}: x dense"))
+        held = BUDGET if is_step else timing.HELD
+        compared = " and ".join(f"{_ratio(measured, held, other)} times `{other}`" for other in others)
+        where = "A whole step of" if is_step else f"The layer alone{of_layer}, with"
+        sentences.append(f"{where} `{held}` at a mean k of {_routed(measured, held)[0]} takes {compared}.")
     if not tables:
         return Answer([], "Nothing has been timed.")
     return Answer(tables, " ".join(sentences), panels, QUARTILES_NOTE)
@@ -51,7 +51,7 @@ def step_times(results: Results) -> Answer:
 def raggedness(results: Results) -> Answer:
     """Of layers with equally many assignments, dealt to tokens and experts in different ways."""
     tables, panels, sentences = [], [], []
-    header = ["routing", "assignments", "variance of k", "ms", "x equal k, median and quartiles", "seeds' medians",
+    header = ["routing", "assignments", "variance of k", "ms", "x equal k, median (quartiles)", "seeds' medians",
               "rows of a padded layout, x needed"]  # fmt: skip
     for name, size in timing.RAGGED_SIZES.items():
         measured = timing.read(results.path, 11, name)
@@ -69,8 +69,8 @@ def raggedness(results: Results) -> Answer:
         *uneven_k, uneven_load = subjects[1:]
         medians = [_median(measured, subject, equal) for subject in uneven_k]
         sentences.append(
-            f"At D = {size[0]}, unequal k takes {min(medians):.2f} to {max(medians):.2f} times equal k, and an uneven load "
-            f"{_median(measured, uneven_load, equal):.2f} times; rows padded to the fullest expert would be "
+            f"At D = {size[0]}, unequal k takes {min(medians):.2f} to {max(medians):.2f} times equal k, and an uneven "
+            f"load {_median(measured, uneven_load, equal):.2f} times; rows padded to the fullest expert would be "
             f"{facts[uneven_load]['padded']:.2f} times as many."
         )
     if not tables:
@@ -108,12 +108,13 @@ def _range(measured: Measured, subject: str, over: str) -> str:
     return "{:.2f} to {:.2f}".format(*timing.seeds_range(measured, subject, over))
 
 
-def _k(measured: Measured, subject: str) -> str:
-    values = [each["k"].get(subject) for each in measured]
-    if subject in (PLAIN, timing.UNMODIFIED):
-        return "2"
-    known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.2f}" if known else NONE
+def _routed(measured: Measured, subject: str) -> tuple[str, str]:
+    """(mean k, experts), mean over the seeds."""
+    found = [each["routed"][subject] for each in measured if subject in each["routed"]]
+    if not found:
+        return NONE, NONE
+    k, experts = (statistics.fmean(values) for values in zip(*found, strict=True))
+    return f"{k:.2f}", f"{experts:.1f}"
 
 
 def _panel(measured: Measured, subjects: Sequence[str], over: str, title: str) -> Panel:

@@ -99,9 +99,7 @@ class OneSided:
     growth: bool
     pruning: bool
 
-    def __call__(
-        self, record: RoutingRecord, active: Tensor, free_slots: int, silent_windows: list[int]
-    ) -> Decision:
+    def __call__(self, record: RoutingRecord, active: Tensor, free_slots: int, silent_windows: list[int]) -> Decision:
         decision = DynMoEPolicy()(record, active, free_slots, silent_windows)
         prune = decision.prune if self.pruning else []
         has_room = free_slots + len(prune) > 0  # a slot that is not pruned is not free
@@ -160,7 +158,9 @@ VARIANTS = {
         Variant("dynmoe-tuned", "experts are copies of the trained MLPs", tuned=True),
         Variant("dynmoe-score-weighted", "experts count by their scores", score_weighted=True),
         Variant(
-            "dynmoe-normalized", "equal weights, DynMoE-Tutel's gradient of an assignment", combine_gradient="normalized"
+            "dynmoe-normalized",
+            "equal weights, DynMoE-Tutel's gradient of an assignment",
+            combine_gradient="normalized",
         ),
         *[Variant(f"dynmoe-{term}", f"{term} is the only term", aux_losses={term: 1.0}) for term in AUX_TERMS],
         Variant("dynmoe-no-aux", "no auxiliary loss", aux_losses={}),
