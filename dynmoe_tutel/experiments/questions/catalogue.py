@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dynmoe_tutel.experiments.questions.answer import Question
 from dynmoe_tutel.experiments.questions.readings import against, fallback, spreads, starts
+from dynmoe_tutel.experiments.questions.results import IN, MEAN_K, OUT
 from dynmoe_tutel.experiments.questions.timing_readings import raggedness, step_times
 from dynmoe_tutel.experiments.questions.variants import (
     AUX_TERMS,
@@ -110,7 +111,7 @@ QUESTIONS = (
         "How do other dynamic routers do at the same mean k?",
         f"Other methods choose the number of experts too. How do they compare at a mean of {K} experts a token?",
         ("dense", FIXED, "dynmoe", BUDGET, *[variant.name for variant in ROUTERS]),
-        against(BUDGET, ("dense", FIXED, "dynmoe", *[variant.name for variant in ROUTERS])),
+        against(BUDGET, ("dense", FIXED, "dynmoe", *[variant.name for variant in ROUTERS]), (OUT, IN, MEAN_K)),
         "The other routers have eight experts from the start, and their settings were not searched beyond what a short "
         f"training needs. Where mean k is off {K}, a row is not at equal compute. {SMALL}",
     ),

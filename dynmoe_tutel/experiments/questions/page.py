@@ -65,7 +65,8 @@ def _head(task: QuestionsTask) -> str:
     )
     caution = (
         f"A difference is paired: the mean over the seeds of the difference within a seed, with its {CONFIDENCE} "
-        "interval (Student's t). One interval of twenty leaves out 0 where there is no difference, and this page has dozens."
+        "interval (Student's t). One interval of twenty leaves out 0 where there is no difference, and this page has "
+        "dozens."
     )
     return "\n\n".join(["# Questions", _filled(text), _filled(caution)])
 

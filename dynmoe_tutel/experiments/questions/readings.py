@@ -12,6 +12,7 @@ from dynmoe_tutel.experiments.questions.results import (
     IN,
     MEAN_K,
     OUT,
+    Quantity,
     Results,
     comparison,
     comparison_header,
@@ -25,11 +26,13 @@ INTERVALS_NOTE = f"mark: mean of the paired differences over the seeds, bar: the
 RANGES_NOTE = "mark: mean of the seeds, bar: their range"
 
 
-def against(reference: str, names: Sequence[str]) -> Callable[[Results], Answer]:
-    """The answer that compares variants with a reference."""
+def against(
+    reference: str, names: Sequence[str], quantities: Sequence[Quantity] = (OUT, IN, MEAN_K, EXPERTS)
+) -> Callable[[Results], Answer]:
+    """The answer that compares variants with a reference; `quantities` get a sentence each."""
 
     def answer(results: Results) -> Answer:
-        found = [differing(results, names, reference, quantity) for quantity in (OUT, IN, MEAN_K, EXPERTS)]
+        found = [differing(results, names, reference, quantity) for quantity in quantities]
         return Answer(
             [("", comparison_header(reference), comparison(results, names, reference, ABOUT))],
             _joined(found),
@@ -60,7 +63,8 @@ def spreads(results: Results) -> Answer:
         sentence = (
             f"Out of domain the standard deviation over the seeds is {min(found):.1f} to {max(found):.1f} points, in "
             f"the median {middle:.1f}; the means of the {len(names)} variants lie within "
-            f"{max(means) - min(means):.1f} points. At the median, an unpaired difference of one point needs about {needed} seeds a variant."
+            f"{max(means) - min(means):.1f} points. At the median, an unpaired difference of one point "
+            f"needs about {needed} seeds a variant."
         )
     panels = [
         Panel(quantity.title, {name: _mean_range(list(results.values(name, quantity).values())) for name in names})

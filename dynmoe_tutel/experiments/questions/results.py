@@ -102,7 +102,7 @@ class Results:
 
     def values(self, variant: str, quantity: Quantity) -> dict[int, float]:
         """By seed, after the last step; empty where the variant has no such number."""
-        lines = {seed: lines[-1] for seed, lines in self.evaluations[variant].items()}
+        lines = {seed: lines[-1] for seed, lines in self.evaluations.get(variant, {}).items()}
         if quantity in (IN, OUT):
             return {seed: 100 * line[f"{quantity.key}_accuracy"] for seed, line in lines.items()}
         if not all(line["layers"] for line in lines.values()):
@@ -180,5 +180,5 @@ def differing(results: Results, names: Sequence[str], reference: str, quantity: 
         return f"{quantity.by} {names} from `{reference}` beyond the interval; {width}."
     listed = "; ".join(f"`{name}` {each.text(quantity.digits)}{quantity.unit}" for name, each in clear.items())
     others = len(found) - len(clear)
-    rest = f" The other {others} {'does' if others == 1 else 'do'} not." if others else ""
+    rest = {0: "", 1: " The other does not."}.get(others, f" The other {others} do not.")
     return f"{quantity.by} these differ from `{reference}` beyond the {CONFIDENCE} interval: {listed}.{rest}"

@@ -134,7 +134,8 @@ ROUTERS = (
         f"expert-threshold-k{K}",
         "a threshold an expert, from its quantile",
         "router",
-        _router("expert_threshold", target_k=float(K)),
+        # the published decay of 0.99 averages over as many steps as half of a training here
+        _router("expert_threshold", target_k=float(K), decay=0.9),
     ),
     Variant(
         f"null-experts-k{K}",
