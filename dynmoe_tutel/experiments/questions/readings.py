@@ -37,7 +37,7 @@ def against(
             [("", comparison_header(reference), comparison(results, names, reference, ABOUT))],
             _joined(found),
             differences(results, names, reference) + ranges(results, [reference, *names]),
-            f"Left: {INTERVALS_NOTE}. Right: {RANGES_NOTE}.",
+            f"differences: {INTERVALS_NOTE}; mean k and experts: {RANGES_NOTE}",
         )
 
     return answer
