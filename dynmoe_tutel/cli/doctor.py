@@ -28,7 +28,7 @@ MIN_TORCH = (2, 11)
 TUTEL_TIMEOUT = 60
 # the packages of every extra; the registry lists those of experiments
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "experiments": ("scikit-learn", "matplotlib", "rich", "typer", "safetensors"),
+    "experiments": ("scikit-learn", "scipy", "matplotlib", "rich", "typer", "safetensors"),
     **{each.name: each.packages for each in EXPERIMENTS if each.packages},
     "emoe": ("k-means-constrained",),
     "lightning": ("lightning",),

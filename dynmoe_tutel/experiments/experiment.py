@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from dynmoe_tutel.checkpoint import write_file
-from dynmoe_tutel.experiments.report import plots, table, tensorboard
+from dynmoe_tutel.experiments.report import claims, plots, table, tensorboard
 from dynmoe_tutel.experiments.report.progress import ProgressBar
 from dynmoe_tutel.experiments.report.reporters import Several
 from dynmoe_tutel.experiments.rows import row_order
@@ -247,7 +247,7 @@ def _report(task: Task, path: Path, console: Console) -> None:
         _write(path, name, picture)
     for drawn in table.rich_tables(summaries, steps, task.selection, console.width):
         console.print(drawn)
-    console.print(table.verdict(summaries), highlight=False)
+    console.print("\n".join([table.verdict(summaries), *claims.sentences(summaries)]), highlight=False)
 
 
 def read_runs(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

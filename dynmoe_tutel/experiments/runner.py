@@ -102,8 +102,7 @@ class Run:
         self.optimizer = task.optimizer(self.model)
         self.meter = metrics.RoutingMeter(self.model)
         self.controller = task.controller(key, self.model, self.optimizer)
-        # what gates hold is moved after each step: by the controller where there is one
-        self.budgets = None if self.controller is not None else Budgets(self.model)
+        self.budgets = Budgets(self.model)  # for routers without a controller, which moves what gates hold itself
         self.step, self.resumed = 0, False
         self.sums = {"loss": 0.0, "aux": 0.0, "correct": 0, "items": 0, "steps": 0}
         self.layers_at_eval: dict[str, Any] = {}
@@ -161,10 +160,9 @@ class Run:
         self.sums["steps"] += 1
 
     def adapt(self) -> None:
-        """Let the controller count the step, and log what grew and what was pruned."""
-        if self.budgets is not None:
-            self.budgets.step()
+        """Let what gates hold move after the step, or the controller count it, and log what grew and was pruned."""
         if self.controller is None:
+            self.budgets.step()
             return
         for event in self.controller.step():
             self.folder.log(EVENTS, {**self.key.fields, **asdict(event)})

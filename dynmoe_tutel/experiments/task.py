@@ -34,7 +34,11 @@ class Settings:
     Fields declared with `option` become options of the task's command.
     """
 
-    rows: tuple[str, ...] = option((), "Rows of the table, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe.")
+    rows: tuple[str, ...] = option(
+        (),
+        "Rows of the table, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe, dynmoe-kX (mean k held at X), "
+        "and routers of the field: relu-kX, top-p-kX, expert-threshold-kX, null-experts-kX, quantile-top-K-of-E.",
+    )
     seeds: tuple[int, ...] = option(
         (0, 1, 2),
         "Number of seeds (0, 1, ...), or seeds by comma. Default: 3, with --quick 1.",

@@ -22,7 +22,6 @@ from dynmoe_tutel.experiments import experiment
 from dynmoe_tutel.experiments.experiment import RUNS
 from dynmoe_tutel.experiments.report import plots, table
 from dynmoe_tutel.experiments.report.table import RowSummary, Spread
-from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options, row_order
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, checkpoints_of, read_log
 from dynmoe_tutel.experiments.runner import Run
 from dynmoe_tutel.experiments.vision.digits_task import DigitsTask
@@ -309,32 +308,3 @@ def test_names_in_the_trade_off_do_not_cover_each_other(monkeypatch: pytest.Monk
         boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
         assert boxes.keys() == points.keys()
         assert not [(a, b) for a in boxes for b in boxes if a < b and boxes[a].overlaps(boxes[b])]
-
-
-def test_rows_have_names_an_order_and_options() -> None:
-    check_rows(ROWS)
-    assert row_order(["dynmoe", "top-1-of-16", "top-4-of-8", "dense"]) == (
-        "dense", "top-4-of-8", "top-1-of-16", "dynmoe",
-    )  # fmt: skip
-    assert row_order({"dynmoe", "top-2", "top-1-of-8", "top-1", "dense"}) == (
-        "dense", "top-1", "top-2", "top-1-of-8", "dynmoe",
-    )  # fmt: skip
-    assert moe_options("top-2", 4, 8)["num_experts"] == 4
-    assert moe_options("top-4-of-16", 8, 16) == {
-        "gate_type": {"type": "cosine_top", "k": 4, "fp32_gate": True},
-        "num_experts": 16,
-    }
-    assert moe_options("dynmoe", 8, 16)["gate_type"]["max_expert_num"] == 16
-    assert moe_options("dynmoe-k1.5", 8, 16)["gate_type"]["budget"] == {"target_k": 1.5}
-    assert row_order(["dynmoe-k1.5", "dynmoe-k3", "dynmoe", "dense"]) == ("dense", "dynmoe", "dynmoe-k3", "dynmoe-k1.5")
-    check_rows(("dense", "dynmoe-k2", "dynmoe-k1.5"))
-    for bad, message in (
-        ("top-9-of-8", "got 'top-9-of-8'"),
-        ("top-2", "got 'top-2'"),
-        ("best", "got 'best'"),
-        ("dynmoe-k0", "got 'dynmoe-k0'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_rows(("dense", bad))
-    with pytest.raises(ValueError, match="different ones"):
-        check_rows(("dense", "dense"))

@@ -79,7 +79,8 @@ def test_auxiliary_terms_and_checks_are_those_of_the_name(task: QuestionsTask) -
     assert set(layer("dynmoe").gates[0].aux_names) == {"diversity", "simplicity"}
     assert set(layer("dynmoe-load_balance").gates[0].aux_names) == {"load_balance"}
     assert set(layer("dynmoe-no-aux").gates[0].aux_names) == set()
-    assert layer("dynmoe-normalized").combine_gradient == "normalized"
+    assert layer("dynmoe-normalized").combine_gradients == ["normalized"]
+    assert layer("dynmoe").combine_gradients == ["mean"]
     long = QuestionsTask(QuestionsConfig(steps=200))
     for name, first, last in (("dynmoe", 25, 175), ("dynmoe-every-10", 10, 170), ("dynmoe-every-100", 100, 100)):
         run = Run(long, RunKey(name, 0), NoFolder(), Several())

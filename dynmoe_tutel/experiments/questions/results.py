@@ -14,9 +14,6 @@ Line = Mapping[str, Any]
 Seeds = Mapping[int, float]  # a number by seed
 NONE = "-"
 CONFIDENCE = "95 %"
-# Student's t at 97.5 %, by degrees of freedom from 1
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NORMAL = 1.95996
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,10 @@ class Difference:
 
 
 def t_quantile(freedom: int) -> float:
-    """Student's t at 97.5 %."""
-    if freedom <= len(T):
-        return T[freedom - 1]
-    z, n = NORMAL, freedom  # Cornish and Fisher's expansion, exact to the third digit from here on
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    """Student's t that bounds a mean on both sides."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ ROUTED_EXPERTS = 8  # of routers that do not grow
 class Variant:
     """A row of the questions.
 
-    `row` is the row of the experiments that it is built like; `gate` replaces that row's gate, `aux_losses` and
-    `combine_gradient` are the layer's; `score_weighted` replaces the mean over a token's experts; `growth` and
+    `row` is the row of the experiments that it is built like; `aux_losses` and `combine_gradient` are the layer's;
+    `score_weighted` replaces the mean over a token's experts; `growth` and
     `pruning` say what the controller may do; `every` is the interval of its checks, None that of the settings; `tuned`
     starts from a trained dense model, whose MLPs become experts as copies.
     """
@@ -42,7 +42,6 @@ class Variant:
     name: str
     about: str
     row: str = "dynmoe"
-    gate: Mapping[str, Any] = field(default_factory=dict)
     aux_losses: Mapping[str, float] | None = None
     combine_gradient: str = "mean"
     score_weighted: bool = False
@@ -63,9 +62,7 @@ class Variant:
 
     def layer_options(self, experts: int, slots: int) -> dict[str, Any]:
         """`gate_type`, `num_experts` and what else its layer takes; `experts` and `slots` are DynMoE's."""
-        options: dict[str, Any] = moe_options(self.row, experts, slots)
-        if self.gate:
-            options = {"gate_type": dict(self.gate), "num_experts": ROUTED_EXPERTS}
+        options: dict[str, Any] = moe_options(self.row, experts if self.is_adaptive else ROUTED_EXPERTS, slots)
         if self.aux_losses is not None:
             options["aux_losses"] = dict(self.aux_losses)
         if self.combine_gradient != "mean":
@@ -117,33 +114,18 @@ def _weigh_by_score(_gate: nn.Module, _inputs: Any, routing: Routing) -> Routing
     return dataclasses.replace(routing, weights=passed_TE + fallback_TE, router=None)
 
 
-def _router(type: str, **options: Any) -> dict[str, Any]:
-    return {"type": type, "fp32_gate": True, **options}
-
-
-# ReMoE's coefficient is moved by 5 % a step and starts where a training of some hundred steps can feel it; its term has
-# the weight 1 / aux_weight, so that the coefficient alone weighs it.
-_RELU = _router("relu", target_k=float(K), coefficient=1e-3, rate=0.05)
 AUX_TERMS = ("diversity", "simplicity", "load_balance", "efficiency")
 INTERVALS = (10, 50, 100)
 INITS = ("mean", "fresh", "keep")
-ROUTERS = (
-    Variant(f"relu-k{K}", "ReLU router (ReMoE)", "router", _RELU, {"balanced_l1": 100.0}),
-    Variant(f"top-p-k{K}", "top-p with a controlled p (DTop-p)", "router", _router("top_p", target_k=float(K))),
-    Variant(
-        f"expert-threshold-k{K}",
-        "a threshold an expert, from its quantile",
-        "router",
-        # the published decay of 0.99 averages over as many steps as half of a training here
-        _router("expert_threshold", target_k=float(K), decay=0.9),
-    ),
-    Variant(
-        f"null-experts-k{K}",
-        f"the best {2 * K} of 8 experts and 8 null ones (AdaMoE)",
-        "router",
-        _router("null_experts", k=2 * K, target_k=float(K)),
-    ),
-    Variant(f"quantile-top-{K}", f"the best {K}, balanced by quantiles", "router", _router("quantile_top_k", k=K)),
+ROUTERS = tuple(
+    Variant(name, about, name)
+    for name, about in (
+        (f"relu-k{K}", "ReLU router (ReMoE)"),
+        (f"top-p-k{K}", "top-p with a controlled p (DTop-p)"),
+        (f"expert-threshold-k{K}", "a threshold an expert, from its quantile"),
+        (f"null-experts-k{K}", f"the best {2 * K} of 8 experts and 8 null ones (AdaMoE)"),
+        (f"quantile-top-{K}-of-8", f"the best {K}, balanced by quantiles"),
+    )
 )
 
 VARIANTS = {

@@ -60,7 +60,8 @@ def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
             curves = _curves(metrics, row, key)
             steps = sorted({step for curve in curves.values() for step in curve})
             values = [[100 * curve[step] for curve in curves.values() if step in curve] for step in steps]
-            colour, style = COLOURS[position % len(COLOURS)], STYLES[position % len(STYLES)]
+            turn, place = divmod(position, len(COLOURS))  # colours that come again have the next style
+            colour, style = COLOURS[place], STYLES[(place + turn) % len(STYLES)]
             axes.plot(steps, [statistics.fmean(v) for v in values], color=colour, ls=style, lw=2, label=row)
             if len(curves) > 1:
                 axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.13)
@@ -250,7 +251,7 @@ def _name(axes: Axes, marks: Mapping[str, tuple[float, Spread]], colours: Mappin
 
 def _family(row: str) -> str:
     """Rows of one colour: those with as many experts."""
-    return f"top-k{row[row.index('-of-') :].replace('-', ' ')}" if "-of-" in row else row
+    return f"{row[: row.index('top-')]}top-k{row[row.index('-of-') :].replace('-', ' ')}" if "-of-" in row else row
 
 
 def new_figure(

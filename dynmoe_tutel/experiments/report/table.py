@@ -2,8 +2,8 @@
 
 Spread is the standard deviation over the seeds; where a task leaves out one part after the other, a seed's value is the
 mean over these runs. A part is one domain's data of one kind: held out in domain, or out of domain. The sentence under
-the table compares the best row with the others by accuracy out of domain, whoever wins. Rich is imported when a table
-is drawn.
+the table compares the best row with the others by accuracy out of domain, whoever wins; the claims follow (claims.py).
+Rich is imported when a table is drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dynmoe_tutel.experiments.report import claims
 from dynmoe_tutel.experiments.task import RunKey
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ HEADER = (
 WIDE = 160  # columns of a terminal that shows the table by part too
 IN_FILES_ALONE = ("seeds", "ms a\nstep", "experts\nstart")  # dropped in this order on a narrow terminal
 
+COMPARED = ("in_accuracy", "out_accuracy", "activated_parameters")
+
 Line = Mapping[str, Any]
 
 
@@ -57,11 +60,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class RunNumbers:
+    """One run: its seed, the part left out (`test`), and what the claims compare of the evaluation that counts."""
+
+    seed: int
+    test: str
+    in_accuracy: float
+    out_accuracy: float
+    activated_parameters: float
+
+
+@dataclass(frozen=True)
 class RowSummary:
     """One row of the table. Lists have one entry a MoE layer; a dense row has empty ones and no k.
 
     `parts` and `k` are by name of the part; `k` has one mean a MoE layer; `step_ratio` is the time of a step over the
-    dense row's with the same seed, None without one; `runs` are (seed, part left out).
+    dense row's with the same seed, None without one.
     """
 
     row: str
@@ -77,7 +91,12 @@ class RowSummary:
     parts: dict[str, Spread] = field(default_factory=dict)
     k: dict[str, list[float]] = field(default_factory=dict)
     step_ratio: Spread | None = None
-    runs: tuple[tuple[int, str], ...] = ()
+    by_run: tuple[RunNumbers, ...] = ()
+
+    @property
+    def runs(self) -> tuple[tuple[int, str], ...]:
+        """The seed and the part left out of each run."""
+        return tuple((run.seed, run.test) for run in self.by_run)
 
     def cells(self) -> list[str]:
         """The row's texts, in the order of HEADER."""
@@ -171,7 +190,9 @@ def _summary(
         parts=parts,
         k=k,
         step_ratio=over_seeds(ratio) if len(ratio) == len(keys) else None,
-        runs=tuple((key.seed, key.test) for key in keys),
+        by_run=tuple(
+            RunNumbers(key.seed, key.test, *[line[name] for name in COMPARED]) for key, line in chosen.items()
+        ),
     )
 
 
@@ -225,10 +246,11 @@ def title(rows: Sequence[RowSummary], steps: int, selection: str) -> str:
 
 
 def markdown(rows: Sequence[RowSummary], steps: int, selection: str) -> str:
-    """Both tables and the verdict as Markdown."""
+    """Both tables, the verdict and the claims as Markdown."""
     main = markdown_lines(HEADER, [row.cells() for row in rows])
     by_part = markdown_lines(part_header(rows), part_lines(rows))
-    head = f"{title(rows, steps, selection)}.\n\n{main}\n\n{verdict(rows)}"
+    said = [verdict(rows), "\n".join(f"* {sentence}" for sentence in claims.sentences(rows))]
+    head = "\n\n".join([f"{title(rows, steps, selection)}.", main, *filter(None, said)])
     return f"{head}\n\nBy part; k of every MoE layer:\n\n{by_part}\n"
 
 
@@ -239,6 +261,8 @@ def as_json(rows: Sequence[RowSummary], steps: int, selection: str) -> dict[str,
         "selection": selection,
         "rows": [asdict(row) for row in rows],
         "verdict": verdict(rows),
+        "claims": [asdict(claim) for claim in claims.claims(rows)],
+        "sentences": claims.sentences(rows),
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.experiments.options import option
-from dynmoe_tutel.experiments.rows import BUDGET, moe_options
+from dynmoe_tutel.experiments.rows import held, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.vision import digits
 from dynmoe_tutel.experiments.vision.vit import ViT, ViTConfig
@@ -36,7 +36,9 @@ class TrainConfig(Settings):
 
     rows: tuple[str, ...] = option(
         ROWS,
-        "Rows of the table, by comma: dense, top-1, top-2, dynmoe, dynmoe-kX (mean k held at X). Default: all, X 2.",
+        "Rows of the table, by comma: dense, top-1, top-2, dynmoe, dynmoe-kX (mean k held at X), and routers of the "
+        "field: relu-kX, top-p-kX, expert-threshold-kX, null-experts-kX, quantile-top-1, quantile-top-2. Default: the "
+        "first five, X 2.",
     )
     # 75, the last one: nothing beyond it is trained on, so the model must extrapolate
     test_domain: int = option(75, "The angle left out: 0, 15, 30, 45, 60 or 75 degrees.")
@@ -47,8 +49,8 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        budgeted = tuple(row for row in self.rows if BUDGET.fullmatch(row))
-        refuse_bad_choice("rows", self.rows, (*ROWS, *budgeted))
+        holding = tuple(row for row in self.rows if held(row))
+        refuse_bad_choice("rows", self.rows, (*ROWS, "quantile-top-1", "quantile-top-2", *holding))
         if self.test_domain not in digits.ANGLES:
             raise ValueError(f"test_domain must be one of {list(digits.ANGLES)}, got {self.test_domain!r}")
         self.refuse_below_one("batch_per_domain")

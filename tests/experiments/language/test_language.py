@@ -199,7 +199,7 @@ def test_command_line_makes_a_table_and_refuses_bad_input(config: LanguageConfig
     for arguments, message in (
         (
             [*given, "--rows", "top-3"],
-            "rows must be dense, dynmoe, dynmoe-kX with a mean number X of experts a token, or top-K-of-E",
+            "rows must be dense, dynmoe, dynmoe-kX, relu-kX, top-p-kX",
         ),
         ([*given, "--seeds", "none"], "--seeds must be numbers by comma"),
         ([*given, "--train-domains", "films,books"], "train_domains must be"),
