@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_what_is_done_is_not_done_again(whole: Path, monkeypatch: pytest.MonkeyP
     assert experiment.resume(whole, QuestionsTask, console) == 0
     assert "about" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert {file: file.read_bytes() for file in whole.rglob("*.json*")} == before
+
+
+def test_the_page_keeps_what_other_commands_asked(whole: Path, tmp_path: Path) -> None:
+    """Questions, also of times alone, which train nothing, and further seeds."""
+    shutil.copytree(whole, tmp_path / "job")
+    changed = replace(CONFIG, questions=(1,), seeds=(0,))
+    assert experiment.start(QuestionsTask(changed), tmp_path / "job", tiny_job.quiet()) == 0
+    text = (tmp_path / "job" / page.PAGE).read_text()
+    assert [line[:5] for line in text.splitlines() if line.startswith("## ")] == ["## 1.", "## 4.", "## 6.", "## 11"]
+    more = replace(CONFIG, questions=(6,), rows=("dynmoe",), seeds=(2,))
+    assert experiment.start(QuestionsTask(more), tmp_path / "job", tiny_job.quiet()) == 0
+    assert "2 to 3 seeds" in " ".join((tmp_path / "job" / page.PAGE).read_text().split())
 
 
 def test_a_stopped_job_goes_on_as_if_it_had_not_been(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe_tutel.checkpoint import write_file
-from dynmoe_tutel.experiments.questions import pictures
+from dynmoe_tutel.experiments.questions import pictures, timing
 from dynmoe_tutel.experiments.questions.answer import Answer, Question
 from dynmoe_tutel.experiments.questions.catalogue import question
 from dynmoe_tutel.experiments.questions.results import CONFIDENCE, NONE, Results
 from dynmoe_tutel.experiments.report.table import markdown_lines
-from dynmoe_tutel.experiments.run_folder import METRICS, RUNS, read_log
+from dynmoe_tutel.experiments.run_folder import CONFIG, METRICS, RUNS, read_config, read_log
 
 if TYPE_CHECKING:
     from dynmoe_tutel.experiments.questions.task import QuestionsTask
@@ -28,8 +28,8 @@ def write(task: QuestionsTask, path: Path, console: Any) -> None:
     folders = [folder for folder in sorted((path / RUNS).glob("*")) if (folder / METRICS).exists()]
     metrics = [line for folder in folders for line in read_log(folder, METRICS)]
     results = Results.of(path, metrics, task.config.steps)
-    answers = [(each, each.answer(results)) for each in map(question, sorted(task.config.questions))]
-    write_file(path / PAGE, page(task, answers))
+    answers = [(each, each.answer(results)) for each in map(question, asked_for(task, path))]
+    write_file(path / PAGE, page(task, results, answers))
     write_file(path / NUMBERS, json.dumps([_as_json(*each) for each in answers], indent=2) + "\n")
     for each, answer in answers:
         if answer.panels:
@@ -38,9 +38,16 @@ def write(task: QuestionsTask, path: Path, console: Any) -> None:
         console.print(answer.sentence, highlight=False)
 
 
-def page(task: QuestionsTask, answers: list[tuple[Question, Answer]]) -> str:
+def asked_for(task: QuestionsTask, path: Path) -> list[int]:
+    """The numbers of the questions of this command, and of all that used the folder before."""
+    configs = [read_config(folder) for folder in (path / RUNS).glob("*") if (folder / CONFIG).exists()]
+    earlier = [number for config in configs for number in config.get("axes", {}).get("questions", [])]
+    return sorted({*task.config.questions, *earlier, *timing.questions_of(path)})
+
+
+def page(task: QuestionsTask, results: Results, answers: list[tuple[Question, Answer]]) -> str:
     """The page as Markdown."""
-    return "\n\n".join([_head(task), *[_section(*each) for each in answers]]) + "\n"
+    return "\n\n".join([_head(task, results), *[_section(*each) for each in answers]]) + "\n"
 
 
 def picture_of(asked: Question) -> str:
@@ -48,7 +55,7 @@ def picture_of(asked: Question) -> str:
     return f"question-{asked.number}.png"
 
 
-def _head(task: QuestionsTask) -> str:
+def _head(task: QuestionsTask, results: Results) -> str:
     config = task.config
     data = (
         "The data are the sentences of `experiment language`, and all variants start from its pretrained text model."
@@ -56,7 +63,9 @@ def _head(task: QuestionsTask) -> str:
         else "The data are the rotated digits of `train`: five angles are trained on, 75 degrees is never seen. "
         f"Experts start from random weights; DynMoE starts with {config.experts} and has {config.slots} slots."
     )
-    seeds = "one seed" if len(config.seeds) == 1 else f"{len(config.seeds)} seeds"
+    counts = {len(by_seed) for by_seed in results.evaluations.values()} or {len(config.seeds)}
+    number = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    seeds = "one seed" if counts == {1} else f"{number} seeds"
     text = (
         f"Reviews of DynMoE asked these questions, and no published run answers them. This page is written by "
         f"`dynmoe-tutel {task.command}{' --language' * config.language}`, its sentences too. Each variant differs from "

@@ -113,6 +113,11 @@ def read(path: Path, question: int, block: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted((path / FOLDER).glob(f"{question}-{block}-seed*.json"))]
 
 
+def questions_of(path: Path) -> set[int]:
+    """The numbers of the questions that something was measured for."""
+    return {int(file.name.partition("-")[0]) for file in (path / FOLDER).glob("*-seed*.json")}
+
+
 def ratios(measured: Sequence[Mapping[str, Any]], subject: str, over: str) -> list[float]:
     """Of the two times in every round of every seed."""
     return [a / b for each in measured for a, b in zip(each["ms"][subject], each["ms"][over], strict=True)]
