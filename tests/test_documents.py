@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import textwrap
@@ -245,6 +246,40 @@ def test_the_page_of_the_questions_is_that_of_the_run() -> None:
     """docs/questions.md is what the command wrote, with its pictures where the results are."""
     written = (ROOT / QUESTIONS / "questions.md").read_text()
     assert PAGES["docs/questions.md"] == written.replace("](question-", f"](../{QUESTIONS}/question-")
+
+
+def claims_of_results() -> dict[str, list[str]]:
+    """The sentences below each table of the results, by experiment; tables of before claims have none."""
+    found = {}
+    for name in ("train", "vision", "language"):
+        content = json.loads((ROOT / "benchmarks/results" / name / "table.json").read_text())
+        found[name] = content.get("sentences", [])
+    return found
+
+
+def shown_sentences(page: str) -> list[str]:
+    """The list items of a page, each on one line and without marks of code."""
+    items = re.findall(r"^\* (.*(?:\n  .*)*)", PAGES[page], re.MULTILINE)
+    return [" ".join(item.replace("`", "").split()) for item in items]
+
+
+@pytest.mark.parametrize("name", claims_of_results())
+def test_claims_are_those_of_the_results(name: str) -> None:
+    """docs/experiments.md shows each sentence below a table, word for word, as an item of a list; so does table.md."""
+    said = claims_of_results()[name]
+    assert [sentence for sentence in said if sentence not in shown_sentences("docs/experiments.md")] == []
+    table = (ROOT / "benchmarks/results" / name / "table.md").read_text()
+    assert [sentence for sentence in said if f"* {sentence}\n" not in table] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_claims_what_no_result_says(page: str) -> None:
+    """A sentence of the form of a claim is one of a table, as it is now."""
+    said = [sentence for sentences in claims_of_results().values() for sentence in sentences]
+    claimed = [
+        item for item in shown_sentences(page) if re.search(r": (holds|does not hold|not decided), [+-]\d", item)
+    ]
+    assert [item for item in claimed if item not in said] == []
 
 
 def cells(line: str) -> list[str]:

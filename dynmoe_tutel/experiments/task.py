@@ -37,7 +37,7 @@ class Settings:
     rows: tuple[str, ...] = option(
         (),
         "Rows of the table, by comma: dense, top-K-of-E (such as top-2-of-8), dynmoe, dynmoe-kX (mean k held at X), "
-        "and routers of the field: relu-kX, top-p-kX, expert-threshold-kX, null-experts-kX, quantile-top-K-of-E.",
+        "relu-kX, top-p-kX, expert-threshold-kX, null-experts-kX, quantile-top-K-of-E.",
     )
     seeds: tuple[int, ...] = option(
         (0, 1, 2),

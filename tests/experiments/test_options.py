@@ -27,7 +27,7 @@ TAKEN: dict[str, dict[str, type]] = {
 OWN_HELP = {
     "train": ["top-2, dynmoe, dynmoe-kX (mean k held at X)", "75 degrees. Default: 75.", "under 40 seconds",
               "Optimizer steps of each run. Default: 200.", "Train dense, top-1, top-2 and DynMoE on rotated digits"],
-    "experiment vision": ["top-2-of-8), dynmoe. Default: dense,top-1-of-8,", "Default: 0.002, with --data 3e-5.",
+    "experiment vision": ["top-2-of-8), dynmoe, dynmoe-kX (mean k held at X),", "Default: 0.002, with --data 3e-5.",
                           "pixels of a side. Default: 224.", "under 3 minutes", "Train a ViT on all domains but one"],
     "experiment language": ["by comma. Default: 2,4.", "editorials. Default: films,products.", "Texts per step.",
                             "CPU threads of torch. The last bits of the result depend on it. Default: 2.",
