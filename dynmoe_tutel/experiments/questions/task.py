@@ -89,7 +89,7 @@ class QuestionsConfig(Settings):
         return replace(config.quick() if quick else config, **given)
 
     def quick(self) -> QuestionsConfig:
-        """One seed and few steps, which shows the page and answers nothing: under 3 minutes."""
+        """One seed and few steps, which shows the page and answers nothing: on the digits under 3 minutes."""
         return replace(self, seeds=self.seeds[:1], steps=20, update_every=5, log_every=5, eval_every=10, rounds=5)
 
 
