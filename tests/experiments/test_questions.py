@@ -135,6 +135,7 @@ def test_steps_and_layers_are_timed_with_how_they_routed(tmp_path: Path) -> None
     assert steps["routed"]["plain-top-2"] == [2.0, 8.0]
     assert 0 < steps["routed"]["dynmoe"][0] <= 16
     assert "dense" not in steps["routed"]
+    assert steps["clock"] == "processor time"
     assert layers["routed"]["top-any, k held at 2"][1] == 8
     page.write(task, tmp_path, tiny_job.quiet())
     assert "A whole step of `dynmoe-k2` at a mean k of" in " ".join((tmp_path / page.PAGE).read_text().split())

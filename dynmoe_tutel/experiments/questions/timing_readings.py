@@ -36,7 +36,7 @@ def step_times(results: Results) -> Answer:
              _range(measured, subject, others[-1]), *_routed(measured, subject)]
             for subject in subjects
         ]  # fmt: skip
-        tables.append((f"{title}:", header, rows))
+        tables.append((f"{title}; {measured[0]['clock']}:", header, rows))
         of_layer = "" if is_step else ", D = {}".format(*timing.SIZES[name])
         panels.append(_panel(measured, subjects, timing.DENSE, f"{'step' if is_step else 'layer'}{of_layer}: x dense"))
         held = BUDGET if is_step else timing.HELD
@@ -64,7 +64,8 @@ def raggedness(results: Results) -> Answer:
              _ratio(measured, subject, equal), _range(measured, subject, equal), f"{facts[subject]['padded']:.2f}"]
             for subject in subjects
         ]  # fmt: skip
-        tables.append(("D = {}, H = {}, T = {}, 8 experts:".format(*size), header, rows))
+        caption = "D = {}, H = {}, T = {}, 8 experts".format(*size)
+        tables.append((f"{caption}; {measured[0]['clock']}:", header, rows))
         panels.append(_panel(measured, subjects, equal, "D = {}: time over equal k".format(*size)))
         *uneven_k, uneven_load = subjects[1:]
         medians = [_median(measured, subject, equal) for subject in uneven_k]
