@@ -238,6 +238,16 @@ def test_tables_are_those_of_the_results(name: str) -> None:
         assert [] in lacking
 
 
+QUESTIONS = "benchmarks/results/questions"
+
+
+@pytest.mark.skipif(not (ROOT / QUESTIONS).exists(), reason="the questions have not been run")
+def test_the_page_of_the_questions_is_that_of_the_run() -> None:
+    """docs/questions.md is what the command wrote, with its pictures where the results are."""
+    written = (ROOT / QUESTIONS / "questions.md").read_text()
+    assert PAGES["docs/questions.md"] == written.replace("](question-", f"](../{QUESTIONS}/question-")
+
+
 def claims_of_results() -> dict[str, list[str]]:
     """The sentences below each table of the results, by experiment; tables of before claims have none."""
     found = {}

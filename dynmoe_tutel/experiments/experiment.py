@@ -32,6 +32,7 @@ from dynmoe_tutel.experiments.run_folder import (
     EVENTS,
     METRICS,
     RUNS,
+    NoFolder,
     RunFolder,
     checkpoints_of,
     read_config,
@@ -147,7 +148,7 @@ def estimate(task: Task, plan: list[RunKey]) -> float:
     with thread_count(task.settings.threads):
         for key in plan:
             if key.row not in by_row:
-                run = Run(task, key, _NoFolder(), Several())
+                run = Run(task, key, NoFolder(), Several())
                 for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, task.settings.steps)):  # a task has no more batches
                     run.train_step()
                 step = statistics.fmean(run.step_ms[WARM_UP_STEPS:] or run.step_ms) / 1e3
@@ -172,23 +173,14 @@ def _evaluation_seconds(run: Run, step: int) -> float:
     return seconds
 
 
-class _NoFolder(RunFolder):
-    """Takes the logs of runs that only measure."""
-
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def log(self, name: str, line: Mapping[str, Any]) -> None:
-        pass
-
-
 def _announce(job: _Job, console: Console) -> None:
     """Print the folder, and how long what is not done yet will take."""
     console.print(f"Folder: {job.path}", highlight=False, soft_wrap=True)
     task, steps = job.task, job.task.settings.steps
     pending = [key for folder, key in job.runs() if not _is_done(folder, key, steps)]
-    if pending:
-        minutes = estimate(task, pending) / 60
+    beside = task.seconds_beside_runs(job.path)
+    if pending or beside:
+        minutes = (estimate(task, pending) + beside) / 60
         console.print(
             f"{len(pending)} runs of {steps} steps: about {minutes:.0f} min on {task.settings.threads} "
             f"threads, measured on {TIMED_STEPS} steps of every row. Ctrl-C stops, "
@@ -215,6 +207,10 @@ def _finish(job: _Job, console: Console) -> int:
                         run_all(task, keys, folder, reporters, stop_request)
                     finally:
                         reporters.close()
+            task.measure(job.path, stop_request)
+            signum = stop_request()
+            if signum is not None:
+                raise Interrupted(signum)
     except Interrupted as interrupted:
         console.print(
             f"[yellow]The job was {interrupted}.[/yellow] The state is saved. Continue with:\n"
@@ -223,7 +219,8 @@ def _finish(job: _Job, console: Console) -> int:
             soft_wrap=True,
         )
         return 128 + interrupted.signum
-    _report(task, job.path, console)
+    if not task.report(job.path, console):
+        _report(task, job.path, console)
     seconds = time.perf_counter() - started
     console.print(f"{task.about}{seconds:.0f} s. Tables and plots in {job.path}", highlight=False, soft_wrap=True)
     return 0

@@ -43,4 +43,5 @@ EXPERIMENTS = (
     Experiment("train", "vision.digits_task:DigitsTask"),
     Experiment("experiment vision", "vision.task:VisionTask", ("timm", "pillow"), with_option="--data"),
     Experiment("experiment language", "language.task:LanguageTask", LANGUAGE),
+    Experiment("experiment questions", "questions.task:QuestionsTask"),
 )

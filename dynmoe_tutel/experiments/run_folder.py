@@ -153,6 +153,16 @@ class RunFolder:
             raise ValueError(f"run folder {self.path} cannot be written: {reason}{kept}") from error
 
 
+class NoFolder(RunFolder):
+    """Takes the logs of runs that only measure, and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def log(self, name: str, line: Mapping[str, Any]) -> None:
+        pass
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a run folder. ValueError where there is none, or it cannot be read or is not JSON."""
     try:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import metrics
 from dynmoe_tutel.adaptive import Budgets
-from dynmoe_tutel.adaptive.controller import ExpertController, Schedule
 from dynmoe_tutel.experiments.run_folder import EVENTS, METRICS, RunFolder
 from dynmoe_tutel.experiments.task import KINDS, Part, RunKey, Task
 
@@ -102,13 +101,8 @@ class Run:
         self.model = task.build(key).to(task.device).train()  # libraries hand over models in eval mode
         self.optimizer = task.optimizer(self.model)
         self.meter = metrics.RoutingMeter(self.model)
-        self.controller: ExpertController | None = None
+        self.controller = task.controller(key, self.model, self.optimizer)
         self.budgets = Budgets(self.model)  # for routers without a controller, which moves what gates hold itself
-        if task.adaptive(key.row):
-            every = self.settings.update_every
-            # No update in the last stretch: an expert that grew is trained before it is judged.
-            schedule = Schedule(every=every, stop=max(every, self.settings.steps - every))
-            self.controller = ExpertController(self.model, self.optimizer, schedule, seed=key.seed)
         self.step, self.resumed = 0, False
         self.sums = {"loss": 0.0, "aux": 0.0, "correct": 0, "items": 0, "steps": 0}
         self.layers_at_eval: dict[str, Any] = {}

@@ -9,11 +9,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from dynmoe_tutel.adaptive.controller import ExpertController, Schedule
 from dynmoe_tutel.experiments import options
 from dynmoe_tutel.experiments.options import option
 
@@ -217,6 +219,27 @@ class Task(ABC):
     def adaptive(self, row: str) -> bool:
         """Whether a controller grows and prunes this row's experts."""
         return row.startswith("dynmoe")
+
+    def controller(self, key: RunKey, model: nn.Module, optimizer: torch.optim.Optimizer) -> ExpertController | None:
+        """What grows and prunes the run's experts; None where nothing does."""
+        if not self.adaptive(key.row):
+            return None
+        every = self.settings.update_every
+        # No update in the last stretch: an expert that grew is trained before it is judged.
+        schedule = Schedule(every=every, stop=max(every, self.settings.steps - every))
+        return ExpertController(model, optimizer, schedule, seed=key.seed)
+
+    def seconds_beside_runs(self, path: Path) -> float:
+        """How long what the job has to do in its folder beside its runs will take; part of the estimate."""
+        return 0.0
+
+    def measure(self, path: Path, stop_request: Callable[[], int | None]) -> None:
+        """Do that, and keep the results in the folder `path`; return early once `stop_request()` gives a signal."""
+        return None
+
+    def report(self, path: Path, console: Any) -> bool:
+        """Write the job's results into the folder `path`; False: they are the table of rows and its plots."""
+        return False
 
 
 def walk(size: int, step: int, count: int, stream: Callable[[int], torch.Generator]) -> Tensor:

@@ -22,6 +22,7 @@ TAKEN: dict[str, dict[str, type]] = {
     "experiment vision": {"test-domains": str, "data": Path, "arch": str, "weights": Path, "batch-per-domain": int,
                           "image-size": int, "workers": int, "device": str},
     "experiment language": {"task": str, "train-domains": str, "data": Path, "model": str, "layers": str, "batch": int},
+    "experiment questions": {"questions": str, "language": bool, "data": Path},
 }  # fmt: skip
 OWN_HELP = {
     "train": ["top-2, dynmoe, dynmoe-kX (mean k held at X)", "75 degrees. Default: 75.", "under 40 seconds",
@@ -31,6 +32,8 @@ OWN_HELP = {
     "experiment language": ["by comma. Default: 2,4.", "editorials. Default: films,products.", "Texts per step.",
                             "CPU threads of torch. The last bits of the result depend on it. Default: 2.",
                             "under 5 minutes", "Fine-tune a BERT"],
+    "experiment questions": ["Numbers of the questions, by comma. Default: all.", "5, with --language 3,",
+                             "under 3 minutes", "Answer what reviewers asked of DynMoE"],
 }  # fmt: skip
 
 

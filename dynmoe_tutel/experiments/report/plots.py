@@ -51,7 +51,7 @@ def draw(metrics: Lines, events: Lines, rows: Sequence[RowSummary], slots: int) 
 
 def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
     """Accuracy in and out of domain against the step: mean over the seeds, and the range between them."""
-    figure, (inside, outside) = _figure(1, 2)
+    figure, (inside, outside) = new_figure(1, 2)
     for axes, key, title in (
         (inside, "in_accuracy", "In domain (held out)"),
         (outside, "out_accuracy", "Out of domain (never trained on)"),
@@ -69,13 +69,13 @@ def accuracy(metrics: Lines, rows: Sequence[str]) -> bytes:
     inside.set_ylabel("accuracy, %")
     note = "line: mean of the seeds, band: their range"
     figure.legend(*inside.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(rows), 5), title=note)
-    return _png(figure)
+    return png(figure)
 
 
 def experts(metrics: Lines, events: Lines, row: str, slots: int) -> bytes:
     """Active experts of every MoE layer against the step, a line a seed, with every birth and death."""
     layers, seeds = _layers(metrics, row), _seeds(metrics, row)
-    figure, panels = _figure(1, len(layers))
+    figure, panels = new_figure(1, len(layers))
     for axes, layer in zip(panels, layers, strict=True):
         for position, seed in enumerate(seeds):
             # Lines of equal height would hide each other: seeds are shifted a little.
@@ -111,13 +111,13 @@ def experts(metrics: Lines, events: Lines, row: str, slots: int) -> bytes:
     panels[0].set_ylabel("active experts")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return _png(figure)
+    return png(figure)
 
 
 def k_histogram(metrics: Lines, row: str) -> bytes:
     """Share of tokens by the number of experts that they activated, after the last step, in and out of domain."""
     layers, seeds = _layers(metrics, row), _seeds(metrics, row)
-    figure, panels = _figure(1, len(layers), sharey=True)
+    figure, panels = new_figure(1, len(layers), sharey=True)
     last = [_of(metrics, "eval", row, seed)[-1] for seed in seeds]
     for axes, layer in zip(panels, layers, strict=True):
         for position, (key, label) in enumerate((("layers", "in domain"), ("layers_out", "out of domain"))):
@@ -141,7 +141,7 @@ def k_histogram(metrics: Lines, row: str) -> bytes:
         axes.legend(loc="upper right")
     panels[0].set_ylabel("share of tokens, %" + "\n(mean and range of the seeds)" * (len(seeds) > 1))
     panels[0].set_ylim(0, 1.3 * panels[0].get_ylim()[1])  # room for the legend
-    return _png(figure)
+    return png(figure)
 
 
 def load(metrics: Lines, row: str) -> bytes:
@@ -149,7 +149,7 @@ def load(metrics: Lines, row: str) -> bytes:
     from matplotlib import colormaps
 
     layers, seeds = _layers(metrics, row), _seeds(metrics, row)[:4]
-    figure, panels = _figure(len(layers), len(seeds), sharex=True, size=(3.4, 2.5))
+    figure, panels = new_figure(len(layers), len(seeds), sharex=True, size=(3.4, 2.5))
     colours = colormaps["viridis"].with_extremes(bad="white")
     for axes, (layer, seed) in zip(panels, [(layer, seed) for layer in layers for seed in seeds], strict=True):
         lines = [line for line in _of(metrics, "train", row, seed) if line["layers"][layer]["load"] is not None]
@@ -168,12 +168,12 @@ def load(metrics: Lines, row: str) -> bytes:
     for axes in panels[:: len(seeds)]:
         axes.set_ylabel("expert slot")
     figure.colorbar(mesh, ax=list(panels), label="share of tokens, % (white: not active)", pad=0.02)
-    return _png(figure)
+    return png(figure)
 
 
 def trade_off(rows: Sequence[RowSummary]) -> bytes:
     """Accuracy in and out of domain against the parameters that a token activates: a mark a row, with its spread."""
-    figure, panels = _figure(1, 2, sharex=True, size=(5.2, 4.2))
+    figure, panels = new_figure(1, 2, sharex=True, size=(5.2, 4.2))
     families = list(dict.fromkeys(_family(row.row) for row in rows))
     for axes, key, title in zip(
         panels,
@@ -208,7 +208,7 @@ def trade_off(rows: Sequence[RowSummary]) -> bytes:
             {row.row: (row.activated_parameters / 1e6, getattr(row, key)) for row in rows},
             {row.row: COLOURS[families.index(_family(row.row)) % len(COLOURS)] for row in rows},
         )
-    return _png(figure)
+    return png(figure)
 
 
 def _name(axes: Axes, marks: Mapping[str, tuple[float, Spread]], colours: Mapping[str, str]) -> None:
@@ -254,7 +254,7 @@ def _family(row: str) -> str:
     return f"{row[: row.index('top-')]}top-k{row[row.index('-of-') :].replace('-', ' ')}" if "-of-" in row else row
 
 
-def _figure(
+def new_figure(
     rows: int, columns: int, sharex: bool = False, sharey: bool = False, size: tuple[float, float] = PANEL
 ) -> tuple[Figure, list[Axes]]:
     try:
@@ -274,7 +274,7 @@ def _figure(
     return figure, panels
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

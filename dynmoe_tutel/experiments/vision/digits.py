@@ -114,6 +114,12 @@ def batch(digits: Digits, seed: int, step: int, batch_per_domain: int) -> tuple[
     return torch.cat(images), torch.cat(labels)
 
 
+def at_angle(images: Images, angle: float) -> Images:
+    """The same images turned by another angle, from the originals."""
+    image, _ = _all_images()
+    return Images(rotate(image[images.index], angle), images.label, images.index)
+
+
 def rotate(image: Tensor, angle: float) -> Tensor:
     """Images [N, 1, S, S] turned counterclockwise by `angle` degrees about their centre, bilinear, zeros outside."""
     if angle == 0:
