@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..gates import Gate, TopAnyGate
+from ..gates.samples import sampled_rows
 from ..parallel.collectives import gathered, sum_over_ranks
 from .slots import AdaptiveExperts
 
@@ -137,8 +138,13 @@ def _margins_of_ranks(gates: list[TopAnyGate], group: Any) -> list[tuple[Tensor,
     if dist.is_available() and dist.is_initialized() and gates:
         group = dist.group.WORLD if group is None else group
         ranks, device = dist.get_world_size(group), kept[0].device
-        parts = [margins[:: min(ranks, MOST_SPLIT)].to(device) for margins in kept]
+        parts = [_part(margins, min(ranks, MOST_SPLIT)).to(device) for margins in kept]
         sizes = [part.numel() for part in parts]
         of_ranks = gathered(torch.cat([part.flatten() for part in parts]).unsqueeze(0), group).split(sizes, dim=1)
         kept = [flat.reshape(-1, part.shape[1]) for flat, part in zip(of_ranks, parts, strict=True)]
     return [(margins, (margins > -torch.inf).any(dim=1).sum()) for margins in kept]
+
+
+def _part(margins: Tensor, ranks: int) -> Tensor:
+    """One of each `ranks` rows, in another place each time."""
+    return margins[sampled_rows(len(margins), -(-len(margins) // ranks), margins.device)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..gates import TopAnyGate
 from ..gates.budget import Budget, checked_target
+from ..gates.samples import sampled_rows
 from ..parallel.collectives import gathered
 from .budget import kept_margins, shift_for
 from .slots import AdaptiveExperts
@@ -120,7 +121,7 @@ def _pool(gate: TopAnyGate, parts: list[Tensor]) -> Tensor:
     pool = torch.full((MOST_TOKENS, gate.slots), -torch.inf, device=gate.experts_mask.device)
     if parts:
         every = torch.cat(parts)
-        every = every[:: -(-len(every) // MOST_TOKENS) or 1]
+        every = every[sampled_rows(len(every), MOST_TOKENS, every.device)]
         pool[: len(every)] = every
     return pool
 

@@ -20,6 +20,7 @@ from ..routing import Capacity, Router, Routing, is_active
 from ..validation import number, warn_once
 from .base import Gate, gate_type
 from .budget import Budget
+from .samples import sampled_rows
 
 MAX_LOG_SCALE = math.log(100.0)
 SAMPLE = 256  # tokens kept of a forward to hold a budget
@@ -133,15 +134,15 @@ class TopAnyGate(Gate):
 
     @torch.no_grad()
     def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
-        """Keep SAMPLE tokens of a training forward at an even stride, where the gate has a target."""
+        """Keep SAMPLE tokens of a training forward, spread over it, where the gate has a target."""
         if self.budget_shift is None:
             return
         self._warn_without_steps()
         self._sample_on(x_TD.device)
         assert self._sample is not None
         assert self._sampled is not None
-        chosen = slice(None, None, -(-x_TD.shape[0] // SAMPLE) or 1)
-        taken = x_TD[chosen].shape[0]
+        chosen = sampled_rows(x_TD.shape[0], SAMPLE, x_TD.device)
+        taken = chosen.shape[0]
         self._sample[:taken] = unit(x_TD[chosen].to(gate_dtype(x_TD)), 1)  # their lengths may not fit fp32
         self._sampled[:taken] = True if routing.token_mask is None else routing.token_mask[chosen]
         self._sampled[taken:] = False

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer
-from dynmoe_tutel.adaptive.budget import Budgets, kept_margins, shift_for
+from dynmoe_tutel.adaptive.budget import Budgets, _part, kept_margins, shift_for
+from dynmoe_tutel.gates.samples import sampled_rows
+from dynmoe_tutel.gates.top_any import SAMPLE
 
 INF = torch.inf
 D, E = 32, 16
@@ -167,7 +169,30 @@ def test_the_sample_is_spread_over_the_batch_and_bounded() -> None:
     x = torch.randn(1000, D, generator=torch.Generator().manual_seed(0))
     layer(x)
     kept = layer.gates[0]._sample[layer.gates[0]._sampled]
-    assert torch.allclose(kept, torch.nn.functional.normalize(x[::4], dim=1))
+    chosen = x[sampled_rows(1000, SAMPLE, x.device)]
+    assert torch.allclose(kept, torch.nn.functional.normalize(chosen, dim=1))
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(80, 9), (128, 16), (256, 128)])
+def test_tokens_that_differ_by_their_place_in_a_sequence(sequences: int, length: int) -> None:
+    """A sample of their first tokens alone would hold the target for those, and a mean of 1.2 for all."""
+    layer, generator = make_layer({"target_k": 2.0}), torch.Generator().manual_seed(0)
+    place, budgets, k = 3 * torch.randn(length, D, generator=generator), Budgets(layer), []
+    for _ in range(40):
+        x = place + torch.randn(sequences, length, D, generator=generator)
+        layer(x)
+        budgets.step()
+        k.append(float(layer.route(x).k_per_token.float().mean()))
+    assert sum(k[-20:]) / 20 == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_rank_sends_tokens_of_every_place(ranks: int) -> None:
+    """Of a sample whose rows are in step with the ranks, not those of one residue alone."""
+    margins = (torch.arange(SAMPLE) % ranks).float().unsqueeze(1)
+    part = _part(margins, ranks)
+    assert part.shape == (SAMPLE // ranks, 1)
+    assert (torch.bincount(part.flatten().long(), minlength=ranks) >= SAMPLE // ranks**2 - 2).all()
 
 
 class TestParts:

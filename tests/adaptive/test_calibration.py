@@ -56,6 +56,16 @@ def test_it_holds_on_other_data() -> None:
     assert mean_k(model, others) == pytest.approx([2.0, 2.0], rel=0.1)
 
 
+def test_tokens_that_differ_by_their_place_in_a_sequence() -> None:
+    """More tokens than are kept: a sample of first tokens alone would calibrate for those."""
+    model, _ = model_and_batches()
+    generator = torch.Generator().manual_seed(0)
+    place = 3 * torch.randn(16, D, generator=generator)
+    batches = [place + torch.randn(512, 16, D, generator=generator) for _ in range(4)]
+    found = calibrate(model, batches, 2.0)
+    assert list(found.values()) == pytest.approx([2.0, 2.0], rel=0.02)
+
+
 def test_a_cap_counts() -> None:
     model, batches = model_and_batches()
     found = calibrate(model, batches, 1.8, max_k=2)
