@@ -63,7 +63,7 @@ class TopPGate(WeightedGate):
         fixed_TE = (score_TE.detach().double() * FIXED_POINT).long()
         sorted_TE, order_TE = fixed_TE.sort(dim=1, descending=True, stable=True)
         before_TE = sorted_TE.cumsum(dim=1) - sorted_TE
-        needed_TE = before_TE < self.p * FIXED_POINT
+        needed_TE = (before_TE == 0) | (before_TE < self.p * FIXED_POINT)  # the best one at p = 0 too
         return torch.zeros_like(needed_TE).scatter(1, order_TE, needed_TE), score_TE, score_TE
 
     def aux_term(self, name: str, logits_TE: Tensor, routing: Routing) -> Tensor:

@@ -131,7 +131,8 @@ class WeightedGate(LinearLogits):
     def after_step(self, counts: Tensor) -> None:
         """Move the state by the counts of all ranks, and count anew."""
         self.move(counts)
-        self._counts = None
+        if self._counts is not None:
+            self._counts.zero_()  # not a new tensor: a captured graph of forwards adds to this one
 
     def move(self, counts: Tensor) -> None:
         """Move the state by the counts; if these are of no token, leave it as it is."""

@@ -42,6 +42,19 @@ def test_k_is_bounded(p: float) -> None:
     assert int(make_layer({"type": "top_p", "p": p, "max_k": 2}).route(x).k_per_token.max()) <= 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_token_has_an_expert_where_the_controller_has_gone_to_zero(training: bool) -> None:
+    """From k = 16 at a target of 1, a step takes p to 0."""
+    layer = make_layer({"type": "top_p", "target_k": 1.0, "p": 1.0}, E=16)
+    with torch.no_grad():
+        layer.gates[0].logit_scale.zero_()  # all probabilities 1 / 16
+    x = tokens(dtype=torch.float32)
+    layer(x)
+    Budgets(layer).step()
+    assert float(layer.gates[0].p) == 0
+    assert (layer.train(training).route(x).k_per_token == 1).all()
+
+
 def test_the_controller_by_hand() -> None:
     """p by 0.05 times the change of the error and 0.05 times the error; as it is without a token; within 0 and 1."""
     layer = make_layer({"type": "top_p", "target_k": 2.0, "p": 0.95}, E=4)

@@ -237,3 +237,17 @@ def test_a_list_of_gates_moves_each_of_them() -> None:
     moved = [not equal(dict(gate.state_dict()), dict(old)) for gate, old in zip(layer.gates, start, strict=True)]
     assert moved == [True, True, False]
     assert x.shape[1] == D
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_all_steps_count_in_one_tensor(kind: str) -> None:
+    """A captured graph of forwards adds to the tensor that it was captured with."""
+    layer, x = make_layer(gate_type(kind)), tokens(40, dtype=torch.float32)
+    gate, budgets = layer.gates[0], Budgets(layer)
+    layer(x)
+    counts = gate._counts
+    budgets.step()
+    assert not counts.any()
+    layer(x)
+    assert gate._counts is counts
+    assert counts.any()
