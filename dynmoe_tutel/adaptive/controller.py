@@ -21,7 +21,7 @@ from .averages import Average, averaged_layers
 from .budget import Budgets
 from .events import announce
 from .gate_history import GateHistory, gate_histories
-from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
+from .optimizer_state import OptimizersOrRows, optimizer_rows
 from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
 from .rebalance import RebalanceReport, rebalance_layer
 from .schedule import Schedule
@@ -68,7 +68,8 @@ class ExpertController:
     * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it, to what a fresh
       parameter's state holds; an fp32 master copy (a state key with "master" in it) takes the parameter's new value;
       step counters stay. This suits torch's optimizers and those of timm, factored state (Adafactor) too. State of
-      another shape or type (quantised) is left alone, with a warning.
+      another shape or type (quantised) is left alone, with a warning. An `OptimizerRows` stands for optimizers that
+      keep their state elsewhere.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
     * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
       "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
@@ -87,7 +88,7 @@ class ExpertController:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizers = None,
+        optimizer: OptimizersOrRows = None,
         schedule: Schedule | Mapping[str, Any] | int | None = None,
         policy: str | Mapping[str, Any] | Policy = "dynmoe",
         *,
@@ -110,7 +111,7 @@ class ExpertController:
         self.init = init
         self.group = group
         self.events: list[ExpertEvent] = []
-        self._rows = OptimizerRows(optimizer_list(optimizer))
+        self._rows = optimizer_rows(optimizer)
         self._histories = gate_histories(model)
         self._layers = list({id(history.layer): history.layer for history in self._histories}.values())
         self._budgets = Budgets(model, group)
@@ -145,6 +146,11 @@ class ExpertController:
         """Optimizer steps counted so far."""
         return self._step
 
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next `step` is one that updates experts."""
+        return self._window.ended if self._by_hand else self.schedule.updates_at(self._step + 1)
+
     @torch.no_grad()
     def step(self) -> list[ExpertEvent]:
         """Count one optimizer step: move budgets' shifts, open and close windows, update experts as scheduled.
@@ -155,12 +161,13 @@ class ExpertController:
         because another controller has opened one of its own.
         """
         self._window.check()
+        updates = self.updates_next
         self._step += 1
         self._budgets.step()
         for layer in self._layers:
             layer.lineage.follow(layer, by_value=False)  # averages that began after a change
         events: list[ExpertEvent] = []
-        if self._window.ended if self._by_hand else self.schedule.updates_at(self._step):
+        if updates:
             if self._window.open:
                 events = self._update()
             else:
