@@ -66,7 +66,7 @@ class DynMoELayer(MoELayer):
         return DynMoEGate(vectors)
 
     @property
-    def gates(self) -> nn.ModuleList:  # type: ignore[override]
+    def gates(self) -> nn.ModuleList:
         """The one gate, by the name of other layers."""
         gate = self._modules.get("gate")
         return nn.ModuleList([gate]) if gate is not None else self._modules["gates"]  # type: ignore[return-value]

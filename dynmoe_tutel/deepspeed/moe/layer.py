@@ -88,7 +88,9 @@ class MoE(stock.MoE):
         slots = max(_SLOTS, start) if max_expert_num is None else positive_int("max_expert_num", max_expert_num)
         _check(start, slots, positive_int("ep_size", ep_size), noisy_gate_policy)
         if drop_tokens and (capacity_factor, eval_capacity_factor, min_capacity) != (1.0, 1.0, 4):
-            warn_once("capacity_factor, eval_capacity_factor and min_capacity are ignored with k = -1: nothing is dropped")
+            warn_once(
+                "capacity_factor, eval_capacity_factor and min_capacity are ignored with k = -1: nothing is dropped"
+            )
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size, self.expert_group_name = ep_size, f"ep_size_{ep_size}"
@@ -151,8 +153,8 @@ class MoE(stock.MoE):
             self.begin_record_routing()
         if end and not self.deepspeed_moe.record_routing:
             raise ValueError(
-                "if_end_record_routing = True, and no record window is open: give if_begin_record_routing = True in this "
-                "or an earlier forward, or call begin_record_routing()"
+                "if_end_record_routing = True, and no record window is open: give if_begin_record_routing = True in "
+                "this or an earlier forward, or call begin_record_routing()"
             )
 
     def begin_record_routing(self) -> None:
