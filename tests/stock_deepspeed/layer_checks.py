@@ -1,4 +1,4 @@
-"""`MoE(k=-1)` against upstream's semantics in float64 loops; `test_deepspeed_layer` runs them in a process of its own."""
+"""`MoE(k=-1)` against upstream's semantics in float64 loops; `test_deepspeed_layer` runs them in one process."""
 
 from __future__ import annotations
 

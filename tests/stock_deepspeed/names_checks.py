@@ -74,7 +74,7 @@ def test_a_checkpoint_without_an_active_expert_is_refused() -> None:
 def test_what_is_missing_or_unknown_is_said() -> None:
     state = upstreams_state()
     del state[f"{WG}experts_mask"]
-    with pytest.raises(RuntimeError, match="Missing key.*gate.wg.experts_mask"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate.wg.experts_mask"):
         moe().load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*gate.wg.bias"):
         moe().load_state_dict({**upstreams_state(), f"{WG}bias": torch.zeros(1)})

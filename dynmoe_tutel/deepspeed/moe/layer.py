@@ -91,6 +91,8 @@ class MoE(stock.MoE):
             warn_once(
                 "capacity_factor, eval_capacity_factor and min_capacity are ignored with k = -1: nothing is dropped"
             )
+        if use_tutel:
+            warn_once("use_tutel = True is ignored with k = -1: this package dispatches tokens itself")
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size, self.expert_group_name = ep_size, f"ep_size_{ep_size}"
