@@ -18,10 +18,11 @@ except ImportError as error:
     ) from error
 
 from . import moe
+from .engine import initialize
 from .moe.layer import MoE
 from .registration import register, registered, unregister
 
-__all__ = ["MoE", "moe", "register", "registered", "unregister"]
+__all__ = ["MoE", "initialize", "moe", "register", "registered", "unregister"]
 
 
 def __getattr__(name: str) -> Any:

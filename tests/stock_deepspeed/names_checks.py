@@ -121,6 +121,12 @@ def test_what_the_engine_reads() -> None:
         layer(torch.randn(3, D))
 
 
+def test_a_state_of_all_slots_before_the_ranks_are_known_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all 4 slots, and a MoE with ep_size = 2 .*after deepspeed.initialize"):
+        moe(ep_size=2).load_state_dict(upstreams_state())
+    moe(ep_size=2).load_state_dict(moe(ep_size=2).state_dict())  # what one rank saved
+
+
 def test_start_weights_are_upstreams() -> None:
     """The routing vectors come from the global random state, experts are copies, the first slots are active."""
     expert = nn.Linear(D, D)
