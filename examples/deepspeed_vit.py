@@ -18,10 +18,10 @@ import dynmoe_tutel.deepspeed as deepspeed
 STEPS, BATCH, DIM, DEPTH, PATCH = 120, 128, 32, 4, 2
 CONFIG = {
     "train_batch_size": BATCH,
-    "optimizer": {"type": "Adam", "params": {"lr": 3e-3, "torch_adam": True}},
+    "optimizer": {"type": "Adam", "params": {"lr": 5e-3, "torch_adam": True}},
     "zero_optimization": {"stage": 1},
     "steps_per_print": 10**9,
-    "dynmoe": {"schedule": {"every": 20}},  # grow and prune every 20 optimizer steps
+    "dynmoe": {"schedule": {"every": 20, "stop": 80}},  # grow and prune after steps 20, 40, 60, 80
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from ..adaptive.controller import ExpertController, ExpertEvent, records_of, with_records
 from ..adaptive.schedule import Schedule
+from ..forwards import in_backward
 from ..layer import MoELayer
+from .moe.layer import MoE
 from .optimizer_states import optimizer_rows_of
 from .preparation import prepared
 
@@ -32,7 +35,10 @@ BEGIN, END = "if_begin_record_routing", "if_end_record_routing"
 SCHEDULE = Schedule(every=900, window=300, start=600)
 
 
-@functools.wraps(deepspeed.initialize)
+_stock_initialize = deepspeed.initialize  # `register()` puts ours in its place
+
+
+@functools.wraps(_stock_initialize)
 def initialize(*arguments: Any, **options: Any) -> Any:
     """`deepspeed.initialize`, with its arguments and results; the engine is an `AdaptiveEngine` where experts adapt.
 
@@ -45,13 +51,13 @@ def initialize(*arguments: Any, **options: Any) -> Any:
     Raises ValueError, by name, for a `MoE` under ZeRO 3 and for layers under tensor or pipeline parallelism; also for
     optimizers whose copies of the parameters are not known.
     """
-    call = inspect.signature(deepspeed.initialize).bind(*arguments, **options)
+    call = inspect.signature(_stock_initialize).bind(*arguments, **options)
     call.apply_defaults()
     given = dict(call.arguments)
     model = given["model"]
     if not isinstance(model, nn.Module) or not any(isinstance(module, MoELayer) for module in model.modules()):
-        return deepspeed.initialize(*arguments, **options)
-    results = deepspeed.initialize(**prepared(given))
+        return _stock_initialize(*arguments, **options)
+    results = _stock_initialize(**prepared(given))
     if any(gate.adaptive for layer in _layers(model) for gate in layer.held_gates):
         _make_adaptive(results[0])
     return results
@@ -64,6 +70,7 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
     """
 
     controller: ExpertController
+    _ends = False  # a layer's own flag asks for the end of the window in the forward that runs
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The model's forward, which need not know the flags.
@@ -71,16 +78,18 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
         `if_begin_record_routing` opens an empty record window before this forward. `if_end_record_routing` ends it
         after this forward, and experts are updated after the optimizer step that follows: the backward needs those
         of the forward. Both may come in one call; those of the micro-batches of one step are one window. With the
-        first flag, True or False, the schedule stops to count. Raises ValueError where a window ends that none began.
+        first flag, True or False, the schedule stops to count. A model may hand its own flags to a `MoE`, which count
+        for all layers. Raises ValueError where a window ends that none began.
         """
         flags = {name: bool(options.pop(name)) for name in (BEGIN, END) if name in options}
         if flags:
             self.controller.leave_schedule()
-            options |= {name: value for name, value in flags.items() if name in _parameters(type(self.module))}
+            options |= {name: value for name, value in flags.items() if name in _signature(type(self.module)).parameters}
         if flags.get(BEGIN):
             self.controller.begin_window()
+        self._ends = flags.get(END, False)
         output = super().forward(*inputs, **options)
-        if flags.get(END):
+        if self._ends:
             self.controller.end_window()
         return output
 
@@ -154,6 +163,27 @@ def _make_adaptive(engine: Any) -> None:
     engine.controller = ExpertController(engine.module, optimizer_rows_of(engine.optimizer), **options)
     if by_hand:
         engine.controller.leave_schedule()
+    for module in engine.module.modules():
+        if isinstance(module, MoE) and module.is_dynmoe:
+            module.updates_itself = False
+            module.register_forward_pre_hook(_FlagsToEngine(engine), with_kwargs=True)
+
+
+class _FlagsToEngine:
+    """Hook of a `MoE`: the engine does what the flags of its forward say, for all layers at once."""
+
+    def __init__(self, engine: AdaptiveEngine) -> None:
+        self.engine = weakref.ref(engine)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        call = _signature(type(layer)).bind(layer, *inputs, **options)
+        begin, end = (bool(call.arguments.pop(name, False)) for name in (BEGIN, END))
+        engine = self.engine()
+        if engine is not None and (begin or end) and not in_backward():
+            if begin:
+                engine.controller.begin_window()
+            engine._ends |= end
+        return call.args[1:], call.kwargs
 
 
 @functools.cache
@@ -163,9 +193,8 @@ def _adaptive(kind: type) -> type:
 
 
 @functools.cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    """The named parameters of a module's forward."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
 
 
 def _on_cpu(value: Any) -> Any:
