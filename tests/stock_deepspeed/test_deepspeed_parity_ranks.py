@@ -80,7 +80,9 @@ def loads_upstreams(rank: int, folder: str, ep_size: int) -> None:
     if rank == 0:
         path = f"{folder}/upstream/mp_rank_00_model_states.pt"
         saved = torch.load(path, weights_only=False)
-        saved["module"]["moe.deepspeed_moe.gate.wg.experts_mask"] = saved["module"].pop("moe.deepspeed_moe.gate.wg.active")
+        saved["module"]["moe.deepspeed_moe.gate.wg.experts_mask"] = saved["module"].pop(
+            "moe.deepspeed_moe.gate.wg.active"
+        )
         saved.pop("dynmoe_tutel", None)
         torch.save(saved, path)
     dist.barrier()
