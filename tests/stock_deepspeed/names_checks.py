@@ -21,7 +21,7 @@ WG = "deepspeed_moe.gate.wg."
 
 
 def moe(**options: Any) -> MoE:
-    return MoE(D, nn.Linear(D, D), **{"num_experts": 2, "k": -1, "max_expert_num": E, **options})
+    return MoE(D, **{"expert": nn.Linear(D, D), "num_experts": 2, "k": -1, "max_expert_num": E, **options})
 
 
 def upstreams_state(residual: bool = False) -> dict[str, Tensor]:
@@ -175,6 +175,23 @@ def test_hooks_of_the_analysis() -> None:
     assert gate.total_tokens == 21
 
 
+@pytest.mark.parametrize("how", ["test_time_record", "begin_record_routing"])
+def test_an_analysis_in_eval(how: str) -> None:
+    """Either way of upstream's counts forwards in eval, up to the one that runs."""
+    layer = moe().eval()
+    layer(torch.randn(3, D))
+    if how == "test_time_record":
+        layer.test_time_record = True
+    else:
+        layer.begin_record_routing()
+    counts = sum(layer(torch.randn(5, D))[2] for _ in range(3))
+    assert layer.deepspeed_moe.gate.routing_records.tolist() == counts.tolist()
+    assert layer.deepspeed_moe.gate.total_tokens == 15
+    layer.train().begin_record_routing()
+    layer.eval()(torch.randn(5, D))
+    assert layer.deepspeed_moe.gate.total_tokens == 0
+
+
 def test_flags_of_the_forward() -> None:
     """The window begins before a forward and ends after one; without an engine the next training forward updates."""
     torch.manual_seed(0)
@@ -235,12 +252,18 @@ def test_slots_by_default() -> None:
         ({"num_experts": 0}, "num_experts = 0"),
         ({"ep_size": 0}, "ep_size = 0"),
         ({"max_expert_num": 2.5}, "max_expert_num = 2.5"),
+        ({"expert": nn.Linear}, "expert must be a torch.nn.Module"),
         ({"noisy_gate_policy": "Gumbel"}, "noisy_gate_policy = 'Gumbel': allowed are"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moe(**options)
+
+
+def test_a_used_token_for_other_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"used_token must have an entry for each token, \[2, 3\] or \[6\]"):
+        moe()(torch.randn(2, 3, D), torch.ones(5))
 
 
 def test_what_does_not_apply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
