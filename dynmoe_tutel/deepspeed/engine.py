@@ -23,6 +23,7 @@ from ..adaptive.controller import ExpertController, ExpertEvent, records_of, wit
 from ..adaptive.schedule import Schedule
 from ..forwards import in_backward
 from ..layer import MoELayer
+from ..parallel import clip_grad_norm_
 from .moe.layer import MoE
 from .optimizer_states import optimizer_rows_of
 from .preparation import prepared
@@ -99,6 +100,10 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self._step_applied:
             with self._whole_parameters():
                 self.controller.step()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm over all ranks; DeepSpeed's takes the mean of the ranks' norms where they divide experts."""
+        clip_grad_norm_(self.module, self.gradient_clipping())
 
     @property
     def events(self) -> list[ExpertEvent]:

@@ -121,7 +121,13 @@ def model_of(**options: Any) -> Model:
 
 def config_of(stage: int = 0, adaptive: Any = None, **options: Any) -> dict[str, Any]:
     """DeepSpeed's config; `adaptive` are the options of the controller."""
-    base = {"train_micro_batch_size_per_gpu": TOKENS, "steps_per_print": 10**9, "zero_optimization": {"stage": stage}}
+    base = {
+        "train_micro_batch_size_per_gpu": TOKENS,
+        "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
     return {**base, **({} if adaptive is None else {"dynmoe": adaptive}), **options}
 
 
