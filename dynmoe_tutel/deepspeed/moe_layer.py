@@ -12,6 +12,7 @@ from ..forwards import in_backward, is_training
 from ..layer import MoELayer
 from ..layer_config import MoEConfig
 from ..parallel.exchange import Exchange
+from ..validation import describe
 from .exchange import ExpertParallelExchange
 from .gate import DynMoEGate, RoutingVectors
 
@@ -66,7 +67,7 @@ class DynMoELayer(MoELayer):
         return DynMoEGate(vectors)
 
     @property
-    def gates(self) -> nn.ModuleList:  # type: ignore[override]
+    def gates(self) -> nn.ModuleList:
         """The one gate, by the name of other layers."""
         gate = self._modules.get("gate")
         return nn.ModuleList([gate]) if gate is not None else self._modules["gates"]  # type: ignore[return-value]
@@ -83,7 +84,7 @@ class DynMoELayer(MoELayer):
         `options` are those of `MoELayer.forward`.
         """
         if used_token is not None:
-            options["token_mask"] = used_token.reshape(input.shape[:-1]).bool()
+            options["token_mask"] = _mask(used_token, input)
         recorded = self.record_routing and (self.record_eval or is_training(self))
         self.gate.is_recorded = recorded and not in_backward()
         try:
@@ -109,6 +110,17 @@ class DynMoELayer(MoELayer):
         self._note_marks()
         _keep_own_experts(self, state_dict, f"{prefix}experts.deepspeed_experts.")
         nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
+
+
+def _mask(used_token: Tensor, input: Tensor) -> Tensor:
+    """The tokens of `input` that are used, bool in its shape."""
+    shape = input.shape[:-1]
+    if not isinstance(used_token, Tensor) or used_token.numel() != shape.numel():
+        raise ValueError(
+            f"used_token must have an entry for each token, {list(shape)} or [{shape.numel()}], 0 for padding, got "
+            f"{describe(used_token)}"
+        )
+    return used_token.reshape(shape).bool()
 
 
 def _keep_own_experts(layer: DynMoELayer, state_dict: dict[str, Any], stem: str) -> None:

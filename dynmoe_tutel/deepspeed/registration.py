@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from types import ModuleType
 
 import deepspeed
-import deepspeed.moe.layer
+import deepspeed.moe
 
 from .engine import initialize
-from .moe.layer import MoE
+from .moe import layer
 
-_saved: list[tuple[Any, str, Any]] = []
+_LAYER = "deepspeed.moe.layer"
+_saved: dict[str, object] = {}
 
 
 def registered() -> bool:
@@ -19,19 +21,26 @@ def registered() -> bool:
 
 
 def register() -> None:
-    """Put `MoE` into `deepspeed.moe.layer`, and `initialize` into `deepspeed`; a second call does nothing. Names imported before do not change.
+    """Make `deepspeed.moe.layer.MoE` and `deepspeed.initialize` DynMoE's; a second call does nothing.
 
-    A layer of fixed k is DeepSpeed's own in all but the class, which is a subclass.
+    Names imported before do not change. The module `deepspeed.moe.layer` gives its place to this package's, which has
+    all its names: its own class looks itself up there by name, and must go on finding itself.
     """
     if _saved:
         return
-    for owner, name, value in ((deepspeed.moe.layer, "MoE", MoE), (deepspeed, "initialize", initialize)):
-        _saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+    _saved.update(layer=sys.modules[_LAYER], initialize=deepspeed.initialize)
+    _put(layer, initialize)
 
 
 def unregister() -> None:
     """Restore DeepSpeed; layers already built keep working."""
-    while _saved:
-        owner, name, value = _saved.pop()
-        setattr(owner, name, value)
+    if _saved:
+        stock = _saved["layer"]
+        assert isinstance(stock, ModuleType)
+        _put(stock, _saved["initialize"])
+        _saved.clear()
+
+
+def _put(module: ModuleType, function: object) -> None:
+    sys.modules[_LAYER] = deepspeed.moe.layer = module
+    deepspeed.initialize = function

@@ -50,6 +50,7 @@ class MoE(stock.MoE):
     """
 
     update_due, updates_itself = False, False
+    test_time_record = False  # upstream's switch: set it, and the next forward in eval opens a window
 
     def __init__(
         self,
@@ -84,11 +85,17 @@ class MoE(stock.MoE):
                 warn_once(f"max_expert_num = {max_expert_num} is ignored with k = {k}: it is for k = -1")
             return
         nn.Module.__init__(self)
+        if not isinstance(expert, nn.Module):
+            raise ValueError(f"expert must be a torch.nn.Module, of which each slot gets a copy, got {expert!r}")
         start = positive_int("num_experts", num_experts)
         slots = max(_SLOTS, start) if max_expert_num is None else positive_int("max_expert_num", max_expert_num)
         _check(start, slots, positive_int("ep_size", ep_size), noisy_gate_policy)
         if drop_tokens and (capacity_factor, eval_capacity_factor, min_capacity) != (1.0, 1.0, 4):
-            warn_once("capacity_factor, eval_capacity_factor and min_capacity are ignored with k = -1: nothing is dropped")
+            warn_once(
+                "capacity_factor, eval_capacity_factor and min_capacity are ignored with k = -1: nothing is dropped"
+            )
+        if use_tutel:
+            warn_once("use_tutel = True is ignored with k = -1: this package dispatches tokens itself")
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size, self.expert_group_name = ep_size, f"ep_size_{ep_size}"
@@ -147,17 +154,22 @@ class MoE(stock.MoE):
         if self.update_due and self.updates_itself and self.training:
             self.adaptive_update_experts()
             self.end_record_routing()
+        if self.test_time_record and not self.training:
+            self.test_time_record, begin = False, True
         if begin:
             self.begin_record_routing()
         if end and not self.deepspeed_moe.record_routing:
             raise ValueError(
-                "if_end_record_routing = True, and no record window is open: give if_begin_record_routing = True in this "
-                "or an earlier forward, or call begin_record_routing()"
+                "if_end_record_routing = True, and no record window is open: give if_begin_record_routing = True in "
+                "this or an earlier forward, or call begin_record_routing()"
             )
 
-    def begin_record_routing(self) -> None:
-        """Open an empty record window: training forwards count until it ends."""
-        self._dynmoe().begin_record_routing()
+    def begin_record_routing(self, record_eval: bool | None = None) -> None:
+        """Open an empty record window. Training forwards count, and with `record_eval` those in eval too.
+
+        None: those in eval count if the layer is in eval now, as in an analysis of a trained model.
+        """
+        self._dynmoe().begin_record_routing(not self.training if record_eval is None else record_eval)
         self.update_due = False
 
     def end_record_routing(self) -> None:
