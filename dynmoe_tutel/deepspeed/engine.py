@@ -85,7 +85,9 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
         flags = {name: bool(options.pop(name)) for name in (BEGIN, END) if name in options}
         if flags:
             self.controller.leave_schedule()
-            options |= {name: value for name, value in flags.items() if name in _signature(type(self.module)).parameters}
+            options |= {
+                name: value for name, value in flags.items() if name in _signature(type(self.module)).parameters
+            }
         if flags.get(BEGIN):
             self.controller.begin_window()
         self._ends = flags.get(END, False)
@@ -149,7 +151,7 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
         self.controller.load_state_dict(with_records(state, own))
 
     def _whole_parameters(self) -> AbstractContextManager[Any]:
-        """A context for the controller's step, in which ZeRO 3 has the layers' parameters whole if that changes them."""
+        """A context for the controller's step: where it changes experts, ZeRO 3 has the layers' parameters whole."""
         if self.zero_optimization_stage() < 3 or not self.controller.updates_next:
             return nullcontext()
         parameters = [parameter for layer in _layers(self.module) for parameter in layer.parameters()]

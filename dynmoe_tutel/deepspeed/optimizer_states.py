@@ -57,13 +57,13 @@ def optimizer_rows_of(optimizer: Any) -> OptimizerRows:
     if isinstance(optimizer, torch.optim.Optimizer):
         return OptimizerRows(optimizer_list(optimizer))
     raise ValueError(
-        f"optimizer: experts cannot grow or be pruned in a {type(optimizer).__name__}: its copies of the parameters are "
-        "not known. Choose ZeRO stage 0, 1 or 2 without ZenFlow"
+        f"optimizer: experts cannot grow or be pruned in a {type(optimizer).__name__}, whose copies of the parameters "
+        "are not known. Choose ZeRO stage 0, 1 or 2 without ZenFlow"
     )
 
 
 class CopiedRows(OptimizerRows):
-    """Entries of experts in fp32 copies that a wrapping optimizer holds: one copy a parameter (`FP16_UnfusedOptimizer`).
+    """Entries of experts in the fp32 copies of a wrapping optimizer, one a parameter (`FP16_UnfusedOptimizer`).
 
     `groups` are the model's parameters by parameter group, `copies` what is trained in their place.
     """

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
@@ -59,8 +59,8 @@ def _refuse_parallelism(model: nn.Module, config: dict[str, Any], mpu: Any) -> N
     name = next(name for name, module in model.named_modules() if isinstance(module, MoELayer)) or "the layer"
     if isinstance(model, PipelineModule):
         raise ValueError(
-            f"model: {name} is part of a PipelineModule, and experts do not grow or shrink across pipeline stages: give "
-            "a plain module"
+            f"model: {name} is part of a PipelineModule, and experts do not adapt across pipeline stages: give a plain "
+            "module"
         )
     ranks = max(int((config.get("tensor_parallel") or {}).get("autotp_size") or 0), _model_parallel_ranks(mpu))
     if ranks > 1:
@@ -87,7 +87,7 @@ def _refuse_sharded_moe(model: nn.Module) -> None:
 
 
 def _with_moe_groups(optimizer: Any, lr_scheduler: Any) -> Any:
-    """The optimizer with groups of their own for experts; ValueError if the schedule of its rates would not see them."""
+    """The optimizer with groups for the experts; ValueError if the schedule of its rates would not see them."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return _splitting(optimizer) if callable(optimizer) else optimizer
     if _has_moe_groups(optimizer.param_groups):

@@ -157,8 +157,8 @@ class DynMoECallback(MoECallback, TrainerCallback):
         engine = self._trainer.deepspeed
         if hasattr(engine, "controller"):
             raise ValueError(
-                "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, and its engine grows "
-                "and prunes experts itself: call dynmoe_tutel.deepspeed.unregister() before train(), or leave out the "
+                "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, and its engine has a "
+                "controller of its own: call dynmoe_tutel.deepspeed.unregister() before train(), or leave out the "
                 "callback"
             )
         if has_divided_experts(model) and SaveStrategy(self._trainer.args.save_strategy) is not SaveStrategy.NO:

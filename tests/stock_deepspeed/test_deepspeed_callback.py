@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,9 +80,7 @@ def trainer_of(folder: str, stage: int | None, **given: Any) -> Any:
         "dataloader_pin_memory": False,
         **given,
     }
-    trainer = transformers.Trainer(
-        model, transformers.TrainingArguments(folder, **arguments), train_dataset=Items()
-    )
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(folder, **arguments), train_dataset=Items())
     callback = DynMoECallback(trainer, schedule=2, aux_weight=0.3)
     trainer.add_callback(callback)
     return trainer, callback

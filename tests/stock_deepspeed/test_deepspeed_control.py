@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,7 +126,10 @@ def groups(rank: int) -> dict[str, Any]:
     def parts(model: Any) -> list[dict[str, Any]]:
         own = {id(p) for p in model.inner.parameters()}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        return [{"params": list(model.inner.parameters()), "lr": 0.02}, {"params": rest, "lr": 0.01, "weight_decay": 0.1}]
+        return [
+            {"params": list(model.inner.parameters()), "lr": 0.02},
+            {"params": rest, "lr": 0.01, "weight_decay": 0.1},
+        ]
 
     found = {}
     in_config = {"optimizer": {"type": "AdamW", "params": {"lr": 0.03, "torch_adam": True}}}
