@@ -23,7 +23,12 @@ def provide_deepspeed(undo: ExitStack) -> None:
         return
     finder = _Finder(undo)
     sys.meta_path.insert(0, finder)
-    undo.callback(lambda: finder in sys.meta_path and sys.meta_path.remove(finder))
+    undo.callback(_take_out, finder)
+
+
+def _take_out(finder: MetaPathFinder) -> None:
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
 
 
 def _register(undo: ExitStack) -> None:
