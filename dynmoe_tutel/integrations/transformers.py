@@ -157,7 +157,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         engine = self._trainer.deepspeed
         if hasattr(engine, "controller"):
             raise ValueError(
-                "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, and its engine has a "
+                "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, whose engine has a "
                 "controller of its own: call dynmoe_tutel.deepspeed.unregister() before train(), or leave out the "
                 "callback"
             )

@@ -12,7 +12,7 @@ from engine_jobs import BF16, COPIED, WITHOUT, batches, config_of, difference, e
 pytestmark = WITHOUT
 SCHEDULE = {"schedule": 2}
 CLIP = {"gradient_clipping": 0.05}  # by SGD: Adam would hide the scale
-ROUNDED = 0.02  # at weights of about 1: the steps of bf16 there, a few times
+ROUNDED = 0.01  # the steps of bf16 at 1
 GROUPED = {"gradient_accumulation_steps": 2}
 
 # name: (stage, options of the config, options of the model)
@@ -99,8 +99,8 @@ def test_neither_the_stage_nor_the_division_changes_a_weight(results: list[dict[
 
 
 @pytest.mark.parametrize("ep_size", [None, 1, 2])
-def test_bf16_differs_by_its_roundings_alone(results: list[dict[str, Any]], ep_size: int | None) -> None:
-    """Stages and divisions of experts round in other orders, also where ZeRO 0 sums gradients in bf16."""
+def test_bf16_differs_little(results: list[dict[str, Any]], ep_size: int | None) -> None:
+    """And ZeRO 0 clips by a norm without the experts' gradients: DeepSpeed's."""
     reference = results[0]["bf16 native zero 1" if ep_size is None else "bf16 1 zero 1"]
     names = [name for name in HALVED if name.startswith(f"bf16 {ep_size or 'native'} ")]
     assert len(names) == 4
