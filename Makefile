@@ -11,7 +11,7 @@ RESULTS ?= benchmarks/results
 
 # tests of the core, new files too: all but Triton's interpreter, ranks, experiments, hosts, tools and what is slow
 CHECK_TESTS := tests -m 'not slow' $(addprefix --ignore=tests/, \
-	kernels/gpu gpu parallel stock_tutel experiments integrations benchmarks cli test_packaging.py)
+	kernels/gpu gpu parallel stock_deepspeed stock_tutel experiments integrations benchmarks cli test_packaging.py)
 # of these what computes, and a training in the interpreter: under the vector units and sums of other processors
 PROCESSOR_TESTS := $(CHECK_TESTS) $(addprefix --ignore=tests/,checkpoint test_compile.py test_documents.py test_examples.py \
 	test_architecture.py test_old_paths.py test_bad_input.py test_tutel_stand_in.py test_torch_machinery.py)

@@ -85,7 +85,7 @@ class MoELayer(AdaptiveExperts):
             experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
         gates = nn.ModuleList()
         for gate, terms, generator in zip(config.gates, weights, generators, strict=False):
-            gates.append(_made_gate(gate, config, exchange, tuple(terms), generator))
+            gates.append(self._made_gate(gate, config, exchange, tuple(terms), generator))
         exchange.agree(gates, config.described(exchange.placement.slots, gates))
         if experts is None:
             experts = exchange.make_experts(config.experts, config.model_dim, generators[-1])
@@ -110,6 +110,31 @@ class MoELayer(AdaptiveExperts):
         if config.one_score_gate:
             for made in gates:
                 made.freeze_keys()  # type: ignore[operator]
+
+    @staticmethod
+    def _made_gate(
+        gate: dict[str, Any],
+        config: MoEConfig,
+        exchange: Exchange,
+        aux_names: tuple[str, ...],
+        generator: torch.Generator | None,
+    ) -> Any:
+        """The gate that a layer of this class makes from its dict `gate`."""
+        made = make_gate(
+            gate,
+            model_dim=config.model_dim,
+            num_experts=exchange.start,
+            slots=exchange.placement.slots,
+            aux_names=aux_names,
+            generator=generator,
+            normalize_gate=config.normalize_gate,
+            one_score_gate=config.one_score_gate,
+            normalize_one_score_gate=config.normalize_one_score_gate,
+        )
+        if made.adaptive:
+            made.start_with(exchange.placement.at_start(exchange.start))  # type: ignore[operator]
+            made.reset_mask()  # type: ignore[operator]
+        return made
 
     @staticmethod
     def _meant(config: MoEConfig) -> MoEConfig:
@@ -403,27 +428,3 @@ def _limit_of_call(gate: Gate, max_k: int | None) -> dict[str, int]:
         return {}
     gate.limit_of_call(positive_int("max_k", max_k))
     return {"max_k": int(max_k)}
-
-
-def _made_gate(
-    gate: dict[str, Any],
-    config: MoEConfig,
-    exchange: Exchange,
-    aux_names: tuple[str, ...],
-    generator: torch.Generator | None,
-) -> Gate:
-    made = make_gate(
-        gate,
-        model_dim=config.model_dim,
-        num_experts=exchange.start,
-        slots=exchange.placement.slots,
-        aux_names=aux_names,
-        generator=generator,
-        normalize_gate=config.normalize_gate,
-        one_score_gate=config.one_score_gate,
-        normalize_one_score_gate=config.normalize_one_score_gate,
-    )
-    if made.adaptive:
-        made.start_with(exchange.placement.at_start(exchange.start))  # type: ignore[operator]
-        made.reset_mask()  # type: ignore[operator]
-    return made

@@ -14,12 +14,13 @@ from torch import Tensor
 def load_balance_loss(assigned_TE: Tensor) -> Tensor:
     """E * sum_e mean_t(a / k) * mean_t(a) over the tokens with k > 0; 0 if there is none.
 
-    `assigned_TE` is 0/1 and carries the straight-through gradient; no gradient flows through k.
+    `assigned_TE` is 0/1 and carries the straight-through gradient into a / k, through a and through k; the load,
+    mean_t(a), is a constant, as in DynMoE's DeepSpeed implementation.
     """
-    k_T1 = assigned_TE.detach().sum(dim=1, keepdim=True)
-    num_routed = (k_T1 > 0).sum().clamp(min=1)
+    k_T1 = assigned_TE.sum(dim=1, keepdim=True)
+    num_routed = (k_T1.detach() > 0).sum().clamp(min=1)
     importance_E = (assigned_TE / k_T1.clamp(min=1)).sum(dim=0) / num_routed
-    load_E = assigned_TE.sum(dim=0) / num_routed
+    load_E = assigned_TE.detach().sum(dim=0) / num_routed
     return assigned_TE.shape[1] * (importance_E * load_E).sum()
 
 

@@ -273,18 +273,20 @@ def assert_gradients(
     gate: oracle.Gate,
     tolerance: float,
     few: float | None = None,
+    parts: dict[str, Tensor] | None = None,
 ) -> None:
     """Assert every gradient within `tolerance`, the router's within `few`, if given: these are sums of products of rows
-    and dy that cancel, with up to 2.5 times the error of the others. The temperature's error counts against the two
+    and dy that cancel, with up to 2.5 times the error of the others. Where each is a difference, `parts` are what is
+    subtracted, and an error counts against these if they are larger. The temperature's error counts against the two
     parts of its sum, through scores and through thresholds (the latter is sum_e G_e * dL/dG_e)."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        scale, allowed = 0.0, tolerance
+        scale, allowed = 0.0 if parts is None else rms(parts[name]), tolerance
         if name.startswith("gates."):
             allowed = few or tolerance
         if name.endswith("temperature") and expected[name].any():
             by_thresholds_E = (gate.G_E + gate.shift) * expected["gates.0.gates"]
-            scale = float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs())
+            scale = max(scale, float(by_thresholds_E.abs().sum() + (expected[name] - by_thresholds_E.sum()).abs()))
         error = relative_rms(value, expected[name], scale)
         assert error < allowed, f"the gradient of {name} is off by {error:.1e}, allowed is {allowed:.0e}"
 

@@ -165,7 +165,9 @@ def losses(x_TD: Tensor, gate: Gate) -> dict[str, tuple[float, Tensor, Tensor]]:
         for t in a_TE[:, e].nonzero().flatten().tolist():
             value["efficiency"] += 1 / (T * E)
             value["gshard"] += firsts
-            da["load_balance"][t, e] = E * (load / int(a_TE[t].sum()) + share) / len(first)  # k is a constant here
+            k = int(a_TE[t].sum())
+            for i in a_TE[t].nonzero().flatten().tolist():  # of share alone: the load is a constant here
+                da["load_balance"][t, i] += E * load * ((i == e) / k - 1 / k**2) / len(first)
             da["efficiency"][t, e] = 1 / (T * E)
             da["gshard"][t, e] = firsts
     return {name: (value[name], dw[name], da[name]) for name in names}

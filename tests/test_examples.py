@@ -54,6 +54,18 @@ def test_two_ranks_divide_the_experts() -> None:
     assert "routers are equal on all ranks: True" in said  # average_gradients was called
 
 
+@pytest.mark.slow
+def test_a_vision_transformer_trains_with_deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install 'dynmoe_tutel[deepspeed]'")
+    said = run("deepspeed_vit.py")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert losses[-1] < losses[0] / 2
+    assert "grown" in said
+    (accuracy,) = re.findall(r"accuracy ([\d.]+)%", said)
+    assert float(accuracy) > 70
+
+
 def test_a_gate_and_a_policy_of_ones_own() -> None:
     said = run("own_gate_and_policy.py")
     assert "pruned" in said

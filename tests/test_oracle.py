@@ -125,8 +125,9 @@ class TestGradients:
             if name == "efficiency":
                 return float(a_TE.mean())
             if name == "load_balance":
-                share_E = (a_TE[routed] / hard_TE[routed].sum(dim=1, keepdim=True)).mean(dim=0)
-                return float(E * (share_E * a_TE[routed].mean(dim=0)).sum())
+                # outside the assignments a_TE is a constant 0, so that its sum is k, which moves with its scores
+                share_E = (a_TE[routed] / a_TE[routed].sum(dim=1, keepdim=True)).mean(dim=0)
+                return float(E * (share_E * hard_TE[routed].mean(dim=0)).sum())
             first_T = (oracle.scores(*at) * hard_TE).argmax(dim=1)
             firsts_E = (F.one_hot(first_T, E) * hard_TE).sum(dim=0)
             return float((a_TE.sum(dim=0) * firsts_E).sum()) * len(active) / T**2

@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("tutel", "triton", "matplotlib", "rich", "typer", "sklearn", "safetensors", "tensorboard", "transformers")
+HEAVY = (
+    "tutel",
+    "deepspeed",
+    "triton",
+    "matplotlib",
+    "rich",
+    "typer",
+    "sklearn",
+    "safetensors",
+    "tensorboard",
+    "transformers",
+)
 SOURCES = ("dynmoe_tutel", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 

@@ -21,11 +21,12 @@ from .averages import Average, averaged_layers
 from .budget import Budgets
 from .events import announce
 from .gate_history import GateHistory, gate_histories
-from .optimizer_state import OptimizerRows, Optimizers, optimizer_list
+from .optimizer_state import OptimizersOrRows, optimizer_rows
 from .policy import SAMPLED_TOKENS, Decision, DynMoEPolicy, ExpertChange, Policy, checked_decision, make_policy
 from .rebalance import RebalanceReport, rebalance_layer
 from .schedule import Schedule
 from .slots import INITS
+from .window import RecordWindow
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class ExpertController:
     * `optimizer`: one, a list of them, or None. A grown or pruned slot's rows are reset in it, to what a fresh
       parameter's state holds; an fp32 master copy (a state key with "master" in it) takes the parameter's new value;
       step counters stay. This suits torch's optimizers and those of timm, factored state (Adafactor) too. State of
-      another shape or type (quantised) is left alone, with a warning.
+      another shape or type (quantised) is left alone, with a warning. An `OptimizerRows` stands for optimizers that
+      keep their state elsewhere.
     * `schedule`: `Schedule`, a dict with its fields, or an int (`every`).
     * `policy`: "dynmoe" with `max_new_experts`, `min_experts` and `patience` (see `DynMoEPolicy`); a dict with the
       "type" of a registered policy and its options; or a callable (record, active bool [E], free_slots,
@@ -86,7 +88,7 @@ class ExpertController:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizers = None,
+        optimizer: OptimizersOrRows = None,
         schedule: Schedule | Mapping[str, Any] | int | None = None,
         policy: str | Mapping[str, Any] | Policy = "dynmoe",
         *,
@@ -109,14 +111,14 @@ class ExpertController:
         self.init = init
         self.group = group
         self.events: list[ExpertEvent] = []
-        self._rows = OptimizerRows(optimizer_list(optimizer))
+        self._rows = optimizer_rows(optimizer)
         self._histories = gate_histories(model)
         self._layers = list({id(history.layer): history.layer for history in self._histories}.values())
         self._budgets = Budgets(model, group)
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
-        self._window_open = False
-        self._windows: list[int] = []  # by layer, the number of the window that this controller opened last
+        self._window = RecordWindow(self._layers)
+        self._by_hand = False  # `begin_window` was called: the schedule counts no more
         self._model: nn.Module | None = model  # None once it was looked at, in the first update
         self._averages: dict[str, list[Any]] = {}  # layers that share a dict's tensors live here alone
         if averages is not None:
@@ -137,12 +139,17 @@ class ExpertController:
                 history.layer.lineage.choose(self._averages[history.name])
         if not self._rows.optimizers and any(p.requires_grad for p in model.parameters()):
             logger.warning("no optimizer given: moments of grown and pruned experts will not be reset")
-        self._set_window(self.schedule.opens_at(0))
+        self._window.set(self.schedule.opens_at(0))
 
     @property
     def steps(self) -> int:
         """Optimizer steps counted so far."""
         return self._step
+
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next `step` is one that updates experts."""
+        return self._window.ended if self._by_hand else self.schedule.updates_at(self._step + 1)
 
     @torch.no_grad()
     def step(self) -> list[ExpertEvent]:
@@ -153,21 +160,45 @@ class ExpertController:
         decision does not fit its layer; RuntimeError, and counts nothing, if its record window is not there any more,
         because another controller has opened one of its own.
         """
-        self._check_windows()
+        self._window.check()
+        updates = self.updates_next
         self._step += 1
         self._budgets.step()
         for layer in self._layers:
             layer.lineage.follow(layer, by_value=False)  # averages that began after a change
         events: list[ExpertEvent] = []
-        if self.schedule.updates_at(self._step):
-            if self._window_open:
+        if updates:
+            if self._window.open:
                 events = self._update()
             else:
                 logger.warning("step %d: no update, the loaded state had no open record window", self._step)
-            self._set_window(False)
-        if self.schedule.opens_at(self._step):
-            self._set_window(True)
+            self._window.set(False)
+        if not self._by_hand and self.schedule.opens_at(self._step):
+            self._window.set(True)
         return events
+
+    def begin_window(self) -> None:
+        """Open an empty record window now. From here on `begin_window` and `end_window` decide, not the schedule.
+
+        A second call before the next `step` goes on in the same window: in each micro-batch of a step, say.
+        """
+        self.leave_schedule()
+        self._window.begin(self._step)
+
+    def end_window(self) -> None:
+        """Record no further forwards; the next `step` updates the experts from the window of `begin_window`.
+
+        Raises ValueError if none is open.
+        """
+        if not self._by_hand or not self._window.open:
+            raise ValueError("no record window is open that could end: call begin_window() before the forwards")
+        self._window.end()
+
+    def leave_schedule(self) -> None:
+        """Close the schedule's record window and follow it no more: `begin_window` opens the next."""
+        if not self._by_hand:
+            self._by_hand = True
+            self._window.set(False)
 
     def close(self) -> None:
         """Stop recording; for a controller that will not step again. Events and state can still be read.
@@ -175,10 +206,7 @@ class ExpertController:
         The state is that of the open window, so that a resumed training goes on in it. A window that another
         controller has opened since stays open.
         """
-        if self._window_open:
-            for layer, number in zip(self._layers, self._windows, strict=True):
-                if layer.record_window == number:
-                    layer.end_record_routing()
+        self._window.close()
 
     @torch.no_grad()
     def rebalance(self, threshold: float = 1.2) -> RebalanceReport:
@@ -222,7 +250,8 @@ class ExpertController:
         values = {
             "version": STATE_VERSION,
             "step": self._step,
-            "window_open": self._window_open,
+            "window_open": self._window.open,
+            "by_hand": {"begun": self._window.begun, "ended": self._window.ended} if self._by_hand else None,
             "events": [asdict(event) for event in self.events],
             "gates": gates,
         }
@@ -235,8 +264,13 @@ class ExpertController:
         """
         values, records, events, generator = self._checked_state(state)
         self._step, self.events, self._generator = int(values["step"]), events, generator
+        by_hand = values.get("by_hand")  # older versions had the schedule alone
+        self._by_hand = by_hand is not None
         # Under another schedule this step may lie outside all windows: an open window would get no update.
-        self._set_window(bool(values["window_open"]) and self.schedule.records_at(self._step))
+        is_open = bool(values["window_open"]) and (self._by_hand or self.schedule.records_at(self._step))
+        self._window.set(is_open, by_hand["begun"] if by_hand else -1)
+        if is_open and by_hand and by_hand["ended"]:
+            self._window.end()
         for history in self._histories:
             history.load_state_values(values["gates"][history.key])
             history.record.load_state_dict(records[history.key])
@@ -255,28 +289,6 @@ class ExpertController:
 
     def _record_group(self, history: GateHistory) -> Any:
         return history.layer.record_group if self.group is None else self.group
-
-    def _set_window(self, is_open: bool) -> None:
-        for layer in self._layers:
-            if is_open:
-                layer.begin_record_routing()
-            else:
-                layer.end_record_routing()
-        self._window_open = is_open
-        self._windows = [layer.record_window for layer in self._layers]
-
-    def _check_windows(self) -> None:
-        """RuntimeError if a window was opened or closed by another hand: the record would hold other forwards."""
-        ours = all(
-            layer.record_routing and layer.record_window == number
-            for layer, number in zip(self._layers, self._windows, strict=True)
-        )
-        if self._window_open and not ours:
-            raise RuntimeError(
-                "the record window of this ExpertController is not open any more: close() or end_record_routing() has "
-                "closed it, or another controller has opened one on the same layers since. Step only the controller "
-                "that was made last, one a model"
-            )
 
     def _update(self) -> list[ExpertEvent]:
         for history in self._histories:

@@ -1,13 +1,14 @@
 """An expert's rows in optimizer state: reset when the expert changes, moved when it moves.
 
-Uses nothing of an optimizer but its `state` and `param_groups`.
+Uses nothing of an optimizer but its `state` and `param_groups`. Libraries whose optimizers keep these elsewhere have a
+subclass of `OptimizerRows`, which `ExpertController` takes in the place of an optimizer.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ _FRESH: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 _HISTORY = "old_dirs"  # L-BFGS: vectors over all parameters, under the first parameter
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
+OptimizersOrRows = Union[Optimizers, "OptimizerRows"]
 
 
 def optimizer_list(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
@@ -55,6 +57,11 @@ def _with_inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for value in list(getattr(optimizer, "__dict__", {}).values()):
         if isinstance(value, torch.optim.Optimizer):
             yield from _with_inner(value)
+
+
+def optimizer_rows(optimizer: OptimizersOrRows) -> OptimizerRows:
+    """The rows of experts in these optimizers; rows as they are."""
+    return optimizer if isinstance(optimizer, OptimizerRows) else OptimizerRows(optimizer_list(optimizer))
 
 
 class OptimizerRows:
@@ -96,15 +103,23 @@ class OptimizerRows:
         """
         self.drop_histories()
         for (number, name), value, own in self._state(parameter, index, "reset"):
-            if value.shape == parameter.shape and ("master" in name or name in _COPIES):
+            if value.shape == parameter.shape and self.is_copy(name):
                 value[own] = parameter.detach()[index].to(value.dtype)
-                continue
-            if name not in _MOMENTS and name not in _FRESH:
-                self._warn_once(
-                    f"optimizer state {name!r} is unknown: a changed expert's entries in it are set to zero, like "
-                    "moments"
-                )
-            value[own] = _FRESH[name](self._group(number, parameter)) if name in _FRESH else 0
+            else:
+                value[own] = self.fresh(name, self._group(number, parameter))
+
+    @staticmethod
+    def is_copy(name: str) -> bool:
+        """Whether the state of this name holds a parameter's values, not sums of its gradients."""
+        return "master" in name or name in _COPIES
+
+    def fresh(self, name: str, group: Mapping[str, Any]) -> Any:
+        """What the state of this name holds for a fresh parameter of `group`; 0, with a warning, if it is unknown."""
+        if name not in _MOMENTS and name not in _FRESH:
+            self._warn_once(
+                f"optimizer state {name!r} is unknown: a changed expert's entries in it are set to zero, like moments"
+            )
+        return _FRESH[name](group) if name in _FRESH else 0
 
     def _group(self, number: int, parameter: nn.Parameter) -> Mapping[str, Any]:
         groups: list[dict[str, Any]] = self.optimizers[number].param_groups

@@ -1,4 +1,4 @@
-"""Processes that a script starts by `spawn` or `forkserver` find Tutel, or its stand-in, as the script does.
+"""Processes that a script starts by `spawn` or `forkserver` find Tutel (or its stand-in) and DeepSpeed as it does.
 
 Such a child is a new interpreter that reads the "preparation data" of its parent before it imports the script. A value
 in them calls `enter_child` when it is unpickled. A forked child has everything already.
@@ -57,10 +57,11 @@ def prepare_children() -> Callable[[], None]:
 
 
 def enter_child(path: list[str]) -> None:
-    """Provide Tutel in a child whose parent has this `sys.path`, and in its own children."""
+    """Provide Tutel and DeepSpeed in a child whose parent has this `sys.path`, and in its own children."""
     run_script = importlib.import_module("dynmoe_tutel.cli.run_script")  # it imports this module
     sys.path[:] = path
     forever = ExitStack()
     run_script.show_log(forever)
     run_script.provide_tutel(forever)
+    run_script.provide_deepspeed(forever)
     prepare_children()

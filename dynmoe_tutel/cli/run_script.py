@@ -1,7 +1,7 @@
-"""`dynmoe-tutel run`: an unedited training script finds `tutel` with this package's gate types.
+"""`dynmoe-tutel run`: an unedited training script finds `tutel` and `deepspeed` with what this package adds to them.
 
-With Tutel installed, they are registered with it; without, `tutel_stand_in` stands in. The script then runs as python
-would run it.
+With Tutel installed, gate types are registered with it; without, `tutel_stand_in` stands in. `deepspeed` gets DynMoE's
+`MoE` and `initialize` when the script imports it. The script then runs as python would run it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import ModuleType, TracebackType
 from .. import tutel_stand_in
 from ..adaptive.events import EVENTS, is_first_rank, is_shown
 from .children import prepare_children
+from .late_registration import provide_deepspeed
 
 __all__ = ["main", "run"]
 
@@ -29,7 +30,8 @@ _USAGE = "give SCRIPT ARGS..., or -m MODULE ARGS..."
 _HELP = """usage: dynmoe-tutel run SCRIPT ARGS...
        dynmoe-tutel run -m MODULE ARGS...
 
-Run an unedited script that imports tutel, with this package's gate types, whether Tutel is installed or not.
+Run an unedited script that imports tutel, with this package's gate types, whether Tutel is installed or not; or one
+that imports deepspeed, which must be installed, with DynMoE's MoE for k=-1.
 """
 
 
@@ -70,6 +72,7 @@ def _run(arguments: list[str], undo: ExitStack) -> int:
     sys.argv[:] = [target, *rest]
     _set_first_path("" if is_module else target)
     provide_tutel(undo, needed=tool is not None)
+    provide_deepspeed(undo)
     undo.callback(prepare_children())
     if tool is not None:
         from .. import tutel_backend

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import metrics
 from dynmoe_tutel.adaptive.controller import ExpertController, ExpertEvent, Schedule
+from dynmoe_tutel.adaptive.optimizer_state import OptimizerRows
 from dynmoe_tutel.integrations.auxiliary_gradient import AuxiliaryGradient
 from dynmoe_tutel.integrations.divided_experts import DividedGradients, has_divided_experts
 from dynmoe_tutel.integrations.optimizer_steps import OptimizerSteps
@@ -117,7 +118,8 @@ class MoETraining:
             logger.warning("schedule is ignored: every gate of the %s has a fixed k", type(model).__name__)
         self.auxiliary = AuxiliaryGradient(layers, aux_weight, owner=self)  # ends an earlier training of these layers
         self.meter = metrics.RoutingMeter(model, training_only=True)
-        self._steps = OptimizerSteps(adaptive or layers.values(), optimizer)
+        counted = None if isinstance(optimizer, OptimizerRows) else optimizer  # rows have no steps: the host counts
+        self._steps = OptimizerSteps(adaptive or layers.values(), counted)
         self._batches, self._taken = 0, 0  # batches, and optimizer steps that counted
         self._warned = False
         self._group = options.get("group")

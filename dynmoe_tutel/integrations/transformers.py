@@ -54,9 +54,13 @@ class DynMoECallback(MoECallback, TrainerCallback):
       GradScaler's skipped steps are of all ranks. The Trainer must not save then (`save_strategy="no"`): its files
       would hold rank 0's experts alone.
 
+    * Under DeepSpeed (ZeRO stage 0 to 2) its engine averages and clips gradients, and a change of experts is written
+      through to its fp32 copies. Experts of a `MoE` that ranks divide need the optimizer in DeepSpeed's config; the
+      Trainer's model file then holds rank 0's experts alone, and DeepSpeed's checkpoint beside it holds all.
+
     Only the Trainer's training forwards are recorded, and a `train()` that an exception or Ctrl-C ends leaves nothing
     on the model. Raises ValueError for a model without MoE layers, unknown options, a second DynMoECallback, another
-    Trainer than `trainer`, and for unsupported training: FSDP and DeepSpeed (they shard parameters), DataParallel, and
+    Trainer than `trainer`, and for unsupported training: FSDP and ZeRO 3 (they shard parameters), DataParallel, and
     `enable_jit_checkpoint` (it writes checkpoints without calling callbacks).
     """
 
@@ -76,7 +80,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self._session = ""
         self._refuse_unserved()
         _Train.of(trainer, self)
-        if has_divided_experts(trainer.model):  # type: ignore[arg-type]
+        if not trainer.is_deepspeed_enabled and has_divided_experts(trainer.model):  # type: ignore[arg-type]
             ignore_experts_in_ddp(trainer.model)  # type: ignore[arg-type]
 
     def on_train_begin(
@@ -89,8 +93,12 @@ class DynMoECallback(MoECallback, TrainerCallback):
                 "trainer.add_callback(DynMoECallback(trainer, ...))"
             )
         self._refuse_unserved()
-        self._take_over_gradients(kwargs["model"])
-        self._training = MoETraining(kwargs["model"], kwargs["optimizer"], self._aux_weight, self._options)
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if self._trainer.is_deepspeed_enabled:
+            optimizer = self._rows_of_engine(model)
+        else:
+            self._take_over_gradients(model)
+        self._training = MoETraining(model, optimizer, self._aux_weight, self._options)
         if state.global_step > 0:
             self._resume(args, state, self._training)
         self._session = uuid.uuid4().hex
@@ -102,7 +110,9 @@ class DynMoECallback(MoECallback, TrainerCallback):
     ) -> None:
         assert self._training is not None
         micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer in an epoch's last step
-        self._training.set_factor(1 / micro_batches, self._trainer.accelerator.scaler)
+        engine = self._trainer.deepspeed
+        scale = engine.optimizer.loss_scale if engine is not None and engine.fp16_enabled() else 1
+        self._training.set_factor(scale / micro_batches, self._trainer.accelerator.scaler)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,6 +149,24 @@ class DynMoECallback(MoECallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+
+    def _rows_of_engine(self, model: nn.Module) -> Any:
+        """The experts' rows in what DeepSpeed's engine trains."""
+        from dynmoe_tutel.deepspeed.optimizer_states import optimizer_rows_of
+
+        engine = self._trainer.deepspeed
+        if hasattr(engine, "controller"):
+            raise ValueError(
+                "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, whose engine has a "
+                "controller of its own: call dynmoe_tutel.deepspeed.unregister() before train(), or leave out the "
+                "callback"
+            )
+        if has_divided_experts(model) and SaveStrategy(self._trainer.args.save_strategy) is not SaveStrategy.NO:
+            logger.warning(
+                "ranks divide the experts: the Trainer's model files hold those of rank 0 alone; DeepSpeed's folder "
+                "global_step* in each checkpoint holds all"
+            )
+        return optimizer_rows_of(engine.optimizer)
 
     def _take_over_gradients(self, model: nn.Module) -> None:
         """Where experts are divided, stand in for what the Trainer does with gradients and checkpoints."""
@@ -196,7 +224,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         reasons = {
             "it has another DynMoECallback already": second,
             "FSDP splits the parameters, and the rows of one expert with them": trainer.is_fsdp_enabled,
-            "DeepSpeed keeps parameters and moments of its own": trainer.is_deepspeed_enabled,
+            "DeepSpeed's ZeRO stage 3 splits them too: choose stage 0, 1 or 2": _zero_stage(trainer) == 3,
             "DataParallel copies the layers in every forward: use torchrun, or show one GPU": trainer.args.n_gpu > 1,
             "enable_jit_checkpoint writes checkpoints without asking callbacks": trainer.args.enable_jit_checkpoint,
         }
@@ -223,6 +251,12 @@ class _Train:
             return self.train(*arguments, **options)
         finally:
             self.callback.close()
+
+
+def _zero_stage(trainer: Trainer) -> int:
+    """The stage of DeepSpeed's ZeRO; 0 without DeepSpeed."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
 
 
 def _output_dir(args: TrainingArguments) -> Path:
