@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..gates import TopAnyGate
-from ..gates.budget import Budget, checked_target
+from ..gates.budget import Budget, checked_scope, checked_target
 from ..gates.samples import sampled_rows
 from ..parallel.collectives import gathered
+from ..validation import positive_int
 from .budget import kept_margins, shift_for
 from .slots import AdaptiveExperts
 
@@ -46,34 +47,65 @@ def calibrate(
     state dict (`budget_shift`); a model that loads it needs a `budget` with a target, or its own calibration. Where
     several processes hold the model, all must call it, each with batches of its own.
 
-    Raises ValueError for a target out of range, a model without top-any gates, and batches that end after one reading.
+    Raises ValueError for a target out of range, a model without top-any gates, batches that end after one reading, and
+    gates that no token of the batches reaches. After an error the model has the budgets and shifts that it had.
     """
+    max_k, scope = None if max_k is None else positive_int("max_k", max_k), checked_scope("scope", scope)
     layers = [module for module in model.modules() if isinstance(module, AdaptiveExperts)]
     groups = {gate: layer.record_group for layer in layers for gate in layer.held_gates if isinstance(gate, TopAnyGate)}
     gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, TopAnyGate) and gate in groups}
     if not gates:
         raise ValueError("model has no gate of type top_any, gated_multi_gate or gated_multi_gate_t to calibrate")
-    if iter(batches) is batches:
-        raise ValueError("batches can be read only once: give a list or a DataLoader")
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        once = "can be read only once" if isinstance(batches, Iterator) else f"= {batches!r} cannot be read"
+        raise ValueError(f"batches {once}: give a list or a DataLoader")
     budgets = {}
     for name, gate in gates.items():
         most = gate.limit_of_call(max_k)
         active = int(gate.active().sum())
         target = checked_target("target_k", target_k, active if most is None else min(active, most))
         budgets[name] = Budget(target, most, scope)
-    for name, gate in gates.items():
-        gate.hold_budget(budgets[name], 0.0 if gate.budget_shift is None else None)
-    run = _called if call is None else call
-    for _ in range(SWEEPS):
-        pools = _margins(model, gates, batches, run)
-        kept = {n: kept_margins(_of_all_ranks(p, groups[gates[n]]), budgets[n].max_k, False) for n, p in pools.items()}
-        for names in [list(gates)] if scope == "model" else [[name] for name in gates]:
-            joined = torch.cat([kept[name].flatten() for name in names])
-            tokens = torch.stack([(kept[name] > -torch.inf).any(dim=1).sum() for name in names]).sum()
-            shift = float(shift_for(joined, tokens, target))
-            for name in names:
-                gates[name].hold_budget(budgets[name], shift)
-    return _mean_k(model, gates, batches, run)
+    with _as_before_after_an_error(gates.values()):
+        for name, gate in gates.items():
+            gate.hold_budget(budgets[name], 0.0 if gate.budget_shift is None else None)
+        run = _called if call is None else call
+        for _ in range(SWEEPS):
+            pools = _margins(model, gates, batches, run)
+            every = {name: _of_all_ranks(pool, groups[gates[name]]) for name, pool in pools.items()}
+            kept = {name: kept_margins(pool, budgets[name].max_k, False) for name, pool in every.items()}
+            for names in [list(gates)] if scope == "model" else [[name] for name in gates]:
+                joined = torch.cat([kept[name].flatten() for name in names])
+                tokens = torch.stack([(kept[name] > -torch.inf).any(dim=1).sum() for name in names])
+                _refuse_unreached(names, tokens)
+                shift = float(shift_for(joined, tokens.sum(), target))
+                for name in names:
+                    gates[name].hold_budget(budgets[name], shift)
+        return _mean_k(model, gates, batches, run)
+
+
+def _refuse_unreached(names: list[str], tokens: Tensor) -> None:
+    unreached = [name for name, count in zip(names, tokens.tolist(), strict=True) if not count]
+    if unreached:
+        raise ValueError(
+            f"no finite token of batches reaches {', '.join(unreached)}, so that nothing says its shift: give batches, "
+            "at least one, and a call, which run every top-any gate"
+        )
+
+
+@contextmanager
+def _as_before_after_an_error(gates: Iterable[TopAnyGate]) -> Iterator[None]:
+    """The budgets and shifts of the gates back as they were, if the body raises."""
+    before = [(gate, gate.budget, None if gate.budget_shift is None else gate.budget_shift.clone()) for gate in gates]
+    try:
+        yield
+    except BaseException:
+        for gate, budget, shift in before:
+            gate.budget = budget
+            if shift is None or gate.budget_shift is None:
+                gate.budget_shift = shift
+            else:
+                gate.budget_shift.copy_(shift)
+        raise
 
 
 def _called(model: nn.Module, batch: Any) -> Any:

@@ -57,7 +57,7 @@ def check_rows(rows: tuple[str, ...]) -> None:
                 f"rows must be {NAMES} with a mean number X of experts a token, or top-K-of-E and quantile-top-K-of-E "
                 f"with K at most E, such as top-2-of-8, got {row!r}"
             )
-    if not rows or len(set(rows)) < len(rows):
+    if not rows or len({held(row) or row for row in rows}) < len(rows):  # dynmoe-k2.0 is dynmoe-k2
         raise ValueError(f"rows must be different ones, at least one, got {', '.join(rows) or 'none'}")
 
 

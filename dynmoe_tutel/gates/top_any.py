@@ -127,8 +127,9 @@ class TopAnyGate(Gate):
         if budget.target_k is None:
             self.budget_shift = None
         elif self.budget_shift is None:
-            self.budget_shift = torch.zeros(1, device=self.experts_mask.device)
-            self._sample_on(self.experts_mask.device)
+            with torch.inference_mode(False):  # a tensor of this mode could not be moved in training
+                self.budget_shift = torch.zeros(1, device=self.experts_mask.device)
+                self._sample_on(self.experts_mask.device)
         if shift is not None and self.budget_shift is not None:
             self.budget_shift.fill_(shift)
 
@@ -247,7 +248,7 @@ class TopAnyGate(Gate):
         most = self.limit_of_call(max_k)
         score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
             x_TD, sim_matrix, thresholds.detach(), active_E, tau, not self.training, token_mask, self.budget_shift,
-            most or 0,
+            min(most or 0, self.slots),
         )  # fmt: skip
         raised = thresholds if self.budget_shift is None else thresholds.to(dtype) + self.budget_shift.to(dtype)
         own = raised.to(dtype)

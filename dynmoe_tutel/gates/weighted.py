@@ -83,7 +83,7 @@ class WeightedGate(LinearLogits):
         most = self.limit_of_call(max_k)
         logits_TE = self.logits(x_TD.to(gate_dtype(x_TD)))
         assigned_TE, weight_TE, score_TE = self.choose(logits_TE)
-        if most is not None and not self.bounded:
+        if most is not None and most < self.slots and not self.bounded:
             assigned_TE = assigned_TE & largest(score_TE.detach().masked_fill(~assigned_TE, -torch.inf), most)
         unrouted_T = ~assigned_TE.any(dim=1)
         if self.falls_back and not self.training:

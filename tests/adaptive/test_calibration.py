@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
-from dynmoe_tutel.adaptive import calibrate
+from dynmoe_tutel.adaptive import Budgets, calibrate
 
 D = 16
 
@@ -120,8 +120,54 @@ def test_refuses_batches_that_end_and_models_without_gates() -> None:
     model, batches = model_and_batches()
     with pytest.raises(ValueError, match="read only once: give a list"):
         calibrate(model, iter(batches), 2.0)
+    with pytest.raises(ValueError, match="batches = None cannot be read: give a list"):
+        calibrate(model, None, 2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model has no gate of type top_any"):
         calibrate(nn.Linear(2, 2), batches, 2.0)
+
+
+@pytest.mark.parametrize("max_k", [0, -1, 2.5, "1", True])
+def test_refuses_a_wrong_cap(max_k: Any) -> None:
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=r"^max_k = .*: give an integer of at least 1"):
+        calibrate(model, batches, 1.0, max_k=max_k)
+
+
+def test_refuses_gates_that_no_token_reaches() -> None:
+    """Their shift would be the lowest, at which every expert is active."""
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=r"no finite token of batches reaches 0\.gates\.0"):
+        calibrate(model, [], 2.0)
+    with pytest.raises(ValueError, match=r"no finite token of batches reaches 1\.gates\.0"):
+        calibrate(model, batches, 2.0, call=lambda model, batch: model[0](batch))
+    assert model[0].gates[0].budget is None
+    assert model[0].gates[0].budget_shift is None
+
+
+def test_an_error_leaves_budget_and_shift() -> None:
+    model, batches = model_and_batches(target_k=3.0)
+    gate = model[0].gates[0]
+    gate.budget_shift.fill_(0.25)
+
+    def stops(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        if float(gate.budget_shift) != 0.25:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        calibrate(model, batches, 2.0, call=stops)
+    assert gate.budget.target_k == 3.0
+    assert gate.budget_shift.tolist() == [0.25]
+
+
+def test_training_goes_on_after_a_calibration_in_inference_mode() -> None:
+    model, batches = model_and_batches()
+    with torch.inference_mode():
+        calibrate(model, batches, 2.0)
+    before = model[0].gates[0].budget_shift.clone()
+    model(3 * batches[0] + 1).sum().backward()
+    Budgets(model).step()
+    assert not torch.equal(model[0].gates[0].budget_shift, before)
 
 
 def test_a_wrapped_gate_is_calibrated() -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny_job
 import torch
 
-from dynmoe_tutel.experiments.experiment import _NoFolder
+from dynmoe_tutel.experiments.experiment import NoFolder
 from dynmoe_tutel.experiments.language.task import LanguageTask
 from dynmoe_tutel.experiments.report.reporters import Several
 from dynmoe_tutel.experiments.rows import HOLDING, ROWS, check_rows, held, is_fixed, moe_options, row_order
@@ -50,6 +50,8 @@ def test_rows_have_names_an_order_and_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_rows(("dense", bad))
+    with pytest.raises(ValueError, match=r"different ones.*dynmoe-k2\.0"):
+        check_rows(("dynmoe-k2", "dynmoe-k2.0"))
     with pytest.raises(ValueError, match="different ones"):
         check_rows(("dense", "dense"))
 
@@ -105,7 +107,7 @@ def test_rows_are_added_to_the_folders_of_the_results(task: type[Task]) -> None:
 @pytest.mark.parametrize("row", ROUTERS)
 def test_what_a_router_holds_moves_in_a_run(row: str) -> None:
     """Mean k of the last ten steps is the target. That of relu follows its loss slowly: its coefficient has moved."""
-    run = Run(DigitsTask(CONFIG), RunKey(row, 0), _NoFolder(), Several())
+    run = Run(DigitsTask(CONFIG), RunKey(row, 0), NoFolder(), Several())
     assert run.controller is None
     for step in range(CONFIG.steps):
         if step == CONFIG.steps - 10:

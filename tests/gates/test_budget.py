@@ -165,6 +165,13 @@ def test_refuses(budget: Any, message: str) -> None:
         moe.moe_layer({"type": "top_any", "max_expert_num": 8, "budget": budget}, 4, EXPERTS)
 
 
+@pytest.mark.parametrize("kind", ["top_any", "relu", "top_p", "expert_threshold"])
+def test_a_cap_of_any_size_beyond_the_slots_changes_nothing(kind: str) -> None:
+    layer = MoELayer({"type": kind}, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 8}, seeds=(1, 1))
+    x_TD = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x_TD, max_k=2**64), layer(x_TD))
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
 def test_a_call_refuses_a_wrong_max_k(value: Any) -> None:
     layer = moe.moe_layer({"type": "top_any"}, 4, EXPERTS)
