@@ -64,7 +64,7 @@ def initialize(*arguments: Any, **options: Any) -> Any:
     return results
 
 
-class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
+class AdaptiveEngine(DeepSpeedEngine):
     """DeepSpeed's engine, whose `controller` grows and prunes the experts of its model after optimizer steps.
 
     A step that the loss scaler skips is none; accumulated micro-batches are one step.
@@ -155,7 +155,7 @@ class AdaptiveEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.zero_optimization_stage() < 3 or not self.controller.updates_next:
             return nullcontext()
         parameters = [parameter for layer in _layers(self.module) for parameter in layer.parameters()]
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)  # type: ignore[no-any-return]
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def _layers(model: nn.Module) -> list[MoELayer]:
@@ -193,13 +193,11 @@ class _FlagsToEngine:
         return call.args[1:], call.kwargs
 
 
-@functools.cache
 def _adaptive(kind: type) -> type:
     """The engine class `kind` with the methods of `AdaptiveEngine`."""
     return AdaptiveEngine if kind is DeepSpeedEngine else type(f"Adaptive{kind.__name__}", (AdaptiveEngine, kind), {})
 
 
-@functools.cache
 def _signature(kind: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
