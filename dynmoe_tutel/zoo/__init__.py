@@ -1,0 +1,10 @@
+"""DynMoE's vision-language checkpoints (DynMoE-StableLM, -Phi-2, -Qwen) in transformers, without their repository.
+
+Needs the extra [hf]. `load` and `save` read and write the checkpoints, `processor` makes their inputs from images and
+text, `convert` makes such a model of one's own Llava.
+"""
+
+from .loading import load
+from .saving import save
+
+__all__ = ["load", "save"]
