@@ -5,6 +5,7 @@ text, `convert` makes such a model of one's own Llava.
 """
 
 from .loading import load
+from .processing import Processor, expand_image_tokens, processor
 from .saving import save
 
-__all__ = ["load", "save"]
+__all__ = ["Processor", "expand_image_tokens", "load", "processor", "save"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_zoo import D, IMAGE, MASKS, MIXTURES, PATCHES, TOWER, V, reference, tensors_of, write
+from tiny_zoo import IMAGE, MASKS, MIXTURES, PATCHES, TOWER, D, V, reference, tensors_of, write
 from torch import Tensor
 
 from dynmoe_tutel import zoo

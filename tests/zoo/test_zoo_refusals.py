@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, of another kind, or beyond what is computed here: refused by the checkpoint's own key."""
+"""Checkpoints that are damaged, of another kind, or not supported: refused by the checkpoint's own key."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ GATE = "model.layers.0.mlp.deepspeed_moe.gate.wg"
     [
         ({"model_type": "llava"}, "model_type = 'llava' is none of the zoo's: moe_llava_stablelm, moe_llava_phi"),
         ({"moe": None}, "moe = None: give a dict"),
-        ({"moe": {**MOE, "top_k_experts": 2}}, r"moe\['top_k_experts'\] = 2: this is a MoE-LLaVA checkpoint with a fixed"),
+        (
+            {"moe": {**MOE, "top_k_experts": 2}},
+            r"moe\['top_k_experts'\] = 2: this is a MoE-LLaVA checkpoint with a fixed",
+        ),
         ({"moe": {**MOE, "use_residual": True}}, r"moe\['use_residual'\] = True"),
         ({"moe": {**MOE, "moe_enable": False}}, r"moe\['moe_enable'\] = False: the checkpoint is dense"),
-        ({"moe": {**MOE, "moe_layers_idx": [0, 9]}}, r"moe\['moe_layers_idx'\] = \[0, 9\]: give different layers from 0 to 3"),
+        (
+            {"moe": {**MOE, "moe_layers_idx": [0, 9]}},
+            r"moe\['moe_layers_idx'\] = \[0, 9\]: give different layers from 0 to 3",
+        ),
         ({"moe": {**MOE, "num_experts": [4, 4, 4]}}, r"moe\['num_experts'\] = \[4, 4, 4\]: give one number"),
-        ({"moe": {**MOE, "moe_mode": "odd", "moe_layers_idx": None}}, r"moe\['moe_mode'\] = 'odd': allowed are 'sparse'"),
+        (
+            {"moe": {**MOE, "moe_mode": "odd", "moe_layers_idx": None}},
+            r"moe\['moe_mode'\] = 'odd': allowed are 'sparse'",
+        ),
         ({"image_projector_type": "linear"}, "image_projector_type = 'linear' is not supported: 'mlp2x_gelu' is"),
         ({"mm_video_tower": "a/video"}, "mm_video_tower = 'a/video' is not supported"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
@@ -74,7 +83,7 @@ def test_keys(form: str, tmp_path: Path) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         zoo.load(tmp_path)
     write(tmp_path, "phi")
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -82,7 +91,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         zoo.load(tmp_path, image_tower=TOWER)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no weights: none of model.safetensors, "):
+    with pytest.raises(ValueError, match=r"has no weights: none of model\.safetensors, "):
         zoo.load(tmp_path, image_tower=TOWER)
     torch.save({"a": object()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds Python objects beyond tensors"):
@@ -92,7 +101,7 @@ def test_files(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path, "phi", form="shards")
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks model-00002-of-00003.safetensors"):
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00003\.safetensors"):
         zoo.load(tmp_path, image_tower=TOWER)
 
 
@@ -102,7 +111,7 @@ def test_a_qwen_is_refused_beyond_its_sequence_length(tmp_path: Path) -> None:
     within, beyond = inputs(False, length=40), inputs(False, length=41)
     with torch.no_grad():
         model(**within)
-        with pytest.raises(ValueError, match="has 41 tokens, of images too, and seq_length .* is 40"):
+        with pytest.raises(ValueError, match=r"has 41 tokens, of images too, and seq_length .* is 40"):
             model(**beyond)
         with pytest.raises(ValueError, match="has 41 tokens"):
             model.generate(**inputs(False, length=38), max_new_tokens=5, min_new_tokens=5)
@@ -115,7 +124,7 @@ def test_options(tmp_path: Path) -> None:
     write(tmp_path, "phi")
     with pytest.raises(ValueError, match="experts = 'dense': allowed are 'grouped', 'modules'"):
         zoo.load(tmp_path, image_tower=TOWER, experts="dense")
-    with pytest.raises(ValueError, match="dtype = 'bf16': give a floating-point torch.dtype"):
+    with pytest.raises(ValueError, match="dtype = 'bf16': give a floating-point"):
         zoo.load(tmp_path, "bf16", image_tower=TOWER)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="quantization_config: quantizers replace nn.Linear"):
+    with pytest.raises(ValueError, match="quantization_config: quantizers replace"):
         zoo.load(tmp_path, image_tower=TOWER, quantization_config=object())

@@ -5,6 +5,7 @@ Neither uses anything of `dynmoe_tutel.zoo`: the names of keys are written out h
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 V, D, HEADS, LAYERS, SLOTS = 96, 32, 4, 4, 4
-I = {"stablelm": 48, "phi": 40, "qwen": 44}  # noqa: E741
+I = {"stablelm": 48, "phi": 40, "qwen": 44}
 MIXTURES = (0, 2)
 MASKS = {0: (1.0, 0.0, 1.0, 1.0), 2: (1.0, 1.0, 1.0, 1.0)}
 PATCHES, IMAGE = 4, 8
@@ -237,7 +238,9 @@ class LoopMixture(nn.Module):
         if self.family == "phi":
             h = F.gelu(F.linear(x, w["fc1.weight"], w["fc1.bias"]), approximate="tanh")
             return F.linear(h, w["fc2.weight"], w["fc2.bias"])
-        gate, up, down = {"stablelm": ("gate_proj", "up_proj", "down_proj"), "qwen": ("w2", "w1", "c_proj")}[self.family]
+        gate, up, down = {"stablelm": ("gate_proj", "up_proj", "down_proj"), "qwen": ("w2", "w1", "c_proj")}[
+            self.family
+        ]
         h = F.silu(F.linear(x, w[f"{gate}.weight"])) * F.linear(x, w[f"{up}.weight"])
         return F.linear(h, w[f"{down}.weight"])
 
@@ -315,3 +318,23 @@ def _native(family: str, key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
             rest = rest.replace(old, new)
         rest = f"layers.{rest[2:]}" if rest.startswith("h.") else rest
     return [(f"model.language_model.{rest}", tensor)]
+
+
+def write_tiktoken(path: Path, merged: tuple[bytes, ...] = (b"th", b"the", b" a", b" c", b" ca", b" cat")) -> int:
+    """A vocabulary of tiktoken: all bytes, then `merged`; returns the number of ranks."""
+    tokens = [bytes([i]) for i in range(256)] + list(merged)
+    path.write_bytes(b"\n".join(b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
+    return len(tokens)
+
+
+def write_words(folder: Path, words: tuple[str, ...]) -> None:
+    """A tokenizer.json that knows bytes and `words` as single tokens, with the stop token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known.decoder = decoders.ByteLevel()
+    known.add_tokens(list(words))
+    known.add_special_tokens(["<|endoftext|>"])
+    known.save(str(folder / "tokenizer.json"))
