@@ -4,8 +4,9 @@ Needs the extra [hf]. `load` and `save` read and write the checkpoints, `process
 text, `convert` makes such a model of one's own Llava.
 """
 
+from .activity import TokenActivity, limit_k
 from .loading import load
 from .processing import Processor, expand_image_tokens, processor
 from .saving import save
 
-__all__ = ["Processor", "expand_image_tokens", "load", "processor", "save"]
+__all__ = ["Processor", "TokenActivity", "expand_image_tokens", "limit_k", "load", "processor", "save"]

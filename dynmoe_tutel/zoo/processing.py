@@ -124,6 +124,13 @@ class Processor:
         pixels: Tensor = self.image_processor(prepared, return_tensors="pt")["pixel_values"]
         return pixels
 
+    def seen(self, image: Any) -> Any:
+        """The square of an image (of PIL, or a path) that the tower sees, for a picture of its patches."""
+        whole = self._square(_opened(image))
+        side = min(whole.size)
+        left, top = ((length - side) // 2 for length in whole.size)
+        return whole.crop((left, top, left + side, top + side))
+
     def decode(self, ids: Any) -> str:
         """The text of ids, without special tokens and placeholders."""
         kept = [i for i in torch.as_tensor(ids).flatten().tolist() if i != self.image_token_id]

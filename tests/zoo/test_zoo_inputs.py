@@ -14,7 +14,7 @@ from tiny_zoo import IMAGE, PATCHES, TOWER, config_json, write, write_tiktoken, 
 from dynmoe_tutel import zoo
 from dynmoe_tutel.zoo.vocabularies import VOCABULARIES
 
-ROOM = 640  # vocabulary of these checkpoints: more than all tokens
+ROOM = 640  # vocabulary of these configurations: more than all tokens
 
 
 def folder_with(tmp_path: Path, family: str = "qwen", **changed: Any) -> Path:
@@ -80,10 +80,13 @@ def test_images_are_padded_to_a_square_of_the_mean_colour(tmp_path: Path) -> Non
     write_tiktoken(folder_with(tmp_path) / "qwen.tiktoken")
     process = zoo.processor(tmp_path, TOWER)
     pixels = process.pixels([picture(32, 16)])
+    assert process.seen(picture(32, 16)).size == (32, 32)
     assert pixels[0, :, 0].abs().max() < 0.03  # the mean colour is 0 once normalised
     assert pixels[0, :, IMAGE // 2].abs().max() > 0.3
     folder_with(tmp_path, image_aspect_ratio="square")
-    assert zoo.processor(tmp_path, TOWER).pixels([picture(32, 16)])[0, :, 0].abs().max() > 0.3
+    process = zoo.processor(tmp_path, TOWER)
+    assert process.pixels([picture(32, 16)])[0, :, 0].abs().max() > 0.3
+    assert process.seen(picture(32, 16)).tobytes() == picture(32, 16).crop((8, 0, 24, 16)).tobytes()
 
 
 def test_batches_are_padded_on_the_left_and_labels_hold_the_answers(tmp_path: Path) -> None:

@@ -176,5 +176,5 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path: Path) -> None:
 
 
 def test_sizes_are_as_tiny_as_said() -> None:
-    assert sum(t.numel() for t in tensors_of("qwen").values()) < 120_000
+    assert sum(t.numel() for t in tensors_of("qwen").values()) < 150_000
     assert D < 64

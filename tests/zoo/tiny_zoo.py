@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-V, D, HEADS, LAYERS, SLOTS = 96, 32, 4, 4, 4
+V, D, HEADS, LAYERS, SLOTS = 512, 32, 4, 4, 4
 I = {"stablelm": 48, "phi": 40, "qwen": 44}
 MIXTURES = (0, 2)
 MASKS = {0: (1.0, 0.0, 1.0, 1.0), 2: (1.0, 1.0, 1.0, 1.0)}
