@@ -1,4 +1,4 @@
-"""Draws k over the tokens of a conversation: image patches over the image, text tokens as words in colour."""
+"""Draws k over the tokens of a conversation: image patches over the image, the text's tokens as words in colour."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 COLUMNS = 100  # characters of text in a line
@@ -26,21 +27,24 @@ def draw(path: Path, k_T: Tensor, groups: Sequence[str], tokens: Sequence[str], 
         raise ImportError("a picture needs matplotlib: pip install 'dynmoe_tutel[experiments]'") from error
     known = min(len(k_T), len(tokens))
     k = k_T[:known].tolist()
-    colours = ScalarMappable(Normalize(1, max([*k, 2.0])), "viridis")
+    colours: Any = ScalarMappable(Normalize(1, max([*k, 2.0])), "viridis")
     lines = _lines([(tokens[i], k[i]) for i in range(known) if groups[i] != "image"])
     patches = [k[i] for i in range(known) if groups[i] == "image"]
     side = math.isqrt(len(patches))
     seen = side * side == len(patches) > 0
     height = (4.2 if seen else 0) + LINE * (len(lines) + 2)
     figure = Figure(figsize=(9, height), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4.2, height - 4.2]) if seen else (None, figure)
-    if top is not None:
+    top: Any = None
+    bottom: Any = figure
+    if seen:
+        top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=[4.2, height - 4.2]))
         plain, over = top.subplots(1, 2)
         grid = [patches[i * side : (i + 1) * side] for i in range(side)]
         for axes in (plain, over):
             axes.set_axis_off()
-            if image is not None:
-                axes.imshow(image, extent=(0, side, side, 0))
+        if image is not None:
+            plain.imshow(image, extent=(0, side, side, 0))
+            over.imshow(image.convert("L"), extent=(0, side, side, 0), cmap="gray")
         over.imshow(grid, extent=(0, side, side, 0), cmap=colours.cmap, norm=colours.norm, alpha=0.65)
         plain.set_title("image")
         over.set_title("k of its patches")

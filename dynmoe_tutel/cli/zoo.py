@@ -111,7 +111,7 @@ def read_questions(data: Path, images: Path) -> Iterator[Question]:
 
 def _opened(setting: Setting) -> tuple[Any, Any]:
     """The model and what makes its inputs."""
-    dtype = None if setting.dtype is None else getattr(torch, setting.dtype, setting.dtype)
+    dtype: Any = None if setting.dtype is None else getattr(torch, setting.dtype, setting.dtype)
     needed("transformers").utils.logging.disable_progress_bar()
     process = zoo.processor(setting.folder, setting.image_tower)
     model = zoo.load(setting.folder, dtype, setting.device, setting.image_tower)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..initialization import drawn_from
 from ..kernels import ACTIVATIONS
-from ..parts import writable
 from ..validation import flag, positive_int
 from .base import Activation, activation_function, expert_kind
 from .custom import CustomExperts
@@ -81,6 +80,13 @@ class ModuleExperts(CustomExperts):
             return None
         return [t.t() if role == "down" else t for t in tensors]
 
+    def dense_parameters(self, role: str) -> list[nn.Parameter]:
+        """The parameters that hold a role, one a slot; none for a role that these experts lack."""
+        name, _, is_bias = role.partition("_")
+        maps = [getattr(expert, name) for expert in self._experts()]
+        found = [None if m is None else m.bias if is_bias else m.weight for m in maps]
+        return [parameter for parameter in found if parameter is not None]
+
     @property
     def dense_names(self) -> dict[str, str]:
         """The roles that these experts have."""
@@ -89,12 +95,14 @@ class ModuleExperts(CustomExperts):
         return {role: role for role in roles}
 
     def check_written(self, init: str = "nearest") -> None:
-        """ValueError, by name, if a map is quantised, packed or parametrised: a slot cannot be set then."""
+        """ValueError, by name, if a map is quantised or packed: a slot cannot be set then."""
         super().check_written(init)
-        for slot, expert in enumerate(self._experts()):
-            for name, module in expert.named_modules():
-                for key in module._parameters:
-                    writable(f"experts.{slot}.{name}", module, key)
+        for name, parameter in self.named_parameters():
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+                raise ValueError(
+                    f"experts.{name} is a {type(parameter).__name__} of {parameter.dtype} (quantised or packed), so a "
+                    "slot of it cannot be set: experts cannot grow, move or be reset"
+                )
 
     def _experts(self) -> list[Any]:
         return list(cast(nn.ModuleList, self.module))

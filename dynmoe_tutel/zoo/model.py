@@ -17,7 +17,7 @@ from dynmoe_tutel.layer import MoELayer
 from .conversions import GROUPED, MODULES, conversions
 from .families import FAMILIES, Family, family_of_text
 from .hugging_face import needed, transformers
-from .moe_dict import slots_by_layer
+from .moe_dict import AUX_LOSSES, slots_by_layer
 
 _activations: Any = needed("transformers.activations")
 _mapping: Any = needed("transformers.conversion_mapping")
@@ -61,7 +61,8 @@ def moe_layer(text: Any, slots: int, kind: str = GROUPED) -> MoELayer:
         experts |= {"type": "modules", "gated": family.gated, "bias": not family.gated}
     else:
         experts["type"] = "llama_ffn" if family.gated else "ffn"
-    return MoELayer({"type": "top_any", "max_expert_num": slots}, text.hidden_size, experts)
+    gate = {"type": "top_any", "max_expert_num": slots}
+    return MoELayer(gate, text.hidden_size, experts, aux_losses=AUX_LOSSES)
 
 
 class _WithinLength:

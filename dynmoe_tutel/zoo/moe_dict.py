@@ -22,6 +22,8 @@ DEFAULTS: dict[str, Any] = {
     "train_modules": [],
     "num_experts": [4],
 }
+# the terms of l_aux in DynMoE's DeepSpeed layer; `router_aux_loss_coef` weighs their sum
+AUX_LOSSES = {"diversity": 1.0, "simplicity": 1.0, "load_balance": 1.0, "efficiency": 1.0}
 ANY_K = -1  # of top_k_experts: every token chooses its own k
 
 
