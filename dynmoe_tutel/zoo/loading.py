@@ -58,14 +58,34 @@ def load(
     check_entries(folder, entries, expected)
     check_values(values)
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
-    model: ZooLlava = cls.from_pretrained(
-        folder, config=config, dtype=stored if dtype is None else dtype, device_map=device, **options
+    model: ZooLlava
+    model, info = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=stored if dtype is None else dtype,
+        device_map=device,
+        output_loading_info=True,
+        **options,
     )
+    _check_whole(info)
     other = {key: str(e.dtype).removeprefix("torch.") for key, e in entries.items() if e.dtype != expected[key].dtype}
     model.config.zoo_dtypes = other if dtype is None else {}
     # saved by save_pretrained in transformers' own names: what a Trainer writes it must also resume from
     model._weight_conversions = []
     return model.eval()
+
+
+def _check_whole(info: Any) -> None:
+    """ValueError where transformers left weights of the model unset, though the files have them all.
+
+    Its quantizers take one map from a stacked one while they load: of Qwen's c_attn, q_proj alone.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"quantization_config: this quantizer leaves {missing[0]} and {len(missing) - 1} more unset, since the "
+            "checkpoint has them in one tensor with others: keep these maps as they are (modules_to_not_convert or "
+            "llm_int8_skip_modules = ['.*[qkv]_proj', 'lm_head']), or quantise the model once it is loaded"
+        )
 
 
 @contextlib.contextmanager
