@@ -71,6 +71,11 @@ class ModuleExperts(CustomExperts):
         """With the names of parameters, which loaders of transformers and quantizers look up."""
         return nn.Module.state_dict(self, *arguments, **options)
 
+    def _expert_rows(self, expert: nn.Module, rows: Tensor) -> Any:
+        """expert(rows); not called for no rows where it learns nothing: kernels of quantizers may end the process."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in expert.parameters())
+        return expert(rows) if len(rows) or learns else rows.new_zeros(0, self.output_dim)
+
     def dense_view(self, role: str) -> list[Tensor] | None:
         """The tensors of a role of a dense FFN, one a slot, rows of H first: to read, or to fill in place."""
         name, _, is_bias = role.partition("_")

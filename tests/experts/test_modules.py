@@ -86,6 +86,20 @@ def test_a_slot_grows_as_a_copy() -> None:
     )
 
 
+def test_an_expert_without_tokens_is_called_only_to_learn() -> None:
+    layer = MoELayer(GATE, D, {"type": "modules", **SIZES})
+    called: list[int] = []
+    for expert in layer.experts.module:
+        expert.register_forward_pre_hook(lambda _, args: called.append(len(args[0])))
+    with torch.no_grad():
+        layer.eval()(tokens())
+    assert len(called) == 3  # the fourth slot is free
+    assert 0 not in called
+    layer.train()(tokens()).sum().backward()
+    assert called.count(0) == 1
+    assert not layer.experts.dense_parameters("up")[3].grad.any()
+
+
 class Quantised(nn.Module):
     """What a quantizer puts in the place of a map: 8-bit integers and a scale."""
 
