@@ -1,5 +1,5 @@
 """Experts whose linear maps are nn.Linear modules, one FFN a slot: what replaces such modules, as quantizers do,
-reaches them. Slower than `ffn` and `llama_ffn`, which stack their weights for the kernels."""
+reaches them. The kernels take the stacked weights of `ffn` and `llama_ffn` alone."""
 
 from __future__ import annotations
 

@@ -6,8 +6,18 @@ text, `convert` makes such a model of one's own Llava.
 
 from .activity import TokenActivity, limit_k
 from .loading import load
-from .processing import Processor, expand_image_tokens, processor
+from .processing import SYSTEM, Processor, expand_image_tokens, processor
 from .recipe import convert
 from .saving import save
 
-__all__ = ["Processor", "TokenActivity", "convert", "expand_image_tokens", "limit_k", "load", "processor", "save"]
+__all__ = [
+    "SYSTEM",
+    "Processor",
+    "TokenActivity",
+    "convert",
+    "expand_image_tokens",
+    "limit_k",
+    "load",
+    "processor",
+    "save",
+]
