@@ -71,6 +71,36 @@ class CountExperts(_loading.ConversionOps):
         return CountExperts(not self.back)
 
 
+class StackExperts(_loading.ConversionOps):
+    """One tensor of each expert to a stack [E, ...], their matrices transposed on request; the other way, each its own.
+
+    Each is copied to its place: a stack that is transposed later would hold the experts twice.
+    """
+
+    def __init__(self, transposed: bool, back: bool = False) -> None:
+        self.transposed, self.back = transposed, back
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **_: Any) -> Any:
+        """By name of the target."""
+        tensors = next(iter(input_dict.values()))
+        if self.back:
+            each = [self._turned(tensor).contiguous() for tensor in _only(tensors)]
+            return {target_patterns[0].replace("*", str(i)): tensor for i, tensor in enumerate(each)}
+        first = self._turned(tensors[0])
+        stack = first.new_empty((len(tensors), *first.shape))
+        for place, tensor in zip(stack, tensors, strict=True):
+            place.copy_(self._turned(tensor))
+        return {target_patterns[0]: stack}
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor
+
+    @property
+    def reverse_op(self) -> Any:
+        return StackExperts(self.transposed, not self.back)
+
+
 def _only(tensors: Any) -> Tensor:
     found: Tensor = tensors[0] if isinstance(tensors, list) else tensors
     return found
@@ -136,21 +166,23 @@ def _modules(family: Family) -> list[Any]:
 
 
 def _grouped(family: Family) -> list[Any]:
-    merge, transpose = _loading.MergeModulelist, _loading.Transpose
     if family.gated:
         names = ("W_fc1", "W_fc2", "W_fc3")
         return [
-            _scoped(_converter(f"{_EXPERTS}.*.{name}.weight", f"mlp.experts.{ours}", [merge(0), transpose(1, 2)]))
+            _scoped(_converter(f"{_EXPERTS}.*.{name}.weight", f"mlp.experts.{ours}", [StackExperts(transposed=True)]))
             for name, ours in zip(MAPS[family.name], names, strict=True)
         ]
     up, down = MAPS[family.name]
     ways = (
-        (f"{up}.weight", "batched_fc1_w", [merge(0)]),
-        (f"{up}.bias", "batched_fc1_bias", [merge(0)]),
-        (f"{down}.weight", "batched_fc2_w", [merge(0), transpose(1, 2)]),
-        (f"{down}.bias", "batched_fc2_bias", [merge(0)]),
+        (f"{up}.weight", "batched_fc1_w", False),
+        (f"{up}.bias", "batched_fc1_bias", False),
+        (f"{down}.weight", "batched_fc2_w", True),
+        (f"{down}.bias", "batched_fc2_bias", False),
     )
-    return [_scoped(_converter(f"{_EXPERTS}.*.{old}", f"mlp.experts.{new}", steps)) for old, new, steps in ways]
+    return [
+        _scoped(_converter(f"{_EXPERTS}.*.{old}", f"mlp.experts.{new}", [StackExperts(transposed)]))
+        for old, new, transposed in ways
+    ]
 
 
 def _renaming(old: str, new: str) -> Any:

@@ -12,11 +12,10 @@ import torch
 
 from .configuration import read_config
 from .conversions import GROUPED, KINDS, conversions
-from .hugging_face import needed
 from .layout import Files, check_entries, check_values, common_dtype, expected_entries
 from .model import ZooLlava, model_class
 
-_modeling: Any = needed("transformers.modeling_utils")
+ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers when it loads
 
 
 def load(
@@ -59,20 +58,38 @@ def load(
     check_values(values)
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
     model: ZooLlava
-    model, info = cls.from_pretrained(
-        folder,
-        config=config,
-        dtype=stored if dtype is None else dtype,
-        device_map=device,
-        output_loading_info=True,
-        **options,
-    )
+    with _one_after_the_other():
+        model, info = cls.from_pretrained(
+            folder,
+            config=config,
+            dtype=stored if dtype is None else dtype,
+            device_map=device,
+            output_loading_info=True,
+            **options,
+        )
     _check_whole(info)
     other = {key: str(e.dtype).removeprefix("torch.") for key, e in entries.items() if e.dtype != expected[key].dtype}
     model.config.zoo_dtypes = other if dtype is None else {}
     # saved by save_pretrained in transformers' own names: what a Trainer writes it must also resume from
     model._weight_conversions = []
     return model.eval()
+
+
+@contextlib.contextmanager
+def _one_after_the_other() -> Iterator[None]:
+    """Have transformers read a tensor when it is needed, not ahead in threads.
+
+    Threads would hold all experts before the first of them are stacked.
+    """
+    before = os.environ.get(ASYNC)
+    os.environ[ASYNC] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ASYNC]
+        else:
+            os.environ[ASYNC] = before
 
 
 def _check_whole(info: Any) -> None:

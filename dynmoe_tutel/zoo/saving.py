@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynmoe_tutel.checkpoint.files import write_file
+from dynmoe_tutel.checkpoint.files import TEMPORARY, write_file
 from dynmoe_tutel.experts.modules import ModuleExperts
 from dynmoe_tutel.layer import MoELayer
 
@@ -68,7 +68,10 @@ def save(
             found, tensor = next(pieces)
             assert found == key
             tensors[key] = tensor.to("cpu", dtypes.get(key, tensor.dtype)).contiguous()
-        _safetensors.save_file(tensors, folder / name, metadata={"format": "pt"})
+        # over the old file, never into it: a loaded model reads its pages
+        written = folder / f"{TEMPORARY}{name}"
+        _safetensors.save_file(tensors, written, metadata={"format": "pt"})
+        os.replace(written, folder / name)
     if len(names) > 1:
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": where}

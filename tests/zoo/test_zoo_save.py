@@ -69,6 +69,18 @@ def test_shards_hold_what_their_index_says(tmp_path: Path) -> None:
     zoo.load(tmp_path / "out", image_tower=TOWER)
 
 
+def test_a_model_may_be_saved_over_the_files_that_it_was_loaded_from(tmp_path: Path) -> None:
+    """Its dense weights are pages of these files."""
+    tensors = write(tmp_path, "stablelm")
+    model = zoo.load(tmp_path, image_tower=TOWER)
+    with torch.no_grad():
+        before = model(**inputs(True)).logits
+        zoo.save(model, tmp_path)
+        assert torch.equal(model(**inputs(True)).logits, before)
+    assert_equal(written(tmp_path), tensors)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
+
+
 def test_grown_and_trained_experts_are_saved(checkpoint: Path, family: str, tmp_path: Path) -> None:
     model = zoo.load(checkpoint, image_tower=TOWER)
     layer = next(iter(moe_layers(model).values()))

@@ -182,7 +182,7 @@ def tensors_of(family: str, dtype: torch.dtype = torch.float32) -> dict[str, Ten
         drawn = torch.randn(shape, generator=generator)
         if key.endswith("experts_mask"):
             index = int(key.split(".")[2])
-            tensors[key] = torch.tensor(MASKS[index])
+            tensors[key] = torch.tensor(MASKS.get(index, (1.0,) * SLOTS))
         elif key.endswith("temperature"):
             tensors[key] = torch.zeros(1, dtype=dtype)
         elif "norm" in key.rsplit(".", 2)[-2] or ".ln_" in key:
