@@ -156,6 +156,7 @@ LOAD_AND_MEASURE = """
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak of memory that is not the file's own pages, in a process that has loaded a tiny model before.
 
