@@ -70,14 +70,16 @@ def test_shards_hold_what_their_index_says(tmp_path: Path) -> None:
 
 
 def test_a_model_may_be_saved_over_the_files_that_it_was_loaded_from(tmp_path: Path) -> None:
-    """Its dense weights are pages of these files."""
+    """Its dense weights are pages of these files, which must not change: a new file takes the name."""
     tensors = write(tmp_path, "stablelm")
     model = zoo.load(tmp_path, image_tower=TOWER)
+    file = (tmp_path / "model.safetensors").stat().st_ino
     with torch.no_grad():
         before = model(**inputs(True)).logits
         zoo.save(model, tmp_path)
         assert torch.equal(model(**inputs(True)).logits, before)
     assert_equal(written(tmp_path), tensors)
+    assert (tmp_path / "model.safetensors").stat().st_ino != file
     assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
 
 
