@@ -67,7 +67,7 @@ def convert(
         mask_padding: tokens whose ``attention_mask`` in the host's call is 0 reach no expert, record or loss.
         seed: for the random split and k-means.
         experts: a dict of `recompute` and `engine` of the expert networks; or "modules": each slot keeps nn.Linear
-            maps, which tools that replace such maps (quantizers, adapters) reach. The kernels take stacked weights alone.
+            maps, which tools that replace such maps (quantizers, adapters) reach. Kernels take stacked weights alone.
         layer_options: further arguments of `MoELayer` (capacity, aux_losses, one_score_gate, ...).
 
     Activation, dropout, dtype, device and mode are the host's. Raises ValueError, and leaves the model unchanged, if a
