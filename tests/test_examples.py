@@ -44,6 +44,17 @@ def test_a_bert_is_converted_and_learns() -> None:
     assert float(accuracy) > 90
 
 
+def test_a_vision_language_model_is_converted_trained_saved_and_asked() -> None:
+    if find_spec("transformers") is None or find_spec("PIL") is None:
+        pytest.skip("transformers or pillow is not installed: the extra [hf] brings them")
+    said = run("vision_language.py")
+    first, last = re.findall(r"loss ([\d.]+) at first, ([\d.]+) at last", said)[0]
+    assert float(last) < 0.3 < float(first)
+    assert len(re.findall(r"layers\.[02]\.mlp: \d experts, [\d.]+ a token", said)) == 2
+    (right,) = re.findall(r"right answers: (\d+)%", said)
+    assert int(right) > 90
+
+
 def test_two_ranks_divide_the_experts() -> None:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no Gloo")

@@ -135,6 +135,43 @@ def doctor() -> None:
     _run(run)
 
 
+@app.command()
+def zoo(
+    folder: Annotated[Path, typer.Argument(help="Folder of a DynMoE-StableLM, -Phi-2 or -Qwen checkpoint.")],
+    image: Annotated[Path | None, typer.Option(help="An image to ask about.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="File of prompts, over which k is averaged: JSON, JSON lines, or text."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that DATA names. Default: DATA's.")] = None,
+    max_k: Annotated[int | None, typer.Option(help="Most experts a token may activate.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer. Default: 256; with --stats, no answer.")
+    ] = None,
+    picture: Annotated[Path, typer.Option(help="Where to draw k over the tokens.")] = Path("zoo_k.png"),
+    image_tower: Annotated[
+        Path | None, typer.Option(help="Folder with the image tower's config.json. Default: OpenAI's CLIP-L by name.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda. Default: the CPU.")] = None,
+) -> None:
+    """Ask a vision-language checkpoint of DynMoE, and show how many experts each token activates."""
+
+    def run(console: Any) -> int:
+        from dynmoe_tutel.cli import zoo as command
+
+        setting = command.Setting(folder, image_tower, max_k, dtype, device, max_new_tokens)
+        if (prompt is None) == (stats is None):
+            raise ValueError("give --prompt, with --image if it is about one, or --stats")
+        if stats is not None:
+            return command.average_k(setting, stats, images, console)
+        assert prompt is not None
+        return command.ask(setting, command.Question(prompt, image), picture, console)
+
+    _run(run)
+
+
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def run(
     arguments: Annotated[list[str], typer.Argument(metavar="SCRIPT ARGS", show_default=False)],

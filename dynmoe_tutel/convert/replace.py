@@ -19,7 +19,7 @@ from ..layer import MoELayer
 from ..validation import flag, positive_int, warn_once
 from .find_ffns import DenseFFN, find_ffns, why_not
 from .padding_mask import forget_padding_of, mask_padding_of
-from .weights import Conversion, Origin, dense_weights, layer_of
+from .weights import MODULES, Conversion, Origin, dense_weights, layer_of
 
 RECIPES = ("gmoe", "emoe")
 SPLITS = ("kmeans", "random", "contiguous")
@@ -43,7 +43,7 @@ def convert(
     moe_dropout: float | None = None,
     mask_padding: bool = True,
     seed: int = 0,
-    experts: Mapping[str, Any] | None = None,
+    experts: str | Mapping[str, Any] | None = None,
     **layer_options: Any,
 ) -> nn.Module:
     """Replace FFNs of `model` by MoE layers, in place; returns `model`.
@@ -66,7 +66,8 @@ def convert(
         moe_dropout: dropout after the activation, instead of the host's.
         mask_padding: tokens whose ``attention_mask`` in the host's call is 0 reach no expert, record or loss.
         seed: for the random split and k-means.
-        experts: `recompute` and `engine` of the expert networks.
+        experts: a dict of `recompute` and `engine` of the expert networks; or "modules": each slot keeps nn.Linear
+            maps, which tools that replace such maps (quantizers, adapters) reach. Kernels take stacked weights alone.
         layer_options: further arguments of `MoELayer` (capacity, aux_losses, one_score_gate, ...).
 
     Activation, dropout, dtype, device and mode are the host's. Raises ValueError, and leaves the model unchanged, if a
@@ -79,8 +80,8 @@ def convert(
         raise ValueError("seeds: give (gates, experts)")
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed!r}: give an integer from 0 to 2**32 - 1")
-    if not isinstance(experts, Mapping | None):
-        raise ValueError(f"experts = {experts!r}: give a dict of recompute and engine, or None")
+    if not isinstance(experts, Mapping | None) and experts != MODULES:
+        raise ValueError(f"experts = {experts!r}: give a dict of recompute and engine, {MODULES!r}, or None")
     if "model_dim" in layer_options:
         raise ValueError("model_dim is that of the FFN: leave it out")
     chosen = _chosen(model, layers)
@@ -95,8 +96,9 @@ def convert(
             key_gate=key_gate,
             dropout=moe_dropout,
             seed=seed,
-            experts=dict(experts or {}),
+            experts=dict(experts) if isinstance(experts, Mapping) else {},
             layer=layer_options,
+            kind=MODULES if experts == MODULES else None,
         )
         built.append(layer_of(ffn, options))
     for ffn, layer in zip(chosen, built, strict=True):

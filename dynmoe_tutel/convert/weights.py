@@ -22,6 +22,7 @@ from ..validation import flag, number, refuse_unknown
 from .find_ffns import DenseFFN, DropoutAfter, fused_name, weight_of
 
 _EXPERT_OPTIONS = ("recompute", "engine")
+MODULES = "modules"  # the kind of experts that stay nn.Linear maps
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
@@ -54,6 +55,7 @@ class Conversion:
     seed: int
     experts: dict[str, Any]
     layer: dict[str, Any]
+    kind: str | None = None  # of experts; None: ffn or llama_ffn, as the FFN is
 
     @property
     def slots(self) -> int:
@@ -62,20 +64,27 @@ class Conversion:
 
 def layer_of(ffn: DenseFFN, options: Conversion) -> MoELayer:
     """A layer with the FFN's weights in its slots; ValueError if options do not fit the FFN."""
-    refuse_unknown("experts", options.experts, _EXPERT_OPTIONS)
+    as_modules = options.kind == MODULES
+    refuse_unknown(
+        "experts of type 'modules'" if as_modules else "experts", options.experts, () if as_modules else _EXPERT_OPTIONS
+    )
     up, down = weight_of(ffn.up), weight_of(ffn.down)
     gated = ffn.gate is not None
-    if gated and any(linear.bias is not None for linear in ffn.linears):
-        raise ValueError(f"{ffn.name!r} is a gated FFN with biases, and llama_ffn experts have none")
+    if gated and not as_modules and any(linear.bias is not None for linear in ffn.linears):
+        raise ValueError(
+            f"{ffn.name!r} is a gated FFN with biases, and llama_ffn experts have none: give experts='modules'"
+        )
     neurons_EH = _neurons(ffn, options) if options.recipe == "emoe" else None
     config: dict[str, Any] = {
-        "type": "llama_ffn" if gated else "ffn",
+        "type": options.kind or ("llama_ffn" if gated else "ffn"),
         "num_experts_per_device": options.num_experts,
         "hidden_size_per_expert": ffn.hidden if neurons_EH is None else neurons_EH.shape[1],
         "activation_fn": _activation(ffn, options),
         **options.experts,
     }
-    if not gated:
+    if as_modules:
+        config["gated"] = gated
+    if as_modules or not gated:
         config["has_fc1_bias"], config["has_fc2_bias"] = (m.bias is not None for m in (ffn.up, ffn.down))
     layer = MoELayer(gate_type=options.gate, model_dim=ffn.model_dim, experts=config, **options.layer)
     if layer.world_size > 1:
@@ -166,6 +175,7 @@ def _parts(ffn: DenseFFN) -> dict[str, Tensor | None]:
     """The FFN's tensors by role, weights as [out, in]."""
     return {
         "gate": None if ffn.gate is None else weight_of(ffn.gate),
+        "gate_bias": None if ffn.gate is None else bias_of(ffn.gate),
         "up": weight_of(ffn.up),
         "up_bias": bias_of(ffn.up),
         "down": weight_of(ffn.down),
@@ -182,19 +192,20 @@ def _fill(layer: MoELayer, ffn: DenseFFN, neurons_EH: Tensor | None, scale: floa
         if view is None or source is None:
             continue
         if role == "down_bias":
-            view.copy_((source * bias_scale).expand_as(view))
+            for e in range(layer.slots):
+                view[e].copy_(source * bias_scale)
             continue
         rows = source.t() * scale if role == "down" else source
         for e, units in enumerate(units_EH):
-            view[e] = rows[units]
+            view[e].copy_(rows[units])
 
 
 def _freeze(layer: MoELayer, ffn: DenseFFN) -> None:
     """Give the experts the requires_grad of the FFN's parameters."""
     for role, source in _parts(ffn).items():
-        parameter = getattr(layer.experts, layer.experts.dense_names.get(role, ""), None)
-        if parameter is not None and source is not None:
-            parameter.requires_grad_(source.requires_grad)
+        for parameter in layer.experts.dense_parameters(role):
+            if source is not None:
+                parameter.requires_grad_(source.requires_grad)
 
 
 @torch.no_grad()
@@ -207,7 +218,7 @@ def _key_gate(layer: MoELayer, options: Conversion) -> None:
     if options.recipe != "emoe":
         raise ValueError("key_gate = True with recipe 'gmoe' gives equal experts equal keys: use recipe 'emoe'")
     first = layer.experts.dense_view("gate" if "gate" in layer.experts.dense_names else "up")
-    keys_ED = first.mean(dim=1)
+    keys_ED = _stacked(first).mean(dim=1)
     if layer.normalize_one_score_gate:
         keys_ED = F.normalize(keys_ED, dim=1)
     gate = cast(Any, layer.gates[0])
@@ -226,9 +237,9 @@ def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[
     layer.refuse_wrapped(f"{name!r} as a dense FFN")
     experts = layer.held_experts
     active = layer._used_slots().nonzero().flatten().tolist()
-    gated = ("gate", None) if "gate" in experts.dense_names else ()
-    first = [None if role is None else experts.dense_view(role) for role in ("up", "up_bias", *gated)]
-    second_w, second_b = experts.dense_view("down"), experts.dense_view("down_bias")
+    gated = ("gate", "gate_bias") if "gate" in experts.dense_names else ()
+    first = [_stacked(experts.dense_view(role)) for role in ("up", "up_bias", *gated)]
+    second_w, second_b = _stacked(experts.dense_view("down")), _stacked(experts.dense_view("down_bias"))
     if origin.neurons_EH is None:
         pick = _expert_of(name, [*first, second_w, second_b], active, expert)
         rows, down_HD, bias = [pick(t) for t in first], cast(Tensor, pick(second_w)), pick(second_b)
@@ -249,6 +260,11 @@ def dense_weights(name: str, layer: MoELayer, expert: int | str | None) -> list[
     down_b = None if bias is None else _unscaled(bias, origin.bias_scale, undo_b)
     pairs = [[rows[i], rows[i + 1]] for i in range(0, len(rows), 2)]
     return [*pairs, [down_w, down_b]]
+
+
+def _stacked(view: Any) -> Any:
+    """The slots of a `dense_view` as one tensor, [E, ...]; None if there is none."""
+    return torch.stack(view) if isinstance(view, list) else view
 
 
 def _expert_of(

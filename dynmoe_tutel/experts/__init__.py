@@ -16,6 +16,7 @@ from .ffn import FFNExperts
 from .llama_ffn import LlamaFFNExperts
 
 from .custom import CustomExperts, takes_context  # isort: skip
+from .modules import ModuleExperts  # isort: skip
 
 __all__ = [
     "EXPERT_KINDS",
@@ -23,6 +24,7 @@ __all__ = [
     "Experts",
     "FFNExperts",
     "LlamaFFNExperts",
+    "ModuleExperts",
     "expert_kind",
     "make_block",
     "make_experts",

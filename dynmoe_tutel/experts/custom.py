@@ -108,7 +108,7 @@ class CustomExperts(Experts):
         else:
             experts = list(cast(nn.ModuleList, self.module))  # one module may serve several slots
             parts = rows.tensor_split(len(experts)) if has_no_data(rows) else rows.split(routing.counts.tolist())
-            outs = [expert(part) for expert, part in zip(experts, parts, strict=True)]
+            outs = [self._expert_rows(expert, part) for expert, part in zip(experts, parts, strict=True)]
             for slot, (part, result) in enumerate(zip(parts, outs, strict=True)):
                 if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != part.shape[0]:
                     raise ValueError(
@@ -122,6 +122,10 @@ class CustomExperts(Experts):
         out = out * gate_A[: out.shape[0]].unsqueeze(1).to(out.dtype)
         behind = gate_A.shape[0] - out.shape[0]
         return out if behind == 0 else torch.cat([out, out.new_zeros(behind, out.shape[1])])
+
+    def _expert_rows(self, expert: nn.Module, rows: Tensor) -> Any:
+        """expert(rows), for no rows too: its parameters then get gradients of zero."""
+        return expert(rows)
 
     def _padded(self, rows_AD: Tensor, routing: Routing, token_shape: tuple[int, ...]) -> Tensor:
         """Run the module on zero-padded rows [E, C, D], C the largest load."""

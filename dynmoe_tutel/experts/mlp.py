@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import ACTIVATIONS, ExpertWeights, Router, activation_name, grouped_ffn, grouped_linear, top_any_ffn
 from ..kernels.operation import ENGINES
@@ -50,6 +50,11 @@ class GroupedMLP(Experts):
         """The tensor of a `role` in `dense_names`, to read or fill: [E, H, ...], a row a neuron; "down_bias" [E, O]."""
         name = self.dense_names.get(role)
         return None if name is None else getattr(self, name)
+
+    def dense_parameters(self, role: str) -> list[nn.Parameter]:
+        """The parameters that hold a `role`; none for a role that these experts lack."""
+        parameter = getattr(self, self.dense_names.get(role, ""), None)
+        return [] if parameter is None else [parameter]
 
     @property
     def activation(self) -> str | None:
