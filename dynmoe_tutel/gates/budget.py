@@ -55,9 +55,10 @@ class Budget:
         return cls(**given)
 
 
-def checked_target(name: str, value: object, most: int) -> float:
+def checked_target(name: str, value: Any, most: int) -> float:
     """A mean number of experts a token from 1 to `most`; ValueError that says this range and why."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 1 <= value <= most:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 1 <= value <= most:
         raise ValueError(
             f"{name} = {value!r}: give a number from 1 (a token that passes a threshold keeps its best expert) to "
             f"{most} (the active experts, or max_k if less)"

@@ -110,7 +110,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
     ) -> None:
         assert self._training is not None
         micro_batches = self._trainer.current_gradient_accumulation_steps  # fewer in an epoch's last step
-        engine = self._trainer.deepspeed
+        engine: Any = self._trainer.deepspeed
         scale = engine.optimizer.loss_scale if engine is not None and engine.fp16_enabled() else 1
         self._training.set_factor(scale / micro_batches, self._trainer.accelerator.scaler)
 
@@ -154,7 +154,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
         """The experts' rows in what DeepSpeed's engine trains."""
         from dynmoe_tutel.deepspeed.optimizer_states import optimizer_rows_of
 
-        engine = self._trainer.deepspeed
+        engine: Any = self._trainer.deepspeed
         if hasattr(engine, "controller"):
             raise ValueError(
                 "trainer cannot be served by DynMoECallback: dynmoe_tutel.deepspeed is registered, whose engine has a "
