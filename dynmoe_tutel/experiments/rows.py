@@ -57,8 +57,23 @@ def check_rows(rows: tuple[str, ...]) -> None:
                 f"rows must be {NAMES} with a mean number X of experts a token, or top-K-of-E and quantile-top-K-of-E "
                 f"with K at most E, such as top-2-of-8, got {row!r}"
             )
-    if not rows or len({held(row) or row for row in rows}) < len(rows):  # dynmoe-k2.0 is dynmoe-k2
+    if not rows or len(set(rows)) < len(rows):
         raise ValueError(f"rows must be different ones, at least one, got {', '.join(rows) or 'none'}")
+
+
+def check_targets(rows: tuple[str, ...], experts: int) -> None:
+    """ValueError for rows -kX that layers of so many experts (at start) cannot hold, and for one twice."""
+    holding = [(row, *found) for row in rows if (found := held(row)) is not None]
+    for row, router, k in holding:
+        if k > experts:
+            raise ValueError(f"rows: {row} of {experts} experts: give {router}-kX with X at most {experts}")
+        if router == "relu" and k >= experts / 2:
+            raise ValueError(
+                f"rows: {row} of {experts} experts starts with about {experts / 2:g} a token, and its loss only "
+                f"lowers that: give relu-kX with X below {experts / 2:g}"
+            )
+    if len({each[1:] for each in holding}) < len(holding):  # dynmoe-k2.0 is dynmoe-k2
+        raise ValueError(f"rows must be different ones, got {', '.join(rows)}")
 
 
 def row_order(rows: Iterable[str]) -> tuple[str, ...]:
@@ -87,9 +102,4 @@ def moe_options(row: str, experts: int, slots: int) -> dict[str, Any]:
             gate = {"type": "top_any", "max_expert_num": slots} | ({"budget": {"target_k": k}} if k else {})
         else:
             gate = HOLDING[router](k)
-            if router == "relu" and k >= experts / 2:
-                raise ValueError(
-                    f"rows: {row} of {experts} experts starts with about {experts / 2:g} a token, and its loss only "
-                    f"lowers that: give relu-kX with X below {experts / 2:g}"
-                )
     return {"gate_type": {**gate, "fp32_gate": True}, "num_experts": experts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,22 @@ import tiny_job
 import torch
 
 from dynmoe_tutel.experiments.experiment import NoFolder
-from dynmoe_tutel.experiments.language.task import LanguageTask
+from dynmoe_tutel.experiments.language.task import LanguageConfig, LanguageTask
 from dynmoe_tutel.experiments.report.reporters import Several
-from dynmoe_tutel.experiments.rows import HOLDING, ROWS, check_rows, held, is_fixed, moe_options, row_order
+from dynmoe_tutel.experiments.rows import (
+    HOLDING,
+    ROWS,
+    check_rows,
+    check_targets,
+    held,
+    is_fixed,
+    moe_options,
+    row_order,
+)
 from dynmoe_tutel.experiments.runner import Run
-from dynmoe_tutel.experiments.task import RunKey, Task
+from dynmoe_tutel.experiments.task import RunKey, Settings, Task
 from dynmoe_tutel.experiments.vision.digits_task import DigitsTask, TrainConfig
-from dynmoe_tutel.experiments.vision.task import VisionTask
+from dynmoe_tutel.experiments.vision.task import VisionConfig, VisionTask
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROUTERS = ("relu-k1", "top-p-k1.5", "expert-threshold-k1.5", "null-experts-k1.5", "quantile-top-2")
@@ -50,8 +60,6 @@ def test_rows_have_names_an_order_and_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_rows(("dense", bad))
-    with pytest.raises(ValueError, match=r"different ones.*dynmoe-k2\.0"):
-        check_rows(("dynmoe-k2", "dynmoe-k2.0"))
     with pytest.raises(ValueError, match="different ones"):
         check_rows(("dense", "dense"))
 
@@ -83,9 +91,18 @@ def test_routers_of_the_field_are_rows() -> None:
 
 def test_a_relu_row_starts_above_its_target() -> None:
     """Half of the experts have a positive logit at start, and nothing brings back those that the loss took away."""
-    assert moe_options("relu-k1.9", 4, 8)["num_experts"] == 4
+    check_targets(("relu-k1.9",), 4)
     with pytest.raises(ValueError, match=r"relu-k2 of 4 experts starts with about 2 a token.*X below 2"):
-        moe_options("relu-k2", 4, 8)
+        check_targets(("relu-k2",), 4)
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, VisionConfig, LanguageConfig], ids=lambda each: each.__name__)
+def test_rows_that_no_layer_can_hold_are_refused_before_anything_runs(settings: Callable[..., Settings]) -> None:
+    for row in ("dynmoe-k8.5", "top-p-k99", "null-experts-k9"):
+        with pytest.raises(ValueError, match=rf"rows: {row} of \d experts: give .*-kX with X at most"):
+            settings(rows=("dense", row))
+    with pytest.raises(ValueError, match=r"different ones.*dynmoe-k2\.0"):
+        settings(rows=("dynmoe-k2", "dynmoe-k2.0"))
 
 
 def test_train_takes_them() -> None:

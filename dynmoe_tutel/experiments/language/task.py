@@ -26,7 +26,7 @@ from dynmoe_tutel.experiments.language.corpus import Corpus, Example, sample
 from dynmoe_tutel.experiments.language.glue import TASKS, load_glue
 from dynmoe_tutel.experiments.language.sentiment import load_sentiment, refuse_bad_domains
 from dynmoe_tutel.experiments.options import absolute, option
-from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
+from dynmoe_tutel.experiments.rows import ROWS, check_rows, check_targets, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, walk
 from dynmoe_tutel.experiments.vision.vit import seeded
 
@@ -64,6 +64,7 @@ class LanguageConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rows(self.rows)
+        check_targets(self.rows, self.experts)
         self.refuse_below_one("batch", "max_length", "test_limit", "early_limit")
         if self.task == SENTIMENT:
             refuse_bad_domains(self.train_domains)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.experiments.options import option
-from dynmoe_tutel.experiments.rows import held, moe_options
+from dynmoe_tutel.experiments.rows import check_targets, held, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.vision import digits
 from dynmoe_tutel.experiments.vision.vit import ViT, ViTConfig
@@ -51,6 +51,7 @@ class TrainConfig(Settings):
         super().__post_init__()
         holding = tuple(row for row in self.rows if held(row))
         refuse_bad_choice("rows", self.rows, ("quantile-top-1", "quantile-top-2", *ROWS, *holding))
+        check_targets(self.rows, self.experts)
         if self.test_domain not in digits.ANGLES:
             raise ValueError(f"test_domain must be one of {list(digits.ANGLES)}, got {self.test_domain!r}")
         self.refuse_below_one("batch_per_domain")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel.experiments.options import absolute, option
-from dynmoe_tutel.experiments.rows import ROWS, check_rows, moe_options
+from dynmoe_tutel.experiments.rows import ROWS, check_rows, check_targets, moe_options
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task, refuse_bad_choice
 from dynmoe_tutel.experiments.vision.digits import ANGLES, RotatedDigits
 from dynmoe_tutel.experiments.vision.domains import DomainData, LeaveOut
@@ -66,6 +66,7 @@ class VisionConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rows(self.rows)
+        check_targets(self.rows, self.experts)
         self.refuse_below_one("batch_per_domain", "image_size")
         if not isinstance(self.workers, int) or self.workers < 0:
             raise ValueError(f"workers must be an integer of at least 0, got {self.workers!r}")
