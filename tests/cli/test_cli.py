@@ -89,7 +89,8 @@ def test_train_leaves_everything_in_its_folder(run: Path) -> None:
     [
         (
             ["--rows", "dense,best"],
-            "rows must be different ones of dense, top-1, top-2, dynmoe, dynmoe-k2, got dense, best",
+            "rows must be different ones of dense, top-1, top-2, dynmoe, dynmoe-k2, quantile-top-1, quantile-top-2, "
+            "got dense, best",
         ),
         (["--rows", ""], "rows must be"),
         (["--seeds", "0"], "--seeds must be at least 1 and at most 1000, a number of seeds, got 0"),

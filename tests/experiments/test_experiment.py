@@ -293,7 +293,7 @@ def test_trade_off_marks_every_row() -> None:
 def test_names_in_the_trade_off_do_not_cover_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points as in a real run: pairs lie almost on top of each other."""
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
     places = [(0.20, 0.78), (0.21, 0.78), (0.212, 0.779), (0.44, 0.73), (0.44, 0.73), (0.47, 0.731)]
     names = ("dense", "top-1-of-8", "top-1-of-16", "top-4-of-8", "top-4-of-16", "dynmoe")
     points = dict(zip(names, places, strict=True))

@@ -50,7 +50,7 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         holding = tuple(row for row in self.rows if held(row))
-        refuse_bad_choice("rows", self.rows, ("quantile-top-1", "quantile-top-2", *ROWS, *holding))
+        refuse_bad_choice("rows", self.rows, (*ROWS, "quantile-top-1", "quantile-top-2", *holding))
         check_targets(self.rows, self.experts)
         if self.test_domain not in digits.ANGLES:
             raise ValueError(f"test_domain must be one of {list(digits.ANGLES)}, got {self.test_domain!r}")
