@@ -62,7 +62,7 @@ def test_maps_are_linear_modules_with_the_names_of_the_state_dict() -> None:
     again = MoELayer(GATE, D, {"type": "modules", "gated": True, "bias": False, **SIZES})
     again.load_state_dict(layer.state_dict())
     x = tokens()
-    assert torch.equal(again.eval()(x), layer.eval()(x))
+    assert relative_rms(again.eval()(x), layer.eval()(x)) < FP32
 
 
 def test_seeds_draw_each_slot() -> None:

@@ -304,6 +304,6 @@ def test_it_is_both_layers() -> None:
     assert isinstance(layer.deepspeed_moe, MoELayer)
     copied = copy.deepcopy(layer)
     x = torch.randn(6, D)
-    assert torch.equal(copied(x)[0], layer(x)[0])
+    assert relative_rms(copied(x)[0], layer(x)[0]) < FP32
     copied(x)[0].sum().backward()
     assert all(parameter.grad is None for parameter in layer.parameters())

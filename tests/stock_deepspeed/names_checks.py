@@ -11,6 +11,7 @@ import deepspeed.moe.layer as stock
 import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
+from helpers import FP32, relative_rms
 from torch import Tensor, nn
 
 from dynmoe_tutel import validation
@@ -53,7 +54,7 @@ def test_upstreams_state_loads_strictly(residual: bool) -> None:
     again = moe(use_residual=residual)
     again.load_state_dict(saved, strict=True)
     x = torch.randn(5, D)
-    assert torch.equal(again(x)[0], layer(x)[0])
+    assert relative_rms(again(x)[0], layer(x)[0]) < FP32
 
 
 def test_the_mask_may_have_the_types_that_upstream_leaves() -> None:
@@ -300,7 +301,7 @@ def test_a_layer_can_be_saved_whole() -> None:
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x)[0], layer(x)[0])
+    assert relative_rms(torch.load(file, weights_only=False)(x)[0], layer(x)[0]) < FP32
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import FP32, relative_rms
 from safetensors.torch import load_file
 from test_zoo_load import inputs
 from tiny_zoo import TOWER, write, write_tensors
@@ -93,7 +94,7 @@ def test_grown_and_trained_experts_are_saved(checkpoint: Path, family: str, tmp_
     again = zoo.load(tmp_path / "out", image_tower=TOWER)
     assert next(iter(moe_layers(again).values())).num_global_experts == 4
     with torch.no_grad():
-        assert torch.equal(again(**inputs(True)).logits, model(**inputs(True)).logits)
+        assert relative_rms(again(**inputs(True)).logits, model(**inputs(True)).logits) < FP32
 
 
 def test_transformers_own_files_go_both_ways(checkpoint: Path, family: str, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_transformers_own_files_go_both_ways(checkpoint: Path, family: str, tmp_
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(again(**inputs(True)).logits, model(**inputs(True)).logits)
+        assert relative_rms(again(**inputs(True)).logits, model(**inputs(True)).logits) < FP32
     zoo.save(again, tmp_path / "zoo")
     assert_equal(written(tmp_path / "zoo"), written(checkpoint))
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import FP32, relative_rms
 from test_zoo_load import inputs
 from tiny_zoo import HEADS, IMAGE, PATCHES, TOWER, D, V, write
 from torch.utils.data import Dataset
@@ -140,7 +141,7 @@ def test_lora_on_attention(checkpoint: Path, family: str, tmp_path: Path) -> Non
     zoo.save(merged, tmp_path / "merged")
     again = zoo.load(tmp_path / "merged", image_tower=TOWER)
     with torch.no_grad():
-        assert torch.equal(again(**inputs(True)).logits, merged(**inputs(True)).logits)
+        assert relative_rms(again(**inputs(True)).logits, merged(**inputs(True)).logits) < FP32
 
 
 def test_training_resumes_from_the_trainers_files(checkpoint: Path, family: str, tmp_path: Path) -> None:
