@@ -415,7 +415,7 @@ def test_a_diverging_loss_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": ("dense", "best")}, "rows must be .*dynmoe-k2, got dense, best"),
+        ({"rows": ("dense", "best")}, "rows must be .*dynmoe-k2, quantile-top-1, quantile-top-2, got dense, best"),
         ({"rows": ()}, "rows must be"),
         ({"rows": ("dense", "dense")}, "rows must be different"),
         ({"seeds": ()}, "seeds must be"),
