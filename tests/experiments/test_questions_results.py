@@ -22,10 +22,10 @@ from dynmoe_tutel.experiments.questions.results import (
     Difference,
     Results,
     differing,
-    t_quantile,
 )
 from dynmoe_tutel.experiments.questions.task import QuestionsConfig, QuestionsTask
 from dynmoe_tutel.experiments.questions.variants import VARIANTS
+from dynmoe_tutel.experiments.report.claims import student
 from dynmoe_tutel.experiments.run_folder import METRICS, RUNS
 
 STEPS = 200
@@ -55,7 +55,7 @@ def results_of(outs: Mapping[str, list[float]]) -> Results:
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10, 12, 20, 60, 999])
 def test_the_quantile_is_students(freedom: int) -> None:
-    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=2e-3)
+    assert student(freedom + 1) == pytest.approx(stats.t.ppf(0.975, freedom), abs=2e-3)
 
 
 def test_a_difference_is_paired_by_seed() -> None:

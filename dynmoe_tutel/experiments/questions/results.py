@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynmoe_tutel.experiments.report.claims import half_width
 from dynmoe_tutel.experiments.report.table import Spread
 
 Line = Mapping[str, Any]
@@ -32,8 +33,7 @@ class Difference:
             raise ValueError("a paired difference needs a seed that both have")
         if len(pairs) == 1:
             return cls(pairs[0], None, 1)
-        half = t_quantile(len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-        return cls(statistics.fmean(pairs), half, len(pairs))
+        return cls(statistics.fmean(pairs), half_width(pairs), len(pairs))
 
     @property
     def is_clear(self) -> bool:
@@ -46,13 +46,6 @@ class Difference:
             return f"{self.mean:+.{digits}f}"
         low, high = self.mean - self.half, self.mean + self.half
         return f"{self.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def t_quantile(freedom: int) -> float:
-    """Student's t that bounds a mean on both sides."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 0.975))
 
 
 @dataclass(frozen=True)

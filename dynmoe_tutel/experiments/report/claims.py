@@ -39,8 +39,8 @@ class Interval:
     def of(cls, differences: Mapping[tuple[int, str], float]) -> Interval:
         """From the differences by seed and part left out, at least two."""
         values = list(differences.values())
-        half = _student(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(statistics.fmean(values), half, len(values), len({seed for seed, _ in differences}))
+        seeds = {seed for seed, _ in differences}
+        return cls(statistics.fmean(values), half_width(values), len(values), len(seeds))
 
     def decides(self, above: float) -> str:
         """Whether the mean is above: "holds", "does not hold" or "not decided", by where the interval lies."""
@@ -50,9 +50,9 @@ class Interval:
 
     def seeds_for(self, half: float) -> int:
         """How many seeds would make half the interval so narrow, at this deviation and as many pairs a seed."""
-        deviation = self.half / _student(self.pairs) * math.sqrt(self.pairs)
+        deviation = self.half / student(self.pairs) * math.sqrt(self.pairs)
         seeds = 2
-        while _student(n := round(seeds * self.pairs / self.seeds)) * deviation / math.sqrt(n) > half:
+        while student(n := round(seeds * self.pairs / self.seeds)) * deviation / math.sqrt(n) > half:
             seeds += 1
         return seeds
 
@@ -167,7 +167,12 @@ def _spread(value: Mapping[tuple[int, str], float]) -> float:
     return statistics.stdev(statistics.fmean(v for run, v in value.items() if run[0] == seed) for seed in seeds)
 
 
-def _student(samples: int) -> float:
+def half_width(values: Sequence[float]) -> float:
+    """Half of Student's interval of the mean of these samples, at least two."""
+    return student(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def student(samples: int) -> float:
     """The quantile of Student's t that bounds the mean of so many samples on both sides."""
     from scipy.special import stdtrit
 
