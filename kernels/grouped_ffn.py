@@ -49,7 +49,7 @@ BLOCK_ELEMENTS = 1 << 20
 Segment = tuple[int, slice, slice]  # expert, its rows, its rows within the block
 
 
-def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
+def blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
     """Blocks of consecutive experts that have rows: (rows of the block, its segments); a row has `width` elements."""
     offsets = expert_offsets.tolist()
     limit = max(1, BLOCK_ELEMENTS // max(width, 1))
@@ -65,7 +65,7 @@ def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Se
         yield slice(first, offsets[-1]), segments
 
 
-def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
+def unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
     """One matrix or vector per expert, or one None per expert."""
     return (None,) * num_experts if weight is None else weight.unbind(0)
 
@@ -97,7 +97,7 @@ def _linear_block(x: Tensor, w: tuple[Any, ...], b: tuple[Any, ...], segments: l
     return out
 
 
-def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
+def block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
     """These rows of `rows_AH`; if it is empty, new rows [rows, width] of the dtype of `like`.
 
     New rows get the cache-line alignment that they would have in the long array: rounding may depend on the address.
@@ -165,13 +165,13 @@ def grouped_ffn(
     E, _, H = weights.w1_EDH.shape
     rows_AO = x_TD.new_empty((index.rows, weights.w2_EHO.shape[2]))
     h_AH, u_AH = weights.pre_activations(x_TD, index.rows if save else 0)
-    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
-    for rows, segments in _blocks(index.expert_offsets, H):
+    w1, b1, w3, b3, w2, b2 = (unbind(w, E) for w in weights)
+    for rows, segments in blocks(index.expert_offsets, H):
         x = x_TD.index_select(0, index.token_of_row[rows]).to(dtype)
-        h = _linear_block(x, w1, b1, segments, _block_rows(h_AH, rows, x_TD, H)).to(dtype)
+        h = _linear_block(x, w1, b1, segments, block_rows(h_AH, rows, x_TD, H)).to(dtype)
         u = None
         if weights.w3_EDH is not None:
-            u = _linear_block(x, w3, b3, segments, _block_rows(u_AH, rows, x_TD, H)).to(dtype)
+            u = _linear_block(x, w3, b3, segments, block_rows(u_AH, rows, x_TD, H)).to(dtype)
         _, a = hidden_rows(act, h, u)
         for e, own, part in segments:
             _linear(a[part], w2[e], b2[e], rows_AO[own])
@@ -180,7 +180,7 @@ def grouped_ffn(
     return rows_AO, h_AH, u_AH
 
 
-def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
+def zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """A gradient buffer for stacked weights, zero for experts without rows."""
     if like_E is None:
         return torch.empty(0, dtype=torch.float32, device=expert_offsets.device)
@@ -212,18 +212,18 @@ def grouped_ffn_backward(
     E, _, H = weights.w1_EDH.shape
     d_xs_AD = x_TD.new_empty((index.rows, x_TD.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
     d_gate_A = torch.empty_like(gate_A)
-    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
-    grads = [_zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
+    w1, b1, w3, b3, w2, b2 = (unbind(w, E) for w in weights)
+    grads = [zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (g.unbind(0) for g in grads)
-    for rows, segments in _blocks(index.expert_offsets, H):
+    for rows, segments in blocks(index.expert_offsets, H):
         d_row = d_rows_AO[rows].to(dtype)
         x = x_TD.index_select(0, index.token_of_row[rows if wanted or not saved else slice(0)]).to(dtype)
-        h = _block_rows(h_AH, rows, x_TD, H)
+        h = block_rows(h_AH, rows, x_TD, H)
         if not saved:
             _linear_block(x, w1, b1, segments, h)
         h, u = h.to(dtype), None
         if weights.w3_EDH is not None:
-            u = _block_rows(u_AH, rows, x_TD, H)
+            u = block_rows(u_AH, rows, x_TD, H)
             if not saved:
                 _linear_block(x, w3, b3, segments, u)
             u = u.to(dtype)
@@ -305,7 +305,7 @@ def grouped_linear(
     """
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
-    for _, segments in _blocks(expert_offsets, 0):
+    for _, segments in blocks(expert_offsets, 0):
         for e, rows, _ in segments:
             _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
     out_AO[int(expert_offsets[-1]) :].zero_()  # the gradient of an activation's parameters sums over all rows
@@ -331,9 +331,9 @@ def grouped_linear_backward(
     """Gradients of rows, w and b (empty without b)."""
     dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     d_rows_AD = torch.empty_like(rows_AD)
-    d_w = _zeroed_where_silent(w_EDO, expert_offsets)
-    d_b = _zeroed_where_silent(b_EO, expert_offsets)
-    for _, segments in _blocks(expert_offsets, 0):
+    d_w = zeroed_where_silent(w_EDO, expert_offsets)
+    d_b = zeroed_where_silent(b_EO, expert_offsets)
+    for _, segments in blocks(expert_offsets, 0):
         for e, rows, _ in segments:
             d_out = d_out_AO[rows].to(dtype)
             _linear(d_out, w_EDO[e].t(), None, d_rows_AD[rows])

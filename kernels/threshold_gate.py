@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norms import scaled, scaled_rows
-from .operation import expect, expect_matrix, operation
+from .operation import expect, expect_matrix, operation, takes_numba
 from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, put_rows, without_expert, words
 
 MODULES = {"triton": "gpu.threshold_gate"}
@@ -104,12 +104,21 @@ def threshold_gate(
     inv_norm_T = tokens.own(inverse_T)
     unit_DE = vectors.vectors * vectors.inverse()
     cos_TE = F.linear(tokens.vectors, unit_DE.t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
-    cos_TE.mul_(inverse_T.unsqueeze(1))
     threshold_E = threshold_E.to(dtype)
     own_E = threshold_E.masked_fill(~active_E, torch.inf)  # which no cosine exceeds
     limit_E = own_E if shift is None else own_E + shift.to(dtype)
-    assigned_TE = _above(cos_TE, limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+    limit_E = limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     finite = tokens.factor is None and vectors.factor is None
+    if finite and takes_numba(cos_TE):
+        from .cpu.threshold_gate import decide
+
+        budget = (max_k, shift is not None, fallback)
+        found = decide(cos_TE, inverse_T, own_E, limit_E, active_E, scale, token_mask_T, *budget)
+        if token_mask_T is not None:
+            inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
+        return *found[:3], inv_norm_T, found[3]
+    cos_TE.mul_(inverse_T.unsqueeze(1))
+    assigned_TE = _above(cos_TE, limit_E)
     if not finite:
         assigned_TE |= cos_TE.isnan()
         assigned_TE &= active_E
