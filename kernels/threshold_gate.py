@@ -113,10 +113,10 @@ def threshold_gate(
         from .cpu.threshold_gate import decide
 
         budget = (max_k, shift is not None, fallback)
-        found = decide(cos_TE, inverse_T, own_E, limit_E, active_E, scale, token_mask_T, *budget)
+        bits_TW, unrouted_T, block_counts = decide(cos_TE, inverse_T, own_E, limit_E, active_E, token_mask_T, *budget)
         if token_mask_T is not None:
             inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
-        return *found[:3], inv_norm_T, found[3]
+        return _scores(cos_TE, scale), bits_TW, unrouted_T, inv_norm_T, block_counts
     cos_TE.mul_(inverse_T.unsqueeze(1))
     assigned_TE = _above(cos_TE, limit_E)
     if not finite:
@@ -146,8 +146,16 @@ def threshold_gate(
     elif tokens.factor is not None:
         first_E = active_E & (active_E.cumsum(0) == 1)
         assigned_TE |= (unrouted_T & inv_norm_T.isnan()).unsqueeze(1) & first_E
-    score_TE = cos_TE.mul_(scale.to(dtype)).sigmoid_()
-    return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+    return _scores(cos_TE, scale), pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+
+
+def _scores(cos_TE: Tensor, scale: Tensor) -> Tensor:
+    """sigmoid(scale * cos), in place."""
+    if takes_numba(cos_TE):
+        from .cpu.threshold_gate import sigmoid_
+
+        return sigmoid_(cos_TE, scale)
+    return cos_TE.mul_(scale.to(cos_TE.dtype)).sigmoid_()
 
 
 def _above(values_NE: Tensor, limit_E: Tensor) -> Tensor:

@@ -326,16 +326,16 @@ def token_gradients(
 
 @_compiled
 def decide(
-    part: int, first: int, last: int, size: int, cos: Any, inverse: Any, own: Any, limit: Any, active: Any, tau: float,
+    part: int, first: int, last: int, size: int, cos: Any, inverse: Any, own: Any, limit: Any, active: Any,
     mask: Any, max_k: int, keeps_best: bool, fallback: bool, bits: Any, unrouted: Any, counts: Any,
 ) -> None:  # fmt: skip
     """A top-any gate's assignment of blocks first to last - 1 of `size` tokens; see `..threshold_gate`.
 
     In: cos [T, E] without 1 / ||x||, which is `inverse`; own [E], inf for inactive slots; limit [E], own + shift.
-    Out: sigmoid(tau cos) in place of cos; bits, unrouted, counts [blocks, E]. No cosine may be NaN.
+    Out: the cosines in place; bits, unrouted, counts [blocks, E]. No cosine may be NaN.
     """
     T, E = cos.shape
-    slots, margins = np.empty(E, np.int64), np.empty(E, np.float32)
+    kept = np.empty(bits.shape[1], np.int64)
     for block in range(first, last):
         count = counts[block]
         for t in range(block * size, min(T, block * size + size)):
@@ -356,44 +356,56 @@ def decide(
                 word[w] = found
             unrouted[t] = k == 0
             if 0 < max_k < k:
-                _keep_largest(row, own, word, max_k, slots, margins)
+                _keep_largest(row, own, word, kept, k, max_k)
             elif k == 0:
                 _rescue(row, own, active, word, unrouted, t, keeps_best, fallback)
             for w in range(word.shape[0]):
                 found, totals = word[w], count[64 * w : 64 * w + 64]
                 for e in range(totals.shape[0]):
                     totals[e] += np.int32((found >> e) & 1)
-        scores = cos[block * size : min(T, block * size + size)].reshape(-1)
-        for i in range(scores.shape[0]):
-            scores[i] = _sigmoid(tau * scores[i])
+
+
+@_compiled
+def scores(part: int, first: int, last: int, tau: float, values: Any) -> None:
+    """sigmoid(tau * value) in place of the values first to last - 1 of [N]."""
+    own = values[first:last]
+    for i in range(own.shape[0]):
+        own[i] = _sigmoid(tau * own[i])
 
 
 @_inlined
-def _keep_largest(row: Any, own: Any, word: Any, n: int, slots: Any, margins: Any) -> None:
-    """Of a token's assignments keep the n of largest margin, of equal ones those of lower slots; NaN is the largest.
+def _keep_largest(row: Any, own: Any, word: Any, kept: Any, k: int, n: int) -> None:
+    """Of a token's k assignments keep the n of largest margin, of equal ones those of lower slots; NaN is the largest.
 
-    `slots` and `margins` [E] are room for them.
+    The others are dropped one by one, or those that stay found one by one, whichever are fewer. `kept` [W] is room.
     """
-    k = 0
+    if k <= 2 * n:
+        for _ in range(k - n):
+            slot = _extreme(row, own, word, False)
+            word[slot >> 6] &= ~(1 << (slot & 63))
+    else:
+        kept[:] = 0
+        for _ in range(n):
+            slot = _extreme(row, own, word, True)
+            word[slot >> 6] &= ~(1 << (slot & 63))
+            kept[slot >> 6] |= 1 << (slot & 63)
+        word[:] = kept
+
+
+@_inlined
+def _extreme(row: Any, own: Any, word: Any, largest: bool) -> Any:
+    """The slot of the largest margin, of equal ones the lowest, or of the least margin, of equal ones the highest."""
+    found, slot = np.float32(-np.inf if largest else np.inf), -1
     for w in range(word.shape[0]):
         left = word[w]
         while left:
             e = 64 * w + _lowest_bit(left)
             margin = row[e] - own[e]
-            slots[k], margins[k] = e, np.float32(np.inf) if margin != margin else margin
-            k += 1
+            margin = np.float32(np.inf) if margin != margin else margin
+            better = slot < 0 or margin > found if largest else margin <= found
+            slot, found = (e, margin) if better else (slot, found)
             left &= left - 1
-        word[w] = 0
-    for _ in range(n):
-        best = 0
-        for i in range(1, k):
-            if margins[i] > margins[best]:
-                best = i
-        slot = slots[best]
-        word[slot >> 6] |= 1 << (slot & 63)
-        k -= 1
-        for i in range(best, k):  # in order, for ties
-            slots[i], margins[i] = slots[i + 1], margins[i + 1]
+    return slot
 
 
 @_inlined

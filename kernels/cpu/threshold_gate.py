@@ -12,12 +12,12 @@ from .threads import array, parts, run
 
 
 def decide(
-    cos_TE: Tensor, inverse_T: Tensor, own_E: Tensor, limit_E: Tensor, active_E: Tensor, scale: Tensor,
-    token_mask_T: Tensor | None, max_k: int, keeps_best: bool, fallback: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores (in place of the cosines), bitmask, unrouted flags, and block counts.
+    cos_TE: Tensor, inverse_T: Tensor, own_E: Tensor, limit_E: Tensor, active_E: Tensor, token_mask_T: Tensor | None,
+    max_k: int, keeps_best: bool, fallback: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Bitmask, unrouted flags and block counts; `cos_TE` is multiplied by 1 / ||x||, `inverse_T`, in place.
 
-    `cos_TE` are cosines times ||x||, whose inverses are `inverse_T`. The thresholds are `own_E`, inf for inactive
+    The thresholds are `own_E`, inf for inactive
     slots, and with the budget's shift `limit_E`, never NaN. `keeps_best`: there is a shift.
     """
     T, E = cos_TE.shape
@@ -29,7 +29,14 @@ def decide(
     mask = np.empty(0, np.bool_) if token_mask_T is None else array(token_mask_T.contiguous())
     run(
         loops.decide, blocks, parts(blocks, 8 * size * E), size, array(cos_TE), array(inverse_T), array(own_E),
-        array(limit_E), array(active_E.contiguous()), np.float32(scale.item()), mask, max_k if max_k < E else 0,
-        keeps_best, fallback, array(bits_TW), array(unrouted_T), array(counts),
+        array(limit_E), array(active_E.contiguous()), mask, max_k if max_k < E else 0, keeps_best, fallback,
+        array(bits_TW), array(unrouted_T), array(counts),
     )  # fmt: skip
-    return cos_TE, bits_TW, unrouted_T, counts.view(-1)
+    return bits_TW, unrouted_T, counts.view(-1)
+
+
+def sigmoid_(cos_TE: Tensor, scale: Tensor) -> Tensor:
+    """sigmoid(scale * cos) in place."""
+    n = cos_TE.numel()
+    run(loops.scores, n, parts(n, 8), np.float32(scale.item()), array(cos_TE.view(-1)))
+    return cos_TE
