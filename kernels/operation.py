@@ -282,8 +282,8 @@ def numba_is_installed() -> bool:
 
 
 def takes_numba(x: Tensor) -> bool:
-    """Whether the loops that numba compiles take such tokens: fp32 on a CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and numba_is_installed()
+    """Whether the loops that numba compiles take such tokens: fp32 or bf16 on a CPU."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and numba_is_installed()
 
 
 def takes_triton(args: Sequence[Any]) -> bool:

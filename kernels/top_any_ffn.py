@@ -83,7 +83,7 @@ def _backward(ctx: Any, d_y_TO: Tensor | None, *_: Any) -> tuple[Any, ...] | Non
     return d_x_TD, (d_w_DE, d_thresholds_E, d_scale), None, d_weights if wanted else None
 
 
-@operation(check=_check, fake=_shapes, engines=MODULES, context=_context, backward=_backward)
+@operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def top_any_ffn(
     x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights, activation: str, centred: bool,
     dtype: torch.dtype, save: bool, engine: str = "auto",
@@ -94,7 +94,7 @@ def top_any_ffn(
     return combine(rows_AO, *index[1:], True), h_AH, u_AH
 
 
-@operation(fake=_backward_shapes, engines=MODULES)
+@operation(fake=_backward_shapes, engines=MODULES, autocast=False)
 def top_any_ffn_backward(
     d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",

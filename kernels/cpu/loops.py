@@ -4,9 +4,10 @@ All are in this file, because numba's cache on disk knows of changes in a functi
 seconds, at the first call on a machine. Later processes read the cache, beside this file or, where that cannot be
 written, in the user's cache folder.
 
-Arrays are fp32 and contiguous. A loop that takes (part, first, last) does rows, columns or tokens first to last - 1,
-and may add to entry `part` of an array of partial sums; see `threads.run`. `segments` [S, 3] holds an expert, its first
-row and its last row + 1.
+Arrays are contiguous, and fp32. Rows of the experts, tokens and their gradients may be bf16, as the uint16 of its bits,
+read to fp32 and rounded to nearest even when written. A loop that takes (part, first, last) does rows, columns or
+tokens first to last - 1, and may add to entry `part` of an array of partial sums; see `threads.run`. `segments` [S, 3]
+holds an expert, its first row and its last row + 1.
 
 exp is Cephes' polynomial. gelu takes the tail of the normal distribution as
 
@@ -27,7 +28,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # Sums in any order and products without a rounding in between, which vector units need; NaN and inf as ever.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
@@ -64,11 +65,53 @@ def _power_of_two(_: Any, n: Any) -> Any:
 
 
 @intrinsic
+def _bits(_: Any, x: Any) -> Any:
+    return types.uint32(types.float32), lambda _c, code, _s, args: code.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _of_bits(_: Any, n: Any) -> Any:
+    return types.float32(types.uint32), lambda _c, code, _s, args: code.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
 def _lowest_bit(_: Any, word: Any) -> Any:
     def zeros(_c: Any, code: Any, _s: Any, args: Any) -> Any:
         return code.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.int64), zeros
+
+
+def _wide(value):
+    """A number of an array, in fp32."""
+
+
+@overload(_wide, jit_options=_OPTIONS)
+def _wide_of_dtype(value):
+    if value == types.uint16:
+        return lambda value: _of_bits(np.uint32(value) << np.uint32(16))
+    return lambda value: value
+
+
+def _put(row, j, value):
+    """Write an fp32 number to an array."""
+
+
+@overload(_put, jit_options=_OPTIONS)
+def _put_of_dtype(row, j, value):
+    if row.dtype != types.uint16:
+
+        def put(row, j, value):
+            row[j] = value
+
+        return put
+
+    def put_rounded(row, j, value):
+        n = _bits(value)
+        rounded = (n + np.uint32(0x7FFF) + ((n >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        row[j] = np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+    return put_rounded
 
 
 @_inlined
@@ -110,58 +153,70 @@ def _phi_tanh(h: Any) -> Any:
 
 @_compiled
 def activate(activation: int, h: Any, a: Any) -> None:
-    """a = act(h), for a row [H]."""
+    """a = act(h) in fp32, for a row [H]."""
     H = h.shape[0]
     if activation == GELU:
         for j in range(H):
-            a[j] = h[j] * _phi(h[j])[0]
+            v = _wide(h[j])
+            a[j] = v * _phi(v)[0]
     elif activation == GELU_TANH:
         for j in range(H):
-            a[j] = h[j] * _phi_tanh(h[j])
+            v = _wide(h[j])
+            a[j] = v * _phi_tanh(v)
     elif activation == SILU:
         for j in range(H):
-            a[j] = h[j] * _sigmoid(h[j])
+            v = _wide(h[j])
+            a[j] = v * _sigmoid(v)
     elif activation == RELU:
         for j in range(H):
-            a[j] = _0 if h[j] < 0 else h[j]
+            v = _wide(h[j])
+            a[j] = _0 if v < 0 else v
     elif activation == SQUARED_RELU:
         for j in range(H):
-            a[j] = _0 if h[j] < 0 else h[j] * h[j]
+            v = _wide(h[j])
+            a[j] = _0 if v < 0 else v * v
     else:
         for j in range(H):
-            a[j] = h[j]
+            v = _wide(h[j])
+            a[j] = v
 
 
 @_compiled
 def activate_with_slope(activation: int, h: Any, a: Any, slope: Any) -> None:
-    """a = act(h) and slope = act'(h), for a row [H]."""
+    """a = act(h) and slope = act'(h) in fp32, for a row [H]."""
     H = h.shape[0]
     if activation == GELU:
         for j in range(H):
-            phi, e = _phi(h[j])
-            a[j] = h[j] * phi
-            slope[j] = phi + h[j] * e * _DENSITY
+            v = _wide(h[j])
+            phi, e = _phi(v)
+            a[j] = v * phi
+            slope[j] = phi + v * e * _DENSITY
     elif activation == GELU_TANH:
         for j in range(H):
-            phi = _phi_tanh(h[j])
-            a[j] = h[j] * phi
-            slope[j] = phi + h[j] * phi * (_1 - phi) * (_TANH_1 + np.float32(3) * _TANH_3 * h[j] * h[j])
+            v = _wide(h[j])
+            phi = _phi_tanh(v)
+            a[j] = v * phi
+            slope[j] = phi + v * phi * (_1 - phi) * (_TANH_1 + np.float32(3) * _TANH_3 * v * v)
     elif activation == SILU:
         for j in range(H):
-            s = _sigmoid(h[j])
-            a[j] = h[j] * s
-            slope[j] = s * (_1 + h[j] * (_1 - s))
+            v = _wide(h[j])
+            s = _sigmoid(v)
+            a[j] = v * s
+            slope[j] = s * (_1 + v * (_1 - s))
     elif activation == RELU:
         for j in range(H):
-            a[j] = _0 if h[j] < 0 else h[j]
-            slope[j] = _0 if h[j] <= 0 else _1
+            v = _wide(h[j])
+            a[j] = _0 if v < 0 else v
+            slope[j] = _0 if v <= 0 else _1
     elif activation == SQUARED_RELU:
         for j in range(H):
-            a[j] = _0 if h[j] < 0 else h[j] * h[j]
-            slope[j] = _0 if h[j] < 0 else np.float32(2) * h[j]
+            v = _wide(h[j])
+            a[j] = _0 if v < 0 else v * v
+            slope[j] = _0 if v < 0 else np.float32(2) * v
     else:
         for j in range(H):
-            a[j] = h[j]
+            v = _wide(h[j])
+            a[j] = v
             slope[j] = _1
 
 
@@ -170,64 +225,73 @@ def hidden_rows(
     part: int, first: int, last: int, activation: int, segments: Any, h: Any, b1: Any, u: Any, b3: Any, a: Any
 ) -> None:  # fmt: skip
     """Add the biases, unless empty, to h and u in place, then a = act(h), times u unless that is empty; rows [., H]."""
-    gated = u.shape[0] > 0
+    gated, H = u.shape[0] > 0, h.shape[1]
+    value = np.empty(H, np.float32)
     for s in range(segments.shape[0]):
         e, start, stop = segments[s]
         for i in range(max(start, first), min(stop, last)):
             if b1.shape[0] > 0:
-                _add(h[i], b1[e])
-            activate(activation, h[i], a[i])
+                _add_bias(h[i], b1[e])
+            if gated and b3.shape[0] > 0:
+                _add_bias(u[i], b3[e])
+            activate(activation, h[i], value)
+            row = a[i]
             if gated:
-                if b3.shape[0] > 0:
-                    _add(u[i], b3[e])
-                _times(a[i], u[i])
+                factor = u[i]
+                for j in range(H):
+                    _put(row, j, value[j] * _wide(factor[j]))
+            else:
+                for j in range(H):
+                    _put(row, j, value[j])
 
 
 @_inlined
-def _add(row: Any, other: Any) -> None:
+def _add_bias(row: Any, bias: Any) -> None:
     for j in range(row.shape[0]):
-        row[j] += other[j]
+        _put(row, j, _wide(row[j]) + bias[j])
 
 
 @_inlined
-def _times(row: Any, other: Any) -> None:
+def _add_to(sums: Any, row: Any) -> None:
     for j in range(row.shape[0]):
-        row[j] *= other[j]
+        sums[j] += _wide(row[j])
 
 
 @_compiled
 def hidden_gradients(
-    part: int, first: int, last: int, activation: int, segments: Any, h: Any, u: Any, a: Any, d_a: Any, gate: Any,
-    d_gate: Any, d_u: Any, d_b1: Any, d_b3: Any,
+    part: int, first: int, last: int, activation: int, segments: Any, h: Any, u: Any, a: Any, d_a: Any, d_gate: Any,
+    d_u: Any, d_b1: Any, d_b3: Any,
 ) -> None:  # fmt: skip
-    """From d_a, the gradient of a / gate: d_gate += <d_a, a>, and in place of d_a that of h; a is computed anew.
+    """From d_a, the gradient of a: d_gate += <d_a, a>, and in place of d_a the gradient of h; a is computed anew.
 
-    Without `gate`, if it is empty, that is 1. Unless u is empty its gradient goes to d_u. d_b1, d_b3 [parts, S, H] get
-    sums over the rows, unless empty. Rows [., H].
+    Unless u is empty its gradient goes to d_u. d_b1, d_b3 [parts, S, H] get sums over the rows, unless empty. Rows
+    [., H].
     """
-    gated, biased, H = u.shape[0] > 0, d_b1.shape[0] > 0, h.shape[1]
-    slope = np.empty(H, np.float32)
+    gated, H = u.shape[0] > 0, h.shape[1]
+    value, slope = np.empty(H, np.float32), np.empty(H, np.float32)
     for s in range(segments.shape[0]):
         _, start, stop = segments[s]
         for i in range(max(start, first), min(stop, last)):
-            activate_with_slope(activation, h[i], a[i], slope)
-            weight = gate[i] if gate.shape[0] > 0 else _1
-            total, g, v = _0, d_a[i], a[i]
+            activate_with_slope(activation, h[i], value, slope)
+            total, gradient, row = _0, d_a[i], a[i]
             if gated:
-                w, d = u[i], d_u[i]
+                factor, of_factor = u[i], d_u[i]
                 for j in range(H):
-                    total += g[j] * v[j] * w[j]
-                    d[j] = g[j] * v[j] * weight
-                    g[j] *= slope[j] * w[j] * weight
-                    v[j] *= w[j]
+                    g, w = _wide(gradient[j]), _wide(factor[j])
+                    total += g * value[j] * w
+                    _put(row, j, value[j] * w)
+                    _put(of_factor, j, g * value[j])
+                    _put(gradient, j, g * w * slope[j])
                 if d_b3.shape[0] > 0:
-                    _add(d_b3[part, s], d)
+                    _add_to(d_b3[part, s], of_factor)
             else:
                 for j in range(H):
-                    total += g[j] * v[j]
-                    g[j] *= slope[j] * weight
-            if biased:
-                _add(d_b1[part, s], g)
+                    g = _wide(gradient[j])
+                    total += g * value[j]
+                    _put(row, j, value[j])
+                    _put(gradient, j, g * slope[j])
+            if d_b1.shape[0] > 0:
+                _add_to(d_b1[part, s], gradient)
             d_gate[i] += total
 
 
@@ -244,14 +308,14 @@ def row_gradients(
             t = token_of_row[i]
             row, source, k = d_row[i], d_y[t], inverse_k[t]
             for j in range(O):
-                row[j] = source[j] * k
+                _put(row, j, _wide(source[j]) * k)
             total = _0
             if b2.shape[0] > 0:
                 bias = b2[e]
                 for j in range(O):
-                    total += row[j] * bias[j]
+                    total += _wide(row[j]) * bias[j]
             if d_b2.shape[0] > 0:
-                _add(d_b2[part, s], row)
+                _add_to(d_b2[part, s], row)
             d_gate[i] = total
 
 
@@ -259,7 +323,7 @@ def row_gradients(
 def add_rows(
     part: int, first: int, last: int, token_of_row: Any, rows: Any, scale: Any, segments: Any, b: Any, y: Any
 ) -> None:  # fmt: skip
-    """y of a row's token += (row + b of its expert) * scale of the token, in columns first to last - 1.
+    """y [T, .] fp32 of a row's token += (row + b of its expert) * scale of the token, in columns first to last - 1.
 
     Without b or scale, where they are empty, these are 0 and 1. A token's rows are added in their order.
     """
@@ -272,10 +336,10 @@ def add_rows(
             if b.shape[0] > 0:
                 bias = b[e, first:last]
                 for j in range(row.shape[0]):
-                    target[j] += (row[j] + bias[j]) * k
+                    target[j] += (_wide(row[j]) + bias[j]) * k
             else:
                 for j in range(row.shape[0]):
-                    target[j] += row[j] * k
+                    target[j] += _wide(row[j]) * k
 
 
 @_compiled
@@ -314,14 +378,14 @@ def token_gradients(
             vector, of_vector = unit[e], d_unit[part, e]
             for j in range(D):
                 g[j] += d_cos * vector[j]
-                of_vector[j] += d_cos * token[j]
+                of_vector[j] += d_cos * _wide(token[j])
         radial = _0
         for j in range(D):
-            radial += g[j] * token[j]
+            radial += g[j] * _wide(token[j])
         radial *= inverse[t] * inverse[t]
         target = d_x[t]
         for j in range(D):
-            target[j] += g[j] - token[j] * radial
+            target[j] += g[j] - _wide(token[j]) * radial
 
 
 @_compiled

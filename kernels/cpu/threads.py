@@ -19,11 +19,12 @@ Loop = Callable[..., None]
 
 
 def array(tensor: Tensor | None, dim: int = 1) -> np.ndarray:
-    """The memory of a contiguous tensor; of None, an empty array of `dim` dimensions."""
+    """The memory of a contiguous tensor, bf16 as uint16; of None, an empty array of `dim` dimensions."""
     if tensor is None:
         return np.empty((0,) * dim, np.float32)
     assert tensor.is_contiguous()
-    return tensor.detach().numpy()
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def parts(n: int, width: int) -> int:

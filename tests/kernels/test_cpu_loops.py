@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FP32, relative_rms
+from helpers import FP32, HALF, relative_rms
 from torch import Tensor
 
 from dynmoe_tutel import MoELayer
@@ -150,18 +150,24 @@ CASES: dict[str, dict[str, Any]] = {
     "transposed weights": {"transposed": True},
     "blocks of one expert": {"block": 1},
     **{name: {"activation": name} for name in ("relu", "squared_relu", "identity")},
+    "bf16": {"dtype": torch.bfloat16, "weights_in": torch.bfloat16},
+    "bf16, gated": {"dtype": torch.bfloat16, "weights_in": torch.bfloat16, "gated": True, "activation": "silu"},
+    "bf16, not saved": {"dtype": torch.bfloat16, "weights_in": torch.bfloat16, "save": False},
+    "bf16 by autocast": {"dtype": torch.bfloat16},
 }
 
 
 def experts_call(
     activation: str = "gelu", centred: bool = False, save: bool = True, wanted: bool = True, biased: bool = True,
     gated: bool = False, spare: int = 0, transposed: bool = False, block: int = 0, bad_token: float | None = None,
+    dtype: torch.dtype = torch.float32, weights_in: torch.dtype = torch.float32,
 ) -> Callable[[], list[Tensor]]:  # fmt: skip
     """A forward and backward of `top_any_ffn`: 90 tokens, 7 experts of which one has no token; y and all gradients."""
     T, D, H, E, O = 90, 24, 40, 7, 16
     x_TD, w_DE, threshold_E, active_E, scale = gate_inputs(T, D, E)
     active_E[:] = True
     active_E[3] = False
+    x_TD = x_TD.to(weights_in)
     if bad_token is not None:
         x_TD[5] = bad_token
     score, bits, unrouted, inv_norm, counts = threshold_gate(x_TD, w_DE, threshold_E, active_E, scale, True)
@@ -173,14 +179,14 @@ def experts_call(
     def drawn(*shape: int) -> Tensor:
         if transposed and len(shape) == 3:
             return torch.randn(shape[0], shape[2], shape[1], generator=generator).transpose(1, 2) / shape[1] ** 0.5
-        return torch.randn(shape, generator=generator) / shape[-2] ** 0.5
+        return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).to(weights_in)
 
     b1, b3, b2 = (drawn(E, n) if biased else None for n in (H, H, O))
     w3, b3 = (drawn(E, D, H), b3) if gated else (None, None)
     weights = ExpertWeights(drawn(E, D, H), b1, w3, b3, drawn(E, H, O), b2)
     router, index = Router(w_DE, threshold_E, scale, score, inv_norm, unrouted, bits), Index(*arrays)
-    d_y_TO = torch.randn(T, O, generator=generator)
-    options = (activation, centred, torch.float32)
+    d_y_TO = torch.randn(T, O, generator=generator).to(dtype)
+    options = (activation, centred, dtype)
 
     def run() -> list[Tensor]:
         y, h, u = top_any_ffn(x_TD, router, index, weights, *options, save)
@@ -202,7 +208,9 @@ def test_experts_as_torch(torch_alone: Any, monkeypatch: pytest.MonkeyPatch, cas
     run = experts_call(**options)
     for found, expected in zip(run(), torch_alone(run), strict=True):
         assert found.shape == expected.shape
-        assert found.numel() == 0 or relative_rms(found, expected) < FP32
+        assert found.dtype == expected.dtype
+        limit = FP32 if options.get("dtype", torch.float32) == torch.float32 else HALF
+        assert found.numel() == 0 or relative_rms(found, expected) < limit
 
 
 @pytest.mark.usefixtures("dealt")
