@@ -62,6 +62,8 @@ class Gate(nn.Module):
     aux_choices: ClassVar[tuple[str, ...]] = ()
     slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
     exact_buffers: tuple[str, ...] = ()  # buffers that stay fp32 in a layer of half precision
+    takes_max_k: ClassVar[bool] = False  # whether a call may limit the experts of a token
+    max_k: int | None = None  # the gate's own limit
     scope: str = "layer"  # of what `after_step` holds: "model": counts of all layers' gates of this class are summed
 
     def __init__(
@@ -120,13 +122,13 @@ class Gate(nn.Module):
         return {"gshard": 1.0} if is_gshard_loss else dict(cls.without_gshard)
 
     def limit_of_call(self, max_k: int | None) -> int | None:
-        """The largest number of experts a token in a call with `max_k`; None: no limit."""
-        if max_k is not None:
+        """The largest number of experts a token in a call with `max_k`: the smaller of it and the gate's; None: any."""
+        if max_k is not None and not self.takes_max_k:
             raise ValueError(
                 f"max_k = {max_k!r} is for top-any gates and those of type relu, top_p and expert_threshold, not for "
                 f"{type(self).__name__}: give top_k"
             )
-        return None
+        return min((limit for limit in (self.max_k, max_k) if limit is not None), default=None)
 
     def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
         """Keep what `adaptive.Budgets` needs of a training forward's tokens, where the gate has state to move."""
