@@ -128,7 +128,8 @@ class Gate(nn.Module):
                 f"max_k = {max_k!r} is for top-any gates and those of type relu, top_p and expert_threshold, not for "
                 f"{type(self).__name__}: give top_k"
             )
-        return min((limit for limit in (self.max_k, max_k) if limit is not None), default=None)
+        limits = [limit for limit in (self.max_k, max_k) if limit is not None]
+        return min(limits, default=None)
 
     def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
         """Keep what `adaptive.Budgets` needs of a training forward's tokens, where the gate has state to move."""

@@ -201,6 +201,22 @@ class TestMoving:
         assert equal(*states)
 
 
+@pytest.mark.parametrize("kind", ["expert_threshold", "null_experts", "quantile_top_k"])
+def test_tokens_that_are_not_finite_do_not_move_what_is_held(kind: str) -> None:
+    """Regression: each of their scores counted as the smallest."""
+    x, states = tokens(300, dtype=torch.float32), []
+    x[::3] = torch.nan
+    for batch in (x, x[x.isfinite().all(dim=1)], x[::3]):
+        layer = make_layer(gate_type(kind))
+        start = state(layer)
+        layer(batch)
+        Budgets(layer).step()
+        states.append(state(layer))
+    assert equal(*states[:2])
+    assert equal(states[2], start)
+    assert not equal(states[0], start)
+
+
 @pytest.mark.parametrize("kind", ["relu", "top_p with a target"])
 def test_a_model_shares_one_state(kind: str) -> None:
     """Scope "model": the sum of the layers' counts moves all; "layer": each by its own. Targets must agree."""
