@@ -61,10 +61,11 @@ class Gate(nn.Module):
     without_gshard: ClassVar[dict[str, float]] = {}
     aux_choices: ClassVar[tuple[str, ...]] = ()
     slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
-    exact_buffers: tuple[str, ...] = ()  # buffers that stay fp32 in a layer of half precision
+    exact_buffers: tuple[str, ...] = ()  # state that steps move: fp32 in half precision too, averages take it over
     takes_max_k: ClassVar[bool] = False  # whether a call may limit the experts of a token
     max_k: int | None = None  # the gate's own limit
-    scope: str = "layer"  # of what `after_step` holds: "model": counts of all layers' gates of this class are summed
+    target_k: float | None = None  # the mean number of experts a token that steps hold, or draw to by a loss
+    scope: str = "layer"  # of `target_k`: "model": the mean over all layers' gates of this class
 
     def __init__(
         self,
@@ -140,6 +141,10 @@ class Gate(nn.Module):
 
     def after_step(self, counts: Tensor) -> None:
         """Move the gate's state after an optimizer step, by the `step_counts` of all ranks; count anew."""
+
+    def held_values(self) -> dict[str, float]:
+        """The target and the state that steps move, as numbers worth a curve, by name. Waits for the device."""
+        return {}
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""

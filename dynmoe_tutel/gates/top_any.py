@@ -205,6 +205,12 @@ class TopAnyGate(Gate):
             self._sample_on(self.experts_mask.device)
         return self
 
+    def held_values(self) -> dict[str, float]:
+        """Of a budget with a target: `target_k`, and `shift` in cosine units."""
+        if self.budget_shift is None or self.target_k is None:
+            return {}
+        return {"target_k": self.target_k, "shift": float(self.budget_shift)}
+
     def start_with(self, active: Sequence[bool]) -> None:
         """Make these the active slots at start; `reset_mask` activates them."""
         self.active_at_start = list(active)
@@ -279,6 +285,16 @@ class TopAnyGate(Gate):
     def max_k(self) -> int | None:  # type: ignore[override]
         """The budget's."""
         return None if self.budget is None else self.budget.max_k
+
+    @property
+    def target_k(self) -> float | None:  # type: ignore[override]
+        """The budget's."""
+        return None if self.budget is None else self.budget.target_k
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        """The budget's."""
+        return "layer" if self.budget is None else self.budget.scope
 
     def aux_term(self, name: str, routing: Routing) -> Tensor:
         """One unweighted auxiliary loss of the assignment; see `losses`."""

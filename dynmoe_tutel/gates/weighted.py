@@ -124,6 +124,14 @@ class WeightedGate(LinearLogits):
             self._counts = torch.zeros(self.num_counts, dtype=torch.int64, device=state.device)
         return self._counts
 
+    def held_values(self) -> dict[str, float]:
+        """`target_k`, if there is one, and what is held; of an entry an expert the smallest and the largest."""
+        values = {} if self.target_k is None else {"target_k": self.target_k}
+        for name in self.exact_buffers:
+            held = self.get_buffer(name).tolist()
+            values |= {name: held[0]} if len(held) == 1 else {f"{name}_min": min(held), f"{name}_max": max(held)}
+        return values
+
     def after_step(self, counts: Tensor) -> None:
         """Move the state by the counts of all ranks, and count anew."""
         self.move(counts)
