@@ -70,6 +70,21 @@ class QuestionsConfig(Settings):
         refused = [row for row in self.rows if row not in VARIANTS]
         if refused or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows must be different ones of {', '.join(VARIANTS)}, got {', '.join(self.rows)}")
+        if unasked := [row for row in self.rows if row not in self.needed]:
+            asking = [n for n in NUMBERS if unasked[0] in question(n).variants]
+            of_digits = self.language and VARIANTS[unasked[0]].tuned  # see `needed`
+            raise ValueError(
+                f"rows: {', '.join(unasked)} is in none of the questions {', '.join(map(str, self.questions))}"
+                f"{' of --language' if of_digits else ''}: leave it out"
+                + ("" if of_digits or not asking else f", or ask one of {', '.join(map(str, asking))}")
+            )
+
+    @property
+    def needed(self) -> list[str]:
+        """The variants that the questions train, in the order of `VARIANTS`."""
+        asked = {name for number in self.questions for name in question(number).variants}
+        # a text model is always tuned: that is what the variants that are not so named do there
+        return [name for name, v in VARIANTS.items() if name in asked and not (v.tuned and self.language)]
 
     @classmethod
     def of_options(cls, given: Mapping[str, Any], quick: bool) -> QuestionsConfig:
@@ -122,11 +137,7 @@ class QuestionsTask(Task):
     @property
     def variants(self) -> list[Variant]:
         """Those to be trained, in the order of `VARIANTS`."""
-        needed = {name for number in self.config.questions for name in question(number).variants}
-        if self.config.rows:
-            needed &= set(self.config.rows)
-        # a text model is always tuned: that is what the variants that are not so named do there
-        return [v for v in VARIANTS.values() if v.name in needed and not (v.tuned and self.config.language)]
+        return [VARIANTS[name] for name in self.config.needed if not self.config.rows or name in self.config.rows]
 
     @property
     def plan(self) -> list[RunKey]:
