@@ -153,7 +153,7 @@ def _fit_shifts(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str)
 
 
 def _refuse_broken_state(layer: Any, own: dict[str, Tensor], state_dict: dict[str, Any]) -> None:
-    """ValueError where what gates move after steps is not finite: unlike a threshold, it would never show or recover."""
+    """ValueError where what moves after steps is not finite: unlike a threshold's, that would neither show nor mend."""
     moved = {id(getattr(gate, name)) for gate in layer.held_gates for name in gate.exact_buffers}
     for key, tensor in own.items():
         value = state_dict.get(key)
@@ -162,8 +162,8 @@ def _refuse_broken_state(layer: Any, own: dict[str, Tensor], state_dict: dict[st
         if not bool(value.isfinite().all()):
             at_start = " (torch.zeros(1) starts the budget anew)" if key.endswith(".budget_shift") else ""
             raise ValueError(
-                f"{key} of the checkpoint is {value.flatten()[:4].tolist()}: give finite numbers{at_start}; the checkpoint "
-                "may be damaged, or of a training that diverged"
+                f"{key} of the checkpoint is {value.flatten()[:4].tolist()}: give finite numbers{at_start}; the "
+                "checkpoint may be damaged, or of a training that diverged"
             )
 
 

@@ -94,9 +94,9 @@ class RoutingMeter(HookOwner):
     def read(self) -> dict[str, dict[str, Any]]:
         """For each layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
         tokens by number of thresholds passed), `unrouted` (share of tokens that passed none), `load` (by slot, share
-        of tokens that it got). Shares are None if there was no token. Also `target_k` and the state that gate 0 holds as they
-        are now, where it has any: a budget's `shift` (cosine units), what routers hold by its name, of an entry an
-        expert `_min` and `_max`."""
+        of tokens that it got). Shares are None if there was no token. Also the target and the state of gate 0 as they
+        are now, if it has any (`Gate.held_values`): `target_k`; a budget's `shift` (cosine units); what a router holds
+        by its name, of an entry an expert `_min` and `_max`."""
         return {name: self._read(self.layers[name], sums) for name, sums in self._sums.items()}
 
     def _read(self, layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) 
 def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     """(layer/name, value) for every number of `RoutingMeter.read`, and more that is worth a curve.
 
-    `experts`, `k`, `unrouted`, `target_k`, and what gates hold, such as a budget's `shift`; `load_max_over_mean` over the active slots (1:
-    equal load); and `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or
-    had.
+    `experts`, `k`, `unrouted`, `target_k`, and what gates hold, such as a budget's `shift`; `load_max_over_mean` over
+    the active slots (1: equal load); and `k_histogram/n`, the share of tokens with n experts, for n up to the most that
+    a token can have or had.
     """
     for name, layer in layers.items():
         yield from ((f"{name}/{key}", value) for key, value in layer.items() if isinstance(value, int | float))

@@ -82,8 +82,9 @@ class Lineage:
     def follow(self, layer: Any, changed: Iterable[GateSlot] = (), by_value: bool = True) -> list[Any]:
         """Give the averages of `layer`, whose lineage this is, its masks and grown experts in the slots `changed`.
 
-        They get what its gates hold too (a budget's shift), at each call. Returns the averages. Without `by_value` a copy must be known
-        as one, or torch must have counted a write: that waits for no device, but a write to `.data` is not counted.
+        They get what its gates hold too (a budget's shift), at each call. Returns the averages. Without `by_value` a
+        copy must be known as one, or torch must have counted a write: that waits for no device, but a write to `.data`
+        is not counted.
         """
         self.miss(changed)
         averages = []

@@ -154,7 +154,7 @@ def test_only_what_the_questions_need_is_trained() -> None:
     assert [key.seed for key in plan] == [4] * 4 + [5] * 4
 
 
-def test_a_command_that_names_no_rows_asks_for_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_without_rows_asks_for_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: rows that another command had named were then all that --resume went on with."""
     shutil.copytree(whole, tmp_path / "job")
     monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)
@@ -193,8 +193,10 @@ def test_test_images_reach_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--questions", "0"), "questions must be different ones of 1 to 11, got"),
         (("--questions", "3,3"), "questions must be different ones of 1 to 11, got"),
         (("--rows", "dense,nothing"), "rows must be different ones of dense, top-2-of-8"),
-        (("--questions", "4,11", "--rows", "dynmoe,dynmoe-fixed,dense"),
-         "rows: dynmoe-fixed, dense is in none of the questions 4, 11: leave it out, or ask one of 2, 6"),
+        (
+            ("--questions", "4,11", "--rows", "dynmoe,dynmoe-fixed,dense"),
+            "rows: dynmoe-fixed, dense is in none of the questions 4, 11: leave it out, or ask one of 2, 6",
+        ),
         (("--questions", "1", "--rows", "plain-top-2"), "is in none of the questions 1: leave it out"),
         (("--language", "--rows", "dense-tuned"), "of --language: leave it out"),
         (("--data", "x"), "data is about the texts of --language"),

@@ -1,4 +1,4 @@
-"""Routers without an adaptive gate in a host's training: what they hold moves with the optimizer's steps and is logged."""
+"""Routers without an adaptive gate in a host's training: what they hold moves with its steps and is logged."""
 
 from __future__ import annotations
 
