@@ -25,7 +25,7 @@ from dynmoe_tutel.experiments import options
 from dynmoe_tutel.experiments.language.task import LanguageConfig, LanguageTask
 from dynmoe_tutel.experiments.options import absolute, option
 from dynmoe_tutel.experiments.questions import page, timing
-from dynmoe_tutel.experiments.questions.catalogue import NUMBERS, question
+from dynmoe_tutel.experiments.questions.catalogue import NUMBERS, OF_TEXTS, question
 from dynmoe_tutel.experiments.questions.plain import PlainTopK
 from dynmoe_tutel.experiments.questions.variants import PLAIN, ROUTED_EXPERTS, VARIANTS, K, Variant
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task
@@ -40,7 +40,9 @@ MOST_TURNED = -15  # the first angle of the images that a dense model is trained
 class QuestionsConfig(Settings):
     """What decides a job's results; the defaults are those of the digits. ValueError for values out of range."""
 
-    questions: tuple[int, ...] = option(NUMBERS, "Numbers of the questions, by comma. Default: all.")
+    questions: tuple[int, ...] = option(
+        NUMBERS, "Numbers of the questions, by comma. Default: all, with --language those that texts answer."
+    )
     rows: tuple[str, ...] = option((), "Train these variants alone, by comma. Default: all that the questions need.")
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
@@ -66,6 +68,11 @@ class QuestionsConfig(Settings):
         if unknown or not self.questions or len(set(self.questions)) < len(self.questions):
             raise ValueError(
                 f"questions must be different ones of {NUMBERS[0]} to {NUMBERS[-1]}, got {list(self.questions)}"
+            )
+        if self.language and (others := [number for number in self.questions if number not in OF_TEXTS]):
+            raise ValueError(
+                f"questions {', '.join(map(str, others))} are not answered by texts (a text model is always tuned, and "
+                f"a layer's time depends on no data): give some of {', '.join(map(str, OF_TEXTS))}, or no --language"
             )
         refused = [row for row in self.rows if row not in VARIANTS]
         if refused or len(set(self.rows)) < len(self.rows):
@@ -94,6 +101,7 @@ class QuestionsConfig(Settings):
             config = replace(
                 config,
                 language=True,
+                questions=OF_TEXTS,
                 seeds=(0, 1, 2),
                 steps=100,
                 learning_rate=2e-4,
