@@ -29,6 +29,7 @@ class ExpertThresholdGate(WeightedGate):
 
     slot_axes: ClassVar[dict[str, int]] = {"wg.weight": 0, "thresholds": 0}
     falls_back = True
+    target_k: float
     thresholds: Tensor
     steps: Tensor
 
