@@ -249,6 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        **(layer_peers.versions() if args.peers else {}),
+    }
     show = layer_peers.table if args.peers else table
     results = []
     for name in ["float32"] if args.peers else args.dtype or ["float32", "bfloat16"]:
@@ -257,16 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = (layer_peers.measure if args.peers else measure)(case, args.repeats)
             print(show(found).split("\n", 2)[2], flush=True)
             results += found
+            if args.out:
+                write(args.out, {"environment": environment, "results": results})
     print("\n" + show(results))
-    if args.out:
-        environment = {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        }
-        write(args.out, {"environment": environment, "results": results})
     return 0
 
 

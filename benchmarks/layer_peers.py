@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,12 @@ def loop(case: Case) -> LayerPeer:
     """The plain loop over the experts."""
     experts = case.layer.experts
     return LayerPeer(case.loop_forward, experts.batched_fc1_w, experts.batched_fc2_w)
+
+
+def ours(case: Case) -> LayerPeer:
+    """The layer, without its auxiliary loss."""
+    experts = case.layer.experts
+    return LayerPeer(lambda: case.layer(case.x_TD), experts.batched_fc1_w, experts.batched_fc2_w)
 
 
 # name in the table -> package that it needs, how to build it
@@ -61,21 +68,21 @@ def relative_rms(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
-def checked(case: Case, peer: LayerPeer) -> dict[str, float]:
-    """Relative RMS errors of a peer's output and gradients against ours; RuntimeError if one is large."""
-    experts = case.layer.experts
-    ours = LayerPeer(lambda: case.layer(case.x_TD), experts.batched_fc1_w, experts.batched_fc2_w)
-    results = []
-    for each in (ours, peer):
-        y_TD = each.forward()
-        gradients = torch.autograd.grad(y_TD, parameters(case, each), case.d_y_TD)
-        down = gradients[-1].transpose(1, 2) if each.down_transposed else gradients[-1]
-        results.append([y_TD.detach(), *gradients[:-1], down])
+def outcome(case: Case, peer: LayerPeer) -> dict[str, Tensor]:
+    """Its output and gradients, the experts' as [E, H, D]."""
+    y_TD = peer.forward()
+    gradients = torch.autograd.grad(y_TD, parameters(case, peer), case.d_y_TD)
+    down = gradients[-1].transpose(1, 2) if peer.down_transposed else gradients[-1]
+    return dict(zip(COMPARED, (y_TD.detach(), *gradients[:-1], down), strict=True))
+
+
+def checked(case: Case, peer: LayerPeer, expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative RMS errors of a peer's outcome against ours; RuntimeError if one is large."""
     errors = {}
-    for name, expected, found in zip(COMPARED, *results, strict=True):
+    for name, found in outcome(case, peer).items():
         if peer.normalized and name in ROUTER:
             continue
-        errors[name] = relative_rms(found, expected)
+        errors[name] = relative_rms(found, expected[name])
         if not errors[name] < LIMIT:
             what = "output differs" if name == "output" else f"gradient of the {name} differs"
             raise RuntimeError(f"its {what} from ours by {errors[name]:.1e}")
@@ -92,14 +99,14 @@ def step(case: Case, peer: LayerPeer, backward: bool) -> Any:
 
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Compare each peer with ours, then time those that agree and ours in turn; one result per pass."""
-    agreed, peers = {}, {}
+    agreed, peers, expected = {}, {}, outcome(case, ours(case))
     for name, (package, build) in PEERS.items():
         if find_spec(package) is None:
             peers[name] = {"skipped": "not installed"}
             continue
         try:
             peer = build(case)
-            peers[name] = {"relative_rms": checked(case, peer)}
+            peers[name] = {"relative_rms": checked(case, peer, expected)}
         except Exception as error:  # another package may raise anything; the table gets the reason
             if build is loop:
                 raise  # then ours may be the one that is wrong
@@ -127,6 +134,17 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def versions() -> dict[str, str | None]:
+    """Of each package among the peers; None if no distribution of it is installed."""
+    found: dict[str, str | None] = {}
+    for package, _ in PEERS.values():
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _milliseconds(times: Sequence[float]) -> dict[str, float]:

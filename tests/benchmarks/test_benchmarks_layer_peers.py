@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def some_tutel() -> Iterator[None]:
     tutel_stand_in.remove()
 
 
+def agrees(case: layer.Case, peer: LayerPeer) -> dict[str, float]:
+    """What was compared with ours."""
+    return layer_peers.checked(case, peer, layer_peers.outcome(case, layer_peers.ours(case)))
+
+
 def test_the_case_has_tokens_without_an_expert_and_different_k(case: layer.Case) -> None:
     assert len(case.routing.k_per_token.unique()) >= 3
     assert case.routing.k_per_token.min() == 0
@@ -46,8 +52,8 @@ def test_the_case_has_tokens_without_an_expert_and_different_k(case: layer.Case)
 @needs_transformers
 @pytest.mark.parametrize("kind", transformers.KINDS)
 def test_experts_of_transformers(kind: str, case: layer.Case) -> None:
-    errors = layer_peers.checked(case, transformers.build(case, kind))
-    assert list(errors) == ["output", "tokens", "vectors", "thresholds", "up", "down"]
+    compared = list(agrees(case, transformers.build(case, kind)))
+    assert compared == ["output", "tokens", "vectors", "thresholds", "up", "down"]
 
 
 @needs_transformers
@@ -61,8 +67,7 @@ def test_sentinels_are_not_multiplied_and_padding_is(case: layer.Case) -> None:
 
 def test_tutels_layer_pads_and_its_softmax_is_the_mean(case: layer.Case, some_tutel: None) -> None:
     """Its router's gradient is that of the other semantics, and is not compared."""
-    peer = tutel.build_layer(case)
-    assert list(layer_peers.checked(case, peer)) == ["output", "up", "down"]
+    assert list(agrees(case, tutel.build_layer(case))) == ["output", "up", "down"]
 
 
 def test_a_peer_that_differs_is_named_and_not_timed(case: layer.Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +117,9 @@ def test_from_the_command_line_to_the_file(
     monkeypatch.setattr(layer, "SHAPES", (TINY,))
     out = tmp_path / "x.json"
     assert layer.main(["--peers", "--repeats", "1", "--out", str(out)]) == 0
-    results = json.loads(out.read_text())["results"]
+    written = json.loads(out.read_text())
+    assert written["environment"]["transformers"] == (version("transformers") if find_spec("transformers") else None)
+    results = written["results"]
     assert [r["pass"] for r in results] == ["forward", "forward+backward"]
     for result in results:
         assert result["peers"].keys() == layer_peers.PEERS.keys()
