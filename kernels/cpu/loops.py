@@ -32,8 +32,16 @@ from numba.extending import intrinsic, overload
 
 # Sums in any order and products without a rounding in between, which vector units need; NaN and inf as ever.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-_compiled = numba.njit(nogil=True, cache=True, **_OPTIONS)  # the loop holds no lock of Python's
 _inlined = numba.njit(inline="always", **_OPTIONS)
+
+
+def _compiled(loop: Any) -> Any:
+    """The loop in machine code; it holds no lock of Python's."""
+    try:
+        return numba.njit(nogil=True, cache=True, **_OPTIONS)(loop)
+    except RuntimeError:  # no folder for a cache can be written
+        return numba.njit(nogil=True, **_OPTIONS)(loop)
+
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu", "identity")  # an activation's code is its place
 GELU, GELU_TANH, SILU, RELU, SQUARED_RELU = range(5)

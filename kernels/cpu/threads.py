@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -35,15 +35,15 @@ def parts(n: int, width: int) -> int:
 def run(loop: Loop, n: int, number: int, *args: Any) -> None:
     """Call loop(part, first, last, *args) for `number` parts of range(n), each in a thread."""
     bounds = list(enumerate(pairwise(n * part // number for part in range(number + 1))))
-    others = [_pool(number).submit(loop, part, *bound, *args) for part, bound in bounds[1:]]
+    others = [_pool().submit(loop, part, *bound, *args) for part, bound in bounds[1:]]
     loop(0, *bounds[0][1], *args)
     for other in others:
         other.result()
 
 
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, "dynmoe_tutel")
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "dynmoe_tutel")  # it starts no more threads than were busy at once
 
 
 if hasattr(os, "register_at_fork"):

@@ -261,6 +261,17 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 4
 
 
+def test_without_a_folder_for_the_cache() -> None:
+    """As in a container that is read-only: each process compiles for itself."""
+    script = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+from dynmoe_tutel.kernels.cpu import loops
+assert isinstance(loops.scores._cache, numba.core.caching.NullCache)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     """DYNMOE_TUTEL_NUMBA=0 keeps it from being imported."""
     script = "import sys; from dynmoe_tutel import MoELayer; import torch; " \
