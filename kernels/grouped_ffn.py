@@ -28,7 +28,8 @@ from .dispatch_combine import segment_sum
 from .operands import ExpertWeights, Index
 from .operation import expect, expect_matrix, keep, kept, operation
 
-MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
+LINEAR_MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
+MODULES = LINEAR_MODULES | {"numba": "cpu.grouped_ffn"}
 
 
 @lru_cache
@@ -291,7 +292,7 @@ def _linear_backward(ctx: Any, d_out_AO: Tensor) -> tuple[Any, ...]:
 @operation(
     check=_check_linear,
     fake=_linear_shape,
-    engines=MODULES,
+    engines=LINEAR_MODULES,
     autocast=False,
     context=_linear_context,
     backward=_linear_backward,
@@ -319,7 +320,7 @@ def _linear_backward_shapes(
     return torch.empty_like(rows_AD), torch.empty_like(w_EDO), d_b_EO
 
 
-@operation(fake=_linear_backward_shapes, engines=MODULES, autocast=False)
+@operation(fake=_linear_backward_shapes, engines=LINEAR_MODULES, autocast=False)
 def grouped_linear_backward(
     d_out_AO: Tensor,
     rows_AD: Tensor,

@@ -267,13 +267,13 @@ def _add_to(sums: Any, row: Any) -> None:
 
 @_compiled
 def hidden_gradients(
-    part: int, first: int, last: int, activation: int, segments: Any, h: Any, u: Any, a: Any, d_a: Any, d_gate: Any,
-    d_u: Any, d_b1: Any, d_b3: Any,
+    part: int, first: int, last: int, activation: int, segments: Any, h: Any, u: Any, a: Any, d_a: Any, gate: Any,
+    d_gate: Any, d_u: Any, d_b1: Any, d_b3: Any,
 ) -> None:  # fmt: skip
-    """From d_a, the gradient of a: d_gate += <d_a, a>, and in place of d_a the gradient of h; a is computed anew.
+    """d_gate += <d_a, a>, and in place of d_a the gradient of h, where gate * d_a is that of a; a is computed anew.
 
-    Unless u is empty its gradient goes to d_u. d_b1, d_b3 [parts, S, H] get sums over the rows, unless empty. Rows
-    [., H].
+    Without gate, if it is empty, that is 1. Unless u is empty its gradient goes to d_u. d_b1, d_b3 [parts, S, H] get
+    sums over the rows, unless empty. Rows [., H].
     """
     gated, H = u.shape[0] > 0, h.shape[1]
     value, slope = np.empty(H, np.float32), np.empty(H, np.float32)
@@ -282,14 +282,15 @@ def hidden_gradients(
         for i in range(max(start, first), min(stop, last)):
             activate_with_slope(activation, h[i], value, slope)
             total, gradient, row = _0, d_a[i], a[i]
+            k = gate[i] if gate.shape[0] > 0 else _1
             if gated:
                 factor, of_factor = u[i], d_u[i]
                 for j in range(H):
                     g, w = _wide(gradient[j]), _wide(factor[j])
                     total += g * value[j] * w
                     _put(row, j, value[j] * w)
-                    _put(of_factor, j, g * value[j])
-                    _put(gradient, j, g * w * slope[j])
+                    _put(of_factor, j, g * value[j] * k)
+                    _put(gradient, j, g * w * slope[j] * k)
                 if d_b3.shape[0] > 0:
                     _add_to(d_b3[part, s], of_factor)
             else:
@@ -297,7 +298,7 @@ def hidden_gradients(
                     g = _wide(gradient[j])
                     total += g * value[j]
                     _put(row, j, value[j])
-                    _put(gradient, j, g * slope[j])
+                    _put(gradient, j, g * slope[j] * k)
             if d_b1.shape[0] > 0:
                 _add_to(d_b1[part, s], gradient)
             d_gate[i] += total
@@ -305,19 +306,21 @@ def hidden_gradients(
 
 @_compiled
 def row_gradients(
-    part: int, first: int, last: int, token_of_row: Any, d_y: Any, inverse_k: Any, segments: Any, b2: Any, d_row: Any,
+    part: int, first: int, last: int, source_of_row: Any, d_out: Any, scale: Any, segments: Any, b2: Any, d_row: Any,
     d_gate: Any, d_b2: Any,
 ) -> None:  # fmt: skip
-    """d_row = d_y of the row's token / k, d_gate = <d_row, b2>; d_b2 [parts, S, O] gets sums of d_row, unless empty."""
-    O = d_y.shape[1]
+    """d_row = d_out * scale of the row's source, and d_gate = <d_row, b2>, 0 if b2 is empty.
+
+    d_b2 [parts, S, O] gets sums of d_row, unless empty.
+    """
+    O = d_out.shape[1]
     for s in range(segments.shape[0]):
         e, start, stop = segments[s]
         for i in range(max(start, first), min(stop, last)):
-            t = token_of_row[i]
-            row, source, k = d_row[i], d_y[t], inverse_k[t]
+            t = source_of_row[i]
+            row, source, k, total = d_row[i], d_out[t], scale[t], _0
             for j in range(O):
                 _put(row, j, _wide(source[j]) * k)
-            total = _0
             if b2.shape[0] > 0:
                 bias = b2[e]
                 for j in range(O):
@@ -325,6 +328,19 @@ def row_gradients(
             if d_b2.shape[0] > 0:
                 _add_to(d_b2[part, s], row)
             d_gate[i] = total
+
+
+@_compiled
+def gated_rows(part: int, first: int, last: int, segments: Any, gate: Any, d_row: Any, d_b2: Any) -> None:
+    """Multiply d_row by its gate; d_b2 [parts, S, O] gets sums over the rows, unless empty."""
+    for s in range(segments.shape[0]):
+        _, start, stop = segments[s]
+        for i in range(max(start, first), min(stop, last)):
+            row = d_row[i]
+            for j in range(row.shape[0]):
+                _put(row, j, _wide(row[j]) * gate[i])
+            if d_b2.shape[0] > 0:
+                _add_to(d_b2[part, s], row)
 
 
 @_compiled
