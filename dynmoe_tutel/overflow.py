@@ -1,4 +1,4 @@
-"""`OverflowRepair`: a step whose bounded capacity dropped assignments is repeated in "exact", with exact's very results.
+"""`OverflowRepair`: repeats in "exact" a step whose bounded capacity dropped assignments, with the results of "exact".
 
 So the memory of a step is bounded, nothing waits in its forwards, and no assignment is lost: the host reads one number
 a step, which tells it whether to repeat.
@@ -52,8 +52,23 @@ class OverflowRepair:
         self.steps += 1
         if not layers:
             return step()
+        try:
+            return self._repaired(step, layers)
+        finally:
+            self._before = self._overflow = None
+
+    def forwards_done(self) -> None:
+        """Start to copy the flag to the host: call it in `step`, between the last forward and its backward.
+
+        The host then waits for the forwards, not for the backward, which keeps the device busy meanwhile. Optional.
+        """
+        if not self.repeating and self._before is not None:
+            self._look(self._bounded())
+
+    def _repaired(self, step: Callable[[], R], layers: list[MoELayer]) -> R:
+        """As a call, with the layers that may drop."""
         before = _Before(self.model)
-        self._before, self._overflow = _dropped(layers), None
+        self._before = _dropped(layers)
         with _quiet(layers):
             result = step()
             if not self._overflowed(layers):
@@ -74,14 +89,6 @@ class OverflowRepair:
                     "of the layer. Call the layer itself where repair.repeating is True"
                 )
         return result
-
-    def forwards_done(self) -> None:
-        """Start to copy the flag to the host: call it in `step`, between the last forward and its backward.
-
-        The host then waits for the forwards, not for the backward, which keeps the device busy meanwhile. Optional.
-        """
-        if not self.repeating and self._before is not None:
-            self._look(self._bounded())
 
     def _bounded(self) -> list[MoELayer]:
         """The layers that may drop assignments."""
@@ -125,7 +132,8 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        self._gradients = [(p, p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+        self._without = [p for p in model.parameters() if p.grad is None]
         self._tensors = [(tensor, tensor.clone()) for tensor in _written(model)]
         self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
@@ -134,9 +142,9 @@ class _Before:
     def restore(self) -> None:
         """Set all as it was."""
         for parameter, gradient, value in self._gradients:
-            parameter.grad = gradient
-            if gradient is not None:
-                gradient.copy_(value)
+            parameter.grad = gradient.copy_(value)
+        for parameter in self._without:
+            parameter.grad = None
         for tensor, value in self._tensors:
             tensor.copy_(value)
         torch.set_rng_state(self._random[0])

@@ -1,5 +1,5 @@
-"""`torch.compile(mode="reduce-overhead")` as far as a CPU tells: Inductor's own checks keep CUDA graphs for a layer whose
-memory is static. Inductor skips them where an input is mutated that is not static, or a size depends on the data.
+"""`torch.compile(mode="reduce-overhead")` as far as a CPU tells: Inductor's own checks find no reason to skip CUDA graphs
+where a layer's memory is static. They find one where an input is mutated that is not static, or a size is data's.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def reasons_to_skip(layer: MoELayer) -> tuple[list[Any], int]:
         found.append(get_first_incompatible_cudagraph_node(gm))
         return make_boxed_func(gm)
 
-    backend = aot_autograd(
-        fw_compiler=forward_graph, bw_compiler=backward_graph, keep_inference_input_mutations=True
-    )
+    backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=backward_graph, keep_inference_input_mutations=True)
     y = torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(T, D))
     (y.sum() + y.l_aux).backward()
     assert all(p.grad is not None for p in layer.parameters())

@@ -1,4 +1,4 @@
-"""`OverflowRepair`: a repeated step leaves what a step of an exact model leaves; a step that drops nothing runs once."""
+"""`OverflowRepair`: a repeated step leaves what an exact model's step leaves; one that drops nothing runs once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import FP32, HALF, relative_rms
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from waiting import NoWaiting
 
@@ -220,3 +221,15 @@ def test_without_a_factor_nothing_is_copied_or_read(capacity: Any, monkeypatch: 
     y = repair(lambda: layer(x))
     assert y.shape == x.shape
     assert (repair.steps, repair.repeated) == (1, 0)
+
+
+def test_a_compiled_layer_is_compiled_once_more() -> None:
+    layer, x = moe(LITTLE), batches(1)[0][0]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run, repair = torch.compile(layer, fullgraph=True, backend=counter), OverflowRepair(layer)
+    for _ in range(2):
+        y = repair(lambda: run(x))
+    assert (repair.repeated, counter.frame_count) == (2, 2)
+    assert relative_rms(y, moe("exact")(x)) < FP32
+    torch._dynamo.reset()

@@ -39,7 +39,7 @@ def tapes_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graphed(capacity: float | str, T: int = 12, D: int = 16, E: int = 4) -> tuple[Any, Tensor, Tensor]:
-    """A layer whose forward is a graph, captured with a window open, with all counts at zero; tokens; an output gradient."""
+    """A layer whose forward is a graph that was captured with a window open; tokens; an output gradient."""
     case = make_case(T, D, 8, E, activation=torch.nn.functional.gelu, capacity=capacity, G=(0.0, 0.2), active=[0, 1, 2])
     layer = case.layer
     layer.result_func = lambda y: (y, y.l_aux)
