@@ -132,10 +132,11 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._gradients = [(p, p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
-        self._without = [p for p in model.parameters() if p.grad is None]
+        parameters = list(model.parameters())
+        self._gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
+        self._without = [p for p in parameters if p.grad is None]
         self._tensors = [(tensor, tensor.clone()) for tensor in _written(model)]
-        self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._devices = {p.device for p in parameters if p.device.type == "cuda"}
         self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
 
     @torch.no_grad()

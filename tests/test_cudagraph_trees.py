@@ -1,5 +1,6 @@
-"""`torch.compile(mode="reduce-overhead")` as far as a CPU tells: Inductor's own checks find no reason to skip CUDA graphs
-where a layer's memory is static. They find one where an input is mutated that is not static, or a size is data's.
+"""`torch.compile(mode="reduce-overhead")` as far as a CPU tells, by the checks after which Inductor skips CUDA graphs.
+
+It skips them where an input is mutated that is not static, or a size depends on the data.
 """
 
 from __future__ import annotations
