@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .gates import Gate
 from .layer import MoELayer
 from .parallel.collectives import wire_device
+from .temporary_hooks import TemporaryHook
 
 R = TypeVar("R")
 
@@ -154,8 +155,11 @@ class _Before:
 
 
 def _written(model: nn.Module) -> Iterator[Tensor]:
-    """What forwards write in place: counts of layers and gates, open records, the buffers of all other modules."""
+    """What forwards write in place: counts of layers, gates and meters, open records, buffers of all other modules."""
     for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, TemporaryHook):
+                yield from hook.counts()
         if isinstance(module, MoELayer):
             yield module.dropped_assignments
             if module.record_routing:

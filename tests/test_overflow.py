@@ -19,6 +19,7 @@ from waiting import NoWaiting
 from dynmoe_tutel import MoELayer, OverflowRepair
 from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.convert import aux_loss
+from dynmoe_tutel.metrics import RoutingMeter
 
 D, T = 16, 40
 LITTLE = 0.5  # a capacity that drops
@@ -42,6 +43,7 @@ class Model(nn.Module):
         self.third = moe(gate={"type": "expert_threshold", "target_k": 2.0}, seed=3)
         for layer in (self.first, self.second):
             layer.record.keep_tokens = 5
+        self.meter = RoutingMeter(self)
 
     def layers(self) -> tuple[MoELayer, ...]:
         return self.first, self.second, self.third
@@ -64,6 +66,7 @@ def left_behind(model: Model) -> dict[str, Tensor]:
     for i, layer in enumerate(model.layers()):
         found[f"dropped {i}"] = layer.dropped_assignments
         found |= {f"record {i}, {n}": t for n, t in enumerate(layer.record.tensors())}
+    found |= {f"meter, {n} {key}": t for n, sums in model.meter.state_dict().items() for key, t in sums.items()}
     found["sample"], found["counts"] = model.second.gates[0]._sample, model.third.gates[0].step_counts()
     found["random"] = torch.get_rng_state()
     return {name: tensor.clone() for name, tensor in found.items()}
