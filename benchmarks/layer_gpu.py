@@ -299,7 +299,8 @@ def run(
             step = f"{name}, {dtype}"
             if name in TARGETS:
                 steps.append((step, partial(_measure_shape, progress, step, GROUPS[:1], *case)))
-                more.append((f"{step}, further", partial(_measure_shape, progress, step, GROUPS[1:], *case)))
+                later = f"{step}, further"
+                more.append((later, partial(_measure_shape, progress, later, GROUPS[1:], *case)))
             else:
                 more.append((step, partial(_measure_shape, progress, step, GROUPS, *case)))
             quick.append((f"peers, {step}", partial(_measure_peers, progress, others, *case, end)))

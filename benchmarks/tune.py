@@ -55,7 +55,9 @@ def candidates(start: GemmConfig) -> list[GemmConfig]:
             tile = replace(start, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
             small = block_m * block_n <= 64 * 128
             for programs in (1, 2, 3) if small else (1, 2):  # per multiprocessor
-                limit = 128 if programs * warps > 8 and torch.version.hip is None else None  # otherwise two do not fit
+                limit = None
+                if programs * warps > 8 and torch.version.hip is None:  # otherwise they do not fit in 64 Ki registers
+                    limit = (1 << 16) // (32 * programs * warps) // 8 * 8
                 pieces = min(max(start.pieces, 1), block_n // 16)
                 found.append(replace(tile, programs=programs, pieces=pieces, max_registers=limit))
 

@@ -37,7 +37,9 @@ class _HostFunctions(TorchDispatchMode):
         declared = OPERATIONS[func.name().split("::")[1]]
         if "triton" in declared.engines and takes_triton(args):
             found = declared.engines["triton"](*declared.grouped(args))
-            return self._counted(found) if declared.name == "ragged_index" else found
+            if declared.name == "ragged_index" and declared.signature.bind(*args).arguments.get("capacity", -1) < 0:
+                return self._counted(found)
+            return found
         if "grouped_mm" in declared.engines:  # a product of torch's, which reads the experts' loads
             return func(*args)
         with self:

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gpu, kernels, layer_gpu, peers, tune
 from benchmarks.common import timing
 from benchmarks.common.results import DEVICE_LOST, Progress
-from benchmarks.common.shapes import GPU_SHAPES, Shape
-from benchmarks.launches.kernel_calls import Kernel
+from benchmarks.common.shapes import GPU_SHAPES, TARGETS, Shape
+from benchmarks.common.tensors import difference
+from benchmarks.launches.kernel_calls import PRODUCTS, Inputs, Kernel
 from dynmoe_tutel.kernels.gpu import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +38,11 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
-    assert len({r["kernel"] for r in results}) == len(results) == 16
+    assert len({r["kernel"] for r in results}) == len(results) == 16 + len(PRODUCTS)
     assert all(r["difference"] < 1e-5 for r in results)
     assert all(r["bytes"] > 0 and r["bound_microseconds"] > 0 for r in results)
     _check_models({r["kernel"]: r for r in results})
-    assert out.with_suffix(".md").read_text().count("\n| T 40") == 16
+    assert out.with_suffix(".md").read_text().count("\n| T 40") == 16 + len(PRODUCTS)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,6 +69,8 @@ def _check_models(found: dict[str, dict[str, Any]]) -> None:
         "rows of the tokens' gradient": (rows_H + weight + rows_D, product),
         "routing vectors' gradient": (tokens + router + 4 * 32 * 4, 2 * 40 * 32 * 4),
     }
+    for name in PRODUCTS:
+        assert found[f"{name}: grouped_mm"]["flops"] == product
     for name, numbers in expected.items():
         assert (found[name]["bytes"], found[name]["flops"]) == numbers, name
     # rows, x, dy (for the bias), dx, scores, the gradients of scores and cosines, parts of the gate's gradient
@@ -92,13 +95,13 @@ class TestJudgement:
     def test_what_is_not_finite_differs_wherever_it_is(self) -> None:
         """A NaN in the second output: the maximum of a number and NaN may be the number."""
         good, bad = torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0])
-        assert kernels.difference((good, good), (good, good)) == 0
-        assert kernels.difference((good, bad), (good, good)) == float("inf")
-        assert kernels.difference((bad, good), (good, good)) == float("inf")
-        assert kernels.difference(good[:3], good) == float("inf")
-        assert kernels.difference(good[:0], good.new_empty(0, 5)) == 0  # an empty output
-        assert kernels.difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
-        assert kernels.difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+        assert difference((good, good), (good, good)) == 0
+        assert difference((good, bad), (good, good)) == float("inf")
+        assert difference((bad, good), (good, good)) == float("inf")
+        assert difference(good[:3], good) == float("inf")
+        assert difference(good[:0], good.new_empty(0, 5)) == 0  # an empty output
+        assert difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
+        assert difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
 
     @pytest.mark.parametrize("name", GPU_SHAPES)
     def test_sets_of_tokens_do_not_fit_in_a_cache(self, name: str) -> None:
@@ -109,6 +112,32 @@ class TestJudgement:
         assert sets * tokens > 1.1 * 60e6 or sets == 8
         if shape.T * shape.D >= 8 << 20:  # the gate has a target here
             assert sets * tokens > 120e6
+
+
+class TestLoads:
+    @pytest.mark.parametrize("skewed", [False, True])
+    def test_one_expert_has_half_of_the_rows_or_an_equal_share(self, skewed: bool) -> None:
+        shape = Shape(4096, 32, 8, 8, 1.5)
+        loads = Inputs(shape, torch.float32, torch.device("cpu"), 0, skewed).index[0].diff() / shape.rows
+        expected = torch.tensor([0.5] + [0.5 / 7] * 7 if skewed else [1 / 8] * 8)
+        assert torch.allclose(loads, expected, atol=0.002)
+
+    def test_only_products_are_timed_with_skewed_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
+            yield from (Kernel(name, lambda: None, 1, 1) for name in ("gate", *PRODUCTS, "combine"))
+
+        monkeypatch.setattr(kernels, "kernels_of", kernels_of)
+        monkeypatch.setattr(kernels, "grouped_mm_of", lambda inputs: [Kernel("up: grouped_mm", lambda: None, 1, 1)])
+        rates = {"bytes_per_second": 1.0, "flops_per_second": 1.0}
+        found = kernels.measure(TINY, torch.float32, torch.device("cpu"), rates, 1, True)
+        names = [*(f"{name}, skewed" for name in PRODUCTS), "up: grouped_mm, skewed"]
+        assert [result["kernel"] for result in found] == names
+
+    def test_skewed_loads_follow_the_shapes_with_targets(self) -> None:
+        steps = list(kernels.steps_of(dict(reversed(GPU_SHAPES.items()))))
+        assert steps[:4] == list(TARGETS)
+        assert steps[4:8] == [f"{name}, skewed" for name in TARGETS]
+        assert sorted(steps[8:]) == sorted(GPU_SHAPES.keys() - set(TARGETS))
 
 
 def _fake_results(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
@@ -380,7 +409,7 @@ class TestLayer:
         more = 512 * (4 * 4 + 8 + 1 + 4) + 4 * (512 + 1 + 4 + 1)
         assert 1 + more / bound <= case.saved_share() < 1 + (more + 8192) / bound
 
-    def test_the_result_grows_and_a_contestant_that_fails_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_result_grows_and_a_contestant_that_fails_is_named(self) -> None:
         def bad() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -390,18 +419,40 @@ class TestLayer:
             yield "loop", case.bare(), False
             yield "bare", case.bare(), True
 
-        monkeypatch.setattr(layer_gpu, "contestants", contestants)
         failed = []
+
+        def fail(name: str, error: Exception) -> None:
+            failed.append((name, str(error)))
+
         steps = [
             (set(result["milliseconds"]), set(result["skipped"]))
-            for result in layer_gpu.measure(
-                TINY, torch.float32, torch.device("cpu"), 3, lambda name, error: failed.append((name, str(error)))
-            )
+            for result in layer_gpu.measure(TINY, torch.float32, torch.device("cpu"), 3, fail, [contestants])
         ]
         oom = {"ours, exact"}
         both = {"bare", "loop"}
         assert steps == [(set(), set()), ({"bare"}, set()), ({"bare"}, oom), (both, oom), (both, oom)]
         assert failed == [("ours, exact", "CUDA out of memory")]
+
+    def test_a_later_step_adds_to_the_result(self) -> None:
+        cpu, progress = torch.device("cpu"), Progress(None, {}, layer_gpu.table)
+        for group in layer_gpu.GROUPS:
+            layer_gpu._measure_shape(progress, "tiny", [group], TINY, torch.float32, cpu, 1)
+        (result,) = progress.results
+        names = ["bare", "ours, bounded, graph", "ours, exact", "grouped_mm"]
+        assert list(result["milliseconds"])[:4] == names
+        assert set(result["milliseconds"]) == {*names, "ours, bounded", "ours, full", "ours, full, graph", "loop", "dense"}
+        assert result["milliseconds"].keys() == result["bare_over"].keys() == result["seconds"].keys()
+        assert progress.summary["failures"] == []
+
+    def test_a_layer_drawn_on_its_device_is_a_layer(self) -> None:
+        """Active experts, orthonormal routing vectors, thresholds at 0; experts neither zero nor equal."""
+        layer = layer_gpu.Case(TINY, torch.bfloat16, torch.device("cpu"))._unused
+        assert layer.num_global_experts == TINY.E
+        assert layer.experts.batched_fc1_w.shape == (TINY.E, TINY.H, TINY.D)
+        assert float(layer.experts.batched_fc1_w.detach().float().std()) == pytest.approx(TINY.D**-0.5, rel=0.1)
+        w_DE = layer.gates[0].sim_matrix.float()
+        assert torch.allclose(w_DE.t() @ w_DE, torch.eye(TINY.E), atol=0.02)
+        assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in layer.parameters())
 
     def test_a_run_in_order_of_weight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Shapes with targets, the fit, other shapes, peers; a failing step fails the run but does not end it."""
@@ -417,17 +468,18 @@ class TestLayer:
 
         monkeypatch.setattr(layer_gpu, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
         monkeypatch.setattr(layer_gpu, "affine", bad)
-        monkeypatch.setattr(layer_gpu, "_measure_shape", lambda _, step, shape, *__: order.append(step))
+        monkeypatch.setattr(layer_gpu, "_measure_shape", lambda _, step, *__: order.append(step))
         monkeypatch.setattr(layer_gpu, "_measure_peers", lambda _, names, *__: order.append(",".join(names)))
         out = tmp_path / "x.json"
         assert layer_gpu.run(torch.device("cpu"), ["float32"], 60, 1, out) == 1
-        shapes = [f"{name}, float32" for name in (*layer_gpu.TARGETS, *GPU_SHAPES) if name in GPU_SHAPES]
+        shapes = [f"{name}, float32" for name in (*TARGETS, *GPU_SHAPES) if name in GPU_SHAPES]
         shapes = list(dict.fromkeys(shapes))
         assert order[:4] == shapes[:4]
         assert order[4] == "affine"
-        assert order[5:11] == shapes[4:]
-        assert order[11:21] == ["scattermoe,sonicmoe,megablocks,tutel"] * 10
-        assert order[21:] == ["moe-ops,liger-kernel"] * 10
+        assert order[5:9] == [f"{shape}, further" for shape in shapes[:4]]
+        assert order[9:15] == shapes[4:]
+        assert order[15:25] == ["scattermoe,sonicmoe,megablocks,tutel"] * 10
+        assert order[25:] == ["moe-ops,liger-kernel"] * 10
         (failure,) = json.loads(out.read_text())["failures"]
         assert (failure["where"], failure["why"]) == ("affine", "RuntimeError: no graph")
 
@@ -454,6 +506,62 @@ def test_the_tuner_writes_what_the_configurations_read(tmp_path: Path) -> None:
     for key, values in table.items():
         config = tiles.GemmConfig(**values)
         assert config.block_m >= 16, key
+
+
+class TestTuner:
+    RULE = tiles.GemmConfig(128, 128, 64, 8, 3, programs=2, pieces=8, max_registers=128)
+
+    def test_the_rule_comes_first_then_near_tiles_of_its_stages(self) -> None:
+        found = tune.candidates(self.RULE)
+        assert found[0] == self.RULE
+        assert len(set(found)) == len(found) > 50
+        few = found[:12]
+        assert {c.num_stages for c in few} == {3}
+        assert {(c.block_m, c.block_n) for c in few} >= {(128, 256), (256, 128), (64, 128), (128, 64)}
+
+    def test_registers_allow_the_programs(self) -> None:
+        """64 Ki a multiprocessor."""
+        for config in tune.candidates(self.RULE):
+            threads = 32 * config.num_warps * config.programs
+            assert (config.max_registers or 65536 // threads) * threads <= 65536, config
+
+    def test_a_candidate_is_what_is_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the host functions remember of earlier calls."""
+        from triton.runtime.interpreter import GridExecutor
+
+        launched: list[dict[str, Any]] = []
+        monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: launched.append(kwargs))
+        run, key = tune.products(Inputs(TINY, torch.float32, torch.device("cpu"), 0))["up"]
+        for size in (16, 32, 16):
+            with tune.chosen(key, tiles.GemmConfig(size, 2 * size, size, 4, 2)):
+                run()
+            assert (launched[-1]["BLOCK_M"], launched[-1]["BLOCK_N"]) == (size, 2 * size)
+        run()
+        assert launched[-1]["BLOCK_N"] == tiles.default_gemm("up", "interpreter", torch.float32, 15, 16, 24).block_n
+
+    def test_what_is_known_is_written_and_a_product_that_fails_ends_no_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        out, seen = tmp_path / "x.json", []
+
+        def best(run: Any, key: str, start: tiles.GemmConfig, *_: object) -> tuple[tiles.GemmConfig, float, float]:
+            seen.append(len(tune.read_table(out)) if out.exists() else 0)
+            if len(seen) == 2:
+                raise RuntimeError("no tile fits")
+            return start, 1.0, 1.0
+
+        monkeypatch.setattr(tune, "best", best)
+        monkeypatch.setattr(tune, "products", lambda _: {k: (None, f"{k}/float32/rows16/K1/N1") for k in tune.PRODUCTS})
+        assert tune.main(["--interpreter", "--out", str(out)]) == 0
+        assert seen == [0, 1, 1, 2, 3]
+        assert "RuntimeError: no tile fits" in capsys.readouterr().out
+
+    def test_no_candidate_but_the_rules_begins_without_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timed = []
+        monkeypatch.setattr(tune, "seconds", lambda *_: timed.append(1) or [1.0])
+        assert tune.best(lambda: None, "k", self.RULE, torch.device("cpu"), 1, None, 0.0)[0] == self.RULE
+        assert timed == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -510,7 +618,7 @@ class TestOptions:
     def test_a_bad_value_is_named_with_what_is_allowed(
         self, option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for main in [kernels.main] if option in ("--seconds", "--device") else [kernels.main, tune.main]:
+        for main in [kernels.main] if option == "--device" else [kernels.main, tune.main]:
             line = refused(main, capsys, option, value)
             assert f"argument {option}: " in line
             assert repr(value) in line
@@ -587,7 +695,7 @@ def test_entries_of_other_shapes_stay_in_the_table(tmp_path: Path, monkeypatch: 
     out = tmp_path / "new" / "folder" / "x.json"
     for key in ("up/1", "linear/2"):
         entry = {key: asdict(tiles.GemmConfig(16, 16, 16, 1, 1))}
-        monkeypatch.setattr(tune, "tune", lambda *_, entry=entry: entry)
+        monkeypatch.setattr(tune, "tune", lambda *_, entry=entry: entry.items())
         assert tune.main(["--interpreter", "--out", str(out)]) == 0
     assert set(tune.read_table(out)) == {"up/1", "linear/2"}
 
