@@ -276,8 +276,10 @@ def _measure_peers(
 def run(
     device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None, resume: bool = False
 ) -> int:
-    """Measure in order of weight while time lasts: shapes with targets, the affine fit, their further contestants, other
-    shapes, peers."""
+    """Measure in order of weight while time lasts.
+
+    Shapes with targets, the affine fit, their further contestants, the other shapes, peers.
+    """
     end = time.monotonic() + limit
     first = getattr(torch, dtypes[0])
     progress = Progress(out, {"environment": environment(device), "bounds": bounds(device, first)}, table, resume)

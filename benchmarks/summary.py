@@ -1,6 +1,8 @@
-"""At most ten lines on a run of `benchmarks.gpu`: what came back, should nothing else be read. Needs no torch.
+"""Ten lines on a run of `benchmarks.gpu`, should nothing else be read.
 
-    python -m benchmarks.summary DIR      # of the files that the run left
+    python -m benchmarks.summary DIR
+
+DIR has the files that the run left, however few. Needs no torch.
 """
 
 from __future__ import annotations

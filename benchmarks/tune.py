@@ -1,12 +1,12 @@
 """Measure candidate tiles of the experts' products on this GPU and write the table that `kernels.gpu.tiles` reads.
 
-    python -m benchmarks.tune [--product NAME ...] [--shape NAME ...] [--candidates 12] [--seconds 420] [--out FILE.json]
+    python -m benchmarks.tune [--product NAME ...] [--shape NAME ...] [--candidates 12] [--seconds N] [--out FILE.json]
 
 For each product and shape every candidate runs on the same inputs; those that do not compile or fit are left out. The
-defaults fit 8 minutes: two products, three shapes, twelve candidates near the rule's. `--product all`, `--shape all` and
-`--candidates 0` take all there are, which is hours. The best goes to kernels/tuned/<architecture>.json (or --out), which
-keeps its entries for other shapes and is written after every product. Run `python -m benchmarks.aot` afterwards: it
-compiles every entry of the table and fails on spills.
+defaults fit 8 minutes: two products, three shapes, twelve candidates near the rule's. `--product all`, `--shape all`
+and `--candidates 0` take all there are, which is hours. The best goes to kernels/tuned/<architecture>.json (or --out),
+which keeps its entries for other shapes and is written after every product. Run `python -m benchmarks.aot` afterwards:
+it compiles every entry of the table and fails on spills.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .common.results import reason, usable
 from .common.shapes import GPU_SHAPES, Shape
 from .common.timing import check_outputs, duration, environment, seconds, unable, whole, write
 from .launches.kernel_calls import TINY, Inputs
-
 
 PRODUCTS = ("up", "activation_gradient", "weight_gradient", "linear", "linear_pair")
 FEW_PRODUCTS, FEW_SHAPES = ("up", "activation_gradient"), ("vit-s", "bert-l", "llm-4k")

@@ -43,9 +43,7 @@ class Kernel:
 class Inputs:
     """Tensors of one layer, routed with the shape's mean k; experts have equal loads, or the first one half of all."""
 
-    def __init__(
-        self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, skewed: bool = False
-    ) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, skewed: bool = False) -> None:
         from dynmoe_tutel import kernels
 
         generator = generator_on(device, seed)

@@ -6,6 +6,7 @@ tensors of the same sizes, strides and offsets. Prints, for each shape of the ar
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ def launched(shape: Shape) -> set[Launch]:
         layer_gpu.affine(DTYPE, CPU, shape, 1)
         for _ in smoke.checks(Case(shape, DTYPE, CPU), 1):
             pass
+        rates = {"bytes_per_second": 1.0, "flops_per_second": 1.0}
         for skewed in (False, True):
-            for result in kernels.measure(shape, DTYPE, CPU, {"bytes_per_second": 1.0, "flops_per_second": 1.0}, 1, skewed):
+            for result in kernels.measure(shape, DTYPE, CPU, rates, 1, skewed):
                 error = result.get("failed")  # what was recorded has no result
                 if error is not None and "differs from the torch operation" not in str(error):
                     raise error
@@ -73,11 +75,16 @@ def rehearsed(shape: Shape) -> set[Launch]:
     return set(launches)
 
 
+def lines(shape: Shape) -> Iterator[str]:
+    """What differs, then how many launches are in both sets."""
+    found, expected = launched(shape), rehearsed(shape)
+    for what, launches in (("launched only", found - expected), ("compiled only", expected - found)):
+        for launch in launches:
+            about = f"{launch.kernel} ({launch.configuration}) {launch.signature} {launch.attributes}"
+            yield f"{shape}: {what}: {about}\n"
+    yield f"{shape}: {len(found & expected)} in both\n"
+
+
 if __name__ == "__main__":
     for sizes in sys.argv[1:]:
-        shape = Shape(*eval(sizes))
-        found, expected = launched(shape), rehearsed(shape)
-        for what, launches in (("launched only", found - expected), ("compiled only", expected - found)):
-            for launch in launches:
-                print(f"{shape}: {what}: {launch.kernel} ({launch.configuration}) {launch.signature} {launch.attributes}")
-        print(f"{shape}: {len(found & expected)} in both")
+        sys.stdout.writelines(lines(Shape(*eval(sizes))))

@@ -346,7 +346,7 @@ class TestOptions:
         assert ran == ["smoke", "compilation", "layer", "kernels", "tests"]
 
     def test_at_most_eight_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A lease may return no more."""
+        """What is brought back from a machine may be no more."""
         checked: list[Path] = []
         monkeypatch.setattr(gpu, "missing", lambda: None)
         monkeypatch.setattr(gpu, "check_outputs", lambda parser, option, paths: checked.extend(paths))

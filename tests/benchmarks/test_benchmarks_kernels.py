@@ -440,7 +440,8 @@ class TestLayer:
         (result,) = progress.results
         names = ["bare", "ours, bounded, graph", "ours, exact", "grouped_mm"]
         assert list(result["milliseconds"])[:4] == names
-        assert set(result["milliseconds"]) == {*names, "ours, bounded", "ours, full", "ours, full, graph", "loop", "dense"}
+        later = {"ours, bounded", "ours, full", "ours, full, graph", "loop", "dense"}
+        assert set(result["milliseconds"]) == {*names, *later}
         assert result["milliseconds"].keys() == result["bare_over"].keys() == result["seconds"].keys()
         assert progress.summary["failures"] == []
 

@@ -32,7 +32,7 @@ def run(progress: Progress, repeats: int = 2) -> int:
 def test_right_steps_pass(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(None, {}, smoke.table)
     assert run(progress) == 0
-    plain, gated = (dict((name, found) for name, found, _ in r["checks"]) for r in progress.results)
+    plain, gated = ({name: found for name, found, _ in r["checks"]} for r in progress.results)
     assert "gradient of experts.batched_fc2_bias off" in plain
     assert "gradient of experts.W_fc3 off" in gated
     assert {"decisions off", "y off", "l_aux off", "gradient of x off", "gradient of gates.0.gates off"} <= plain.keys()
@@ -131,7 +131,9 @@ class TestLostDevice:
             hook.send(Failed)  # type: ignore[attr-defined]
         return stopped.value.value
 
-    @pytest.mark.parametrize(("worker", "usable", "ends"), [(True, False, True), (True, True, False), (False, False, False)])
+    @pytest.mark.parametrize(
+        ("worker", "usable", "ends"), [(True, False, True), (True, True, False), (False, False, False)]
+    )
     def test_it_ends_a_worker_whose_gpu_is_lost(
         self, worker: bool, usable: bool, ends: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -58,7 +58,8 @@ def write(folder: Path) -> None:
     kernels_ = {"environment": ENVIRONMENT, "bounds": RATES, "compiled": [], "results": measured}
     for name, found in (("smoke", smoke), ("layer", layer), ("kernels", kernels_)):
         (folder / f"{name}-gpu.json").write_text(json.dumps(found))
-    (folder / "tests-gpu.txt").write_text("[gw0] PASSED x\n=== FAILURES ===\n== 2 failed, 7 passed in 81.20s (0:01:21) ==\n")
+    closing = "== 2 failed, 7 passed in 81.20s (0:01:21) =="
+    (folder / "tests-gpu.txt").write_text(f"[gw0] PASSED x\n=== FAILURES ===\n{closing}\n")
 
 
 def test_by_hand(tmp_path: Path) -> None:
