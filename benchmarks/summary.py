@@ -43,7 +43,7 @@ def lines(results: Path, outcomes: Mapping[str, str] = {}) -> list[str]:
         "grouped_mm / ours, time: " + _extreme(measured, _against(measured, ": grouped_mm"), min),
         "skewed / equal loads, time: " + _extreme(measured, _against(measured, ", skewed"), max),
     ]
-    late = [f"{name} {len(s['compiled'])}" for name, s in (("layer", layer), ("kernels", kernels)) if s]
+    late = [f"{name} {len(s.get('compiled', ()))}" for name, s in (("layer", layer), ("kernels", kernels)) if s]
     ends = [f"{name} {outcome}" for name, outcome in outcomes.items()]
     last = ["tests: " + _tests(results / TESTS), "compiled late: " + (", ".join(late) or "-"), *ends]
     return [*found, "; ".join(last)]

@@ -55,7 +55,7 @@ def write(folder: Path) -> None:
         kernel_of("weight gradient, first", "decode", 1, 0.01),  # no shape with a target
         {"kernel": "down", "shape": asdict(GPU_SHAPES["vit-s"]), "failed": "differs"},
     ]
-    kernels_ = {"environment": ENVIRONMENT, "bounds": RATES, "compiled": [], "results": measured}
+    kernels_ = {"environment": ENVIRONMENT, "bounds": RATES, "results": measured}
     for name, found in (("smoke", smoke), ("layer", layer), ("kernels", kernels_)):
         (folder / f"{name}-gpu.json").write_text(json.dumps(found))
     closing = "== 2 failed, 7 passed in 81.20s (0:01:21) =="
