@@ -20,8 +20,8 @@ from .results import DEVICE_LOST, usable
 def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
     """Look at the device after a failure in one of xdist's processes."""
     report = yield
-    of_xdist = "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized()
-    if report.failed and of_xdist and not usable(torch.device("cuda")):
+    of_xdist = hasattr(item.config, "workerinput")
+    if report.failed and of_xdist and torch.cuda.is_initialized() and not usable(torch.device("cuda")):
         print(f"FAILED {item.nodeid} lost the device\n{report.longreprtext}", file=sys.__stderr__, flush=True)
         os._exit(DEVICE_LOST)
     return report

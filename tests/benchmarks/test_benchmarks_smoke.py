@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,9 +123,10 @@ class Failed:
 class TestLostDevice:
     """The pytest plugin of the tests on a GPU."""
 
-    def report(self) -> Any:
+    def report(self, worker: bool) -> Any:
         """Drive the hook with a report of a failure."""
-        item = type("Item", (), {"nodeid": "test_x.py::test_y"})()
+        config = SimpleNamespace(workerinput={}) if worker else SimpleNamespace()
+        item = SimpleNamespace(nodeid="test_x.py::test_y", config=config)
         hook: Iterator[None] = lost_device.pytest_runtest_makereport(item, None)
         next(hook)
         with pytest.raises(StopIteration) as stopped:
@@ -138,11 +140,8 @@ class TestLostDevice:
         self, worker: bool, usable: bool, ends: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         ended: list[int] = []
-        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-        if worker:
-            monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(lost_device, "usable", lambda _: usable)
         monkeypatch.setattr(lost_device.os, "_exit", ended.append)
-        assert self.report() is Failed
+        assert self.report(worker) is Failed
         assert ended == ([DEVICE_LOST] if ends else [])
