@@ -43,7 +43,7 @@ class _HostFunctions(TorchDispatchMode):
         if "grouped_mm" in declared.engines:  # a product of torch's, which reads the experts' loads
             return func(*args)
         with self:
-            return declared.run(*args)
+            return declared.engines["torch"](*declared.grouped(args))
 
     def _counted(self, index: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """An index in which all assignments have room, cut to the rows that there would be."""
