@@ -1,14 +1,21 @@
-"""Run by `make gpu` on a machine with a GPU: tests, then each kernel and the whole layer, in under 8 minutes.
+"""All that a first run on a GPU should answer, in under 8 minutes; `make gpu`, or without make:
 
-    python -m benchmarks.gpu [--results DIR] [--seconds 460]
+    python3 -m benchmarks.gpu [--results DIR] [--seconds 460]
 
-Parts: compile the benchmarks' kernels on all processors, then run the tests, the kernels and the layer. Each part gets
-a share of the time that is left, so unused time goes to the next ones. Benchmarks skip what they have no time for and
-say so. A part that overruns is ended; its results so far are on disk. If a part fails, the next one still runs. A
-benchmark that lost the device (as by an illegal access) goes on in a fresh process after the step at fault.
+from the checkout's root, with any interpreter that has torch and Triton; nothing need be installed. Parts, in order:
 
-Writes tests-gpu.txt, kernels-gpu.{json,md,png}, layer-gpu.{json,md} and targets-gpu.md to the results directory. The
-exit status is 0 if every part succeeded, 1 if one did not, 2 if there is no GPU to run on.
+* smoke: a step at two shapes against the torch engine, and 50 bitwise equal ones;
+* compilation of the benchmarks' kernels on all processors;
+* layer, kernels: the measurements, the shapes with targets first;
+* tests.
+
+Each part gets a share of the time that is left, so unused time goes to the next ones. Benchmarks skip what they have no
+time for and say so. A part that overruns is ended; its results so far are on disk. If a part fails, the next one still
+runs. A benchmark that lost the device (as by an illegal access) goes on in a fresh process after the step at fault.
+
+Ten lines say what is known (`benchmarks.summary`), after every part and at the end. Writes smoke-gpu.json,
+layer-gpu.{json,md}, kernels-gpu.{json,md,png}, tests-gpu.txt and targets-gpu.md to the results directory. The exit
+status is 0 if every part succeeded, 1 if one did not, 2 if there is no GPU to run on.
 """
 
 from __future__ import annotations
@@ -26,13 +33,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import targets
+from . import summary, targets
 from .common.patience import NOT_STARTED, NotStartedError, patiently
 from .common.timing import beside, check_outputs, duration, interpreted
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 TESTS = ("tests/gpu", "tests/kernels/gpu")
 GRACE = 15.0  # seconds that tests get for their summary between the interrupt and the kill
+UNKILLABLE = 10.0  # seconds after which a killed process is left alone: a lost device may hold it in the kernel
+FAILURES = 60  # lines on failed tests on the screen, of which often only the end is kept
 DEVICE_LOST = 3  # exit status, as in `common.results`, which imports torch
 RESTARTS = 3
 LEAST_SECONDS = 15.0  # with less, a benchmark is not started again
@@ -45,7 +55,7 @@ class Part:
     name: str
     command: tuple[str, ...]
     share: float
-    log: str | None = None  # file for the output besides the screen; only it gets the names of tests that pass
+    log: str | None = None  # file for the output; the screen gets headings and the names of tests that fail
     budget: bool = False  # takes --seconds, after which it begins no step
     resumes: bool = False  # takes --resume
     grace: float = 0.0  # seconds between an interrupt and the end
@@ -65,15 +75,26 @@ def missing() -> str | None:
         return f"{sys.executable} has no Triton: pip install triton, or name another interpreter, make gpu PYTHON=..."
     if interpreted():
         return "TRITON_INTERPRET is set, under which no time is meant: unset it"
-    if find_spec("dynmoe_tutel.kernels") is None:
-        return "dynmoe_tutel.kernels is not importable: run `make gpu`, which lays out the package, or install it"
+    return lay_out(ROOT)
+
+
+def lay_out(root: Path) -> str | None:
+    """Make the link to the kernels in a copy of the checkout that lost it; the reason why that failed, or None."""
+    kernels = root / "dynmoe_tutel" / "kernels"
+    if (kernels / "__init__.py").exists():
+        return None
+    try:
+        kernels.unlink(missing_ok=True)  # git without symbolic links has a file there
+        kernels.symlink_to(Path("..", "kernels"))
+    except OSError as error:
+        return f"{kernels} is no link to {root / 'kernels'} and cannot be made one ({error.strerror})"
     return None
 
 
 def parts(results: Path) -> list[Part]:
     """The commands, in order."""
     python = sys.executable
-    options = ["-v", "-p", "no:cacheprovider"]
+    options = ["-v", "-p", "no:cacheprovider", "-p", "benchmarks.common.lost_device"]
     if find_spec("xdist") is not None:
         options += ["-n", str(min(12, os.cpu_count() or 1))]
     if find_spec("pytest_timeout") is not None:  # a kernel that hangs costs one test
@@ -84,10 +105,11 @@ def parts(results: Path) -> list[Part]:
         return (python, "-m", f"benchmarks.{module}", "--device", "cuda", "--out", out)
 
     return [
-        Part("compilation", (python, "-m", "benchmarks.warm"), 0.12, budget=True),
-        Part("tests", (python, "-m", "pytest", *options, *TESTS), 0.38, "tests-gpu.txt", grace=GRACE),
-        Part("kernels", benchmark("kernels"), 0.22, budget=True, resumes=True),
-        Part("layer", benchmark("layer"), 0.28, budget=True, resumes=True),
+        Part("smoke", benchmark("smoke"), 0.16, budget=True),
+        Part("compilation", (python, "-m", "benchmarks.warm"), 0.11, budget=True),
+        Part("layer", benchmark("layer"), 0.27, budget=True, resumes=True),
+        Part("kernels", benchmark("kernels"), 0.19, budget=True, resumes=True),
+        Part("tests", (python, "-m", "pytest", *options, *TESTS), 0.27, summary.TESTS, grace=GRACE),
     ]
 
 
@@ -116,6 +138,8 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
             text=True,
             errors="replace",
             start_new_session=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"},
         )
     finally:
         if ignored:
@@ -131,8 +155,8 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
         process = patiently(lambda: _start(command))
     except NotStartedError as error:
         return f"could not be started: {error}", NOT_STARTED
-    assert process.stdout is not None
     overran = threading.Event()
+    killed: list[float] = []
 
     def interrupt() -> None:
         overran.set()
@@ -141,6 +165,7 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
     def kill() -> None:
         overran.set()
         _end(process, signal.SIGKILL)
+        killed.append(time.monotonic())
 
     def clear() -> None:
         process.wait()
@@ -152,13 +177,13 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
         timers.append(threading.Timer(max(limit - part.grace, limit / 4), interrupt))
     for timer in timers:
         timer.start()
-    lines = []
+    lines: list[str] = []
+    reader = threading.Thread(target=_read, args=(process, part.log is not None, lines), daemon=True)
+    reader.start()
     try:
-        for line in process.stdout:
-            lines.append(line)
-            if part.log is None or "::" not in line or "FAILED" in line or "ERROR" in line:
-                print(line, end="", flush=True)
-        status = process.wait()
+        while reader.is_alive() and not (killed and time.monotonic() - killed[0] > UNKILLABLE):
+            reader.join(0.2)
+        status = -signal.SIGKILL if reader.is_alive() else process.wait()
     finally:
         for timer in timers:
             timer.cancel()
@@ -170,6 +195,18 @@ def run(part: Part, limit: float, results: Path, again: bool = False) -> tuple[s
     if status == NOT_STARTED:
         return "failed: a tool could not be started", status
     return (f"failed ({status})" if status else "passed"), status
+
+
+def _read(process: subprocess.Popen[str], tests: bool, lines: list[str]) -> None:
+    """Keep the output's lines and print them; of tests, only pytest's headings and so many failures."""
+    assert process.stdout is not None
+    failures = 0
+    for line in process.stdout:
+        lines.append(line)
+        failed = "FAILED" in line or "ERROR" in line
+        failures += failed
+        if not tests or line.startswith("=") or (failed and failures <= FAILURES):
+            print(line[:300].rstrip("\n"), flush=True)
 
 
 def run_all(results: Path, seconds: float) -> dict[str, str]:
@@ -191,6 +228,7 @@ def run_all(results: Path, seconds: float) -> dict[str, str]:
                 break
         outcomes[part.name] = outcome
         left = left[1:]
+        print("\n".join(["", *summary.lines(results, outcomes)]), flush=True)
     return outcomes
 
 
@@ -205,18 +243,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu: {why}", file=sys.stderr)
         return 2
     results = args.results.resolve()
-    summaries = results / "kernels-gpu.json", results / "layer-gpu.json"
-    reports = [*beside(summaries[0], ".md", ".png"), *beside(summaries[1], ".md")]
-    check_outputs(parser, "--results", [results / "tests-gpu.txt", results / "targets-gpu.md", *reports])
+    smoke, layer, kernels = (results / name for name in summary.FILES.values())
+    reports = [smoke, *beside(layer, ".md"), *beside(kernels, ".md", ".png")]
+    reports += [results / summary.TESTS, results / "targets-gpu.md"]
+    check_outputs(parser, "--results", reports)
     for path in reports:  # the table must not read another run's results
         path.unlink(missing_ok=True)
     started = time.monotonic()
     outcomes = run_all(results, args.seconds)
-    text = targets.report(*summaries)
-    (results / "targets-gpu.md").write_text(text + "\n")
+    text = targets.report(kernels, layer)
+    known = summary.lines(results, outcomes)
+    (results / "targets-gpu.md").write_text("\n".join([text, "", *(f"* {line}" for line in known)]) + "\n")
     print(f"\n{text}\n\n{time.monotonic() - started:.0f} s; results in {results}")
-    for name, outcome in outcomes.items():
-        print(f"{name}: {outcome}")
+    print("\n".join(known))
     return 0 if all(outcome == "passed" for outcome in outcomes.values()) else 1
 
 

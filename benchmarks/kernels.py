@@ -2,6 +2,10 @@
 
     python -m benchmarks.kernels [--device cuda] [--shape vit-s ...] [--dtype bfloat16] [--seconds N] [--out FILE.json]
 
+The shapes with targets come first. Each matrix product is also timed as torch.nn.functional.grouped_mm ("NAME:
+grouped_mm": the product alone, on contiguous rows) and, at these shapes, on loads of which one expert has half ("NAME,
+skewed").
+
 It first compares a kernel with torch on the same device; a kernel that differs is named and not timed. It times
 CUDA-graph replays over several sets of inputs, so that these come from memory. It writes FILE.json and FILE.md after
 every kernel and the roofline FILE.png after every shape. The exit status is 1 if a kernel failed, 3 if the device was
@@ -22,29 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .common.results import DEVICE_LOST, Progress, reason, usable
-from .common.shapes import GPU_SHAPES, Shape
+from .common.results import DEVICE_LOST, Progress, late_compilations, reason, usable
+from .common.shapes import GPU_SHAPES, TARGETS, Shape
+from .common.tensors import difference
 from .common.timing import beside, bounds, check_outputs, duration, environment, seconds, spread, unable, whole
-from .launches.kernel_calls import TINY, Inputs, Kernel, kernels_of
+from .launches.kernel_calls import PRODUCTS, TINY, Inputs, Kernel, grouped_mm_of, kernels_of
 
 L2_BYTES = 128 << 20  # more than any cache on a GPU holds
 MOST_SETS = 8
-
-
-def difference(found: Any, expected: Any) -> float:
-    """The largest relative RMS difference, infinite if one is not finite; for integers, the share that differs."""
-    if not isinstance(found, Tensor):
-        return max(difference(f, e) for f, e in zip(found, expected, strict=True))
-    if found.shape != expected.shape:
-        return float("inf") if found.numel() or expected.numel() else 0.0
-    if not found.numel():
-        return 0.0
-    if not found.is_floating_point():
-        return float((found != expected).double().mean())
-    error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
-    return error if error == error else float("inf")  # max() may skip a NaN
 
 
 def sets_of_inputs(shape: Shape, dtype: torch.dtype) -> int:
@@ -54,27 +44,43 @@ def sets_of_inputs(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, device: torch.device, rates: dict[str, float], repeats: int
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    rates: dict[str, float],
+    repeats: int,
+    skewed: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one result per kernel; `failed` gets the exception of a kernel that differs or does not run."""
+    """Yield one result per kernel; `failed` gets the exception of a kernel that differs or does not run.
+
+    `skewed`: the products alone, where one expert has half of the rows.
+    """
     sets = sets_of_inputs(shape, dtype) if device.type == "cuda" else 1
-    for same in zip(*(kernels_of(Inputs(shape, dtype, device, seed)) for seed in range(sets)), strict=True):
+    for same in zip(*(_kernels(Inputs(shape, dtype, device, seed, skewed)) for seed in range(sets)), strict=True):
         first = same[0]
+        if skewed and first.name.split(":")[0] not in PRODUCTS:
+            continue
         result: dict[str, Any] = {
             "shape": asdict(shape),
             "dtype": str(dtype).removeprefix("torch."),
-            "kernel": first.name,
+            "kernel": first.name + ", skewed" * skewed,
             "bytes": first.bytes,
             "flops": first.flops,
             "difference": None,
         }
         try:
-            if first.expected is not None:
+            if first.expected is not None and device.type != "meta":
                 result["difference"] = _checked(first, dtype)
             times = seconds([kernel.run for kernel in same], device, repeats)
             yield result | judged(first, times, rates)
         except Exception as error:  # compilation, launch and comparison may raise anything
             yield result | {"failed": error}
+
+
+def _kernels(inputs: Inputs) -> Iterator[Kernel]:
+    """Ours, then torch's products."""
+    yield from kernels_of(inputs)
+    yield from grouped_mm_of(inputs)
 
 
 def _checked(kernel: Kernel, dtype: torch.dtype) -> float:
@@ -134,7 +140,8 @@ def roofline(results: Sequence[dict[str, Any]], rates: dict[str, float], path: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    timed = [r for r in results if r["flops"] and "failed" not in r]
+    ours = [r for r in results if not r["kernel"].endswith((": grouped_mm", ", skewed"))]
+    timed = [r for r in ours if r["flops"] and "failed" not in r]
     figure, axes = plt.subplots(figsize=(9, 6))
     bandwidth, rate = rates["bytes_per_second"], rates["flops_per_second"]
     ridge = rate / bandwidth
@@ -155,22 +162,29 @@ def roofline(results: Sequence[dict[str, Any]], rates: dict[str, float], path: P
     plt.close(figure)
 
 
+def steps_of(shapes: dict[str, Shape]) -> dict[str, tuple[Shape, bool]]:
+    """Name of a step: shape, whether its loads are skewed. Skewed ones follow the shapes with targets."""
+    plain = {name: (shape, False) for name, shape in shapes.items()}
+    targets = {name: plain.pop(name) for name in TARGETS if name in plain}
+    return targets | {f"{name}, skewed": (shape, True) for name, (shape, _) in targets.items()} | plain
+
+
 def run(
     progress: Progress, shapes: dict[str, Shape], dtype: torch.dtype, device: torch.device, limit: float, repeats: int
 ) -> int:
-    """Measure the shapes in order while time lasts; return the exit status."""
+    """Measure the shapes while time lasts; return the exit status."""
     started, lost = time.monotonic(), False
     plots = progress.out is not None and find_spec("matplotlib") is not None
     if progress.out is not None and not plots:
         print("no plot is drawn: matplotlib is not installed", file=sys.stderr)
-    for name, shape in shapes.items():
+    for name, (shape, skewed) in steps_of(shapes).items():
         if time.monotonic() - started > limit:
-            print(f"skipped, no time is left: {shape}")
+            print(f"skipped, no time is left: {name}: {shape}")
             continue
         if not progress.begin(name):
             continue
         try:
-            for result in measure(shape, dtype, device, progress.summary["bounds"], repeats):
+            for result in measure(shape, dtype, device, progress.summary["bounds"], repeats, skewed):
                 error = result.get("failed")
                 progress.results.append(result if error is None else result | {"failed": reason(error)})
                 print(rows(progress.results[-1:])[0], flush=True)
@@ -187,15 +201,22 @@ def run(
         if lost:
             return DEVICE_LOST
         if plots:
-            try:
-                title = progress.summary["environment"].get("gpu", "interpreter")
-                roofline(progress.results, progress.summary["bounds"], progress.out.with_suffix(".png"), title)
-            except Exception as error:  # a failed plot must not stop the other shapes
-                progress.fail("plot", error)
-                plots = False
+            plots = _plotted(progress)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return progress.conclude(limit)
+
+
+def _plotted(progress: Progress) -> bool:
+    """Draw the roofline; False if that failed, which must not stop the other shapes."""
+    assert progress.out is not None
+    try:
+        title = progress.summary["environment"].get("gpu", "interpreter")
+        roofline(progress.results, progress.summary["bounds"], progress.out.with_suffix(".png"), title)
+    except Exception as error:
+        progress.fail("plot", error)
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes, dtype, args.repeats = {"tiny": TINY}, torch.float32, 2
     rates = bounds(device, dtype) | {"dtype": str(dtype).removeprefix("torch.")}
     progress = Progress(args.out, {"environment": environment(device), "bounds": rates}, table, args.resume)
+    if device.type == "cuda":
+        progress.summary["compiled"] = late_compilations()
     return run(progress, shapes, dtype, device, args.seconds, args.repeats)
 
 

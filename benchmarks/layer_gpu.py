@@ -1,7 +1,7 @@
 """The whole layer on a GPU against the bare products and other implementations; run by `benchmarks.layer`.
 
 * ours:        `MoELayer` forward and backward: exact, bounded (1.25 of the mean k) and full capacity; the last two also
-               as a CUDA graph. Engine "grouped_mm" is ours with torch's grouped product.
+               as a CUDA graph. Contestant "grouped_mm" is ours with torch's grouped product.
 * bare:        only the experts' products, by cuBLAS on contiguous rows, all rows at once; timed before and after the
                others, so that its spread shows changes of the clocks.
 * dense:       a dense MLP on A rows, as many FLOPs as the layer: the cost of an eager Linear, activation, Linear.
@@ -9,13 +9,13 @@
 * peers:       every installed peer, and ours beside them, on the same fixed-k routing; eager, since some wait for the
                device, and last, since some compile for minutes. See `benchmarks.peers`.
 
-Ratios are bare / contestant from the same run; times are medians in milliseconds on the named GPU. Results are on disk
-after every contestant. Exit status: 0, 1 if something failed, 3 if the device was lost.
+The shapes with targets come first, with the contestants that answer most: bare, ours bounded as a graph, ours exact,
+grouped_mm. Ratios are bare / contestant from the same pass; times are medians in milliseconds on the named GPU. Results
+are on disk after every contestant. Exit status: 0, 1 if something failed, 3 if the device was lost.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -26,136 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from dynmoe_tutel import MoELayer
 
 from . import peers
-from .common.results import DEVICE_LOST, Progress, reason, usable
-from .common.shapes import GPU_SHAPES, Shape
+from .common.results import DEVICE_LOST, Progress, late_compilations, reason, usable
+from .common.shapes import GPU_SHAPES, TARGETS, Shape
+from .common.tensors import difference
 from .common.timing import bounds, environment, peak_bytes, seconds, spread
-
-TARGETS = ("vit-s", "vit-b", "bert-l", "llm-4k")  # the shapes with targets in the design
-
-
-class Case:
-    """A layer of one shape with the shape's mean k, tokens, and an output gradient."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
-        generator = torch.Generator(device).manual_seed(0)  # on the device: a CPU would take many seconds
-
-        def draw() -> Tensor:
-            return torch.randn(shape.T, shape.D, generator=generator, device=device).to(dtype)
-
-        self.x_TD, self.d_y_TD = draw().requires_grad_(), draw()
-        experts = {"num_experts_per_device": shape.E, "hidden_size_per_expert": shape.H}
-        kind = {"type": "ffn", "activation_fn": F.gelu}
-        if shape.gated:
-            kind = {"type": "llama_ffn", "activation_fn": F.silu}
-        self._unused = MoELayer({"type": "top_any"}, shape.D, experts | kind, seeds=(0, 0)).to(device, dtype)
-        gate = self._unused.gates[0]
-        with torch.no_grad():
-            x = self.x_TD[:4096].float()
-            cos_TE = F.normalize(x, dim=1) @ F.normalize(gate.sim_matrix.float(), dim=0)
-            gate.gates.copy_(cos_TE.quantile(1 - shape.k / shape.E, dim=0))
-        self.layer = self.make("exact", "auto")
-        with torch.no_grad():
-            self.rows = int(self.layer.route(self.x_TD).num_assignments)
-
-    def make(self, capacity: Any, engine: str) -> MoELayer:
-        """A layer with the same weights: copied, since drawing many weights takes seconds."""
-        layer = copy.deepcopy(self._unused)
-        layer.capacity, layer.experts.engine = capacity, engine
-        return layer
-
-    def step(self, layer: nn.Module) -> Callable[[], Any]:
-        """Forward and backward with gradients of tokens and all parameters."""
-        parameters = [self.x_TD, *layer.parameters()]
-        one = torch.ones((), device=self.device)
-
-        def run() -> Any:
-            y_TD = layer(self.x_TD)
-            return torch.autograd.grad((y_TD, y_TD.l_aux), parameters, (self.d_y_TD, one))
-
-        return run
-
-    def bare(self) -> Callable[[], Any]:
-        """The forward and backward products on contiguous rows of one large matrix."""
-        s, g = self.shape, 2 if self.shape.gated else 1
-
-        def draw(*size: int) -> Tensor:
-            return torch.randn(size, device=self.device).to(self.dtype)
-
-        x, h, a, d_row = draw(self.rows, s.D), draw(self.rows, g * s.H), draw(self.rows, s.H), draw(self.rows, s.D)
-        w1, w2 = draw(s.D, g * s.H), draw(s.H, s.D)
-
-        def run() -> None:
-            torch.mm(x, w1)
-            torch.mm(a, w2)
-            torch.mm(d_row, w2.t())
-            torch.mm(a.t(), d_row)
-            torch.mm(h, w1.t())
-            torch.mm(x.t(), h)
-
-        return run
-
-    def dense(self) -> Callable[[], Any]:
-        """A dense MLP on A rows."""
-        s = self.shape
-        x = torch.randn(self.rows, s.D, device=self.device).to(self.dtype).requires_grad_()
-        d_y = torch.randn(self.rows, s.D, device=self.device).to(self.dtype)
-        up, down = (nn.Linear(*size, device=self.device, dtype=self.dtype) for size in ((s.D, s.H), (s.H, s.D)))
-        gate = nn.Linear(s.D, s.H, device=self.device, dtype=self.dtype) if s.gated else None
-        parameters = [x, *up.parameters(), *down.parameters(), *(gate.parameters() if gate else ())]
-
-        def run() -> Any:
-            hidden = F.silu(up(x)) * gate(x) if gate else F.gelu(up(x))
-            return torch.autograd.grad(down(hidden), parameters, d_y)
-
-        return run
-
-    def saved_share(self) -> float:
-        """Bytes kept for the backward, over the bytes of x, the pre-activations and an index of 8 A."""
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y_TD = self.layer(self.x_TD)
-        for parameter in self.layer.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
-        del y_TD
-        n, s = self.x_TD.element_size(), self.shape
-        pre = n * self.rows * s.H * (2 if s.gated else 1)
-        return sum(kept.values()) / (n * s.T * s.D + pre + 8 * self.rows)
-
-
-def contestants(case: Case) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """Name, timed call, and whether it runs as a CUDA graph; each is built on its turn."""
-    yield "bare", case.bare(), True
-    bounded, full = case.make(1.25 * case.shape.k, "auto"), case.make("full", "auto")
-    yield "ours, exact", case.step(case.layer), False
-    yield "ours, bounded", case.step(bounded), False
-    yield "ours, bounded, graph", case.step(bounded), True
-    yield "ours, full", case.step(full), False
-    yield "ours, full, graph", case.step(full), True
-    del bounded, full
-    yield "grouped_mm", case.step(case.make("exact", "grouped_mm")), False
-    yield "loop", case.step(case.make("exact", "torch")), False
-    yield "dense", case.dense(), True
-    yield "bare", case.bare(), True
+from .layer_case import GROUPS, Case, Group
 
 
 def check(case: Case) -> float:
     """Relative RMS error of our output against the torch engine's; raises RuntimeError if it is large."""
     with torch.no_grad():
-        ours, loop = case.layer(case.x_TD).double(), case.make("exact", "torch")(case.x_TD).double()
-    error = float((ours - loop).norm() / loop.norm())
+        error = difference(case.layer(case.x_TD), case.make("exact", "torch")(case.x_TD))
     if not error < (1e-2 if case.dtype != torch.float32 else 1e-5):
         raise RuntimeError(f"ours and the loop differ by {error:.1e}")
     return error
@@ -167,20 +50,24 @@ def measure(
     device: torch.device,
     repeats: int,
     failed: Callable[[str, Exception], None] = lambda name, error: None,
+    groups: Sequence[Group] = GROUPS,
+    result: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a shape's result so far after every contestant; one that cannot run has its reason in place of a time.
 
-    `failed` gets the name and the exception.
+    `failed` gets the name and the exception. An earlier `result` of the shape grows by the contestants of `groups`.
     """
     case = Case(shape, dtype, device)
-    result: dict[str, Any] = {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
-    result |= {"skipped": {}, "milliseconds": {}, "peak_bytes": {}, "bare_over": {}, "teraflops": {}, "peers": {}}
-    result["relative_rms_to_loop"] = check(case)
-    result["saved_over_bound"] = case.saved_share()
+    if result is None:
+        result = {"shape": asdict(shape), "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
+        result |= {"skipped": {}, "seconds": {}, "peak_bytes": {}, "peers": {}}
+        result |= {"milliseconds": {}, "bare_over": {}, "teraflops": {}}
+        result["relative_rms_to_loop"] = check(case)
+        result["saved_over_bound"] = case.saved_share()
     yield result
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}  # of this pass: its ratios are between times of the same clocks
     flops = replace(shape, k=case.rows / shape.T).flops(backward=True)
-    for name, run, graph in contestants(case):
+    for name, run, graph in (contestant for group in groups for contestant in group(case)):
         try:
             before = peak_bytes(device, fresh=True)
             times[name] = times.get(name, []) + seconds([run], device, repeats, graph)
@@ -193,10 +80,11 @@ def measure(
                 raise
             continue
         median = {other: statistics.median(values) for other, values in times.items()}
-        result["milliseconds"] = {other: spread([1e3 * t for t in values]) for other, values in times.items()}
-        result["teraflops"] = {other: flops / t / 1e12 for other, t in median.items()}
+        result["seconds"] |= times
+        result["milliseconds"] |= {other: spread([1e3 * t for t in values]) for other, values in times.items()}
+        result["teraflops"] |= {other: flops / t / 1e12 for other, t in median.items()}
         if "bare" in median:
-            result["bare_over"] = {other: median["bare"] / t for other, t in median.items()}
+            result["bare_over"] |= {other: median["bare"] / t for other, t in median.items()}
         yield result
 
 
@@ -337,18 +225,27 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _measure_shape(
-    progress: Progress, step: str, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
+    progress: Progress,
+    step: str,
+    groups: Sequence[Group],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
 ) -> None:
     """Measure all but the peers; a contestant that cannot run is a failure."""
 
     def failed(name: str, error: Exception) -> None:
         progress.fail(f"{step}: {name}", error)
 
-    for count, result in enumerate(measure(shape, dtype, device, repeats, failed)):
-        if count == 0:
-            progress.results.append(result)  # grows as it is measured
+    wanted = (asdict(shape), str(dtype).removeprefix("torch."))
+    known = next((r for r in progress.results if (r["shape"], r["dtype"]) == wanted), None)
+    for result in measure(shape, dtype, device, repeats, failed, groups, known):
+        if known is None:
+            progress.results.append(known := result)  # grows as it is measured
         progress.save()
-    print("\n".join(rows(progress.results[-1])), flush=True)
+    assert known is not None
+    print("\n".join(rows(known)), flush=True)
 
 
 def _measure_peers(
@@ -379,28 +276,38 @@ def _measure_peers(
 def run(
     device: torch.device, dtypes: Sequence[str], limit: float, repeats: int, out: Path | None, resume: bool = False
 ) -> int:
-    """Measure in order of weight while time lasts: shapes with targets, the affine fit, other shapes, peers."""
+    """Measure in order of weight while time lasts.
+
+    Shapes with targets, the affine fit, their further contestants, the other shapes, peers.
+    """
     end = time.monotonic() + limit
     first = getattr(torch, dtypes[0])
     progress = Progress(out, {"environment": environment(device), "bounds": bounds(device, first)}, table, resume)
+    if device.type == "cuda":
+        progress.summary["compiled"] = late_compilations()
 
     def fit() -> None:
         progress.summary["affine"] = affine(first, device, GPU_SHAPES["vit-s"], repeats)
 
-    steps: list[tuple[str, Callable[[], None]]] = []
-    quick: list[tuple[str, Callable[[], None]]] = []
-    slow: list[tuple[str, Callable[[], None]]] = []
+    Step = tuple[str, Callable[[], None]]
+    steps: list[Step] = []
+    more: list[Step] = []
+    quick: list[Step] = []
+    slow: list[Step] = []
     others = [name for name in peers.ADAPTERS if name not in peers.TUNING]
     for dtype in dtypes:
-        for name, shape in sorted(GPU_SHAPES.items(), key=lambda item: item[0] not in TARGETS):
-            if (dtype, name) == (dtypes[0], next(n for n in GPU_SHAPES if n not in TARGETS)):
-                steps.append(("affine", fit))
+        for name, shape in GPU_SHAPES.items():
             case = (shape, getattr(torch, dtype), device, repeats)
             step = f"{name}, {dtype}"
-            steps.append((step, partial(_measure_shape, progress, step, *case)))
+            if name in TARGETS:
+                steps.append((step, partial(_measure_shape, progress, step, GROUPS[:1], *case)))
+                later = f"{step}, further"
+                more.append((later, partial(_measure_shape, progress, later, GROUPS[1:], *case)))
+            else:
+                more.append((step, partial(_measure_shape, progress, step, GROUPS, *case)))
             quick.append((f"peers, {step}", partial(_measure_peers, progress, others, *case, end)))
             slow.append((f"peers that tune, {step}", partial(_measure_peers, progress, peers.TUNING, *case, end)))
-    for step, call in steps + quick + slow:
+    for step, call in [*steps, ("affine", fit), *more, *quick, *slow]:
         if time.monotonic() > end:
             print(f"skipped, no time is left: {step}")
             continue

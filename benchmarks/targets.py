@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .common.shapes import GPU_SHAPES, Shape
+from .common.shapes import GPU_SHAPES, TARGETS, Shape
 
 Summary = dict[str, Any]
 LARGE_GATE = 8 << 20  # T D from which the gate is held against the copy bandwidth
@@ -55,7 +55,7 @@ class Target:
         return "no"
 
 
-def _names(shape: dict[str, Any]) -> str:
+def shape_name(shape: dict[str, Any]) -> str:
     """The name of a shape."""
     found = Shape(**{field.name: shape[field.name] for field in fields(Shape)})
     return next((name for name, other in GPU_SHAPES.items() if other == found), str(found))
@@ -75,7 +75,7 @@ def _layer_values(
     for result in layer["results"] if layer else ():
         value = read(result) if result["dtype"] == "bfloat16" else None
         if value is not None:
-            found[_names(result["shape"])] = value
+            found[shape_name(result["shape"])] = value
     return [(found[name], name) for name in shapes] if set(shapes) <= found.keys() else []
 
 
@@ -88,7 +88,7 @@ def _kernel_values(
         for r in (kernels["results"] if kernels else ())
         if r["kernel"] == kernel and r["dtype"] == "bfloat16" and chosen(Shape(**r["shape"]))
     ]
-    return [] if any("failed" in r for r in own) else [(read(r), _names(r["shape"])) for r in own]
+    return [] if any("failed" in r for r in own) else [(read(r), shape_name(r["shape"])) for r in own]
 
 
 def targets(kernels: Summary | None, layer: Summary | None) -> list[Target]:
@@ -105,7 +105,7 @@ def targets(kernels: Summary | None, layer: Summary | None) -> list[Target]:
         lambda r: r["microseconds"]["median"],
         lambda s: s.T <= 32768 and s.E <= 64,
     )
-    saved = _layer_values(layer, ("vit-s", "vit-b", "bert-l", "llm-4k"), lambda r: r["saved_over_bound"])
+    saved = _layer_values(layer, TARGETS, lambda r: r["saved_over_bound"])
     fit = (layer or {}).get("affine") or {}
     return [
         over("ViT-S (384/1536, E 8)", ("vit-s",), 0.62, 0.75),
@@ -130,9 +130,7 @@ def targets(kernels: Summary | None, layer: Summary | None) -> list[Target]:
 def _waits(layer: Summary | None) -> tuple[float | None, str]:
     """0 where every step was captured as a CUDA graph, which a wait for the device would have ended."""
     names = (OURS, "ours, full, graph")
-    values = _layer_values(
-        layer, ("vit-s", "vit-b", "bert-l", "llm-4k"), lambda r: 0.0 if set(names) <= r["milliseconds"].keys() else None
-    )
+    values = _layer_values(layer, TARGETS, lambda r: 0.0 if set(names) <= r["milliseconds"].keys() else None)
     return (0.0, "steps captured as CUDA graphs") if values else (None, "")
 
 

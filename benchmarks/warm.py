@@ -3,9 +3,10 @@
     python -m benchmarks.warm [--arch sm_90] [--shape vit-s ...] [--jobs N] [--seconds N]
 
 A benchmark compiles kernels one by one, a second or two each, which would use up the time for measuring. Here each
-process has Triton compile its share of the launches that `benchmarks.launches` lists, for meta tensors and without
-launching, so that later requests hit the cache. It needs no GPU. A kernel that does not compile is named and left to
-the benchmark; the exit status is then 1. If only tools could not start, at every try, the status is 101.
+process runs the benchmarks on tensors without values (`launches.rehearsal`) and compiles its share of what they launch,
+without launching, so that later requests hit the cache. So there is no list of kernels to keep, and no GPU is needed.
+A kernel that does not compile is named and left to the benchmark; the exit status is then 1. If only tools could not
+start, at every try, the status is 101.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from math import ceil
+from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -31,8 +32,8 @@ from .common.patience import NOT_STARTED, NotStartedError, in_processes, patient
 from .common.results import reason
 from .common.shapes import GPU_SHAPES, Shape
 from .common.timing import duration, whole
-from .launches.operations import VARIANTS, run_all
-from .launches.record import Launch, launch_of, recording
+from .launches.record import Launch, launch_of
+from .launches.rehearsal import run_benchmarks
 
 
 class _Driver:
@@ -51,64 +52,93 @@ class _Driver:
         return self.target
 
 
-def lengths(shape: Shape) -> Iterator[Shape]:
-    """The shape with each measured number of rows: exact (any number), bounded and full."""
-    for rows in (shape.rows + 1, ceil(1.25 * shape.k * shape.T), shape.E * shape.T):
-        yield replace(shape, k=rows / shape.T)
+@dataclass
+class Compiled:
+    """What a share of the launches came to: its launches, those that compiled, and by reason those that did not."""
 
-
-def call_all(architecture: str, shapes: Sequence[Shape]) -> None:
-    """Call every operation on meta tensors, as the benchmarks do in bf16."""
-    with tiles.assume(architecture):
-        for shape in shapes:
-            for length in lengths(shape):
-                run_all(length, torch.bfloat16, VARIANTS["default"])
+    planned: set[Launch] = field(default_factory=set)
+    done: set[Launch] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # a tool could not start
 
 
 @contextmanager
-def compiling(launches: Sequence[Launch], end: float) -> Iterator[tuple[list[Launch], list[str], list[str]]]:
-    """Compile these launches when they come, until `end` of the monotonic clock.
+def compiling(share: int, shares: int, end: float, launchers: bool) -> Iterator[Compiled]:
+    """Compile every launch of this share when it comes, until `end` of the monotonic clock, in place of launching.
 
-    Yields three growing lists: the compiled launches, the reasons of failures, and those whose tool could not start.
+    `launchers`: also the C code that some versions of Triton have for each signature, which needs the GPU's driver.
     """
-    left = set(launches)
-    done: list[Launch] = []
-    wrong: list[str] = []
-    refused: list[str] = []
+    found = Compiled()
     run: Callable[..., Any] = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = launch_of(self, args, dict(kwargs), False)
-        if launch not in left or time.monotonic() > end:
+        if launch in found.planned or crc32(repr(launch).encode()) % shares != share:
             return
-        left.remove(launch)
+        found.planned.add(launch)
+        if time.monotonic() > end:
+            return
         try:
-            patiently(lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
-            done.append(launch)
+            kernel = patiently(lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
+            if launchers:
+                patiently(lambda: make_launcher(kernel))
+            found.done.add(launch)
         except NotStartedError as error:
-            refused.append(f"{launch.kernel} ({launch.configuration}): {error}")
+            found.refused.append(f"{launch.kernel} ({launch.configuration}): {error}")
         except Exception as error:  # a compiler may raise anything
-            wrong.append(f"{launch.kernel} ({launch.configuration}): {reason(error)}")
+            found.wrong.append(f"{launch.kernel} ({launch.configuration}): {reason(error)}")
 
     JITFunction.run = compile_instead
     try:
-        yield done, wrong, refused
+        yield found
     finally:
         JITFunction.run = run
 
 
+def make_launcher(kernel: Any) -> None:
+    """Compile a kernel's launcher, where Triton has one in C for each signature (3.6)."""
+    from triton.backends.nvidia import driver as nvidia
+
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)
+
+
 def compile_share(
-    architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float
-) -> tuple[int, int, list[str], list[str]]:
-    """Compile every `shares`-th launch from `share` on. Returns how many were to compile, how many did, the reasons of
-    failures, and the launches whose tool could not start."""
+    architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float, launchers: bool
+) -> Compiled:
+    """Compile one of `shares` parts of the launches; a shape whose benchmarks raise is one that is wrong."""
     driver.set_active(_Driver(architecture))
-    with recording() as launches:
-        call_all(architecture, shapes)
-    own = launches[share::shares]
-    with compiling(own, end) as (done, wrong, refused):
-        call_all(architecture, shapes)
-    return len(own), len(done), wrong, refused
+    with compiling(share, shares, end, launchers) as found:
+        for shape in shapes:
+            try:
+                run_benchmarks(architecture, shape)
+            except Exception as error:
+                found.wrong.append(f"the calls of {shape}: {reason(error)}")
+    return found
+
+
+def compile_all(shapes: Sequence[Shape], jobs: int, seconds: float, architecture: str | None = None) -> int:
+    """Compile the launches of the shapes and say how it went; return the exit status. Default: for this GPU."""
+    started = time.monotonic()
+    launchers = architecture is None
+    architecture = architecture or tiles.architecture(torch.device("cuda"))
+    if not architecture.startswith("sm_"):
+        print(f"nothing is compiled ahead for {architecture}")
+        return 0
+    end = started + seconds  # the processes share this clock
+    shares = [(architecture, shapes, i, jobs, end, launchers) for i in range(jobs)]
+    results = list(in_processes(compile_share, shares, jobs))
+    found = [result for result in results if not isinstance(result, NotStartedError)]
+    refused = [f"a share of the kernels: {result}" for result in results if isinstance(result, NotStartedError)]
+    refused += [why for result in found for why in result.refused]
+    wrong = list(dict.fromkeys(why for result in found for why in result.wrong))
+    for why in wrong:
+        print(f"FAILED {why}")
+    for why in refused:
+        print(f"NOT STARTED {why}")
+    planned, done = sum(len(r.planned) for r in found), sum(len(r.done) for r in found)
+    print(f"{done} of {planned} kernels compiled in {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if wrong else NOT_STARTED if refused else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,26 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.arch is None and not torch.cuda.is_available():
         parser.error("argument --arch: needed where torch sees no GPU")
-    started = time.monotonic()
-    architecture = args.arch or tiles.architecture(torch.device("cuda"))
-    if not architecture.startswith("sm_"):
-        print(f"nothing is compiled ahead for {architecture}")
-        return 0
-    shapes = [GPU_SHAPES[name] for name in args.shape]
-    end = started + args.seconds  # the processes share this clock
-    shares = [(architecture, shapes, i, args.jobs, end) for i in range(args.jobs)]
-    results = list(in_processes(compile_share, shares, args.jobs))
-    found = [result for result in results if not isinstance(result, NotStartedError)]
-    refused = [f"a share of the kernels: {result}" for result in results if isinstance(result, NotStartedError)]
-    wrong = [why for _, _, reasons, _ in found for why in reasons]
-    refused += [why for *_, reasons in found for why in reasons]
-    for why in wrong:
-        print(f"FAILED {why}")
-    for why in refused:
-        print(f"NOT STARTED {why}")
-    planned, compiled = sum(n for n, *_ in found), sum(n for _, n, *_ in found)
-    print(f"{compiled} of {planned} kernels compiled in {time.monotonic() - started:.0f} s")
-    return 1 if wrong else NOT_STARTED if refused else 0
+    return compile_all([GPU_SHAPES[name] for name in args.shape], args.jobs, args.seconds, args.arch)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,17 @@ MOST_TRACEBACK = 4000  # characters, the last ones
 
 
 class Progress:
-    """The summary of a benchmark, its JSON file and the table beside it."""
+    """The summary of a benchmark, its JSON file and, as a `page` beside it, the table."""
 
     def __init__(
-        self, out: Path | None, summary: dict[str, Any], table: Callable[[dict[str, Any]], str], resume: bool = False
+        self,
+        out: Path | None,
+        summary: dict[str, Any],
+        table: Callable[[dict[str, Any]], str],
+        resume: bool = False,
+        page: bool = True,
     ) -> None:
-        self.out, self.table = out, table
+        self.out, self.table, self.page = out, table, page
         self.summary: dict[str, Any] = {**summary, "results": [], "failures": [], "begun": [], "finished": []}
         if resume and out is not None and out.exists():
             before = json.loads(out.read_text())
@@ -70,7 +75,7 @@ class Progress:
     def save(self) -> None:
         """Write the file and the table."""
         if self.out is not None:
-            write(self.out, self.summary, self.table(self.summary))
+            write(self.out, self.summary, self.table(self.summary) if self.page else None)
 
     def conclude(self, limit: float) -> int:
         """Print the table; return the exit status: 1 if something failed or nothing began within `limit` seconds."""
@@ -79,6 +84,20 @@ class Progress:
             return 1
         print("\n" + self.table(self.summary))
         return 1 if self.summary["failures"] else 0
+
+
+def late_compilations() -> list[str]:
+    """A list that grows by the name of every kernel that Triton compiles in this process and did not find on disk."""
+    from triton import knobs
+
+    names: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            names.append(src.name)
+
+    knobs.compilation.listener = listen
+    return names
 
 
 def reason(error: BaseException) -> str:

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.shapes import Shape
+from ..common.tensors import generator_on
 
 TINY = Shape(40, 32, 48, 4, 1.5)
+# the matrix products, whose time depends on how the rows are spread over the experts
+PRODUCTS = (
+    "up",
+    "down",
+    "activation gradient",
+    "weight gradient, first",
+    "weight gradient, second",
+    "rows of the tokens' gradient",
+)
 
 
 @dataclass
@@ -29,12 +41,12 @@ class Kernel:
 
 
 class Inputs:
-    """Tensors of one layer, routed with the shape's mean k."""
+    """Tensors of one layer, routed with the shape's mean k; experts have equal loads, or the first one half of all."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, skewed: bool = False) -> None:
         from dynmoe_tutel import kernels
 
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = generator_on(device, seed)
 
         def draw(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
@@ -47,7 +59,9 @@ class Inputs:
         self.active_E = torch.ones(E, dtype=torch.bool, device=device)
         unit_DE = torch.nn.functional.normalize(self.w_DE.float(), dim=0)
         cos_TE = torch.nn.functional.normalize(self.x_TD[:4096].float(), dim=1) @ unit_DE
-        self.thresholds_E = cos_TE.quantile(1 - shape.k / E, dim=0)
+        first = min(1.0, shape.k / 2) if skewed else shape.k / E  # the share of the tokens that the first expert takes
+        self.thresholds_E = cos_TE.quantile(1 - (shape.k - first) / (E - 1), dim=0)
+        self.thresholds_E[0] = cos_TE[:, 0].quantile(1 - first)
         self.score_TE, self.bits_TW, self.unrouted_T, self.inv_norm_T, self.counts = kernels.threshold_gate(
             self.x_TD, self.w_DE, self.thresholds_E, self.active_E, self.scale, False
         )
@@ -61,7 +75,7 @@ class Inputs:
         self.w2 = draw(E, H, D, scale=H**-0.5)
         self.weights = kernels.ExpertWeights(self.w1, self.b1, self.w3, None, self.w2, self.b2)
         self.activation = "silu" if shape.gated else "gelu"
-        self.rows_AD = draw(self.A, D)
+        self.rows_AD, self.hidden_AH = draw(self.A, D), draw(self.A, H)
 
     def activation_gradient(self, h_AH: Tensor, u_AH: Tensor) -> Any:
         """The activation gradient as in the layer's backward, from the saved pre-activations."""
@@ -82,10 +96,16 @@ class Loop:
     """The experts' products in torch, expert by expert, with sums in fp32."""
 
     def __init__(self, inputs: Inputs) -> None:
-        offsets = inputs.index[0].tolist()
-        self.segments = list(enumerate(map(slice, offsets[:-1], offsets[1:])))
-        self.token_A = inputs.index[2].long()
         self.inputs = inputs
+
+    @cached_property
+    def segments(self) -> list[tuple[int, slice]]:
+        offsets = self.inputs.index[0].tolist()
+        return list(enumerate(map(slice, offsets[:-1], offsets[1:])))
+
+    @cached_property
+    def token_A(self) -> Tensor:
+        return self.inputs.index[2].long()
 
     def linear(self, rows_AK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None = None) -> Tensor:
         """Rows [A, N] in fp32."""
@@ -280,3 +300,38 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
         2 * T * D * E,
         lambda: d_cos.t() @ i.x_TD.float(),
     )
+
+
+def grouped_mm_of(inputs: Inputs) -> Iterator[Kernel]:
+    """The products by torch.nn.functional.grouped_mm, on contiguous rows and without what our kernels fuse with them:
+    gathering, biases, activations."""
+    i, s, loop = inputs, inputs.shape, Loop(inputs)
+    D, H, A, n = s.D, s.H, inputs.A, inputs.x_TD.element_size()
+    x, a, ends = i.rows_AD, i.hidden_AH, i.index[0][1:]
+    ups = [w for w in (i.w1, i.w3) if w is not None]
+    rows_D, rows_H, weight, g = n * A * D, n * A * H, n * s.E * D * H, len(ups)
+
+    def linear(rows: Tensor, weights: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return (
+            lambda: [F.grouped_mm(rows, w, offs=ends) for w in weights],
+            lambda: [loop.linear(rows, w) for w in weights],
+        )
+
+    def weight_gradient(left: Tensor, right: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return lambda: F.grouped_mm(left.t(), right, offs=ends), lambda: loop.weight_gradient(left, right)
+
+    calls = {
+        "up": (rows_D + g * (weight + rows_H), g, linear(x, ups)),
+        "down": (rows_H + weight + rows_D, 1, linear(a, [i.w2])),
+        "activation gradient": (rows_D + weight + rows_H, 1, linear(x, [i.w2.transpose(1, 2)])),
+        "weight gradient, first": (rows_D + rows_H + weight, 1, weight_gradient(x, a)),
+        "weight gradient, second": (rows_H + rows_D + weight, 1, weight_gradient(a, x)),
+        "rows of the tokens' gradient": (
+            rows_H + g * (weight + rows_D),
+            g,
+            linear(a, [w.transpose(1, 2) for w in ups]),
+        ),
+    }
+    for name in PRODUCTS:
+        size, products, (run, expected) = calls[name]
+        yield Kernel(f"{name}: grouped_mm", run, size, 2 * products * A * D * H, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,36 @@ def test_without_a_gpu_it_says_so(copy: Path) -> None:
     assert not (copy / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_make_it_says_so_too(copy: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(copy / "out")]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("make gpu: no GPU: torch")
+    assert not (copy / "out").exists()
+
+
+class TestLayOut:
+    """A copy may come without symbolic links."""
+
+    @pytest.mark.parametrize("lost", ["nothing is there", "a file with the link's text", "nothing is lost"])
+    def test_the_link_is_made_again(self, lost: str, copy: Path) -> None:
+        kernels = copy / "dynmoe_tutel" / "kernels"
+        if lost != "nothing is lost":
+            kernels.unlink()
+        if lost == "a file with the link's text":
+            kernels.write_text("../kernels")
+        assert gpu.lay_out(copy) is None
+        assert os.readlink(kernels) == "../kernels"
+        assert (kernels / "__init__.py").exists()
+
+    def test_what_cannot_be_made_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "dynmoe_tutel" / "kernels").mkdir(parents=True)
+        why = gpu.lay_out(tmp_path)
+        assert why is not None
+        assert str(tmp_path / "dynmoe_tutel" / "kernels") in why
+
+
 @needs_make
 def test_an_interpreter_without_torch_is_named(copy: Path) -> None:
     python = copy / "python"
@@ -73,7 +104,7 @@ def parts(*shares: float, code: str = "", **more: Any) -> list[gpu.Part]:
 class TestTime:
     def test_the_shares_are_all_of_it_and_benchmarks_end_before_they_are_ended(self, tmp_path: Path) -> None:
         found = gpu.parts(tmp_path)
-        assert [part.name for part in found] == ["compilation", "tests", "kernels", "layer"]
+        assert [part.name for part in found] == ["smoke", "compilation", "layer", "kernels", "tests"]
         assert sum(part.share for part in found) == pytest.approx(1)
         for part in found:
             command = gpu._command(part, 100.0, again=False)
@@ -142,9 +173,12 @@ class TestCrashes:
         (tmp_path / "layer-gpu.json").write_text("of another run")
         assert gpu.main(["--results", str(tmp_path), "--seconds", f"{PATIENCE}"]) == 1
         out = capsys.readouterr().out
-        assert "a: failed (1)\nb: passed\n" in out
+        assert "a failed (1); b passed\n" in out
         assert "| bare / ours, ViT-S" in out
-        assert "bare / ours, ViT-S" in (tmp_path / "targets-gpu.md").read_text()
+        page = (tmp_path / "targets-gpu.md").read_text()
+        assert "bare / ours, ViT-S" in page
+        assert page.splitlines()[-10:] == [f"* {line}" for line in out.splitlines()[-10:]]
+        assert "a failed (1)\n" in out, "ten lines after the first part"
         assert not (tmp_path / "layer-gpu.json").exists()
 
 
@@ -200,7 +234,7 @@ def test_b():
 def test_tests_that_overrun_say_what_failed(
     tmp_path: Path, begun: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They are interrupted first; only the log has the names of tests that pass."""
+    """They are interrupted first; only the log has the names of tests that pass, and tracebacks."""
     (tmp_path / "test_x.py").write_text("def test_0(): pass\n" + TESTS)
     command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path))
     outcome, _ = gpu.run(gpu.Part("tests", command, 1.0, "log.txt", grace=22.0), 30.0, tmp_path)
@@ -213,6 +247,44 @@ def test_tests_that_overrun_say_what_failed(
         assert "1 failed, 1 passed" in text
     assert "test_0 PASSED" in log
     assert "test_0" not in screen
+    assert 'assert False, "the reason"' in log
+    assert 'assert False, "the reason"' not in screen
+
+
+def test_many_failures_leave_room_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "FAILURES", 3)
+    code = "for i in range(9): print(f'FAILED test_{i}')\nprint('=== 9 failed in 1.00s ===')"
+    gpu.run(gpu.Part("tests", (sys.executable, "-c", code), 1.0, "log.txt"), PATIENCE, tmp_path)
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    assert lines == ["FAILED test_0", "FAILED test_1", "FAILED test_2", "=== 9 failed in 1.00s ==="]
+    assert (tmp_path / "log.txt").read_text().count("FAILED") == 9
+
+
+def test_a_process_that_a_kill_does_not_end_is_left(
+    tmp_path: Path, begun: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose device hangs may be: the next part begins all the same."""
+    monkeypatch.setattr(gpu, "UNKILLABLE", 0.1)
+    monkeypatch.setattr(gpu, "_end", lambda *_: None)
+    started: list[Any] = []
+    start = gpu._start
+    monkeypatch.setattr(gpu, "_start", lambda command: started.append(start(command)) or started[-1])
+    code = f"open({str(tmp_path / 'begun')!r}, 'w'); {WAIT}"
+    try:
+        outcome, status = gpu.run(gpu.Part("p", (sys.executable, "-c", code), 1.0), 1.0, tmp_path)
+        assert outcome == "ended after 1 s"
+        assert status < 0
+    finally:
+        started[0].kill()
+
+
+def test_parts_run_from_the_checkout_whatever_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = (sys.executable, "-c", "import benchmarks.common.shapes as s; print(s.__file__)")
+    gpu.run(gpu.Part("p", command, 1.0, "log.txt"), PATIENCE, tmp_path)
+    assert (tmp_path / "log.txt").read_text().startswith(str(ROOT))
 
 
 def test_what_a_part_leaves_behind_is_ended(tmp_path: Path) -> None:
@@ -253,7 +325,7 @@ class TestOptions:
         monkeypatch.setattr(gpu, "run", never)
         (tmp_path / "file").write_text("")
         (tmp_path / "layer-gpu.md").mkdir()
-        for results, path in ((tmp_path / "file", "file/tests-gpu.txt"), (tmp_path, "layer-gpu.md")):
+        for results, path in ((tmp_path / "file", "file/smoke-gpu.json"), (tmp_path, "layer-gpu.md")):
             with pytest.raises(SystemExit, match=r"^2$"):
                 gpu.main(["--results", str(results)])
             line = capsys.readouterr().err.splitlines()[-1]
@@ -271,7 +343,17 @@ class TestOptions:
 
         monkeypatch.setattr(gpu, "run", run)
         assert gpu.main(["--results", str(tmp_path / "a" / "b"), "--seconds", "0.5"]) == 0
-        assert ran == ["compilation", "tests", "kernels", "layer"]
+        assert ran == ["smoke", "compilation", "layer", "kernels", "tests"]
+
+    def test_at_most_eight_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is brought back from a machine may be no more."""
+        checked: list[Path] = []
+        monkeypatch.setattr(gpu, "missing", lambda: None)
+        monkeypatch.setattr(gpu, "check_outputs", lambda parser, option, paths: checked.extend(paths))
+        monkeypatch.setattr(gpu, "run", lambda *_, **__: ("passed", 0))
+        assert gpu.main(["--results", str(tmp_path)]) == 0
+        assert len(set(checked)) == len(checked) <= 8
+        assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in checked}
 
 
 WAIT = "import time; time.sleep(3600)"

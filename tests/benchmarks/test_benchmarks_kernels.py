@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import PATIENCE
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gpu, kernels, layer_gpu, peers, tune
+from benchmarks import gpu, kernels, layer_gpu, tune
 from benchmarks.common import timing
 from benchmarks.common.results import DEVICE_LOST, Progress
-from benchmarks.common.shapes import GPU_SHAPES, Shape
-from benchmarks.launches.kernel_calls import Kernel
-from dynmoe_tutel.kernels.gpu import tiles
+from benchmarks.common.shapes import GPU_SHAPES, TARGETS, Shape
+from benchmarks.common.tensors import difference
+from benchmarks.launches.kernel_calls import PRODUCTS, Inputs, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(40, 16, 24, 4, 1.5)
@@ -37,11 +36,11 @@ def test_every_kernel_is_checked_and_listed_in_the_interpreter(tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
-    assert len({r["kernel"] for r in results}) == len(results) == 16
+    assert len({r["kernel"] for r in results}) == len(results) == 16 + len(PRODUCTS)
     assert all(r["difference"] < 1e-5 for r in results)
     assert all(r["bytes"] > 0 and r["bound_microseconds"] > 0 for r in results)
     _check_models({r["kernel"]: r for r in results})
-    assert out.with_suffix(".md").read_text().count("\n| T 40") == 16
+    assert out.with_suffix(".md").read_text().count("\n| T 40") == 16 + len(PRODUCTS)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,6 +67,8 @@ def _check_models(found: dict[str, dict[str, Any]]) -> None:
         "rows of the tokens' gradient": (rows_H + weight + rows_D, product),
         "routing vectors' gradient": (tokens + router + 4 * 32 * 4, 2 * 40 * 32 * 4),
     }
+    for name in PRODUCTS:
+        assert found[f"{name}: grouped_mm"]["flops"] == product
     for name, numbers in expected.items():
         assert (found[name]["bytes"], found[name]["flops"]) == numbers, name
     # rows, x, dy (for the bias), dx, scores, the gradients of scores and cosines, parts of the gate's gradient
@@ -92,13 +93,13 @@ class TestJudgement:
     def test_what_is_not_finite_differs_wherever_it_is(self) -> None:
         """A NaN in the second output: the maximum of a number and NaN may be the number."""
         good, bad = torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0])
-        assert kernels.difference((good, good), (good, good)) == 0
-        assert kernels.difference((good, bad), (good, good)) == float("inf")
-        assert kernels.difference((bad, good), (good, good)) == float("inf")
-        assert kernels.difference(good[:3], good) == float("inf")
-        assert kernels.difference(good[:0], good.new_empty(0, 5)) == 0  # an empty output
-        assert kernels.difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
-        assert kernels.difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+        assert difference((good, good), (good, good)) == 0
+        assert difference((good, bad), (good, good)) == float("inf")
+        assert difference((bad, good), (good, good)) == float("inf")
+        assert difference(good[:3], good) == float("inf")
+        assert difference(good[:0], good.new_empty(0, 5)) == 0  # an empty output
+        assert difference(good.new_full((4,), 1.1), good) == pytest.approx(0.1)
+        assert difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
 
     @pytest.mark.parametrize("name", GPU_SHAPES)
     def test_sets_of_tokens_do_not_fit_in_a_cache(self, name: str) -> None:
@@ -109,6 +110,32 @@ class TestJudgement:
         assert sets * tokens > 1.1 * 60e6 or sets == 8
         if shape.T * shape.D >= 8 << 20:  # the gate has a target here
             assert sets * tokens > 120e6
+
+
+class TestLoads:
+    @pytest.mark.parametrize("skewed", [False, True])
+    def test_one_expert_has_half_of_the_rows_or_an_equal_share(self, skewed: bool) -> None:
+        shape = Shape(4096, 32, 8, 8, 1.5)
+        loads = Inputs(shape, torch.float32, torch.device("cpu"), 0, skewed).index[0].diff() / shape.rows
+        expected = torch.tensor([0.5] + [0.5 / 7] * 7 if skewed else [1 / 8] * 8)
+        assert torch.allclose(loads, expected, atol=0.002)
+
+    def test_only_products_are_timed_with_skewed_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
+            yield from (Kernel(name, lambda: None, 1, 1) for name in ("gate", *PRODUCTS, "combine"))
+
+        monkeypatch.setattr(kernels, "kernels_of", kernels_of)
+        monkeypatch.setattr(kernels, "grouped_mm_of", lambda inputs: [Kernel("up: grouped_mm", lambda: None, 1, 1)])
+        rates = {"bytes_per_second": 1.0, "flops_per_second": 1.0}
+        found = kernels.measure(TINY, torch.float32, torch.device("cpu"), rates, 1, True)
+        names = [*(f"{name}, skewed" for name in PRODUCTS), "up: grouped_mm, skewed"]
+        assert [result["kernel"] for result in found] == names
+
+    def test_skewed_loads_follow_the_shapes_with_targets(self) -> None:
+        steps = list(kernels.steps_of(dict(reversed(GPU_SHAPES.items()))))
+        assert steps[:4] == list(TARGETS)
+        assert steps[4:8] == [f"{name}, skewed" for name in TARGETS]
+        assert sorted(steps[8:]) == sorted(GPU_SHAPES.keys() - set(TARGETS))
 
 
 def _fake_results(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
@@ -208,261 +235,12 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_so() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_contestants_of_the_layer_run_and_agree(gated: bool) -> None:
-    """All contestants except Triton's run on a CPU; each result is in the table."""
-    shape = Shape(TINY.T, TINY.D, TINY.H, TINY.E, TINY.k, gated)
-    cpu = torch.device("cpu")
-    *_, result = layer_gpu.measure(shape, torch.float32, cpu, 2)
-    *_, result["peers"] = layer_gpu.measure_peers(tuple(peers.ADAPTERS), peers.PeerCase(shape, torch.float32, cpu), 2)
-    names = set(result["milliseconds"])
-    assert {"bare", "dense", "loop", "grouped_mm", "ours, exact", "ours, bounded", "ours, full"} <= names
-    assert result["relative_rms_to_loop"] < 1e-5
-    assert 0.9 < result["saved_over_bound"] < 3  # with so few tokens, scores and flags take more than 8 A
-    assert result["skipped"] == {}
-    assert set(result["peers"]) == {"ours", *peers.ADAPTERS}
-    assert result["peers"]["ours"]["it_over_ours"] == 1
-    rates = {"bytes_per_second": 1e12, "flops_per_second": 1e12}
-    text = layer_gpu.table({"environment": {}, "bounds": rates, "results": [result], "failures": []})
-    assert all(f"| {name}" in text for name in peers.ADAPTERS)
-    assert all(name in text for name in names)
-
-
-class TestPeers:
-    @pytest.mark.parametrize("name", peers.ADAPTERS)
-    def test_one_that_is_not_installed_is_named(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(peers, "find_spec", lambda _: None)
-        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
-        assert peers.unavailable(name, case) == "not installed"
-
-    @pytest.mark.parametrize("gated", [False, True])
-    def test_ours_on_their_routing(self, gated: bool) -> None:
-        shape = Shape(TINY.T, TINY.D, TINY.H, TINY.E, 3, gated)
-        case = peers.PeerCase(shape, torch.float32, torch.device("cpu"))
-        assert case.index_TK.shape == (40, 3)
-        assert all(len(set(row)) == 3 for row in case.index_TK.tolist())
-        ours = peers.ours(case)
-        assert peers.checked(ours, case) < 1e-6
-        grads = peers.step(ours, case)()
-        assert [g.shape for g in grads] == [t.shape for t in (case.x_TD, *ours.parameters)]
-
-    def test_a_wrong_output_is_not_timed(self) -> None:
-        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
-        ours = peers.ours(case)
-        wrong = peers.Peer(lambda x: ours.forward(x) * 1.001, ours.parameters)
-        with pytest.raises(RuntimeError, match="differs from plain torch"):
-            peers.checked(wrong, case)
-
-    def test_what_a_peer_throws_is_its_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def build(name: str, case: peers.PeerCase) -> peers.Peer:
-            raise ImportError("no compiled part")
-
-        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
-        monkeypatch.setattr(peers, "build", build)
-        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
-        *_, found = layer_gpu.measure_peers(("tutel",), case, 2)
-        assert found["tutel"] == {"skipped": "ImportError: no compiled part"}
-        assert "milliseconds" in found["ours"]
-
-    def test_one_that_is_wrong_is_named_and_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is off by 3 %: the table has the reason in place of its time."""
-        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
-        timed = []
-
-        def build(name: str, case: peers.PeerCase) -> peers.Peer:
-            right = peers.ours(case)
-            factor = 1.03 if name == "tutel" else 1.0
-            return peers.Peer(lambda x: right.forward(x) * factor, right.parameters, note=name)
-
-        monkeypatch.setattr(peers, "build", build)
-        step = peers.step
-        monkeypatch.setattr(peers, "step", lambda peer, case: timed.append(peer.note) or step(peer, case))
-        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
-        *_, found = layer_gpu.measure_peers(("tutel", "scattermoe"), case, 2)
-        assert found["tutel"] == {"skipped": "RuntimeError: its output differs from plain torch by 3.0e-02"}
-        assert timed == ["", "scattermoe"]
-        lines = layer_gpu.peer_rows({"shape": asdict(TINY), "dtype": "float32", "peers": found})
-        assert "skipped: RuntimeError: its output differs" in lines[1]
-
-    def test_every_peer_is_in_the_results(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Ours is measured once, and again if there is a peer that tunes."""
-        cpu, measured = torch.device("cpu"), []
-        ours = peers.ours
-        monkeypatch.setattr(peers, "ours", lambda case: measured.append("ours") or ours(case))
-        quick = tuple(name for name in peers.ADAPTERS if name not in peers.TUNING)
-        for reasons in ({}, {"moe-ops": None}):
-            monkeypatch.setattr(
-                peers, "unavailable", lambda name, _, reasons=reasons: reasons.get(name, "not installed")
-            )
-            monkeypatch.setattr(peers, "build", lambda _, case: ours(case))
-            progress = Progress(None, {}, layer_gpu.table)
-            progress.results.append({"shape": asdict(TINY), "dtype": "float32", "peers": {}})
-            for names in (quick, peers.TUNING):
-                layer_gpu._measure_peers(progress, names, TINY, torch.float32, cpu, 1, float("inf"))
-            found = progress.results[0]["peers"]
-            assert set(found) == {"ours", *peers.ADAPTERS}
-            skipped = {name for name, entry in found.items() if "skipped" in entry}
-            assert skipped == peers.ADAPTERS.keys() - reasons.keys()
-        assert measured == ["ours"] * 3
-
-    def test_none_begins_without_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(peers, "unavailable", lambda *_: None)
-        case = peers.PeerCase(TINY, torch.float32, torch.device("cpu"))
-        *_, found = layer_gpu.measure_peers(("tutel", "scattermoe"), case, 1, end=0.0)
-        assert found["tutel"] == found["scattermoe"] == {"skipped": "no time was left"}
-        assert "milliseconds" in found["ours"]
-
-
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            a, b = args[-2:]
-            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        else:
-            assert "mm" not in name
-        return func(*args, **(kwargs or {}))
-
-
-class TestLayer:
-    def test_time_against_assignments(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A made-up clock: 1 s plus 10 ms per assignment; the heavy token takes 1 % more than the mean around it."""
-        rows: list[int] = []
-        made = layer_gpu.Case
-
-        def case(*args: Any) -> layer_gpu.Case:
-            found = made(*args)
-            rows.append(found.rows)
-            return found
-
-        monkeypatch.setattr(layer_gpu, "Case", case)
-        later = iter([2.9, 3.03, 3.1])
-        monkeypatch.setattr(layer_gpu, "seconds", lambda *_: [1 + 0.01 * rows[-1] if len(rows) < 6 else next(later)])
-        fit = layer_gpu.affine(torch.float32, torch.device("cpu"), Shape(256, 16, 8, 8, 2), 1)
-        assert fit["r2"] == pytest.approx(1)
-        assert fit["nanoseconds_an_assignment"] == pytest.approx(1e7)
-        assert fit["one_token_with_every_expert"] == pytest.approx(1.01)
-        assert fit["the_same_again"] == pytest.approx(3.1 / 2.9)
-
-    def test_determination_by_hand(self) -> None:
-        """Times 1, 2, 4 at 0, 1, 2: slope 1.5, residuals 1/6, -1/3, 1/6, R2 = 1 - (1/6) / (14/3)."""
-        r2, slope = layer_gpu.determination([0, 1, 2], [1, 2, 4])
-        assert slope == pytest.approx(1.5)
-        assert r2 == pytest.approx(1 - (1 / 6) / (14 / 3))
-
-    def test_flops_by_hand(self) -> None:
-        """20 rows of 3 by 5: two products of 2 * 20 * 15, three if gated, all times three with the backward."""
-        assert Shape(10, 3, 5, 4, 2).flops(backward=False) == 1200
-        assert Shape(10, 3, 5, 4, 2).flops(backward=True) == 3600
-        assert Shape(10, 3, 5, 4, 2, gated=True).flops(backward=True) == 5400
-
-    @pytest.mark.parametrize("gated", [False, True])
-    def test_bare_and_dense_multiply_as_much_as_the_layer(self, gated: bool) -> None:
-        """Counted by torch; the layer's loop also has the gate's products."""
-        shape = Shape(64, 16, 24, 4, 2, gated)
-        case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
-        flops = replace(shape, k=case.rows / shape.T).flops(backward=True)
-        for run in (case.bare(), case.dense()):
-            with Products() as counter:
-                run()
-            assert counter.flops == flops
-
-    def test_saved_by_hand(self) -> None:
-        """All that the CPU's backward keeps (x, h, the index and more), over x, h and 8 A."""
-        shape = Shape(512, 64, 256, 4, 2)
-        case = layer_gpu.Case(shape, torch.float32, torch.device("cpu"))
-        bound = 4 * 512 * 64 + 4 * case.rows * 256 + 8 * case.rows
-        # scores, bits, flags, norms; offsets; the routing vectors' tensors that the loss keeps
-        more = 512 * (4 * 4 + 8 + 1 + 4) + 4 * (512 + 1 + 4 + 1)
-        assert 1 + more / bound <= case.saved_share() < 1 + (more + 8192) / bound
-
-    def test_the_result_grows_and_a_contestant_that_fails_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def bad() -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        def contestants(case: layer_gpu.Case) -> Iterator[tuple[str, Any, bool]]:
-            yield "bare", case.bare(), True
-            yield "ours, exact", bad, False
-            yield "loop", case.bare(), False
-            yield "bare", case.bare(), True
-
-        monkeypatch.setattr(layer_gpu, "contestants", contestants)
-        failed = []
-        steps = [
-            (set(result["milliseconds"]), set(result["skipped"]))
-            for result in layer_gpu.measure(
-                TINY, torch.float32, torch.device("cpu"), 3, lambda name, error: failed.append((name, str(error)))
-            )
-        ]
-        oom = {"ours, exact"}
-        both = {"bare", "loop"}
-        assert steps == [(set(), set()), ({"bare"}, set()), ({"bare"}, oom), (both, oom), (both, oom)]
-        assert failed == [("ours, exact", "CUDA out of memory")]
-
-    def test_a_run_in_order_of_weight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Shapes with targets, the fit, other shapes, peers; a failing step fails the run but does not end it."""
-        order: list[str] = []
-
-        def bad(*_: object) -> dict[str, Any]:
-            order.append("affine")
-            raise RuntimeError("no graph")
-
-        def measure(shape: Shape, *_: object) -> Iterator[dict[str, Any]]:
-            order.append(str(shape))
-            yield from ()
-
-        monkeypatch.setattr(layer_gpu, "bounds", lambda *_: {"bytes_per_second": 1.0, "flops_per_second": 1.0})
-        monkeypatch.setattr(layer_gpu, "affine", bad)
-        monkeypatch.setattr(layer_gpu, "_measure_shape", lambda _, step, shape, *__: order.append(step))
-        monkeypatch.setattr(layer_gpu, "_measure_peers", lambda _, names, *__: order.append(",".join(names)))
-        out = tmp_path / "x.json"
-        assert layer_gpu.run(torch.device("cpu"), ["float32"], 60, 1, out) == 1
-        shapes = [f"{name}, float32" for name in (*layer_gpu.TARGETS, *GPU_SHAPES) if name in GPU_SHAPES]
-        shapes = list(dict.fromkeys(shapes))
-        assert order[:4] == shapes[:4]
-        assert order[4] == "affine"
-        assert order[5:11] == shapes[4:]
-        assert order[11:21] == ["scattermoe,sonicmoe,megablocks,tutel"] * 10
-        assert order[21:] == ["moe-ops,liger-kernel"] * 10
-        (failure,) = json.loads(out.read_text())["failures"]
-        assert (failure["where"], failure["why"]) == ("affine", "RuntimeError: no graph")
-
-
 def test_spread_and_environment() -> None:
     assert timing.spread([1.0, 2.0, 3.0])["median"] == 2.0
     assert timing.spread([5.0]) == {"median": 5.0, "quartile_1": 5.0, "quartile_3": 5.0}
     found = timing.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__
     assert "gpu" not in found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_tuner_writes_what_the_configurations_read(tmp_path: Path) -> None:
-    out = tmp_path / "table.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.tune", "--interpreter", "--repeats", "1", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = json.loads(out.read_text())["configs"]
-    kinds = {key.split("/")[0] for key in table}
-    assert kinds == {"up", "linear", "activation_gradient", "weight_gradient"}
-    for key, values in table.items():
-        config = tiles.GemmConfig(**values)
-        assert config.block_m >= 16, key
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nothing_is_tuned_without_a_gpu() -> None:
-    command = [sys.executable, "-m", "benchmarks.tune"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -510,7 +288,7 @@ class TestOptions:
     def test_a_bad_value_is_named_with_what_is_allowed(
         self, option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for main in [kernels.main] if option in ("--seconds", "--device") else [kernels.main, tune.main]:
+        for main in [kernels.main] if option == "--device" else [kernels.main, tune.main]:
             line = refused(main, capsys, option, value)
             assert f"argument {option}: " in line
             assert repr(value) in line
@@ -579,17 +357,6 @@ class TestOptions:
         line = refused(tune.main, capsys, "--interpreter", "--out", str(out))
         assert f"argument --out: came {str(out)!r}, which is no table of tiles" in line
         assert out.read_text() == text
-
-
-def test_entries_of_other_shapes_stay_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written with --out to a folder that does not exist yet, then again."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    out = tmp_path / "new" / "folder" / "x.json"
-    for key in ("up/1", "linear/2"):
-        entry = {key: asdict(tiles.GemmConfig(16, 16, 16, 1, 1))}
-        monkeypatch.setattr(tune, "tune", lambda *_, entry=entry: entry)
-        assert tune.main(["--interpreter", "--out", str(out)]) == 0
-    assert set(tune.read_table(out)) == {"up/1", "linear/2"}
 
 
 def test_time_that_is_up_before_the_first_shape(

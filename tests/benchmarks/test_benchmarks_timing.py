@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common import timing
+from benchmarks.common.shapes import Shape
 
 GPU = torch.device("cuda")
 MICROSECOND = 1e-6
@@ -137,3 +141,72 @@ def test_peak_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.peak_bytes(GPU, fresh=True) == 3
     assert called == ["empty_cache", "reset_peak_memory_stats"]
     assert timing.peak_bytes(torch.device("cpu")) == 0
+
+
+@pytest.fixture
+def measured_on_a_gpu(gpu: MadeUp, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    """The programs take the way of a GPU, with tensors on the CPU: events, graphs and memory are made up."""
+    from benchmarks import kernels, layer_gpu, peers
+
+    properties = SimpleNamespace(name="X", multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for name, value in {"max_memory_allocated": 3 << 20, "memory_allocated": 1 << 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    shapes = {"vit-s": Shape(40, 16, 24, 4, 2), "llm-2k": Shape(40, 16, 24, 4, 2, gated=True)}
+    rates = {"bytes_per_second": 1e12, "flops_per_second": 1e12}
+    cpu = torch.device("cpu")
+    for module, made in ((layer_gpu, "Case"), (peers, "PeerCase"), (kernels, "Inputs")):
+        on_a_gpu = getattr(module, made)
+
+        def on_the_cpu(shape: Shape, dtype: Any, _: Any, *more: Any, on_a_gpu: Any = on_a_gpu) -> Any:
+            return on_a_gpu(shape, dtype, cpu, *more)
+
+        monkeypatch.setattr(module, made, on_the_cpu)
+    for module in (layer_gpu, kernels):
+        monkeypatch.setattr(module, "bounds", lambda *_: dict(rates))
+        monkeypatch.setattr(module, "GPU_SHAPES", shapes)
+        monkeypatch.setattr(module, "usable", lambda _: True)
+    clock = iter(range(1, 1 << 20))
+    monkeypatch.setattr(timing, "_elapsed", lambda run: (run(), 1e-3 * next(clock))[1])  # a call takes no made-up time
+    return gpu
+
+
+def test_the_layer_as_on_a_gpu(measured_on_a_gpu: MadeUp, tmp_path: Path) -> None:
+    """Every line of the benchmark runs: graphs and eager steps, memory, the fit, peers; nothing fails."""
+    from benchmarks import layer_gpu
+
+    out = tmp_path / "layer.json"
+    assert layer_gpu.run(GPU, ["float32"], 600, 2, out) == 0
+    found = json.loads(out.read_text())
+    assert found["failures"] == found["compiled"] == []
+    assert found["environment"]["gpu"] == "X"
+    steps = ["vit-s, float32", "affine", "vit-s, float32, further", "llm-2k, float32"]
+    assert found["finished"][:4] == steps
+    for result in found["results"]:
+        assert len(result["milliseconds"]) == 9
+        assert set(result["peak_bytes"].values()) == {2 << 20}
+        assert "ours" in result["peers"]
+    assert measured_on_a_gpu.captures > 0
+
+
+def test_the_kernels_as_on_a_gpu(measured_on_a_gpu: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several sets of inputs, equal and skewed loads; the kernels themselves are made up, torch's product is not."""
+    from benchmarks import kernels
+
+    def kernels_of(inputs: Any) -> Iterator[Any]:
+        for name in ("gate", *kernels.PRODUCTS):
+            yield kernels.Kernel(name, lambda: inputs.x_TD * 2, 1, 1, lambda: inputs.x_TD + inputs.x_TD)
+
+    monkeypatch.setattr(kernels, "kernels_of", kernels_of)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out = tmp_path / "kernels.json"
+    options = ["--dtype", "float32", "--repeats", "2", "--out", str(out), "--shape", "vit-s", "llm-2k"]
+    assert kernels.main(["--device", "cuda", *options]) == 0
+    found = json.loads(out.read_text())
+    assert found["finished"] == ["vit-s", "vit-s, skewed", "llm-2k"]
+    assert len(found["results"]) == (1 + 12) + 12 + (1 + 12)
+    assert found["failures"] == []
+    assert measured_on_a_gpu.captures == len(found["results"])

@@ -18,13 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CODE = """
 import sys, time
+import torch
 from benchmarks import warm
-from benchmarks.launches.operations import run_all
+from benchmarks.launches.operations import VARIANTS, run_all
 from benchmarks.common.shapes import Shape
 
-warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("router_losses",))
+warm.run_benchmarks = lambda _, shape: run_all(shape, torch.bfloat16, VARIANTS["default"], ("router_losses",))
 for share, shares, seconds in eval(sys.argv[1]):
-    print(*warm.compile_share("sm_90", [Shape(64, 16, 16, 4, 2)], share, shares, time.monotonic() + seconds))
+    end = time.monotonic() + seconds
+    found = warm.compile_share("sm_90", [Shape(64, 16, 16, 4, 2)], share, shares, end, False)
+    print(len(found.planned), len(found.done), found.wrong, found.refused)
 """
 
 
@@ -55,11 +58,12 @@ def test_shares_are_disjoint_and_another_process_finds_all_of_them(tmp_path: Pat
 
 REFUSED = """
 import errno, subprocess
+import torch
 from benchmarks.common import patience; from benchmarks import warm
-from benchmarks.launches.operations import run_all
+from benchmarks.launches.operations import VARIANTS, run_all
 
 patience.time.sleep = lambda seconds: None
-warm.run_all = lambda length, dtype, variant: run_all(length, dtype, variant, ("router_losses",))
+warm.run_benchmarks = lambda _, shape: run_all(shape, torch.bfloat16, VARIANTS["default"], ("router_losses",))
 warm.in_processes = lambda function, tasks, jobs: (function(*task) for task in tasks)
 
 class Refused(subprocess.Popen):
@@ -82,3 +86,63 @@ def test_a_compiler_that_could_not_be_started_is_no_failure_of_the_kernel(tmp_pa
     assert all(line.startswith("NOT STARTED ") and "BlockingIOError" in line for line in said)
     assert counts.startswith(f"0 of {len(said)} kernels compiled in ")
     assert int(status) == 101
+
+
+def run_program(program: str, *arguments: str, **variables: str) -> list[str]:
+    """The lines that a program prints in a process in which Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_it_compiles_exactly_what_the_benchmarks_launch() -> None:
+    """Plain, gated, and with a number of tokens that is no multiple of 16: exact, bounded and full capacity, with and
+    without saving, other engines, smoke, the fit, skewed loads. The program records launches on tensors with values."""
+    shapes = ("(400, 64, 96, 8, 2)", "(400, 64, 96, 8, 2, True)", "(401, 72, 88, 7, 2)")
+    lines = run_program(str(Path(__file__).with_name("recorded_launches.py")), *shapes)
+    assert len(lines) == 3, "\n".join(lines)
+    assert all(int(line.split(": ")[1].split()[0]) > 35 and line.endswith(" in both") for line in lines)
+
+
+SHAPE_AT_FAULT = """
+from benchmarks import warm
+from benchmarks.common.shapes import Shape
+
+def run_benchmarks(_, shape):
+    if shape.T == 1:
+        raise RuntimeError("not this one")
+
+warm.run_benchmarks = run_benchmarks
+print(warm.compile_share("sm_90", [Shape(1, 8, 8, 2, 1), Shape(2, 8, 8, 2, 1)], 0, 1, float("inf"), False).wrong)
+"""
+
+
+def test_a_shape_whose_calls_fail_ends_no_other(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SHAPE_AT_FAULT)
+    (line,) = run_program(str(tmp_path / "script.py"))
+    assert line == "['the calls of T 1, D 8, H 8, E 2, k 1: RuntimeError: not this one']"
+
+
+LAUNCHER = """
+import torch
+from triton.backends.nvidia import driver as nvidia
+from benchmarks import warm
+from benchmarks.common.shapes import Shape
+from benchmarks.launches.operations import VARIANTS, run_all
+
+made = []
+nvidia.make_launcher = None  # as in 3.6; in 3.7 there is no code to compile
+nvidia.CudaLauncher = lambda source, metadata: made.append((source.fn.__name__, metadata.num_warps))
+warm.run_benchmarks = lambda _, shape: run_all(shape, torch.bfloat16, VARIANTS["default"], ("router_losses",))
+found = warm.compile_share("sm_90", [Shape(64, 16, 16, 4, 2)], 0, 1, float("inf"), True)
+print(len(made) == len(found.done) > 0, found.wrong)
+"""
+
+
+def test_launchers_in_c_are_compiled_too(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LAUNCHER)
+    assert run_program(str(tmp_path / "script.py"), TRITON_CACHE_DIR=str(tmp_path / "cache")) == ["True []"]
