@@ -59,7 +59,7 @@ gpu:
 
 # TRITON= names a version that is not the venv's
 aot: $(VENV)/.ready $(TRITON:%=build/triton-%)
-	PYTHONPATH=$(TRITON:%=build/triton-%) $(BIN)/python -m benchmarks.aot $(AOT_ARGS)
+	$(TRITON:%=PYTHONPATH=build/triton-%) $(BIN)/python -m benchmarks.aot $(AOT_ARGS)
 
 build/triton-%: | $(VENV)/.ready
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target $@ triton==$*

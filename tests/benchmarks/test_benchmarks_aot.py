@@ -314,21 +314,41 @@ print(json.dumps(found))
     assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 1, 6, 101, 6]
 
 
-def test_our_fence_stays_before_the_product(tmp_path: Path) -> None:
-    """On sm_90, under every version of Triton; sm_80 and AMD have no such instruction."""
-    code = """
+AS_IF_MISSING = """
 from benchmarks.common.ptx import unfenced_products
 from dynmoe_tutel.kernels.gpu import proxy_fence
 proxy_fence.MISSING = type(proxy_fence.MISSING)(True)
+own, compiler = "fence.proxy.async.shared::cta; //", "fence.proxy.async.shared::cta;\\n"
+"""
+
+
+def test_our_fence_stays_before_the_product(tmp_path: Path) -> None:
+    """On sm_90, under every version of Triton; sm_80 and AMD have no such instruction."""
+    code = f"""{AS_IF_MISSING}
 with record.recording() as found:
     toys.looped_kernel[(1,)](*(torch.empty(16384, device='meta', dtype=torch.bfloat16),) * 2, 256, True)
-code = {arch: found[0].compile(aot.ARCHITECTURES[arch].target).asm for arch in ("sm_80", "sm_90", "gfx942")}
-own, compiler = "fence.proxy.async.shared::cta; //", "fence.proxy.async.shared::cta;\\n"
+code = {{arch: found[0].compile(aot.ARCHITECTURES[arch].target).asm for arch in ("sm_80", "sm_90", "gfx942")}}
 ptx = code["sm_90"]["ptx"].replace(compiler, "")
 print(json.dumps([ptx.count(own), unfenced_products(ptx), unfenced_products(ptx.replace(own, "//")),
                   own in code["sm_80"]["ptx"], own in code["gfx942"]["amdgcn"]]))
 """
     assert json.loads(python(code, tmp_path)) == [1, 0, 4, False, False]
+
+
+@pytest.mark.slow
+def test_every_loop_of_products_has_our_fence_where_triton_has_none(tmp_path: Path) -> None:
+    """Triton's own fences are taken out of the code."""
+    code = f"""{AS_IF_MISSING}
+launches = aot.record("sm_90", [(aot.Shape(4096, 64, 64, 64, 2), torch.bfloat16, aot.VARIANTS["default"], False)])
+found = {{}}
+for launch in {{l.kernel: l for l in launches if dict(l.options).get("num_stages", 1) > 1}}.values():
+    ptx = launch.compile(aot.ARCHITECTURES["sm_90"].target).asm["ptx"].replace(compiler, "")
+    if "wgmma.mma_async" in ptx:
+        found[launch.kernel] = unfenced_products(ptx), unfenced_products(ptx.replace(own, "//")) > 0
+print(json.dumps(found))
+"""
+    names = ("up", "linear", "activation_gradient", "weight_gradient", "threshold_gate", "unit_gradient")
+    assert json.loads(python(code, tmp_path)) == {f"{name}_kernel": [0, True] for name in names}
 
 
 def test_without_a_fence_on_sm_100_no_product_copies_ahead(tmp_path: Path) -> None:
