@@ -31,9 +31,9 @@ def _fence_on_sm_90(_semantic=None):
 
 
 @triton.jit
-def proxy_fence():
-    """Comes before each `tl.dot` of a loop that loads its operands."""
-    if MISSING:
+def proxy_fence(operand, PRECISION: tl.constexpr):
+    """Comes before each `tl.dot` of a loop that loads its operands; exact fp32 products use no matrix cores."""
+    if MISSING and (operand.dtype != tl.float32 or PRECISION != "ieee"):
         _fence_on_sm_90()
 
 

@@ -122,7 +122,7 @@ def _weighted_sum(
             weight -= high.to(tl.float32)
             middle = weight.to(tl.bfloat16)
             low = (weight - middle.to(tl.float32)).to(tl.bfloat16)
-            proxy_fence()
+            proxy_fence(tile, PRECISION)
             acc += tl.dot(high, tile, tl.dot(middle, tile, tl.dot(low, tile)))
         else:
             acc = tl.dot(weight, tile.to(tl.float32), acc, input_precision=PRECISION)

@@ -96,7 +96,7 @@ def _step(
     step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for p in tl.static_range(PARTS):
         part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
-        proxy_fence()
+        proxy_fence(tile, PRECISION)
         step = tl.dot(tile, part, step, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
     return step
 

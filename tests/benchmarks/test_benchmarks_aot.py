@@ -51,7 +51,7 @@ def looped_kernel(x, out, K, FENCE: tl.constexpr):
         a = tl.load(x + m[:, None] * K + (k0 + k)[None, :])
         b = tl.load(x + (k0 + k)[:, None] * 64 + m[None, :])
         if FENCE:
-            proxy_fence()
+            proxy_fence(a, "ieee")
         acc = tl.dot(a, b, acc)
     tl.store(out + m[:, None] * 64 + m[None, :], acc.to(tl.bfloat16))
 
