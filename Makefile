@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CODE := dynmoe_tutel kernels benchmarks tests examples
 TRAIN_ARGS ?=
 AOT_ARGS ?= --all
+TRITON ?=
 GPU_ARGS ?=
 RESULTS ?= benchmarks/results
 
@@ -57,8 +58,12 @@ typecheck: $(VENV)/.ready
 gpu:
 	$(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(GPU_ARGS)
 
-aot: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.aot $(AOT_ARGS)
+# TRITON= names a version that is not the venv's
+aot: $(VENV)/.ready $(TRITON:%=build/triton-%)
+	$(TRITON:%=PYTHONPATH=build/triton-%) $(BIN)/python -m benchmarks.aot $(AOT_ARGS)
+
+build/triton-%: | $(VENV)/.ready
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target $@ triton==$*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

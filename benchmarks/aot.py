@@ -8,9 +8,10 @@ shape, dtype, precision, activation and variant, and every entry of `kernels/tun
 
 The exit status is the number of wrong kernels, at most 100. A kernel is wrong if it spills registers, needs more shared
 memory than the architecture has, or has a half-precision matrix product without matrix instructions. In the expert
-networks it is also wrong if it stores aligned half-precision rows one by one, or lacks `wgmma` on sm_90. A kernel whose
-compiler never started is not judged; if there are such kernels and no wrong one, the status is 101. Triton keeps
-compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
+networks it is also wrong if it stores aligned half-precision rows one by one, or lacks `wgmma` on sm_90. On sm_90 and
+sm_100 it is wrong if a matrix product may read copies in shared memory before a fence has made them visible to it,
+which depends on the version of Triton. A kernel whose compiler never started is not judged; if there are such kernels
+and no wrong one, the status is 101. Triton keeps compiled kernels on disk (TRITON_CACHE_DIR), so a second run is fast.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from dynmoe_tutel.kernels.gpu import tiles
 
 from .common.patience import NOT_STARTED, PAUSES, NotStartedError, in_processes, patiently
+from .common.ptx import unfenced_products
 from .common.shapes import GPU_SHAPES, Shape
 from .launches.operations import FILES, VARIANTS, Variant, run_all
 from .launches.record import Launch, recording
@@ -92,6 +94,7 @@ class Report:
     dots: tuple[Dot, ...] = ()
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by name
     single_stores: int = 0  # 2-byte stores in the code for rows that are multiples of 16 elements (NVIDIA)
+    unfenced: int = 0  # products that may read copies in shared memory without a fence (NVIDIA)
     error: str = ""  # why it did not compile
     not_started: str = ""  # why a tool could not start; then the kernel is not judged
 
@@ -117,6 +120,8 @@ def judge(report: Report) -> list[str]:
         found.append("is a matrix kernel without wgmma")
     if half and report.module in MATRIX_MODULES and report.single_stores:
         found.append(f"stores aligned rows element by element ({report.single_stores} stores)")
+    if report.unfenced:
+        found.append(f"has no fence between copies to shared memory and {report.unfenced} matrix instructions")
     return found
 
 
@@ -177,6 +182,7 @@ def _compile(arch: str, launch: Launch, pauses: Sequence[float]) -> Report:
         _dots(compiled.asm["ttir"]),
         {name: len(re.findall(pattern, assembly)) for name, pattern in architecture.matrix.items()},
         len(re.findall(r"\bst\.global\.[bu]16\b", assembly)) if aligned else 0,
+        0 if hip else unfenced_products(assembly),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..operands import ExpertWeights, Index
 from . import gemm_kernels, tiles
 from .gemm_kernels import block_experts, pointer
+from .proxy_fence import safe_stages
 from .row_sums import bias_gradient, sum_parts, sum_tiles
 
 
@@ -45,7 +46,7 @@ class Tiles:
             "EVEN_K": K % c.block_k == 0,
             "EVEN_N": N % c.block_n == 0,
             "PRECISION": _precision(x.dtype, tiles.architecture(x.device)),
-            **launch_options(c),
+            **launch_options(c, tiles.architecture(x.device)),
         }
 
     def grid(self, device: torch.device) -> tuple[int]:
@@ -53,12 +54,13 @@ class Tiles:
         return (max(1, min(self.most_m * self.n, tiles.processors(device) * self.config.programs)),)
 
 
-def launch_options(config: tiles.GemmConfig, gathers: bool = False) -> dict[str, int]:
+def launch_options(config: tiles.GemmConfig, chip: str, gathers: bool = False) -> dict[str, int]:
     """Compiler options besides the tile.
 
     A product that `gathers` needs one more stage: it loads token indices one step ahead of their rows.
     """
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages + gathers}
+    stages = safe_stages(config.num_stages + gathers, chip)
+    options = {"num_warps": config.num_warps, "num_stages": stages}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
     return options
@@ -217,7 +219,7 @@ def weight_gradient(
         EVEN_M=M % config.block_m == 0,
         EVEN_N=N % config.block_n == 0,
         PRECISION=_precision(a.dtype, tiles.architecture(a.device)),
-        **launch_options(config, gathers=a_from_tokens or b_from_tokens),
+        **launch_options(config, tiles.architecture(a.device), gathers=a_from_tokens or b_from_tokens),
     )
     if split > 1:
         sum_parts(parts, target)

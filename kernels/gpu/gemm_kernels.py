@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative
+from .proxy_fence import proxy_fence
 
 
 def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ def _product(
         if not EVEN_K:
             a_mask, b_mask = a_mask & inside[None, :], b_mask & inside[:, None]
         a = tl.load(a_at, mask=a_mask, other=0.0)
+        proxy_fence(a, PRECISION)
         acc = tl.dot(a, _operand(b_at, b_mask, EVEN_K and EVEN_N), acc, input_precision=PRECISION)
         if SECOND:
             acc2 = tl.dot(a, _operand(b2_at, b_mask, EVEN_K and EVEN_N), acc2, input_precision=PRECISION)
@@ -392,6 +394,7 @@ def weight_gradient_kernel(
             b = tl.load(b_at, mask=inside[:, None], other=0.0)
         else:
             b = tl.load(b_at, mask=inside[:, None] & n_mask[None, :], other=0.0)
+        proxy_fence(a, PRECISION)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     at = part.to(tl.int64) * stride_os + e.to(tl.int64) * stride_oe
     at = at + (m.to(tl.int64) * stride_om)[:, None] + (n.to(tl.int64) * stride_on)[None, :]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import tiles
 from .norms import factor_of_inverse
+from .proxy_fence import proxy_fence, safe_stages
 from .router_gradient import direction_gradient, unit_vectors
 
 EXACT_EXPERTS = 16  # up to so many, fp32 products without matrix cores take less time than reading the tokens
@@ -121,6 +122,7 @@ def _weighted_sum(
             weight -= high.to(tl.float32)
             middle = weight.to(tl.bfloat16)
             low = (weight - middle.to(tl.float32)).to(tl.bfloat16)
+            proxy_fence(tile, PRECISION)
             acc += tl.dot(high, tile, tl.dot(middle, tile, tl.dot(low, tile)))
         else:
             acc = tl.dot(weight, tile.to(tl.float32), acc, input_precision=PRECISION)
@@ -210,7 +212,8 @@ def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
     block_t = 32 if split or block_e > 16 else 16
     block_d = 128 if split and 16 < block_e <= 64 else 64
     stages = 2 if chip.startswith("gfx") else 4 if block_e <= 16 or block_d == 128 else 3
-    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
+    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": 8}
+    tile["num_stages"] = safe_stages(stages, chip)
     if chip == "sm_90" and block_d == 64:
         tile["maxnreg"] = TWO_PROGRAMS
     return tile

@@ -15,6 +15,7 @@ from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from . import tiles
 from .norms import factor_for, inverse_of, is_ordinary, own_inverse
+from .proxy_fence import proxy_fence, safe_stages
 from .ragged_index import MOST_EXPERTS
 from .score_gradient import EXACT_EXPERTS, TWO_PROGRAMS, precision, rows_contiguous
 
@@ -95,6 +96,7 @@ def _step(
     step = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for p in tl.static_range(PARTS):
         part = tl.load(part_at + (PARTS - 1 - p) * BLOCK_E * DP, mask=in_E[None, :], other=0.0)
+        proxy_fence(tile, PRECISION)
         step = tl.dot(tile, part, step, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
     return step
 
@@ -277,7 +279,8 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
     elif chip in SMALL_SHARED_MEMORY:
         while stages > 2 and (stages - 1) * stage > 96 * KB:  # shared memory holds one stage fewer
             stages -= 1
-    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps}
+    tile["num_stages"] = safe_stages(stages, chip)
     if chip == "sm_90" and stages == 4 and (x in HALF or block_e <= EXACT_EXPERTS):
         tile["maxnreg"] = TWO_PROGRAMS
     return tile

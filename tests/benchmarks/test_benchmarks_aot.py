@@ -22,6 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TOYS = '''
 import triton
 import triton.language as tl
+from dynmoe_tutel.kernels.gpu.proxy_fence import proxy_fence
 
 
 @triton.jit
@@ -39,6 +40,20 @@ def matrix_kernel(x, out, M: tl.constexpr):
     a = tl.load(x + m[:, None] * 64 + k[None, :])
     b = tl.load(x + k[:, None] * 64 + k[None, :])
     tl.store(out + m[:, None] * 64 + k[None, :], tl.dot(a, b).to(tl.bfloat16))
+
+
+@triton.jit
+def looped_kernel(x, out, K, FENCE: tl.constexpr):
+    """A product in a loop that copies ahead, [64, K] by [K, 64], with the package's fence or with Triton's alone."""
+    m, k = tl.arange(0, 64), tl.arange(0, 64)
+    acc = tl.zeros((64, 64), tl.float32)
+    for k0 in range(0, K, 64):
+        a = tl.load(x + m[:, None] * K + (k0 + k)[None, :])
+        b = tl.load(x + (k0 + k)[:, None] * 64 + m[None, :])
+        if FENCE:
+            proxy_fence(a, "ieee")
+        acc = tl.dot(a, b, acc)
+    tl.store(out + m[:, None] * 64 + m[None, :], acc.to(tl.bfloat16))
 
 
 @triton.jit
@@ -173,6 +188,21 @@ print(json.dumps([aot.judge(r) for r in variants]))
         assert bool(found["single_stores"]) == reduced
         assert any("element by element" in problem for problem in found["problems"]) == reduced
 
+    def test_a_product_that_reads_copies_without_a_fence(self, tmp_path: Path) -> None:
+        """Triton before 3.7.1 leaves it out: the package's rule of versions is what the installed compiler does."""
+        code = """
+from dynmoe_tutel.kernels.gpu import proxy_fence
+with record.recording() as found:
+    for fence in (False, True):
+        toys.looped_kernel[(1,)](*(torch.empty(16384, device='meta', dtype=torch.bfloat16),) * 2, 256, fence)
+reports = [aot.compile_one("sm_90", launch) for launch in found]
+assert all(report.matrix["wgmma"] for report in reports)
+print(json.dumps([proxy_fence.MISSING.value, [aot.judge(report) for report in reports]]))
+"""
+        missing, (without, with_fence) = json.loads(python(code, tmp_path))
+        assert without == ["has no fence between copies to shared memory and 4 matrix instructions"] * missing
+        assert with_fence == []
+
     def test_a_kernel_that_does_not_compile_is_reported(self, tmp_path: Path) -> None:
         found = toy("toys.matrix_kernel[(1,)](*(torch.empty(64, device='meta'),) * 2, 63)", tmp_path)
         assert found["problems"][0].startswith("does not compile: ")
@@ -264,13 +294,15 @@ print(json.dumps([[r.kernel, bool(r.not_started), aot.judge(r)] for r in found])
 
 
 def test_what_is_wrong_is_the_exit_status(tmp_path: Path) -> None:
-    """The command returns the number of kernels with a spill, an overflow or no wgmma; 101 if some could not be judged
-    and none is wrong."""
+    """The command returns the number of kernels with a spill, an overflow, no wgmma or no fence.
+
+    101 if some could not be judged and none is wrong.
+    """
     code = """
 right = aot.Report("sm_90", "gemm_kernels", "up_kernel", "bf16", "", 8, 128, 1024, 0, (aot.Dot(128, 128, 64, "bf16"),),
                    {"wgmma": 4})
 wrong = [replace(right, spilled=8), replace(right, shared_memory=228 * 1024), replace(right, matrix={"mma": 32}),
-         replace(right, single_stores=64), replace(right, error="CompilationError")]
+         replace(right, single_stores=64), replace(right, unfenced=4), replace(right, error="CompilationError")]
 aot.record = lambda *_: []
 found = []
 unknown = replace(right, not_started="BlockingIOError")
@@ -279,7 +311,62 @@ for reports in ([right], *([right, report] for report in wrong), [right, *wrong]
     found.append(aot.main(["--arch", "sm_90"]))
 print(json.dumps(found))
 """
-    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 5, 101, 5]
+    assert json.loads(python(code, tmp_path).splitlines()[-1]) == [0, 1, 1, 1, 1, 1, 1, 6, 101, 6]
+
+
+AS_IF_MISSING = """
+from benchmarks.common.ptx import unfenced_products
+from dynmoe_tutel.kernels.gpu import proxy_fence
+proxy_fence.MISSING = type(proxy_fence.MISSING)(True)
+own, compiler = "fence.proxy.async.shared::cta; //", "fence.proxy.async.shared::cta;\\n"
+"""
+
+
+def test_our_fence_stays_before_the_product(tmp_path: Path) -> None:
+    """On sm_90, under every version of Triton; sm_80 and AMD have no such instruction."""
+    code = f"""{AS_IF_MISSING}
+with record.recording() as found:
+    toys.looped_kernel[(1,)](*(torch.empty(16384, device='meta', dtype=torch.bfloat16),) * 2, 256, True)
+code = {{arch: found[0].compile(aot.ARCHITECTURES[arch].target).asm for arch in ("sm_80", "sm_90", "gfx942")}}
+ptx = code["sm_90"]["ptx"].replace(compiler, "")
+print(json.dumps([ptx.count(own), unfenced_products(ptx), unfenced_products(ptx.replace(own, "//")),
+                  own in code["sm_80"]["ptx"], own in code["gfx942"]["amdgcn"]]))
+"""
+    assert json.loads(python(code, tmp_path)) == [1, 0, 4, False, False]
+
+
+@pytest.mark.slow
+def test_every_loop_of_products_has_our_fence_where_triton_has_none(tmp_path: Path) -> None:
+    """Triton's own fences are taken out of the code."""
+    code = f"""{AS_IF_MISSING}
+launches = aot.record("sm_90", [(aot.Shape(4096, 64, 64, 64, 2), torch.bfloat16, aot.VARIANTS["default"], False)])
+found = {{}}
+for launch in {{l.kernel: l for l in launches if dict(l.options).get("num_stages", 1) > 1}}.values():
+    ptx = launch.compile(aot.ARCHITECTURES["sm_90"].target).asm["ptx"].replace(compiler, "")
+    if "wgmma.mma_async" in ptx:
+        found[launch.kernel] = unfenced_products(ptx), unfenced_products(ptx.replace(own, "//")) > 0
+print(json.dumps(found))
+"""
+    names = ("up", "linear", "activation_gradient", "weight_gradient", "threshold_gate", "unit_gradient")
+    assert json.loads(python(code, tmp_path)) == {f"{name}_kernel": [0, True] for name in names}
+
+
+def test_without_a_fence_on_sm_100_no_product_copies_ahead(tmp_path: Path) -> None:
+    """Triton's pipeliner takes no inline assembly there: every loop of products has one stage."""
+    code = """
+from dynmoe_tutel.kernels.gpu import proxy_fence
+found = []
+for missing in (True, False):
+    proxy_fence.MISSING = type(proxy_fence.MISSING)(missing)
+    launches = aot.record("sm_100", [(aot.Shape(4096, 64, 64, 8, 2), torch.bfloat16, aot.VARIANTS["default"], False)])
+    with_stages = {l.kernel for l in launches if dict(l.options).get("num_stages", 1) > 1}
+    found.append(sorted(with_stages))
+print(json.dumps(found))
+"""
+    missing, fenced = json.loads(python(code, tmp_path))
+    # the gradient of the scores multiplies 16 rows: without tcgen05.mma
+    assert missing == [name for name in fenced if name == "cosine_gradient_kernel"]
+    assert {"up_kernel", "weight_gradient_kernel", "threshold_gate_kernel", "unit_gradient_kernel"} < set(fenced)
 
 
 def test_launches_are_specialised_as_triton_does(tmp_path: Path) -> None:
