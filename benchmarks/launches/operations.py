@@ -131,7 +131,7 @@ class Operations:
 
     def router_losses(self, gpu: Any) -> None:
         diversity, simplicity, *saved = gpu.vector_losses(self.w_DE, self.active_E)
-        gpu.vector_losses_backward(diversity, simplicity, diversity, *saved, self.active_E, self.w_DE)
+        gpu.vector_losses_backward(diversity, diversity, simplicity, *saved, self.w_DE)
 
 
 FILES = (

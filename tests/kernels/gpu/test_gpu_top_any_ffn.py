@@ -145,8 +145,8 @@ def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: N
     w = torch.randn(1030, 5, generator=generator)
     w[:, 3] = 0
     w = w.t().contiguous().t() if strided else w
-    d_unit = torch.randn(5, 1030, generator=generator)
-    scale, G, d_scores = torch.tensor(2.0), torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    d_unit = torch.randn(7, 5, 1030, generator=generator)  # in chunks, of which a program adds several at once
+    scale, G, d_scores = torch.tensor(2.0), torch.randn(5, generator=generator), torch.randn(7, 5, generator=generator)
     unit, inverse = router.unit_vectors(w.to(device))
     wd = w.double().requires_grad_()
     norm = wd.norm(dim=0)
@@ -155,14 +155,15 @@ def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: N
     d_w, d_scale, d_G = router.direction_gradient(
         d_unit.to(device), unit, inverse, scale.to(device), w.to(device), (G.to(device), d_scores.to(device))
     )
-    exact.backward(d_unit.double())
+    d_unit, d_scores = d_unit.double().sum(dim=0), d_scores.double().sum(dim=0)
+    exact.backward(d_unit)
     d_expected = wd.grad
     d_expected[:, 3] = 0
     assert relative_rms(d_w, d_expected) < 1e-6
     Gd, tau = G.double().requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    (-(torch.sigmoid(tau * Gd) * d_scores.double()).sum()).backward()
+    (-(torch.sigmoid(tau * Gd) * d_scores).sum()).backward()
     assert relative_rms(d_G, Gd.grad) < 1e-6
-    through_cosines_E = (exact.detach() * d_unit.double()).sum(dim=1) / 2
+    through_cosines_E = (exact.detach() * d_unit).sum(dim=1) / 2
     assert abs(float(d_scale) - float(through_cosines_E.sum() + tau.grad)) < 1e-6 * float(through_cosines_E.abs().sum())
 
 
@@ -177,7 +178,9 @@ def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned
         G[1] = value
         unit, inverse = router.unit_vectors(w)
         results.append(
-            router.direction_gradient(d_unit, unit, inverse, torch.ones((), device=device), w, (G, d_scores))
+            router.direction_gradient(
+                d_unit[None], unit, inverse, torch.ones((), device=device), w, (G, d_scores[None])
+            )
         )
         assert float(results[-1][2][1]) == 0
     for other in results[1:]:
