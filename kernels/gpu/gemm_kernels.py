@@ -22,11 +22,6 @@ def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor
 
 
-def block_experts(E: int) -> int:
-    """The width of a vector with one entry per expert."""
-    return max(2, triton.next_power_of_2(E))
-
-
 @triton.jit
 def row_tiles(offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Row tiles of each expert, [BLOCK_E], 0 past the last."""

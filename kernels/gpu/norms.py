@@ -15,11 +15,7 @@ LEAST = tl.constexpr(2.0**-126)  # of normal numbers
 @triton.jit
 def tau_of(scale):
     """The scale of the cosines, at a pointer; 1 for None."""
-    if scale is None:
-        tau = 1.0
-    else:
-        tau = tl.load(scale).to(tl.float32)
-    return tau
+    return 1.0 if scale is None else tl.load(scale).to(tl.float32)
 
 
 @triton.jit

@@ -100,7 +100,7 @@ def gram_kernel(
 def losses_kernel(
     sums, inv_norm, active, diversity, simplicity, count, TILES, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """diversity = sqrt(sum of the tiles' sums), simplicity = mean norm of the active slots, count = their number, at least 1.
+    """diversity = sqrt(sum of the tiles' sums), simplicity = mean norm of the active slots, count = their number or 1.
 
     Grid: 1.
     """

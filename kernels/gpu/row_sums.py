@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..operands import Index
 from . import tiles
-from .gemm_kernels import block_experts, expert_rows, pointer, row_tiles
+from .gemm_kernels import expert_rows, pointer, row_tiles
+from .sizes import block_experts, cdiv
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128
@@ -112,7 +113,7 @@ def sum_parts(parts: Tensor, target: Tensor) -> None:
     """target = sum of parts [S, ...] over S."""
     dense = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
     n = dense.numel()
-    sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
+    sum_parts_kernel[(cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
     if dense is not target:
         target.copy_(dense)
 
@@ -124,7 +125,7 @@ def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m
     if parts_MN.shape[0] == 0:
         return out_EN.zero_()
     if E * N:
-        expert_sum_kernel[(E, triton.cdiv(N, BLOCK_COLUMNS))](
+        expert_sum_kernel[(E, cdiv(N, BLOCK_COLUMNS))](
             parts_MN, expert_offsets, out_EN, E, N, BLOCK_M=block_m, BLOCK_N=BLOCK_COLUMNS, BLOCK_E=block_experts(E)
         )
     return out_EN
@@ -135,10 +136,10 @@ def bias_gradient(
 ) -> Tensor:
     """Each expert's sum of rows times gates, [E, N]; with `from_tokens` the rows are tokens' gradients over k_t."""
     R, (E, N) = index.rows, like_EN.shape
-    most = triton.cdiv(R, BLOCK_ROWS) + E
+    most = cdiv(R, BLOCK_ROWS) + E
     parts_MN = d_rows.new_empty((most if R else 0, N), dtype=torch.float32)
     if R and N:
-        tile_rows_sum_kernel[(min(most, 4 * tiles.processors(d_rows.device)), triton.cdiv(N, BLOCK_COLUMNS))](
+        tile_rows_sum_kernel[(min(most, 4 * tiles.processors(d_rows.device)), cdiv(N, BLOCK_COLUMNS))](
             d_rows,
             index.token_of_row,
             index.token_offsets,
@@ -165,7 +166,7 @@ def row_gate_gradient(
     out_A = torch.empty_like(like_A)
     (R, O), E = d_rows_AO.shape, expert_offsets.shape[0] - 1
     if R:
-        most = triton.cdiv(R, BLOCK_ROWS) + E
+        most = cdiv(R, BLOCK_ROWS) + E
         row_gate_gradient_kernel[(min(most, 4 * tiles.processors(like_A.device)),)](
             parts_AN,
             d_rows_AO,

@@ -147,8 +147,8 @@ def threshold_gate_kernel(
     """Scores, bitmask, unrouted flags, inverse norms and block counts of BLOCK_T tokens; see `kernels.threshold_gate`.
 
     In: x [T, D] with stride_t, parts [PARTS, BLOCK_E, DP] and inv_norm_E of `routing_vectors_kernel`, threshold and
-    active [E], scale [] or None, token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32 (expert
-    e in bit e % 32 of word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
+    active [E], scale [] or None, token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32
+    (expert e in bit e % 32 of word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
     Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2. A block with a token
     that is zero, not finite, or very long or short reads its tokens twice.
 

@@ -388,7 +388,8 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
     assert found[0].dtype == torch.float32
     assert relative_rms(found[0].sum(dim=0), d_cos.double().t() @ x.double()) < 1e-6
     assert relative_rms(found[1].sum(dim=0), d_score.double().sum(dim=0)) < 1e-6
-    assert all(torch.equal(*two) for two in zip(found, score_gradient.unit_gradient(*given, d_score.to(device))))
+    again = score_gradient.unit_gradient(*given, d_score.to(device))
+    assert all(torch.equal(*two) for two in zip(found, again, strict=True))
     assert torch.equal(found[0], score_gradient.unit_gradient(*given)[0])
 
 
