@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.kernels.gpu import ragged_index, tiles
+from dynmoe_tutel.kernels.gpu.launch import Kernel
 from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS
 from dynmoe_tutel.routing import Capacity
 
@@ -125,8 +126,9 @@ _clock = _Clock()
 
 def _compiled(self: Any, key: str, *args: Any) -> Any:
     """In place of `JITFunction._do_compile`: a kernel whose launch does nothing."""
-    run = _clock.launch_up if self.fn.__name__ == "up_kernel" else lambda *_: None
-    kernel = SimpleNamespace(run=run, function=0, packed_metadata=(), launch_metadata=lambda *_: None)
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.name, kernel.src, kernel.module, kernel.function, kernel.packed_metadata = self.fn.__name__, None, 0, 0, ()
+    kernel._run = _clock.launch_up if self.fn.__name__ == "up_kernel" else lambda *_: None
     self.device_caches[0][0][key] = kernel
     return kernel
 
@@ -187,13 +189,13 @@ def _is_view(made: Tensor, args: tuple[Any, ...]) -> bool:
 def launches(mode: Mode, shape: Shape = SMALL) -> tuple[list[str], list[str]]:
     """The launches of forward and backward by name, torch's with the prefix "aten."."""
     step, found = Step(mode, shape), _Launches()
-    run = JITFunction.run
+    run = Kernel.run
 
     def record(self: Any, *args: Any, **kwargs: Any) -> Any:
         found.names.append(self.fn.__name__.removesuffix("_kernel"))
         return run(self, *args, **kwargs)
 
-    with without_gpu(shape.rows), mock.patch.object(JITFunction, "run", record), found:
+    with without_gpu(shape.rows), mock.patch.object(Kernel, "run", record), found:
         y = step.forward()
         forward = len(found.names)
         if mode.training:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..operands import Index
 from . import tiles
+from .launch import kernel
 from .sizes import cdiv, power_of_two
 
 TILE = 2048  # elements per tile of tokens or rows by columns: 16 bytes a load and thread, twice in half precision
@@ -22,7 +23,7 @@ GATE_ROWS = 256
 GATE_TOKENS, GATE_ASSIGNMENTS = 32, 16
 
 
-@triton.jit
+@kernel
 def segment_sum_kernel(
     rows, token_offsets, row_of_assignment, out, T, D, stride_r,
     MEAN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -50,7 +51,7 @@ def segment_sum_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=t_mask[:, None] & d_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def token_rows_kernel(
     x, token_offsets, token_of_row, out, T, D, R, stride_x,
     OVER_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -90,7 +91,7 @@ def _expert_of(row, mask, expert_offsets, E, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def row_values_kernel(
     value, expert_offsets, token_of_row, out, E, R, stride_t, stride_e, STEPS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
@@ -108,7 +109,7 @@ def row_values_kernel(
         tl.store(out + row, gate, mask=row < R)
 
 
-@triton.jit
+@kernel
 def row_values_backward_kernel(
     d_gate, unrouted, expert_offsets, token_offsets, row_of_assignment, out, T, E,
     STRAIGHT: tl.constexpr, CENTRED: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens
+from .launch import kernel
 from .sizes import cdiv, power_of_two
 
 MOST_EXPERTS = 512  # fit in registers with a tile of 16 tokens; with more, torch operations run on the device
@@ -40,7 +41,7 @@ def _assigned(bits, t0, t, e, T, E, WORDS):
     return (word >> (e % 32)[None, :]) & 1
 
 
-@triton.jit
+@kernel
 def count_kernel(bits, counts, T, E, WORDS, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     """Assignments of each expert in each block of tokens.
 
@@ -52,7 +53,7 @@ def count_kernel(bits, counts, T, E, WORDS, BLOCK_T: tl.constexpr, BLOCK_E: tl.c
     tl.store(counts + block.to(tl.int64) * E + e, tl.sum(assigned, axis=0), mask=e < E)
 
 
-@triton.jit
+@kernel
 def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BLOCK_E: tl.constexpr):
     """For each expert: its assignments in the chunk before each block, and in the whole chunk.
 
@@ -73,7 +74,7 @@ def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BL
     tl.store(totals + chunk * E + e, total_E, mask=e < E)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def fill_kernel(
     bits, before, totals, expert_offsets, token_offsets, token_of_row, row_of_assignment,
     T, E, WORDS, CHUNK, CHUNKS, R,
@@ -172,7 +173,7 @@ def _narrow(histograms, states, excess, PROGRAMS, PASS: tl.constexpr):
     return prefix, rank, digit, size
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@kernel(do_not_specialize=["capacity"])
 def select_kernel(
     bits, margin, totals, histograms, states, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -211,7 +212,7 @@ def select_kernel(
             tl.store(totals + p, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@kernel(do_not_specialize=["capacity"])
 def drop_kernel(
     bits, margin, totals, histograms, states, kept, dropped, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASSES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,

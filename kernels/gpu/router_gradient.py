@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Index, Router, empty_as
+from .launch import kernel
 from .norms import factor_for, factor_of_inverse, inverse_of, own_inverse, tau_of
 from .sizes import block_experts, power_of_two
 
@@ -28,7 +29,7 @@ def _column_norm(w, e, factor, D, stride_d, stride_e, BLOCK_D: tl.constexpr):
     return tl.sqrt_rn(tl.sum(total, axis=0))
 
 
-@triton.jit
+@kernel
 def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, BLOCK_D: tl.constexpr):
     """unit[e] = w[:, e] / ||w[:, e]||, 0 for a vector that is zero or not finite.
 
@@ -49,7 +50,7 @@ def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, BLOCK_D: tl.co
         tl.store(unit + e * D + d, u, mask=d < D)
 
 
-@triton.jit
+@kernel
 def direction_gradient_kernel(
     d_unit, unit, inv_norm, d_scores, thresholds, scale, d_w, d_thresholds, d_scale, CHUNKS, D, stride_d, stride_e,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,7 +93,7 @@ def direction_gradient_kernel(
     tl.store(d_w + e * stride_e + d.to(tl.int64) * stride_d, g.to(d_w.dtype.element_ty), mask=in_D)
 
 
-@triton.jit
+@kernel
 def token_gradient_kernel(
     d_rows, x, d_y, b2, parts, score, inv_norm, unrouted, bits, unit, scale, token_offsets, row_of_assignment,
     d_x, d_score, d_cos,

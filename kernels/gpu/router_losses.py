@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import kernel
 from .norms import factor_for, inverse_of, own_inverse
 from .sizes import block_experts, cdiv, power_of_two
 
@@ -55,7 +56,7 @@ def _store_losses(square, inv_norm, m, diversity, simplicity, count):
     tl.store(count, active)
 
 
-@triton.jit
+@kernel
 def gram_kernel(
     w, active, unit, inv_norm, gram, sums, diversity, simplicity, count, E, D, stride_d, stride_e,
     ONE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -96,7 +97,7 @@ def gram_kernel(
         tl.store(sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), square)
 
 
-@triton.jit
+@kernel
 def losses_kernel(
     sums, inv_norm, active, diversity, simplicity, count, TILES, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
@@ -114,7 +115,7 @@ def losses_kernel(
     _store_losses(tl.sum(total, axis=0), inverse, m, diversity, simplicity, count)
 
 
-@triton.jit
+@kernel
 def vector_losses_backward_kernel(
     d_diversity, d_simplicity, diversity, unit, inv_norm, gram, count, d_w, E, D,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -4,20 +4,20 @@ Sums are fp32 and in a fixed order: within a tile, then over the tiles of an exp
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import Index
 from . import tiles
 from .gemm_kernels import expert_rows, pointer, row_tiles
+from .launch import kernel
 from .sizes import block_experts, cdiv
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
     """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -29,7 +29,7 @@ def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
     tl.store(out + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@kernel
 def tile_rows_sum_kernel(
     d_rows, token_of_row, token_offsets, gate, offsets, parts, E, N, stride_dr,
     FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
@@ -62,7 +62,7 @@ def tile_rows_sum_kernel(
         tl.store(parts + at, tl.sum(d_row, axis=0), mask=n_mask)
 
 
-@triton.jit
+@kernel
 def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     """out[e] = sum of parts [tiles_m, N] over the expert's tiles, in order. Grid: (E, blocks of N)."""
     tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
@@ -78,7 +78,7 @@ def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N:
     tl.store(out + e.to(tl.int64) * N + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@kernel
 def row_gate_gradient_kernel(
     parts, d_rows, bias, offsets, out, E, K, TILES_N, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .launch import kernel
 from .norms import factor_of_inverse, tau_of
 from .router_gradient import direction_gradient, unit_vectors
 from .sizes import cdiv, power_of_two
@@ -18,7 +19,7 @@ GRADIENT_PROGRAMS = 512  # share the sum over the tokens; the same on every devi
 GRADIENT_TOKENS = 256  # the fewest tokens that a program sums
 
 
-@triton.jit
+@kernel
 def score_gradient_kernel(
     d_score, score, inv_norm, scale, d_cos, T, E, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
@@ -55,7 +56,7 @@ def _through_cosines(
     return acc
 
 
-@triton.jit
+@kernel
 def cosine_gradient_kernel(
     d_cos, unit, x, inv_norm, d_x, T, D, E, stride_t,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -144,7 +145,7 @@ def _column_sums(d_score, out, T, E, CHUNK, BLOCK_T: tl.constexpr, BLOCK_E: tl.c
     tl.store(out + tl.program_id(2) * E + e, tl.sum(total, axis=0), mask=e < E)
 
 
-@triton.jit
+@kernel
 def unit_gradient_kernel(
     d_cos, x, inv_norm, out, d_score, score_sums, T, D, E, CHUNK, stride_t,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from . import tiles
+from .launch import kernel
 from .norms import factor_for, inverse_of, is_ordinary, own_inverse, tau_of
 from .ragged_index import MOST_EXPERTS
 from .score_gradient import EXACT_EXPERTS, TWO_PROGRAMS, precision, rows_contiguous
@@ -47,7 +48,7 @@ def _column_squares(column, v, factor, e, D, E, DP, stride_d, BLOCK_D: tl.conste
     return tl.sum(squares, axis=0)
 
 
-@triton.jit
+@kernel
 def routing_vectors_kernel(
     w, parts, inv_norm, D, E, DP, stride_d, stride_e,
     EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -135,7 +136,7 @@ def _scaled_products(
     return acc
 
 
-@triton.jit
+@kernel
 def threshold_gate_kernel(
     x, parts, inv_norm_E, threshold, active, scale, token_mask, shift,
     score, words, unrouted, inv_norm_T, counts,
