@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.kernels.gpu import ragged_index, tiles
 from dynmoe_tutel.kernels.gpu.launch import Kernel
-from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS
+from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS, _not_compiled
 from dynmoe_tutel.routing import Capacity
 
 from ..common.shapes import Shape
@@ -137,7 +137,7 @@ def _compiled(self: Any, key: str, *args: Any) -> Any:
 def _operations_as_on_a_gpu() -> None:
     for declared in OPERATIONS.values():
         if "triton" in declared.engines:
-            LIBRARY.impl(declared.name, declared.run_on_gpu, "CPU")
+            LIBRARY.impl(declared.name, _not_compiled(declared.run_on_gpu), "CPU")
 
 
 @contextmanager
