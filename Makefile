@@ -12,11 +12,12 @@ RESULTS ?= benchmarks/results
 # tests of the core, new files too: all but Triton's interpreter, ranks, experiments, hosts, tools and what is slow
 CHECK_TESTS := tests -m 'not slow' $(addprefix --ignore=tests/, \
 	kernels/gpu gpu parallel stock_deepspeed stock_tutel experiments integrations benchmarks cli test_packaging.py)
-# of these what computes, and a training in the interpreter: under the vector units and sums of other processors
+# of these what computes, and a training in the interpreter: under the vector units and sums of other processors, and
+# under the first without the loops that numba compiles
 PROCESSOR_TESTS := $(CHECK_TESTS) $(addprefix --ignore=tests/,checkpoint test_compile.py test_documents.py test_examples.py \
 	test_architecture.py test_old_paths.py test_bad_input.py test_tutel_stand_in.py test_torch_machinery.py)
 INTERPRETED := tests/kernels/gpu/test_gpu_whole_layer.py::test_training_grows_as_on_the_cpu
-OTHER_UNITS := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+OTHER_UNITS := DYNMOE_TUTEL_NUMBA=0 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 OTHER_UNITS_2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
 .PHONY: train test check test-processors lint typecheck gpu aot clean

@@ -1,6 +1,7 @@
 """The whole layer against the bare expert GEMMs and against a plain torch loop, interleaved in one process.
 
     python -m benchmarks.layer [--dtype float32 bfloat16] [--shape 0 1 2 3] [--repeats 15] [--out FILE.json]
+    python -m benchmarks.layer --peers [--shape 0 1 2 3] [--repeats 15] [--out FILE.json]
 
 * ours:  `MoELayer` with a top-any gate: gate, index, dispatch, experts, combine, auxiliary loss; with the backward, the
          gradients of the tokens, the router and every expert.
@@ -8,6 +9,8 @@
          activation. For bf16, native or fp32 GEMMs on the same bf16 operands, whichever is faster on this machine.
 * loop:  the same gate in torch operations, then `nonzero`, a dense FFN and `index_add` for each expert, by autograd;
          not timed in a half precision that the processor cannot multiply.
+
+With `--peers`, ours against the experts of other packages instead, in fp32: see `benchmarks.layer_peers`.
 
 Router columns are orthonormal, and each threshold is the quantile of its cosines that gives the stated mean k.
 Ratios are medians of the repeats' ratios: contestants run in turn, so machine drift cancels.
@@ -35,9 +38,10 @@ from torch import Tensor
 
 from dynmoe_tutel import MoELayer
 
-from . import layer_gpu
+from . import layer_gpu, layer_peers
 from .common.shapes import CPU_SHAPES, Shape
-from .common.timing import beside, check_outputs, duration, spread, unable, whole, write
+from .common.timing import beside, check_outputs, duration, in_turn, ratio, unable, whole, write
+from .layer_peers import relative_rms
 
 SHAPES = CPU_SHAPES
 
@@ -45,12 +49,18 @@ SHAPES = CPU_SHAPES
 class Case:
     """One shape and dtype: a layer, tokens, and an upstream gradient, all seeded."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0, biases: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.shape, self.dtype = shape, dtype
         self.layer = MoELayer(
             gate_type={"type": "top_any"},
-            experts={"num_experts_per_device": shape.E, "hidden_size_per_expert": shape.H, "activation_fn": F.gelu},
+            experts={
+                "num_experts_per_device": shape.E,
+                "hidden_size_per_expert": shape.H,
+                "activation_fn": F.gelu,
+                "has_fc1_bias": biases,
+                "has_fc2_bias": biases,
+            },
             model_dim=shape.D,
             seeds=(seed, seed),
         )
@@ -77,24 +87,33 @@ class Case:
         y_TD = self.layer(self.x_TD)
         torch.autograd.grad((y_TD, y_TD.l_aux), self.parameters(), (self.d_y_TD, torch.tensor(0.01)))
 
+    def margins(self) -> Tensor:
+        """Score minus threshold [T, E] by torch operations in fp32."""
+        gate = self.layer.gates[0]
+        score_TE = torch.sigmoid(F.normalize(self.x_TD.float(), dim=1) @ F.normalize(gate.sim_matrix.float(), dim=0))
+        return score_TE - torch.sigmoid(gate.gates.float())
+
+    @staticmethod
+    def weights(margin_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Which token takes which expert, and weights 1 / k or 0 with the straight-through gradient; both [T, E]."""
+        passed_TE = margin_TE > 0
+        weight_TE = (1 + (margin_TE - margin_TE.detach())) * passed_TE
+        return passed_TE, weight_TE / passed_TE.sum(dim=1, keepdim=True).clamp(min=1)
+
     def loop_forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """A hand-written mixture of experts that computes the layer's function; experts in `dtype`, if given."""
-        gate, experts = self.layer.gates[0], self.layer.experts
-        dtype = dtype or self.dtype
-        w1, b1 = experts.batched_fc1_w.to(dtype), experts.batched_fc1_bias.to(dtype)
-        w2, b2 = experts.batched_fc2_w.to(dtype), experts.batched_fc2_bias.to(dtype)
+        experts, dtype = self.layer.experts, dtype or self.dtype
+        w1, w2 = experts.batched_fc1_w.to(dtype), experts.batched_fc2_w.to(dtype)
+        b1, b2 = (None if b is None else b.to(dtype) for b in (experts.batched_fc1_bias, experts.batched_fc2_bias))
         x_TD = self.x_TD.to(dtype)
-        score_TE = torch.sigmoid(F.normalize(self.x_TD.float(), dim=1) @ F.normalize(gate.sim_matrix.float(), dim=0))
-        margin_TE = score_TE - torch.sigmoid(gate.gates.float())
-        passed_TE = (margin_TE > 0).float()
-        gate_TE = passed_TE + (margin_TE - margin_TE.detach()) * passed_TE
-        gate_TE = gate_TE / passed_TE.sum(dim=1, keepdim=True).clamp(min=1)
+        passed_TE, weight_TE = self.weights(self.margins())
         y_TD = torch.zeros_like(x_TD)
         for e in range(self.shape.E):
             token_N = passed_TE[:, e].nonzero().squeeze(1)
-            h = F.linear(x_TD[token_N], w1[e], b1[e])
-            row = F.gelu(h) @ w2[e] + b2[e]
-            y_TD = y_TD.index_add(0, token_N, row * gate_TE[token_N, e].unsqueeze(1).to(dtype))
+            h = F.linear(x_TD[token_N], w1[e], None if b1 is None else b1[e])
+            row = F.gelu(h) @ w2[e]
+            row = row if b2 is None else row + b2[e]
+            y_TD = y_TD.index_add(0, token_N, row * weight_TE[token_N, e].unsqueeze(1).to(dtype))
         return y_TD
 
     def loop(self, backward: bool) -> None:
@@ -145,11 +164,6 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def relative_rms(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Check that ours and the loop agree, then time all three in turn; one result per pass."""
     with torch.no_grad():
@@ -163,18 +177,8 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
         contestants = {"bare": case.bare, "ours": case.ours}
         if case.gemm is torch.mm:  # without native half precision the loop takes minutes
             contestants["loop"] = case.loop
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for repeat in range(repeats + 2):
-            for name, run in contestants.items():
-                seconds = _seconds(partial(run, backward))
-                if repeat >= 2:
-                    times[name].append(seconds)
-
-        def ratio(one: str, other: str, times: dict[str, list[float]] = times) -> dict[str, float] | None:
-            if not {one, other} <= times.keys():
-                return None
-            return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
-
+        times = in_turn({name: partial(run, backward) for name, run in contestants.items()}, repeats)
+        loop = times.get("loop")
         results.append(
             {
                 "shape": asdict(case.shape),
@@ -183,9 +187,9 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
                 "mean_k": float(case.routing.k_per_token.float().mean()),
                 "bare_gemm": "fp32 on bf16 operands" if case.gemm is _fp32_mm else "native",
                 "milliseconds": {n: 1e3 * statistics.median(t) for n, t in times.items()},
-                "ours_over_bare": ratio("ours", "bare"),
-                "loop_over_bare": ratio("loop", "bare"),
-                "loop_over_ours": ratio("loop", "ours"),
+                "ours_over_bare": ratio(times["ours"], times["bare"]),
+                "loop_over_bare": ratio(loop, times["bare"]) if loop else None,
+                "loop_over_ours": ratio(loop, times["ours"]) if loop else None,
                 "relative_rms_to_loop": error,
             }
         )
@@ -220,14 +224,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=whole(1), default=15)
     parser.add_argument("--threads", type=whole(1, os.cpu_count()), help="on cpu")
+    parser.add_argument("--peers", action="store_true", help="on cpu: time other packages' experts, in float32")
     parser.add_argument("--out", type=Path, help="JSON file for the results and the environment")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cuda: see benchmarks.layer_gpu")
     parser.add_argument("--seconds", type=duration(), help="on cuda: start no shape after this time")
     parser.add_argument("--resume", action="store_true", help="on cuda: go on with --out where a run before broke off")
     args = parser.parse_args(argv)
-    for name, device in (("shape", "cpu"), ("threads", "cpu"), ("seconds", "cuda"), ("resume", "cuda")):
+    only = {"shape": "cpu", "threads": "cpu", "peers": "cpu", "seconds": "cuda", "resume": "cuda"}
+    for name, device in only.items():
         if getattr(args, name) not in (None, False) and args.device != device:
             parser.error(f"argument --{name}: came with --device {args.device}, allowed: with --device {device}")
+    if args.peers and args.dtype not in (None, ["float32"]):
+        parser.error(f"argument --dtype: came {args.dtype} with --peers, allowed: float32")
     cuda = args.device == "cuda"
     why = unable("cuda", triton=False) if cuda else None
     if why is not None:
@@ -241,22 +249,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        **(layer_peers.versions() if args.peers else {}),
+    }
+    show = layer_peers.table if args.peers else table
     results = []
-    for name in args.dtype or ["float32", "bfloat16"]:
+    for name in ["float32"] if args.peers else args.dtype or ["float32", "bfloat16"]:
         for index in range(len(SHAPES)) if args.shape is None else args.shape:
-            found = measure(Case(SHAPES[index], getattr(torch, name)), args.repeats)
-            print(table(found).split("\n", 2)[2], flush=True)
+            case = Case(SHAPES[index], getattr(torch, name), biases=not args.peers)
+            found = (layer_peers.measure if args.peers else measure)(case, args.repeats)
+            print(show(found).split("\n", 2)[2], flush=True)
             results += found
-    print("\n" + table(results))
-    if args.out:
-        environment = {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        }
-        write(args.out, {"environment": environment, "results": results})
+            if args.out:
+                write(args.out, {"environment": environment, "results": results})
+    print("\n" + show(results))
     return 0
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .kernels import bound_assignments, pack_bits, ragged_index, unpack_bits
-from .routing import COMBINE_GRADIENTS, Capacity, Routing
+from .routing import COMBINE_GRADIENTS, Capacity, Routing, dropping_margins
 from .validation import positive_int
 
 
@@ -165,15 +165,14 @@ def pair_capacity(capacity: Capacity, routing: Routing, ranks: int) -> int | Non
 
 
 def bounded_pairs(routing: Routing, ranks: int, capacity: Capacity) -> Routing:
-    """The routing with at most ceil(capacity * T / R) assignments to each rank; those of smallest margin are dropped.
+    """The routing with at most ceil(capacity * T / R) assignments to each rank; drops as `dropping_margins` says.
 
     `dropped` counts them; a token's mean is over the assignments that it keeps.
     """
     bound = pair_capacity(capacity, routing, ranks)
     assert bound is not None
     E = routing.num_experts
-    margin_TE = routing.scores if routing.thresholds is None else routing.scores - routing.thresholds
-    margin_TE = margin_TE.detach().masked_fill(routing.unrouted.unsqueeze(1), math.inf)
+    margin_TE = dropping_margins(routing.bits, routing.scores, routing.thresholds, routing.unrouted, routing.shift)
     dropped = torch.zeros((), dtype=torch.int64, device=margin_TE.device)
     kept = []
     for assigned, margin in zip(routing.assigned.chunk(ranks, dim=1), margin_TE.chunk(ranks, dim=1), strict=True):

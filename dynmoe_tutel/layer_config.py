@@ -58,10 +58,10 @@ class MoEConfig:
         one_score_gate, normalize_one_score_gate, value_norm_weighted, update_momentum: EMoE's avg-k gate, see
             `MoELayer.update_one_score_gate`.
         capacity: rows of memory: "exact" (one an assignment), "full" (T * E), or a factor of T. A factor gives static
-            shapes and drops the assignments of smallest margin, with one warning; ``dropped_assignments`` counts them
-            since construction. A token's output then depends on its batch, and records count what is left. None: as a
-            budget's ``max_k`` allows (max_k * T rows: static, and nothing is dropped) where all experts are in this
-            process, else "exact".
+            shapes and drops the assignments of smallest margin (where a budget raises thresholds, a token's best one
+            after all others), with one warning; ``dropped_assignments`` counts them since construction. A token's
+            output then depends on its batch, and records count what is left. None: as a budget's ``max_k`` allows
+            (max_k * T rows: static, and nothing is dropped) where all experts are in this process, else "exact".
         combine_gradient: gradient of a top-any assignment: "mean" (<dy, expert(x)> / k) or "normalized"
             ((<dy, expert(x)> - <dy, y>) / k, DynMoE-Tutel's, the default of upstream's gate names).
         aux_losses: weights of the terms of ``l_aux`` by name, instead of the default of is_gshard_loss.

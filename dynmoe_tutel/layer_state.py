@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .routing import is_active
+from .validation import has_no_data
 
 _log = logging.getLogger("dynmoe_tutel")
 
@@ -36,6 +37,7 @@ def fit_slots(layer: Any, state_dict: dict[str, Any], prefix: str, block: tuple[
     if any(key.startswith(prefix) for key in state_dict):
         _fill_counts(layer, state_dict, prefix)
         _fit_shifts(own, state_dict, prefix)
+        _refuse_broken_state(layer, own, state_dict)
     if not getattr(layer.experts, "padded", True):
         _fit_modules(layer, state_dict, prefix, own)
     for key, target in own.items():
@@ -147,6 +149,21 @@ def _fit_shifts(own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str)
                 f"the checkpoint has the shift of a budget, {key}, and this layer's gate none: build it with "
                 "gate_type['budget'] = {'target_k': ...}, the mean number of experts a token that it was trained or "
                 "calibrated for; or take the key out to have each token's number of experts without a budget"
+            )
+
+
+def _refuse_broken_state(layer: Any, own: dict[str, Tensor], state_dict: dict[str, Any]) -> None:
+    """ValueError where what moves after steps is not finite: unlike a threshold's, that would neither show nor mend."""
+    moved = {id(getattr(gate, name)) for gate in layer.held_gates for name in gate.exact_buffers}
+    for key, tensor in own.items():
+        value = state_dict.get(key)
+        if id(tensor) not in moved or not isinstance(value, Tensor) or has_no_data(value):
+            continue
+        if not bool(value.isfinite().all()):
+            at_start = " (torch.zeros(1) starts the budget anew)" if key.endswith(".budget_shift") else ""
+            raise ValueError(
+                f"{key} of the checkpoint is {value.flatten()[:4].tolist()}: give finite numbers{at_start}; the "
+                "checkpoint may be damaged, or of a training that diverged"
             )
 
 

@@ -94,16 +94,15 @@ class RoutingMeter(HookOwner):
     def read(self) -> dict[str, dict[str, Any]]:
         """For each layer: `experts` active now, `active` slots, `k` (mean experts of a token), `k_histogram` (share of
         tokens by number of thresholds passed), `unrouted` (share of tokens that passed none), `load` (by slot, share
-        of tokens that it got). Shares are None if there was no token. Where gate 0 has a budget with a target, also
-        `target_k` and `shift` (cosine units), as they are now."""
+        of tokens that it got). Shares are None if there was no token. Also the target and the state of gate 0 as they
+        are now, if it has any (`Gate.held_values`): `target_k`; a budget's `shift` (cosine units); what a router holds
+        by its name, of an entry an expert `_min` and `_max`."""
         return {name: self._read(self.layers[name], sums) for name, sums in self._sums.items()}
 
     def _read(self, layer: MoELayer, sums: dict[str, Tensor]) -> dict[str, Any]:
         active = active_slots(layer)
         result: dict[str, Any] = {"experts": len(active), "active": active}
-        gate = layer.held_gates[0]
-        if (shift := getattr(gate, "budget_shift", None)) is not None:
-            result |= {"target_k": gate.budget.target_k, "shift": float(shift)}  # type: ignore[union-attr]
+        result |= layer.held_gates[0].held_values()
         tokens = int(sums["k_histogram"].sum())
         if tokens == 0:
             return {**result, "k": None, "k_histogram": None, "unrouted": None, "load": None}
@@ -123,16 +122,14 @@ def total(states: Sequence[Mapping[str, Mapping[str, Tensor]]], scale: int = 1) 
 
 
 def layer_scalars(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """(layer/name, value) for every number of `RoutingMeter.read` that is worth a curve.
+    """(layer/name, value) for every number of `RoutingMeter.read`, and more that is worth a curve.
 
-    `experts`, `k`, `unrouted`, and a budget's `target_k` and `shift`; `load_max_over_mean` over the active slots (1:
-    equal load); and `k_histogram/n`, the share of tokens with n experts, for n up to the most that a token can have or
-    had.
+    `experts`, `k`, `unrouted`, `target_k`, and what gates hold, such as a budget's `shift`; `load_max_over_mean` over
+    the active slots (1: equal load); and `k_histogram/n`, the share of tokens with n experts, for n up to the most that
+    a token can have or had.
     """
     for name, layer in layers.items():
-        for key in ("experts", "k", "unrouted", "target_k", "shift"):
-            if layer.get(key) is not None:
-                yield f"{name}/{key}", layer[key]
+        yield from ((f"{name}/{key}", value) for key, value in layer.items() if isinstance(value, int | float))
         if layer["k_histogram"] is None:
             continue
         load = [layer["load"][slot] for slot in layer["active"]]

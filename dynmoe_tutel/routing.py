@@ -77,6 +77,7 @@ class Routing:
     unrouted: Tensor  # [T] bool: passed no threshold; in eval such a token gets its best expert
     theta: Tensor | None = None  # [E] in (0, 1), `thresholds` where they were computed with the routing
     weights: Tensor | None = None  # [T, E] combine weights of a fixed-k gate; None: mean over the token's experts
+    shift: Tensor | None = None  # [1]: by which a budget with a target raised the thresholds, in cosine units
     dropped: Tensor | None = None  # [] int64: assignments dropped by a bounded capacity
     token_mask: Tensor | None = None  # [T] bool, False for padding (no expert, not unrouted); None: no padding
     router: Router | None = None  # top-any gates only
@@ -91,6 +92,7 @@ class Routing:
         *,
         unrouted: Tensor | None = None,
         thresholds: Tensor | None = None,
+        shift: Tensor | None = None,
         weights: Tensor | None = None,
         capacity: Capacity = "exact",
         token_mask: Tensor | None = None,
@@ -112,10 +114,8 @@ class Routing:
             if max_k is None or rows < max_k * T:
                 if thresholds is None and router is not None:
                     thresholds = router.theta()
-                margin_TE = scores if thresholds is None else scores - thresholds
-                if unrouted is not None:  # eval's fallback assignments are dropped last
-                    margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
-                bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE.detach(), rows)
+                margin_TE = dropping_margins(bits_TW, scores, thresholds, unrouted, shift)
+                bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE, rows)
                 block_counts = None
         index = kernels.ragged_index(bits_TW, E, rows, block_counts)
         expert_offsets, token_offsets, token_of_row, row_of_assignment = index
@@ -133,6 +133,7 @@ class Routing:
             unrouted,
             thresholds,
             weights,
+            shift,
             dropped,
             token_mask,
             router,
@@ -279,6 +280,26 @@ class Routing:
         device = self.token_offsets.device
         if not isinstance(tensor, Tensor) or tensor.device != device:
             raise ValueError(f"{name} must be a tensor on {device}, as the routing, got {describe(tensor)}")
+
+
+def dropping_margins(
+    bits_TW: Tensor, scores: Tensor, thresholds: Tensor | None, unrouted: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """What a bounded capacity drops by, the smallest first, [T, E] without gradient: the margin score - threshold.
+
+    Eval's fallback assignments go last. Where a budget raises the thresholds, every token's best assignment, which no
+    shift takes from it, goes after all others: by its margin alone, one that is below the raised threshold would go
+    first, and the token would lose its only expert before others lose their second.
+    """
+    margin_TE = (scores if thresholds is None else scores - thresholds).detach()
+    if shift is not None:
+        assigned_TE = kernels.unpack_bits(bits_TW, scores.shape[1])
+        best_T1 = margin_TE.masked_fill(~assigned_TE, -math.inf).amax(dim=1, keepdim=True)
+        is_best_TE = (margin_TE == best_T1) & (shift > 0)
+        margin_TE = margin_TE + 2 * is_best_TE.to(margin_TE.dtype)  # margins lie between -1 and 1
+    if unrouted is not None:
+        margin_TE = margin_TE.masked_fill(unrouted.unsqueeze(1), math.inf)
+    return margin_TE
 
 
 class PaddedRows:

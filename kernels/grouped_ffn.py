@@ -28,11 +28,12 @@ from .dispatch_combine import segment_sum
 from .operands import ExpertWeights, Index
 from .operation import expect, expect_matrix, keep, kept, operation
 
-MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
+LINEAR_MODULES = {"triton": "gpu.grouped_ffn", "grouped_mm": "grouped_mm"}
+MODULES = LINEAR_MODULES | {"numba": "cpu.grouped_ffn"}
 
 
 @lru_cache
-def _gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+def gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype in which to multiply matrices of `dtype`: fp32 if the CPU has no instructions for that half type."""
     if device != "cpu":
         return dtype
@@ -49,7 +50,7 @@ BLOCK_ELEMENTS = 1 << 20
 Segment = tuple[int, slice, slice]  # expert, its rows, its rows within the block
 
 
-def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
+def blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Segment]]]:
     """Blocks of consecutive experts that have rows: (rows of the block, its segments); a row has `width` elements."""
     offsets = expert_offsets.tolist()
     limit = max(1, BLOCK_ELEMENTS // max(width, 1))
@@ -65,12 +66,12 @@ def _blocks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[Se
         yield slice(first, offsets[-1]), segments
 
 
-def _unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
+def unbind(weight: Tensor | None, num_experts: int) -> tuple[Any, ...]:
     """One matrix or vector per expert, or one None per expert."""
     return (None,) * num_experts if weight is None else weight.unbind(0)
 
 
-def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+def linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
     """out = x @ w + b, in the dtype of `x`, rounded to that of `out`."""
     dtype = x.dtype
     target = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
@@ -82,7 +83,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(target)
 
 
-def _add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
+def add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
     """out += x @ w, multiplied in the dtype of `x`."""
     if out.dtype == x.dtype:
         out.addmm_(x, w.to(x.dtype))
@@ -93,11 +94,11 @@ def _add_product(x: Tensor, w: Tensor, out: Tensor) -> None:
 def _linear_block(x: Tensor, w: tuple[Any, ...], b: tuple[Any, ...], segments: list[Segment], out: Tensor) -> Tensor:
     """Write each expert's x @ w + b for the rows of a block to `out`, and return it."""
     for e, _, part in segments:
-        _linear(x[part], w[e], b[e], out[part])
+        linear(x[part], w[e], b[e], out[part])
     return out
 
 
-def _block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
+def block_rows(rows_AH: Tensor, rows: slice, like: Tensor, width: int) -> Tensor:
     """These rows of `rows_AH`; if it is empty, new rows [rows, width] of the dtype of `like`.
 
     New rows get the cache-line alignment that they would have in the long array: rounding may depend on the address.
@@ -161,26 +162,26 @@ def grouped_ffn(
     Without `save`, the backward recomputes h and u with the same bits. `engine`: one of `operation.ENGINES`.
     """
     act = ACTIVATIONS[activation]
-    dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
+    dtype = gemm_dtype(x_TD.dtype, x_TD.device.type)
     E, _, H = weights.w1_EDH.shape
     rows_AO = x_TD.new_empty((index.rows, weights.w2_EHO.shape[2]))
     h_AH, u_AH = weights.pre_activations(x_TD, index.rows if save else 0)
-    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
-    for rows, segments in _blocks(index.expert_offsets, H):
+    w1, b1, w3, b3, w2, b2 = (unbind(w, E) for w in weights)
+    for rows, segments in blocks(index.expert_offsets, H):
         x = x_TD.index_select(0, index.token_of_row[rows]).to(dtype)
-        h = _linear_block(x, w1, b1, segments, _block_rows(h_AH, rows, x_TD, H)).to(dtype)
+        h = _linear_block(x, w1, b1, segments, block_rows(h_AH, rows, x_TD, H)).to(dtype)
         u = None
         if weights.w3_EDH is not None:
-            u = _linear_block(x, w3, b3, segments, _block_rows(u_AH, rows, x_TD, H)).to(dtype)
+            u = _linear_block(x, w3, b3, segments, block_rows(u_AH, rows, x_TD, H)).to(dtype)
         _, a = hidden_rows(act, h, u)
         for e, own, part in segments:
-            _linear(a[part], w2[e], b2[e], rows_AO[own])
+            linear(a[part], w2[e], b2[e], rows_AO[own])
         if apply_gate:
             rows_AO[rows].mul_(gate_A[rows].unsqueeze(1))
     return rows_AO, h_AH, u_AH
 
 
-def _zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
+def zeroed_where_silent(like_E: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """A gradient buffer for stacked weights, zero for experts without rows."""
     if like_E is None:
         return torch.empty(0, dtype=torch.float32, device=expert_offsets.device)
@@ -207,30 +208,30 @@ def grouped_ffn_backward(
     `h_AH` and `u_AH` come from the forward; if they are empty, they are recomputed.
     """
     act = ACTIVATIONS[activation]
-    dtype = _gemm_dtype(x_TD.dtype, x_TD.device.type)
+    dtype = gemm_dtype(x_TD.dtype, x_TD.device.type)
     saved = h_AH.shape[0] == index.rows
     E, _, H = weights.w1_EDH.shape
     d_xs_AD = x_TD.new_empty((index.rows, x_TD.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
     d_gate_A = torch.empty_like(gate_A)
-    w1, b1, w3, b3, w2, b2 = (_unbind(w, E) for w in weights)
-    grads = [_zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
+    w1, b1, w3, b3, w2, b2 = (unbind(w, E) for w in weights)
+    grads = [zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = (g.unbind(0) for g in grads)
-    for rows, segments in _blocks(index.expert_offsets, H):
+    for rows, segments in blocks(index.expert_offsets, H):
         d_row = d_rows_AO[rows].to(dtype)
         x = x_TD.index_select(0, index.token_of_row[rows if wanted or not saved else slice(0)]).to(dtype)
-        h = _block_rows(h_AH, rows, x_TD, H)
+        h = block_rows(h_AH, rows, x_TD, H)
         if not saved:
             _linear_block(x, w1, b1, segments, h)
         h, u = h.to(dtype), None
         if weights.w3_EDH is not None:
-            u = _block_rows(u_AH, rows, x_TD, H)
+            u = block_rows(u_AH, rows, x_TD, H)
             if not saved:
                 _linear_block(x, w3, b3, segments, u)
             u = u.to(dtype)
         act_h, a = hidden_rows(act, h, u)
         d_a = torch.empty_like(h)
         for e, _, part in segments:
-            _linear(d_row[part], w2[e].t(), None, d_a[part])
+            linear(d_row[part], w2[e].t(), None, d_a[part])
         d_gate = (d_a * a).sum(dim=1, dtype=d_xs_AD.dtype)
         if weights.b2_EO is not None:
             for e, _, part in segments:
@@ -242,20 +243,20 @@ def grouped_ffn_backward(
         d_h, d_u = hidden_gradients(act, d_a, h, u, act_h)
         d_x = d_xs_AD[rows]
         for e, _, part in segments:
-            _linear(d_h[part], w1[e].t(), None, d_x[part])
+            linear(d_h[part], w1[e].t(), None, d_x[part])
             if d_u is not None:
-                _add_product(d_u[part], w3[e].t(), d_x[part])
+                add_product(d_u[part], w3[e].t(), d_x[part])
         if not wanted:
             continue
         for e, _, part in segments:
-            _linear(a[part].t(), d_row[part], None, d_w2[e])
-            _linear(x[part].t(), d_h[part], None, d_w1[e])
+            linear(a[part].t(), d_row[part], None, d_w2[e])
+            linear(x[part].t(), d_h[part], None, d_w1[e])
             if weights.b1_EH is not None:
                 d_b1[e].copy_(d_h[part].sum(dim=0))
             if weights.b2_EO is not None:
                 d_b2[e].copy_(d_row[part].sum(dim=0))
             if d_u is not None:
-                _linear(x[part].t(), d_u[part], None, d_w3[e])
+                linear(x[part].t(), d_u[part], None, d_w3[e])
                 if weights.b3_EH is not None:
                     d_b3[e].copy_(d_u[part].sum(dim=0))
     d_x_TD = segment_sum(d_xs_AD, index.token_offsets, index.row_of_assignment).to(x_TD.dtype)
@@ -291,7 +292,7 @@ def _linear_backward(ctx: Any, d_out_AO: Tensor) -> tuple[Any, ...]:
 @operation(
     check=_check_linear,
     fake=_linear_shape,
-    engines=MODULES,
+    engines=LINEAR_MODULES,
     autocast=False,
     context=_linear_context,
     backward=_linear_backward,
@@ -303,11 +304,11 @@ def grouped_linear(
 
     For the unfused path. `engine`: one of `operation.ENGINES`.
     """
-    dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
+    dtype = gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     out_AO = rows_AD.new_empty((rows_AD.shape[0], w_EDO.shape[2]))
-    for _, segments in _blocks(expert_offsets, 0):
+    for _, segments in blocks(expert_offsets, 0):
         for e, rows, _ in segments:
-            _linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
+            linear(rows_AD[rows].to(dtype), w_EDO[e], None if b_EO is None else b_EO[e], out_AO[rows])
     out_AO[int(expert_offsets[-1]) :].zero_()  # the gradient of an activation's parameters sums over all rows
     return out_AO
 
@@ -319,7 +320,7 @@ def _linear_backward_shapes(
     return torch.empty_like(rows_AD), torch.empty_like(w_EDO), d_b_EO
 
 
-@operation(fake=_linear_backward_shapes, engines=MODULES, autocast=False)
+@operation(fake=_linear_backward_shapes, engines=LINEAR_MODULES, autocast=False)
 def grouped_linear_backward(
     d_out_AO: Tensor,
     rows_AD: Tensor,
@@ -329,15 +330,15 @@ def grouped_linear_backward(
     engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, w and b (empty without b)."""
-    dtype = _gemm_dtype(rows_AD.dtype, rows_AD.device.type)
+    dtype = gemm_dtype(rows_AD.dtype, rows_AD.device.type)
     d_rows_AD = torch.empty_like(rows_AD)
-    d_w = _zeroed_where_silent(w_EDO, expert_offsets)
-    d_b = _zeroed_where_silent(b_EO, expert_offsets)
-    for _, segments in _blocks(expert_offsets, 0):
+    d_w = zeroed_where_silent(w_EDO, expert_offsets)
+    d_b = zeroed_where_silent(b_EO, expert_offsets)
+    for _, segments in blocks(expert_offsets, 0):
         for e, rows, _ in segments:
             d_out = d_out_AO[rows].to(dtype)
-            _linear(d_out, w_EDO[e].t(), None, d_rows_AD[rows])
-            _linear(rows_AD[rows].to(dtype).t(), d_out, None, d_w[e])
+            linear(d_out, w_EDO[e].t(), None, d_rows_AD[rows])
+            linear(rows_AD[rows].to(dtype).t(), d_out, None, d_w[e])
             if b_EO is not None:
                 d_b[e].copy_(d_out.sum(dim=0))
     d_rows_AD[int(expert_offsets[-1]) :].zero_()

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# engines of the expert networks: by device, Triton, torch.nn.functional.grouped_mm, a loop over the experts
-ENGINES = ("auto", "triton", "grouped_mm", "torch")
+# engines of the expert networks: by device, Triton, torch.nn.functional.grouped_mm, a loop over the experts with passes
+# that numba compiled, the same with torch's operations
+ENGINES = ("auto", "triton", "grouped_mm", "numba", "torch")
 
 OPERATIONS: dict[str, Operation] = {}  # by name, filled by `operation`
 LIBRARY = torch.library.Library("dynmoe_tutel", "FRAGMENT")
@@ -86,7 +87,7 @@ class Operation:
         kinds = [self.hints[name] for name in self.parameters]
         self.groups = [(i, k._make) for i, k in enumerate(kinds) if hasattr(k, "_make")]  # NamedTuples
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
-        self._engine = self.parameters.index("engine") if "grouped_mm" in modules else None
+        self._engine = self.parameters.index("engine") if "engine" in self.parameters else None
 
     def prototype(self) -> Callable[..., Any]:
         """A function whose signature gives torch the schema."""
@@ -114,13 +115,21 @@ class Operation:
         """Run on any device: torch operations, or the engine that the argument `engine` names."""
         values = self.grouped(args)
         self._check(values)
+        implementation = self._implementation(values)
+        if self.autocast:
+            return implementation(*values)
+        with torch.autocast(values[0].device.type, enabled=False):
+            return implementation(*values)
+
+    def _implementation(self, values: Sequence[Any]) -> Callable[..., Any]:
+        """The function for the engine that the caller names, or for "auto"."""
         engine = "torch"
         if self._engine is not None:
-            engine = engine_for(values[self._engine] if len(values) > self._engine else "auto", values[0])
-        if self.autocast:
-            return self.engines[engine](*values)
-        with torch.autocast(values[0].device.type, enabled=False):
-            return self.engines[engine](*values)
+            named = values[self._engine] if len(values) > self._engine else "auto"
+            engine = engine_for(named, values[0])
+            if named == "auto" and engine == "torch" and "numba" in self.engines and takes_numba(values[0]):
+                engine = "numba"
+        return self.engines.get(engine, self.engines["torch"])
 
     def run_on_gpu(self, *args: Any) -> Any:
         """Run on a GPU: Triton's kernels if they take the types and the caller names no other engine.
@@ -265,16 +274,34 @@ def triton_is_installed() -> bool:
     return False
 
 
+@lru_cache
+def numba_is_installed() -> bool:
+    """Whether numba can be imported, and DYNMOE_TUTEL_NUMBA is not 0."""
+    if os.environ.get("DYNMOE_TUTEL_NUMBA", "1") == "0" or find_spec("numba") is None:
+        return False
+    try:
+        import_module("numba")
+    except ImportError as error:  # as with a version of numpy that it does not know
+        logging.getLogger("dynmoe_tutel").warning("numba is installed, but cannot be used: %s", error)
+        return False
+    return True
+
+
+def takes_numba(x: Tensor) -> bool:
+    """Whether the loops that numba compiles take such tokens: fp32 or bf16 on a CPU."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and numba_is_installed()
+
+
 def takes_triton(args: Sequence[Any]) -> bool:
     """Whether Triton's kernels take the arguments: not fp64, and not an engine of torch named by the caller."""
     return not any(
-        value.dtype is torch.float64 if isinstance(value, Tensor) else value in ("grouped_mm", "torch")
+        value.dtype is torch.float64 if isinstance(value, Tensor) else value in ("grouped_mm", "numba", "torch")
         for value in _flat(args)
     )
 
 
 def engine_for(engine: str, x: Tensor) -> str:
-    """The engine ("triton", "grouped_mm" or "torch") that runs an operation on `x` when the device's kernels do not.
+    """The engine ("triton", "grouped_mm", "numba", "torch") that runs an operation on `x`, if not the device's kernels.
 
     "auto" takes the loop over the experts, which makes a GPU synchronize to read their row counts. It takes torch's
     grouped product only where that has its own kernels (bf16 on sm_90 and sm_100) and does not synchronize. fp64 always
@@ -290,8 +317,13 @@ def engine_for(engine: str, x: Tensor) -> str:
             )
         if find_spec("triton") is None:
             raise ValueError("engine = 'triton', but Triton is not installed: pip install triton, or engine = 'auto'")
+    if engine == "numba":
+        if x.device.type != "cpu":
+            raise ValueError(f"engine = 'numba' needs tensors on the CPU, these are on {x.device}: engine = 'auto'")
+        if not numba_is_installed():
+            raise ValueError("engine = 'numba', but numba is not installed: pip install numba, or engine = 'auto'")
     if x.dtype == torch.float64:
-        if engine in ("triton", "grouped_mm"):
+        if engine not in ("auto", "torch"):
             _warn_of_float64(engine)
         return "torch"
     if engine == "auto":

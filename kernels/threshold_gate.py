@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .norms import scaled, scaled_rows
 from .operands import active_slots, empty_as, expect_active
-from .operation import expect, expect_matrix, operation
+from .operation import expect, expect_matrix, operation, takes_numba
 from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, put_rows, without_expert, words
 
 MODULES = {"triton": "gpu.threshold_gate"}
@@ -107,12 +107,21 @@ def threshold_gate(
     inv_norm_T = tokens.own(inverse_T)
     unit_DE = vectors.vectors * vectors.inverse()
     cos_TE = F.linear(tokens.vectors, unit_DE.t().contiguous())  # [E, D]: twice as fast on a CPU with few experts
-    cos_TE.mul_(inverse_T.unsqueeze(1))
     threshold_E = threshold_E.to(dtype)
     own_E = threshold_E.masked_fill(~active_E, torch.inf)  # which no cosine exceeds
     limit_E = own_E if shift is None else own_E + shift.to(dtype)
-    assigned_TE = _above(cos_TE, limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+    limit_E = limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     finite = tokens.factor is None and vectors.factor is None
+    if finite and takes_numba(cos_TE):
+        from .cpu.threshold_gate import decide
+
+        budget = (max_k, shift is not None, fallback)
+        bits_TW, unrouted_T, block_counts = decide(cos_TE, inverse_T, own_E, limit_E, active_E, token_mask_T, *budget)
+        if token_mask_T is not None:
+            inv_norm_T = inv_norm_T.masked_fill(~token_mask_T, 0)
+        return _scores(cos_TE, scale), bits_TW, unrouted_T, inv_norm_T, block_counts
+    cos_TE.mul_(inverse_T.unsqueeze(1))
+    assigned_TE = _above(cos_TE, limit_E)
     if not finite:
         assigned_TE |= cos_TE.isnan()
         assigned_TE &= active_E
@@ -140,8 +149,16 @@ def threshold_gate(
     elif tokens.factor is not None:
         first_E = active_E & (active_E.cumsum(0) == 1)
         assigned_TE |= (unrouted_T & inv_norm_T.isnan()).unsqueeze(1) & first_E
-    score_TE = (cos_TE if scale is None else cos_TE.mul_(scale.to(dtype))).sigmoid_()
-    return score_TE, pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+    return _scores(cos_TE, scale), pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
+
+
+def _scores(cos_TE: Tensor, scale: Tensor | None) -> Tensor:
+    """sigmoid(scale * cos), in place."""
+    if takes_numba(cos_TE):
+        from .cpu.threshold_gate import sigmoid_
+
+        return sigmoid_(cos_TE, scale)
+    return (cos_TE if scale is None else cos_TE.mul_(scale.to(cos_TE.dtype))).sigmoid_()
 
 
 def _above(values_NE: Tensor, limit_E: Tensor) -> Tensor:

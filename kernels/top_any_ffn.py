@@ -27,7 +27,7 @@ from .operation import keep, kept, operation
 from .threshold_gate import threshold_gate_backward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MODULES = {"triton": "gpu.top_any_ffn"}
+MODULES = {"triton": "gpu.top_any_ffn", "numba": "cpu.top_any_ffn"}
 
 
 def _check(
@@ -83,7 +83,7 @@ def _backward(ctx: Any, d_y_TO: Tensor | None, *_: Any) -> tuple[Any, ...] | Non
     return d_x_TD, (d_w_DE, d_thresholds_E, d_scale), None, d_weights if wanted else None
 
 
-@operation(check=_check, fake=_shapes, engines=MODULES, context=_context, backward=_backward)
+@operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def top_any_ffn(
     x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights, activation: str, centred: bool,
     dtype: torch.dtype, save: bool, engine: str = "auto",
@@ -94,13 +94,13 @@ def top_any_ffn(
     return combine(rows_AO, *index[1:], True), h_AH, u_AH
 
 
-@operation(fake=_backward_shapes, engines=MODULES)
+@operation(fake=_backward_shapes, engines=MODULES, autocast=False)
 def top_any_ffn_backward(
     d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; the experts' are empty unless `wanted`."""
-    w_DE, thresholds_E, scale, score_TE, inv_norm_T, unrouted_T, *_ = router
+    w_DE, _, scale, score_TE, inv_norm_T, unrouted_T, *_ = router
     gate_A = score_TE.new_empty((index.rows,))
     d_rows_AO = combine_backward(d_y_TO.to(dtype), index.token_offsets, index.token_of_row, True)
     d_x_TD, d_gate_A, *grads = grouped_ffn_backward(
@@ -108,13 +108,21 @@ def top_any_ffn_backward(
     )
     d_score_TE = row_gates_backward(d_gate_A, unrouted_T, index, True, centred)
     through_gate_TD, d_w_DE, d_scale = threshold_gate_backward(d_score_TE, score_TE, x_TD, w_DE, inv_norm_T, scale)
-    # theta = sigmoid(tau G): d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G
-    G_E, tau = thresholds_E.to(score_TE.dtype), 1 if scale is None else scale.to(score_TE.dtype)
+    d_thresholds_E, of_thresholds = threshold_gradients(d_score_TE.sum(dim=0).neg_(), router)
+    return d_x_TD.to(x_TD.dtype) + through_gate_TD, d_w_DE, d_thresholds_E, d_scale + of_thresholds, *grads
+
+
+def threshold_gradients(d_theta_E: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """Gradients of the thresholds G [E] and of the scale [], given that of theta = sigmoid(tau G).
+
+    d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G. Empty for no scale.
+    """
+    G_E, scale = router.thresholds_E.to(d_theta_E.dtype), router.scale
+    tau = 1 if scale is None else scale.to(d_theta_E.dtype)
     theta_E = torch.sigmoid(tau * G_E)
-    d_theta_E = d_score_TE.sum(dim=0).neg_()
     silent_E = d_theta_E == 0  # an inactive slot may hold NaN
     through_theta_E = (d_theta_E * theta_E * (1 - theta_E)).masked_fill_(silent_E, 0)
-    d_thresholds_E = (through_theta_E * tau).to(thresholds_E.dtype)
-    if scale is not None:
-        d_scale = d_scale + (through_theta_E * G_E).masked_fill_(silent_E, 0).sum().to(scale.dtype)
-    return d_x_TD.to(x_TD.dtype) + through_gate_TD, d_w_DE, d_thresholds_E, d_scale, *grads
+    d_thresholds_E = (through_theta_E * tau).to(router.thresholds_E.dtype)
+    if scale is None:
+        return d_thresholds_E, empty_as(None, d_theta_E)
+    return d_thresholds_E, (through_theta_E * G_E).masked_fill_(silent_E, 0).sum().to(scale.dtype)

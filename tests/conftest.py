@@ -13,6 +13,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test module imports Triton, as Lightning and transformers do
 
+from dynmoe_tutel import MoELayer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have numba compile the loops once, before processes that would each do it; they read its cache."""
+    if getattr(config.option, "numprocesses", None):
+        experts = {"num_experts_per_device": 2, "hidden_size_per_expert": 4}
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = MoELayer("top_any", 4, experts).to(dtype)
+            layer(torch.ones(8, 4, dtype=dtype)).sum().backward()
+
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import FP32, FP64, HALF, Case, assert_gradients, make_case, relative_rms
 from torch import Tensor, nn
 
-from dynmoe_tutel.kernels.grouped_ffn import _gemm_dtype
+from dynmoe_tutel.kernels.grouped_ffn import gemm_dtype
 
 FEW = 1e-2  # in half precision, for the router: 8e-3 is the largest of 20 draws
 
@@ -94,7 +94,7 @@ def test_half_precision(kind: str, training: bool, combine_gradient: str, dtype:
     )
     assert min(case.k()) == 0
     # a processor's half-precision products each round to half; the fp32 products that replace them round once a chain
-    native = _gemm_dtype(dtype, "cpu") == dtype
+    native = gemm_dtype(dtype, "cpu") == dtype
     check(case, training, combine_gradient, 5e-3 if native else HALF, FEW)
 
 

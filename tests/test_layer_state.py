@@ -11,7 +11,7 @@ import torch
 from helpers import FP32, assert_margin, relative_rms
 from torch import Tensor, nn
 
-from dynmoe_tutel import moe
+from dynmoe_tutel import MoELayer, moe
 
 D, H = 8, 5
 
@@ -309,3 +309,21 @@ class TestTheShiftOfABudget:
         first.gates[0].budget_shift.fill_(0.25)
         second.load_state_dict(first.state_dict())
         assert second.gates[0].budget_shift.tolist() == [0.25]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_a_shift_that_is_not_finite_is_refused(self, value: float) -> None:
+        """It would silently leave one expert to each token, or all, and no step would mend it."""
+        layer = self.layer(target_k=2.0)
+        state = {**layer.state_dict(), "gates.0.budget_shift": torch.tensor([value])}
+        with pytest.raises(ValueError, match=r"budget_shift of the checkpoint is \[-?(nan|inf)\].*torch.zeros"):
+            layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["thresholds", "steps"])
+def test_a_routers_state_that_is_not_finite_is_refused(name: str) -> None:
+    gate = {"type": "expert_threshold", "target_k": 2.0}
+    layer = MoELayer(gate, 8, {"num_experts_per_device": 4, "hidden_size_per_expert": 4})
+    state = layer.state_dict()
+    state[f"gates.0.{name}"] = torch.full_like(state[f"gates.0.{name}"], float("nan"))
+    with pytest.raises(ValueError, match=rf"gates\.0\.{name} of the checkpoint is \[nan.*finite numbers;"):
+        layer.load_state_dict(state)

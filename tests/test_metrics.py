@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,24 @@ def test_a_budget_is_read_and_is_worth_a_curve() -> None:
     scalars = dict(layer_scalars(meter.read()))
     assert (scalars["a/target_k"], scalars["a/shift"]) == (2.0, 0.25)
     meter.close()
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        ({"type": "relu", "target_k": 1.5, "coefficient": 0.25}, {"target_k": 1.5, "coefficient": 0.25}),
+        ({"type": "top_p", "target_k": 2.0, "p": 0.25}, {"target_k": 2.0, "p": 0.25, "error": 0.0}),
+        ({"type": "top_p"}, {}),
+        ({"type": "quantile_top_k", "k": 2}, {"score_bias_min": -0.5, "score_bias_max": 0.25}),
+    ],
+)
+def test_what_a_router_holds_is_read_and_is_worth_a_curve(gate: dict[str, Any], expected: dict[str, float]) -> None:
+    layer = MoELayer(gate, 8, {"num_experts_per_device": 3, "hidden_size_per_expert": 4})
+    if gate["type"] == "quantile_top_k":
+        layer.gates[0].score_bias.copy_(torch.tensor([0.25, 0.25, -0.5]))
+    with RoutingMeter(torch.nn.ModuleDict({"a": layer})) as meter:
+        layer(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+        scalars = dict(layer_scalars(meter.read()))
+    of_all = {"experts", "k", "unrouted", "load_max_over_mean"}
+    found = {name[2:]: value for name, value in scalars.items() if "histogram" not in name and name[2:] not in of_all}
+    assert found == pytest.approx(expected)

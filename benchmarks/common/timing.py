@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,23 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return {"median": median, "quartile_1": low, "quartile_3": high}
+
+
+def in_turn(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call on a CPU, by name, in `repeats` rounds of all calls; two rounds before do not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the rounds' ratios: a machine's drift cancels."""
+    return spread([a / b for a, b in zip(one, other, strict=True)])
 
 
 def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 20, graph: bool = True) -> list[float]:

@@ -6,6 +6,7 @@ routing to the gradients: index or sort, dispatch, experts, combine, and their b
 compared with plain torch before it is timed; one that is not measured is named with the reason.
 
 An adapter has `PACKAGE`, `unfit(case)` (why it cannot take a case, or None; may import nothing) and `build(case)`.
+`transformers` and `tutel.build_layer` are for `benchmarks.layer --peers` on a CPU: see `benchmarks.layer_peers`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,17 @@ class Peer:
     parameters: Sequence[Tensor]
     routing: tuple[Tensor, Tensor] | None = None
     note: str = ""
+
+
+@dataclass
+class LayerPeer:
+    """A peer in the place of a whole top-any layer, for `benchmarks.layer --peers`."""
+
+    forward: Callable[[], Tensor]
+    up: Tensor  # [E, H, D]
+    down: Tensor  # [E, H, D], or [E, D, H] if down_transposed
+    down_transposed: bool = False
+    normalized: bool = False  # the router's gradient is that of combine_gradient="normalized", not "mean"
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ counts over the ranks and hands them back (`Gate.after_step`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .slots import AdaptiveExperts
 
 RATE = 0.5  # the part of the way to the sample's quantile that a shift goes in one step; the rest averages samples
 FARTHEST = 0.1  # the largest change of a shift in one step
+LOOK_EVERY = 100  # steps after which the model is searched for layers anew: a walk over all of its modules
 MOST_SPLIT = 8  # from so many ranks on, each sends an eighth of its sample
 
 
@@ -60,29 +62,32 @@ class Budgets:
 
     `group` is the data-parallel process group over which samples are gathered; None: each layer's `record_group`.
     `ExpertController` and the callbacks call it: it is for training without them.
+
+    Raises ValueError where layers that share one target have different ones: here, and in `step` for what changed since
+    (layers of the model that are new or gone are noticed after at most LOOK_EVERY steps).
     """
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
-        self._gates: dict[Any, list[TopAnyGate]] = {}  # by process group
-        self._counting: dict[Any, list[Gate]] = {}  # the other gates
-        for layer in model.modules():
-            if isinstance(layer, AdaptiveExperts):
-                of_layer = layer.record_group if group is None else group
-                for gate in layer.held_gates:
-                    if isinstance(gate, TopAnyGate):
-                        self._gates.setdefault(of_layer, []).append(gate)
-                    else:
-                        self._counting.setdefault(of_layer, []).append(gate)
+        self._model, self._group, self._steps = model, group, 0
+        self._layers = self._layers_of_model()
+        self._gates()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every gate's state. A gate that saw no token since the last step keeps its own."""
-        self._step_counting()
+        """Move every gate's state, and give it to averages of the weights (see `Lineage`).
+
+        A gate that saw no token since the last step keeps its own.
+        """
+        self._steps += 1
+        if self._steps % LOOK_EVERY == 0:
+            self._layers = self._layers_of_model()
+        gates_of = self._gates()
+        self._step_counting(gates_of)
         of_model: list[tuple[TopAnyGate, Tensor, Tensor]] = []
-        for group, gates in self._gates.items():
-            held = [gate for gate in gates if gate.budget_shift is not None]
+        for group, gates in gates_of.items():
+            held = [gate for gate in gates if isinstance(gate, TopAnyGate) and gate.budget_shift is not None]
             for gate, (margins, tokens) in zip(held, _margins_of_ranks(held, group), strict=True):
-                if gate.budget.scope == "model":  # type: ignore[union-attr]
+                if gate.scope == "model":
                     of_model.append((gate, margins, tokens))
                 else:
                     _move([gate], margins, tokens)
@@ -91,11 +96,24 @@ class Budgets:
             every = torch.cat([margins.flatten().to(device) for _, margins, _ in of_model])
             tokens = torch.stack([tokens.to(device) for *_, tokens in of_model]).sum()
             _move([gate for gate, *_ in of_model], every, tokens)
+        for layer in self._layers:
+            layer.lineage.follow(layer, by_value=False)
 
-    def _step_counting(self) -> None:
+    def _layers_of_model(self) -> list[AdaptiveExperts]:
+        return [module for module in self._model.modules() if isinstance(module, AdaptiveExperts)]
+
+    def _gates(self) -> dict[Any, list[Gate]]:
+        """The gates of the layers as they are now, by process group; ValueError for targets that differ."""
+        gates: dict[Any, list[Gate]] = {}
+        for layer in self._layers:
+            gates.setdefault(layer.record_group if self._group is None else self._group, []).extend(layer.held_gates)
+        _refuse_unlike_targets([gate for of_group in gates.values() for gate in of_group])
+        return gates
+
+    def _step_counting(self, gates_of: Mapping[Any, list[Gate]]) -> None:
         """One collective a process group; gates of one class and scope "model" share the sum of their counts."""
         of_model: dict[type[Gate], list[tuple[Gate, Tensor]]] = {}
-        for group, gates in self._counting.items():
+        for group, gates in gates_of.items():
             found = [(gate, counts) for gate in gates if (counts := gate.step_counts()) is not None]
             if found and dist.is_available() and dist.is_initialized():
                 sum_over_ranks([counts for _, counts in found], group)
@@ -105,23 +123,26 @@ class Budgets:
                 else:
                     gate.after_step(counts)
         for shared in of_model.values():
-            _one_target([gate.target_k for gate, _ in shared], "gate_type")
             total = torch.stack([counts.to(shared[0][1].device) for _, counts in shared]).sum(dim=0)
             for gate, counts in shared:
                 gate.after_step(total.to(counts.device))
 
 
-def _one_target(targets: list[Any], name: str) -> float:
-    """The target of gates that share one; ValueError if they differ."""
-    if len(set(targets)) > 1:
-        raise ValueError(f"{name} of scope 'model': layers have target_k {sorted(set(targets))}: give one")
-    target: float = targets[0]
-    return target
+def _refuse_unlike_targets(gates: list[Gate]) -> None:
+    """ValueError if gates of one kind and of scope "model" have different targets."""
+    targets: dict[str, set[float]] = {}
+    for gate in gates:
+        if gate.scope == "model" and gate.target_k is not None:
+            name = "gate_type['budget']" if isinstance(gate, TopAnyGate) else f"gate_type of a {type(gate).__name__}"
+            targets.setdefault(name, set()).add(gate.target_k)
+    for name, found in targets.items():
+        if len(found) > 1:
+            raise ValueError(f"{name} of scope 'model': layers have target_k {sorted(found)}: give one")
 
 
 def _move(gates: list[Any], margins: Tensor, tokens: Tensor) -> None:
-    target_k = _one_target([gate.budget.target_k for gate in gates], "gate_type['budget']")
-    wanted = shift_for(margins, tokens, target_k)
+    """Move the shifts of gates that share one target."""
+    wanted = shift_for(margins, tokens, gates[0].target_k)
     for gate in gates:
         way = (RATE * (wanted.to(gate.budget_shift.device) - gate.budget_shift)).clamp(-FARTHEST, FARTHEST)
         gate.budget_shift.add_(way.masked_fill(tokens.to(way.device) == 0, 0))

@@ -43,6 +43,9 @@ def calibrate(
         call: `call(model, batch)` runs a batch. None: model(batch), model(*batch) for a tuple or list, model(**batch)
             for a dict.
 
+    The gates then have a budget of `target_k`, `max_k` and `scope` in place of their own: a training that goes on holds
+    `target_k` and not what it held before. Calibrate a deep copy of a model that is to be trained further.
+
     Returns the mean k of each gate on these batches, by its name, after calibration. The shifts are in the model's
     state dict (`budget_shift`); a model that loads it needs a `budget` with a target, or its own calibration. Where
     several processes hold the model, all must call it, each with batches of its own.

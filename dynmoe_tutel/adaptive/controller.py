@@ -164,8 +164,6 @@ class ExpertController:
         updates = self.updates_next
         self._step += 1
         self._budgets.step()
-        for layer in self._layers:
-            layer.lineage.follow(layer, by_value=False)  # averages that began after a change
         events: list[ExpertEvent] = []
         if updates:
             if self._window.open:

@@ -125,7 +125,8 @@ def gate_histories(model: nn.Module) -> list[GateHistory]:
     if not histories:
         raise ValueError(
             "model must have a MoELayer with an adaptive gate (such as top_any), got a "
-            f"{type(model).__name__} without one"
+            f"{type(model).__name__} without one. Under gates of fixed k and routers with a target no expert grows or "
+            "is pruned: call step() of a dynmoe_tutel.adaptive.Budgets(model), which moves what routers hold"
         )
     return histories
 

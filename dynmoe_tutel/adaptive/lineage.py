@@ -82,8 +82,9 @@ class Lineage:
     def follow(self, layer: Any, changed: Iterable[GateSlot] = (), by_value: bool = True) -> list[Any]:
         """Give the averages of `layer`, whose lineage this is, its masks and grown experts in the slots `changed`.
 
-        They get its budgets' shifts too, at each call. Returns the averages. Without `by_value` a copy must be known
-        as one, or torch must have counted a write: that waits for no device, but a write to `.data` is not counted.
+        They get what its gates hold too (a budget's shift), at each call. Returns the averages. Without `by_value` a
+        copy must be known as one, or torch must have counted a write: that waits for no device, but a write to `.data`
+        is not counted.
         """
         self.miss(changed)
         averages = []
@@ -95,7 +96,7 @@ class Lineage:
             if copied.lineage._behind:
                 copied._count_experts()
                 copied.lineage._behind.clear()
-            for of_layer, of_average in _shifts(layer, copied):
+            for of_layer, of_average in _held(layer, copied):
                 of_average.copy_(of_layer)
             averages.append(copied)
         return averages
@@ -113,7 +114,7 @@ class Lineage:
     def _is_average(self, layer: Any, copied: Any, by_value: bool) -> bool:
         if self._average:
             return True
-        if not by_value and not self._behind and not _shifts(layer, copied):
+        if not by_value and not self._behind and not _held(layer, copied):
             return False
         self.trained = self.trained or any(parameter.grad is not None for parameter in copied.parameters())
         if self.trained or not self._written(copied, by_value) or not alike(layer, copied):
@@ -133,10 +134,10 @@ class Lineage:
         return by_value and not all(torch.equal(tensor, as_copied.to(tensor)) for tensor, as_copied in now)
 
 
-def _shifts(layer: Any, average: Any) -> list[tuple[Tensor, Tensor]]:
-    """The shifts of both layers' gates: they belong to the weights, and averages of parameters alone leave them out."""
+def _held(layer: Any, average: Any) -> list[tuple[Tensor, Tensor]]:
+    """The state of both layers' gates: it belongs to the weights, and averages of parameters alone leave it out."""
     pairs = zip(layer.held_gates, average.held_gates, strict=True)
-    found = [tuple(getattr(gate, "budget_shift", None) for gate in pair) for pair in pairs]
+    found = [(getattr(one, name), getattr(other, name, None)) for one, other in pairs for name in one.exact_buffers]
     return [(first, second) for first, second in found if first is not None and second is not None]
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynmoe_tutel.experiments.registry import EXPERIMENTS, MODULES
+from dynmoe_tutel.kernels.operation import numba_is_installed
 from dynmoe_tutel.version import __version__
 
 MIN_PYTHON = (3, 10)
@@ -56,6 +57,7 @@ def examine() -> list[Finding]:
         _torch(),
         Finding("threads", "ok", f"{torch.get_num_threads()} of torch, {os.cpu_count()} cores"),
         _bf16(),
+        _numba(),
         _gpu(gpu),
         _triton(gpu),
         _compiler(),
@@ -120,6 +122,15 @@ def _bf16() -> Finding:
     if instructions:
         return Finding("bf16 on the CPU", "ok", f"native ({', '.join(instructions)}; {capability})")
     return Finding("bf16 on the CPU", "absent", f"emulated ({capability})", "works, but fp32 is faster here")
+
+
+def _numba() -> Finding:
+    version = _version("numba", "numba")
+    if version is None:
+        return Finding("numba", "absent", "not installed", "pip install numba, for speed in fp32 on a CPU")
+    if not numba_is_installed():
+        return Finding("numba", "absent", version, "off by DYNMOE_TUTEL_NUMBA=0, or it cannot be imported")
+    return Finding("numba", "ok", version)
 
 
 def _gpu(available: bool) -> Finding:

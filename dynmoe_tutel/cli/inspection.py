@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ CELL = 7
 
 @dataclass(frozen=True)
 class LayerState:
-    """One gate of one layer. `thresholds` [E] are sigmoid(tau G), None for a fixed-k gate; `load` [E] is each slot's
+    """One gate of one layer. `thresholds` [E] are those of scores, None for a gate without; `load` [E] is each slot's
     share of tokens; load and k are None where they are not known. `shift` is a budget's, in cosine units, None without
-    one; weights do not tell its `target_k`, the job's checkpoints do."""
+    one; `state` is what a router holds, by name. Weights do not tell the `target_k` of either, the job's checkpoints
+    do."""
 
     name: str
     active: list[bool]
@@ -40,6 +41,7 @@ class LayerState:
     load: list[float] | None = None
     k: float | None = None
     shift: float | None = None
+    state: Mapping[str, list[float]] = field(default_factory=dict)
     target_k: float | None = None
 
 
@@ -67,10 +69,17 @@ def layers_in(tensors: Mapping[str, Tensor]) -> list[LayerState]:
         if key == "sim_matrix" or key.endswith(".sim_matrix"):
             result.append(_cosine_gate(tensors, key[: -len("sim_matrix")], tensor))
         elif LINEAR_GATE.search(key):
-            result.append(LayerState(_layer_name(key[: -len("wg.weight")]), [True] * len(tensor), None))
+            result.append(_linear_gate(tensors, key[: -len("wg.weight")], len(tensor)))
     return sorted(
         result, key=lambda layer: [int(part) if part.isdigit() else part for part in NUMBER.split(layer.name)]
     )
+
+
+def _linear_gate(tensors: Mapping[str, Tensor], prefix: str, slots: int) -> LayerState:
+    """What a router holds beside its maps has one entry, or one an expert."""
+    beside = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    state = {name: t.tolist() for name, t in beside.items() if "." not in name and tuple(t.shape) in ((1,), (slots,))}
+    return LayerState(_layer_name(prefix), [True] * slots, state.pop("thresholds", None), state=state)
 
 
 def _cosine_gate(tensors: Mapping[str, Tensor], prefix: str, sim_matrix: Tensor) -> LayerState:
@@ -131,9 +140,13 @@ def _layer_name(prefix: str) -> str:
 def _headline(layer: LayerState) -> str:
     k = "k not stored" if layer.k is None else f"mean k {layer.k:.2f}"
     load = "" if layer.load is not None else ", load not stored"
+    held = "".join(f", {name} {values[0]:.4g}" for name, values in layer.state.items() if len(values) == 1)
     target = "" if layer.target_k is None else f" to hold k at {layer.target_k:g}"
-    budget = "" if layer.shift is None else f", a budget shifts thresholds by {layer.shift:+.4f}{target}"
-    return f"  {layer.name}: {sum(layer.active)} of {len(layer.active)} slots active, {k}{load}{budget}"
+    if layer.shift is not None:
+        held += f", a budget shifts thresholds by {layer.shift:+.4f}"
+    elif target:
+        target = f",{target}"
+    return f"  {layer.name}: {sum(layer.active)} of {len(layer.active)} slots active, {k}{load}{held}{target}"
 
 
 def _slot_tables(layer: LayerState, width: int) -> list[Table]:
@@ -153,6 +166,9 @@ def _slot_table(layer: LayerState, slots: Sequence[int]) -> Table:
     rows = [("active", ["yes" if layer.active[slot] else "no" for slot in slots])]
     if layer.thresholds is not None:
         rows.append(("threshold", [f"{layer.thresholds[slot]:.3f}" for slot in slots]))
+    for name, values in layer.state.items():
+        if len(values) > 1:
+            rows.append((name, [f"{values[slot]:+.3f}" for slot in slots]))
     if layer.load is not None:
         rows.append(("load", [f"{layer.load[slot]:.1%}" for slot in slots]))
     for name, cells in rows:

@@ -92,21 +92,24 @@ def average_k(setting: Setting, data: Path, images: Path | None, console: Consol
 def read_questions(data: Path, images: Path) -> Iterator[Question]:
     """The prompts of a file: JSON (a list) or JSON lines of objects with `text` (or `prompt`) and, if any, `image`, a
     path within `images`; or text, a prompt a line. ValueError that names the line or entry."""
-    lines = data.read_text().splitlines()
+    text = data.read_text(encoding="utf-8")
+    lines = text.split("\n")  # splitlines would also cut at separators within a prompt
     if data.suffix not in (".json", ".jsonl"):
         yield from (Question(line.strip()) for line in lines if line.strip())
         return
     try:
         whole = data.suffix == ".json"
-        entries = json.loads("\n".join(lines)) if whole else [json.loads(line) for line in lines if line.strip()]
+        entries = json.loads(text) if whole else [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{data} is not valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{data} holds a {type(entries).__name__}, not a list of prompts")
     for number, entry in enumerate(entries, 1):
-        text = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else None
-        if not isinstance(text, str):
+        prompt = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else None
+        image = entry.get("image") if isinstance(entry, dict) else None
+        if not isinstance(prompt, str) or not isinstance(image, str | None):
             raise ValueError(f"{data}, entry {number}: give an object with 'text' (or 'prompt') and, if any, 'image'")
-        image = entry.get("image")
-        yield Question(text, None if image is None else images / image)
+        yield Question(prompt, None if image is None else images / image)
 
 
 def _opened(setting: Setting) -> tuple[Any, Any]:

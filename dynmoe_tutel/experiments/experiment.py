@@ -117,7 +117,7 @@ class _Job:
 
 
 def _asked_for(path: Path) -> dict[str, list[Any]]:
-    """The union of the axes of all commands that used this folder."""
+    """The union of the axes of all commands that used this folder; an empty axis stands for all there is."""
     configs = [read_config(folder) for folder in sorted((path / RUNS).glob("*")) if (folder / CONFIG).exists()]
     if not configs:
         raise ValueError(f"{path} holds no run")
@@ -127,7 +127,8 @@ def _asked_for(path: Path) -> dict[str, list[Any]]:
         if not isinstance(of_run, dict) or not all(isinstance(values, list) for values in of_run.values()):
             raise ValueError(f"{path} has a run whose {CONFIG} has no axes: it is damaged or of another version")
         for axis, values in of_run.items():
-            axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *values]))
+            known = axes.get(axis, values)
+            axes[axis] = list(dict.fromkeys([*known, *values])) if known and values else []
     return axes
 
 

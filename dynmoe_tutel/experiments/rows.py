@@ -46,6 +46,12 @@ def held(row: str) -> tuple[str, float] | None:
     return (found[1], float(found[2])) if found is not None and found[1] in ("dynmoe", *HOLDING) else None
 
 
+def routed(row: str) -> tuple[str, float] | None:
+    """The router of a row with a known mean number of experts a token, and this number: `held`, and quantile rows."""
+    fixed = FIXED.fullmatch(row)
+    return (row, float(fixed[2])) if fixed is not None and fixed[1] else held(row)
+
+
 def check_rows(rows: tuple[str, ...]) -> None:
     """ValueError for names that do not fully describe a row, for duplicates, and if there is none."""
     for row in rows:

@@ -25,7 +25,8 @@ class GroupedMLP(Experts):
     * `recompute`: "none" keeps x and the pre-activations for the backward; "up" keeps only x, and the backward repeats
       the first (and gated) products, with bitwise equal gradients. Needs an activation that runs fused.
     * `engine`: "auto" (Triton's kernels on a GPU, a loop over the experts on a CPU), "triton", "grouped_mm"
-      (torch.nn.functional.grouped_mm) or "torch" (the loop everywhere). float64 always takes the loop.
+      (torch.nn.functional.grouped_mm), "numba" (the loop on a CPU, with compiled passes; what "auto" takes there if
+      numba is installed) or "torch" (the loop everywhere). float64 always takes torch's loop.
     """
 
     dense_names: ClassVar[dict[str, str]]  # gate, up, up_bias, down, down_bias of a dense FFN -> our parameter

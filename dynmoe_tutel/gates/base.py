@@ -61,8 +61,11 @@ class Gate(nn.Module):
     without_gshard: ClassVar[dict[str, float]] = {}
     aux_choices: ClassVar[tuple[str, ...]] = ()
     slot_axes: ClassVar[Mapping[str, int]] = {}  # the axis that counts slots in each tensor that has one
-    exact_buffers: tuple[str, ...] = ()  # buffers that stay fp32 in a layer of half precision
-    scope: str = "layer"  # of what `after_step` holds: "model": counts of all layers' gates of this class are summed
+    exact_buffers: tuple[str, ...] = ()  # state that steps move: fp32 in half precision too, averages take it over
+    takes_max_k: ClassVar[bool] = False  # whether a call may limit the experts of a token
+    max_k: int | None = None  # the gate's own limit
+    target_k: float | None = None  # the mean number of experts a token that steps hold, or draw to by a loss
+    scope: str = "layer"  # of `target_k`: "model": the mean over all layers' gates of this class
 
     def __init__(
         self,
@@ -120,13 +123,14 @@ class Gate(nn.Module):
         return {"gshard": 1.0} if is_gshard_loss else dict(cls.without_gshard)
 
     def limit_of_call(self, max_k: int | None) -> int | None:
-        """The largest number of experts a token in a call with `max_k`; None: no limit."""
-        if max_k is not None:
+        """The largest number of experts a token in a call with `max_k`: the smaller of it and the gate's; None: any."""
+        if max_k is not None and not self.takes_max_k:
             raise ValueError(
                 f"max_k = {max_k!r} is for top-any gates and those of type relu, top_p and expert_threshold, not for "
                 f"{type(self).__name__}: give top_k"
             )
-        return None
+        limits = [limit for limit in (self.max_k, max_k) if limit is not None]
+        return min(limits, default=None)
 
     def keep_sample(self, x_TD: Tensor, routing: Routing) -> None:
         """Keep what `adaptive.Budgets` needs of a training forward's tokens, where the gate has state to move."""
@@ -137,6 +141,10 @@ class Gate(nn.Module):
 
     def after_step(self, counts: Tensor) -> None:
         """Move the gate's state after an optimizer step, by the `step_counts` of all ranks; count anew."""
+
+    def held_values(self) -> dict[str, float]:
+        """The target and the state that steps move, as numbers worth a curve, by name. Waits for the device."""
+        return {}
 
     def freeze_keys(self) -> None:
         """For one_score_gate: stop training the keys; only `update_one_score_gate` changes them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..routing import Routing
 from ..validation import number
 from .base import gate_type
-from .histograms import BINS, histograms, quantiles
+from .histograms import BINS, histograms, quantiles, seen
 from .weighted import WeightedGate
 
 
@@ -29,6 +29,7 @@ class ExpertThresholdGate(WeightedGate):
 
     slot_axes: ClassVar[dict[str, int]] = {"wg.weight": 0, "thresholds": 0}
     falls_back = True
+    target_k: float
     thresholds: Tensor
     steps: Tensor
 
@@ -49,8 +50,8 @@ class ExpertThresholdGate(WeightedGate):
         return histograms(routing.scores, 0.0, 1.0, routing.token_mask)
 
     def move(self, counts: Tensor) -> None:
-        seen = counts.view(-1, BINS)[:1].sum(dim=1) > 0
-        self.steps.add_(seen)
-        way = (1 / self.steps.clamp(min=1)).clamp(min=1 - self.decay) * seen
+        seen_E = seen(counts)
+        self.steps.add_(seen_E.any())
+        way_E = (1 / self.steps.clamp(min=1)).clamp(min=1 - self.decay) * seen_E
         wanted_E = quantiles(counts, 1 - self.target_k / self.slots, 0.0, 1.0).to(self.thresholds.dtype)
-        self.thresholds.add_(way * (wanted_E - self.thresholds))
+        self.thresholds.add_(way_E * (wanted_E - self.thresholds))

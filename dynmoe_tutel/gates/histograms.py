@@ -13,14 +13,20 @@ Bound = float | Tensor  # [], on the device of the values
 def histograms(values_TE: Tensor, low: Bound, high: Bound, token_mask: Tensor | None = None) -> Tensor:
     """Counts of each column in BINS equal bins from `low` to `high`, [E * BINS] int64; the ends take what is beyond.
 
-    Rows where `token_mask` [T] is False are left out.
+    NaN is not counted, and rows where `token_mask` [T] is False are left out.
     """
-    T, E = values_TE.shape
+    E = values_TE.shape[1]
+    counted_TE = ~values_TE.isnan()
+    if token_mask is not None:
+        counted_TE &= token_mask.unsqueeze(1)
     place_TE = ((values_TE - low) / (high - low) * BINS).nan_to_num(0.0).clamp(0, BINS - 1).long()
     place_TE = place_TE + BINS * torch.arange(E, device=values_TE.device)
-    one_T = place_TE.new_ones(T) if token_mask is None else token_mask.long()
-    counts = place_TE.new_zeros(E * BINS)
-    return counts.index_add_(0, place_TE.flatten(), one_T.unsqueeze(1).expand(T, E).reshape(-1))
+    return place_TE.new_zeros(E * BINS).index_add_(0, place_TE.flatten(), counted_TE.flatten().long())
+
+
+def seen(counts: Tensor) -> Tensor:
+    """Whether each column of `histograms` counted a value, [E] bool."""
+    return counts.view(-1, BINS).any(dim=1)
 
 
 def quantiles(counts: Tensor, share: float, low: Bound, high: Bound) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .base import gate_type
-from .histograms import BINS, histograms, quantiles
+from .histograms import BINS, histograms, quantiles, seen
 from .weighted import FixedSlotsGate, largest
 
 
@@ -49,4 +49,4 @@ class QuantileTopKGate(FixedSlotsGate):
     def move(self, counts: Tensor) -> None:
         wanted_E = quantiles(counts, self.k / self.slots, *self._reach())
         centred_E = (wanted_E - wanted_E.mean()).to(self.score_bias.dtype)
-        self.score_bias.copy_(torch.where(counts.sum() == 0, self.score_bias, centred_E))
+        self.score_bias.copy_(torch.where(seen(counts).all(), centred_E, self.score_bias))

@@ -32,6 +32,7 @@ class ReLUGate(WeightedGate):
     without_gshard = default_aux
     aux_choices: ClassVar[tuple[str, ...]] = ("balanced_l1", "l1")
     num_counts = 2
+    target_k: float
     coefficient: Tensor
 
     def __init__(

@@ -47,6 +47,7 @@ class TopAnyGate(Gate):
     """
 
     adaptive: ClassVar[bool] = True
+    takes_max_k = True
     exact_buffers = ("budget_shift",)
     slot_axes: ClassVar[dict[str, int]] = {"sim_matrix": 1, "gates": 0, "experts_mask": 0}
     default_aux: ClassVar[dict[str, float]] = {"diversity": 1.0, "simplicity": 1.0}
@@ -204,6 +205,12 @@ class TopAnyGate(Gate):
             self._sample_on(self.experts_mask.device)
         return self
 
+    def held_values(self) -> dict[str, float]:
+        """Of a budget with a target: `target_k`, and `shift` in cosine units."""
+        if self.budget_shift is None or self.target_k is None:
+            return {}
+        return {"target_k": self.target_k, "shift": float(self.budget_shift)}
+
     def start_with(self, active: Sequence[bool]) -> None:
         """Make these the active slots at start; `reset_mask` activates them."""
         self.active_at_start = list(active)
@@ -266,6 +273,7 @@ class TopAnyGate(Gate):
             score_TE,
             unrouted=unrouted_T,
             thresholds=thresholds,
+            shift=self.budget_shift,
             token_mask=token_mask,
             capacity=capacity,
             block_counts=block_counts,
@@ -275,11 +283,20 @@ class TopAnyGate(Gate):
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
 
-    def limit_of_call(self, max_k: int | None) -> int | None:
-        """The largest number of experts a token in a call with `max_k`: the smaller of it and the budget's."""
-        own = None if self.budget is None else self.budget.max_k
-        limits = [limit for limit in (own, max_k) if limit is not None]
-        return min(limits, default=None)
+    @property
+    def max_k(self) -> int | None:  # type: ignore[override]
+        """The budget's."""
+        return None if self.budget is None else self.budget.max_k
+
+    @property
+    def target_k(self) -> float | None:  # type: ignore[override]
+        """The budget's."""
+        return None if self.budget is None else self.budget.target_k
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        """The budget's."""
+        return "layer" if self.budget is None else self.budget.scope
 
     def aux_term(self, name: str, routing: Routing) -> Tensor:
         """One unweighted auxiliary loss of the assignment; see `losses`."""

@@ -24,6 +24,7 @@ class WeightedGate(LinearLogits):
     before it that are summed over the ranks (`adaptive.Budgets`).
     """
 
+    takes_max_k = True
     bounded: ClassVar[bool] = False  # whether `choose` keeps to `limit_of_call` by itself
     falls_back: ClassVar[bool] = False  # whether in eval an unrouted token takes its best expert, weighted by its score
     num_counts: int = 0  # of `counted`; 0: nothing moves
@@ -102,11 +103,6 @@ class WeightedGate(LinearLogits):
         routing.aux = {name: self.aux_term(name, logits_TE, routing) for name in self.aux_names}
         return routing
 
-    def limit_of_call(self, max_k: int | None) -> int | None:
-        """The largest number of experts a token in a call with `max_k`: the smaller of it and the gate's."""
-        limits = [limit for limit in (self.max_k, max_k) if limit is not None]
-        return min(limits, default=None)
-
     def counted(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """What a training forward adds to the counts, [num_counts] int64; here `assignments_and_tokens`."""
         return assignments_and_tokens(routing)
@@ -127,6 +123,14 @@ class WeightedGate(LinearLogits):
             state: Tensor = getattr(self, self.exact_buffers[0])
             self._counts = torch.zeros(self.num_counts, dtype=torch.int64, device=state.device)
         return self._counts
+
+    def held_values(self) -> dict[str, float]:
+        """`target_k`, if there is one, and what is held; of an entry an expert the smallest and the largest."""
+        values = {} if self.target_k is None else {"target_k": self.target_k}
+        for name in self.exact_buffers:
+            held = self.get_buffer(name).tolist()
+            values |= {name: held[0]} if len(held) == 1 else {f"{name}_min": min(held), f"{name}_max": max(held)}
+        return values
 
     def after_step(self, counts: Tensor) -> None:
         """Move the state by the counts of all ranks, and count anew."""

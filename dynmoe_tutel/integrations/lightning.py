@@ -33,7 +33,7 @@ class DynMoECallback(MoECallback, Callback):
       step of an optimizer that owns a parameter of an adaptive layer, also one that Lightning does not see because it
       is of the raw optimizer; not one that a GradScaler skips. It does so at the end of each training batch, where of
       several optimizers the one with most steps counts. `controller` and `events` exist once `fit` has begun. A model
-      whose gates all have a fixed k trains without a controller.
+      without an adaptive gate trains without a controller; what its routers hold moves.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss. Like the loss, it is divided by
       `accumulate_grad_batches`, but not under manual optimization. Do not add it in `training_step` as well.
     * When Lightning logs, the callback logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.

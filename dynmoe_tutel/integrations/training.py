@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe_tutel import metrics
+from dynmoe_tutel.adaptive.budget import Budgets
 from dynmoe_tutel.adaptive.controller import ExpertController, ExpertEvent, Schedule
 from dynmoe_tutel.adaptive.optimizer_state import OptimizerRows
 from dynmoe_tutel.integrations.auxiliary_gradient import AuxiliaryGradient
@@ -65,7 +66,7 @@ class MoECallback:
 
     @property
     def controller(self) -> ExpertController | None:
-        """The controller of the last training; None before training, or if every gate has a fixed k."""
+        """The controller of the last training; None before training, or if no gate is adaptive."""
         return None if self._training is None else self._training.controller
 
     @property
@@ -103,7 +104,7 @@ class MoETraining:
     belong to no training.
 
     The host's callback calls `set_factor` before the forwards of a step, `step` after them, and `scalars` when the
-    host logs. A model whose gates all have a fixed k has no controller; the rest is the same.
+    host logs. A model without an adaptive gate has no controller; what its routers hold moves all the same.
     """
 
     controller: ExpertController | None
@@ -113,16 +114,17 @@ class MoETraining:
         refuse_without_layers(model)
         layers = metrics.moe_layers(model)
         adaptive = [layer for layer in layers.values() if any(gate.adaptive for gate in layer.held_gates)]
+        self._group = options.get("group")
         self.controller = ExpertController(model, optimizer, **options) if adaptive else None
+        self._budgets = None if adaptive else Budgets(model, self._group)
         if not adaptive and options.get("schedule") is not None:
-            logger.warning("schedule is ignored: every gate of the %s has a fixed k", type(model).__name__)
+            logger.warning("schedule is ignored: no gate of the %s grows or prunes experts", type(model).__name__)
         self.auxiliary = AuxiliaryGradient(layers, aux_weight, owner=self)  # ends an earlier training of these layers
         self.meter = metrics.RoutingMeter(model, training_only=True)
         counted = None if isinstance(optimizer, OptimizerRows) else optimizer  # rows have no steps: the host counts
         self._steps = OptimizerSteps(adaptive or layers.values(), counted)
         self._batches, self._taken = 0, 0  # batches, and optimizer steps that counted
         self._warned = False
-        self._group = options.get("group")
         self._new_events: list[ExpertEvent] = []
 
     def set_factor(self, factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -141,9 +143,11 @@ class MoETraining:
         self._check_in_charge()
         steps = self._steps.take(otherwise)
         self._taken += steps
-        if self.controller is not None:
-            for _ in range(steps):
+        for _ in range(steps):
+            if self.controller is not None:
                 self._new_events += self.controller.step()
+            if self._budgets is not None:
+                self._budgets.step()
         return steps
 
     def warn_without_steps(self) -> None:

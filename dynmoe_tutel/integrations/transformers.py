@@ -42,7 +42,7 @@ class DynMoECallback(MoECallback, TrainerCallback):
 
     * An `ExpertController` with `schedule` and the further `options` (`policy`, `init`, `patience`, ...) counts every
       optimizer step, not one that a GradScaler skips; `controller` and `events` exist once training has begun. A model
-      whose gates all have a fixed k trains without a controller.
+      without an adaptive gate trains without a controller; what its routers hold moves.
     * `aux_weight` times the sum of the layers' l_aux is minimised beside the loss, as the mean over the micro-batches
       of a step and over the ranks; do not add it in the model as well. `loss` in the log does not include it.
     * When the Trainer logs, it also logs `moe/<layer>/...`: the numbers of `MoETraining.scalars`.

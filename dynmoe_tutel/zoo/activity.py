@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -47,12 +48,21 @@ class TokenActivity(HookOwner):
 
 
 def limit_k(model: nn.Module, max_k: int | None) -> None:
-    """Let a token activate at most `max_k` experts from now on, those of largest margin; None: no limit."""
+    """Let a token activate at most `max_k` experts from now on, those of largest margin; None: no limit.
+
+    A gate's `target_k` stays. Raises ValueError, before any gate is changed, for one that cannot hold the limit.
+    """
+    budgets: list[tuple[TopAnyGate, Budget | None]] = []
     for layer in moe_layers(model).values():
         for gate in layer.held_gates:
             if not isinstance(gate, TopAnyGate):
                 raise ValueError(f"limit_k: {type(gate).__name__} is no top-any gate")
-            if max_k is not None:
-                gate.hold_budget(Budget.of({"max_k": max_k}, layer.slots))
-            else:
-                gate.budget = None
+            held = {} if gate.budget is None else {k: v for k, v in asdict(gate.budget).items() if v is not None}
+            wanted = {**held, "max_k": max_k}
+            limited = max_k is not None or "target_k" in held
+            budgets.append((gate, Budget.of(wanted, layer.slots) if limited else None))
+    for gate, budget in budgets:
+        if budget is None:
+            gate.budget = None
+        else:
+            gate.hold_budget(budget)

@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmoe_tutel.validation import positive_int
+
 from .families import Family, family_of_checkpoint, family_of_text
-from .hugging_face import transformers
+from .hugging_face import needed, transformers
 from .moe_dict import checked_moe
+
+_errors: Any = needed("huggingface_hub.errors")
 
 CONFIG = "config.json"
 FEATURES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature, and LlavaConfig's name for it
 PROJECTOR = "mlp2x_gelu"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _CLIP_L = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -50,7 +55,12 @@ def read_config(folder: Path, image_tower: Any = None) -> tuple[Family, Any]:
     """The family and the `LlavaConfig` of the checkpoint in `folder`; ValueError by the key of its config.json."""
     raw = read_json(folder, CONFIG)
     family = family_of_checkpoint(raw.get("model_type"))
-    text = family.text_config(raw)
+    for key in SIZES:
+        positive_int(f"{CONFIG}: {key}", raw.get(key))
+    try:
+        text = family.text_config(raw)
+    except _errors.StrictDataclassError as error:
+        raise ValueError(f"{CONFIG}: {error}") from error
     moe = checked_moe(raw.get("moe"), text.num_hidden_layers)
     for key, allowed in (
         ("image_projector_type", PROJECTOR),
@@ -64,12 +74,15 @@ def read_config(folder: Path, image_tower: Any = None) -> tuple[Family, Any]:
     if feature not in FEATURES:
         raise ValueError(f"{CONFIG}: mm_vision_select_feature = {feature!r}: allowed are {', '.join(FEATURES)}")
     tower = vision_config(raw.get("mm_image_tower"), image_tower)
+    layer, most = raw.get("mm_vision_select_layer", -2), tower.num_hidden_layers
+    if type(layer) is not int or not -most - 1 <= layer <= most:
+        raise ValueError(f"{CONFIG}: mm_vision_select_layer = {layer!r}: the image tower has {most} layers")
     config = transformers.LlavaConfig(
         vision_config=tower,
         text_config=text,
         image_token_index=text.vocab_size - 1,
         image_seq_length=image_tokens(tower, FEATURES[feature]),
-        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_layer=layer,
         vision_feature_select_strategy=FEATURES[feature],
     )
     config.moe, config.zoo = moe, raw

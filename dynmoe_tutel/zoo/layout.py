@@ -32,6 +32,7 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Files:
             raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHTS)}")
         self.safetensors = ".safetensors" in name
         if name.endswith(".index.json"):
-            names = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-            self.paths = [folder / each for each in names]
+            self.paths = [folder / each for each in _shards(folder / name)]
         else:
             self.paths = [folder / name]
         if lacking := [path.name for path in self.paths if not path.is_file()]:
@@ -111,8 +111,23 @@ class Files:
             yield key, Entry(tuple(value.shape), value.dtype), value.clone() if _is_checked(key) else None
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; ValueError that names the index where it is none."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(where.values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"weight_map = {where!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards ({type(error).__name__}: {error}): it needs a JSON object "
+            "'weight_map' of keys to file names"
+        ) from error
+    return names
+
+
 def check_entries(folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, Entry]) -> None:
-    """ValueError with the checkpoint's key where one is missing, extra or of another shape."""
+    """ValueError with the checkpoint's key where one is missing, extra, of another shape, or no float."""
     for what, keys in (
         ("lacks", [key for key in expected if key not in entries]),
         ("has keys that its config.json leaves no place for:", [key for key in entries if key not in expected]),
@@ -125,6 +140,11 @@ def check_entries(folder: Path, entries: Mapping[str, Entry], expected: Mapping[
             raise ValueError(
                 f"the checkpoint in {folder} has {key!r} of shape {list(entry.shape)}, and its config.json (with the "
                 f"image tower's) means {list(expected[key].shape)}"
+            )
+        if entry.dtype not in FLOATS and not key.endswith(MASK):
+            raise ValueError(
+                f"the checkpoint in {folder} has {key!r} of {entry.dtype}: its values would be taken for "
+                "weights; packed or quantised checkpoints are not supported"
             )
 
 

@@ -72,7 +72,8 @@ class _WithinLength:
         self.limit = limit
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache, embeds = kwargs.get("cache"), kwargs.get("inputs_embeds")
+        embeds = kwargs.get("inputs_embeds")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as earlier releases of transformers 5 call it
         if module.training or embeds is None:
             return
         length = embeds.shape[1] + (0 if cache is None else int(cache.get_seq_length()))

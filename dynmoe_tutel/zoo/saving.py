@@ -41,7 +41,8 @@ def save(
 
     `model` is from `load`, or a `LlavaForConditionalGeneration` that `zoo.convert` gave MoE layers. What was loaded in
     the file's dtype is written bitwise as it was. `image_tower` is the tower's name for config.json, where it has none.
-    Raises ValueError for a model that the format cannot hold, before it writes.
+    Raises ValueError for a model that the format cannot hold, before it writes. Files of the same names are replaced
+    once all new ones are written, so that a save that fails leaves the folder as it was.
     """
     folder = Path(folder)
     config = _checked(model)
@@ -60,18 +61,24 @@ def save(
         room, total = room - size, total + size
     names = _names(len(shards))
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_other_weights(folder, names)
+    written = [folder / f"{TEMPORARY}{name}" for name in names]
+    _refuse_other_weights(folder, names, written)
     pieces = _pieces(model, transforms, config, meta=False)
-    for name, keys in zip(names, shards, strict=True):
-        tensors = {}
-        for key in keys:
-            found, tensor = next(pieces)
-            assert found == key
-            tensors[key] = tensor.to("cpu", dtypes.get(key, tensor.dtype)).contiguous()
-        # over the old file, never into it: a loaded model reads its pages
-        written = folder / f"{TEMPORARY}{name}"
-        _safetensors.save_file(tensors, written, metadata={"format": "pt"})
-        os.replace(written, folder / name)
+    try:
+        for path, keys in zip(written, shards, strict=True):
+            tensors = {}
+            for key in keys:
+                found, tensor = next(pieces)
+                assert found == key
+                tensors[key] = tensor.to("cpu", dtypes.get(key, tensor.dtype)).contiguous()
+            _safetensors.save_file(tensors, path, metadata={"format": "pt"})
+        # once all are whole: shards of two models in one folder would be read as one
+        for path, name in zip(written, names, strict=True):
+            os.replace(path, folder / name)  # over the old file, never into it: a loaded model reads its pages
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     if len(names) > 1:
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -128,9 +135,10 @@ def _pieces(model: Any, transforms: list[Any], config: Any, meta: bool) -> Itera
     yield from reverted(transforms, group, config).items()
 
 
-def _refuse_other_weights(folder: Path, names: list[str]) -> None:
-    """ValueError where a reader would take other weights of the folder for these."""
+def _refuse_other_weights(folder: Path, names: list[str], written: list[Path]) -> None:
+    """ValueError where a reader would take other weights of the folder for these; remains of a killed save are none."""
     others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)} - set(names)
+    others -= {path.name for path in written}
     others -= {INDEX} if len(names) > 1 else set()
     if others:
         raise ValueError(f"{folder} has other weights, {sorted(others)[0]}: give an empty folder, or remove them")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe_tutel import ExpertController, MoELayer
+from dynmoe_tutel.adaptive import budget
 from dynmoe_tutel.adaptive.budget import Budgets, _part, kept_margins, shift_for
+from dynmoe_tutel.gates.budget import Budget
 from dynmoe_tutel.gates.samples import sampled_rows
 from dynmoe_tutel.gates.top_any import SAMPLE
 
@@ -93,10 +95,45 @@ def test_a_model_shares_one_mean() -> None:
 
 def test_targets_of_one_model_must_agree() -> None:
     layers = [make_layer({"target_k": k, "scope": "model"}) for k in (2.0, 3.0)]
-    for layer in layers:
-        layer(torch.randn(8, D))
     with pytest.raises(ValueError, match=r"scope 'model': layers have target_k \[2.0, 3.0\]"):
-        Budgets(torch.nn.Sequential(*layers)).step()
+        Budgets(torch.nn.Sequential(*layers))
+
+
+class TestLayersOfLater:
+    """What changes after the first step is noticed: targets at once, layers within LOOK_EVERY steps."""
+
+    def test_a_target_that_changes(self) -> None:
+        layers = torch.nn.Sequential(*[make_layer({"target_k": 2.0, "scope": "model"}) for _ in range(2)])
+        budgets = Budgets(layers)
+        budgets.step()
+        layers[1].gates[0].hold_budget(Budget(3.0, scope="model"))
+        with pytest.raises(ValueError, match=r"scope 'model': layers have target_k \[2.0, 3.0\]"):
+            budgets.step()
+
+    def test_a_gate_that_is_replaced(self) -> None:
+        layer, other = make_layer({"target_k": 2.0}), make_layer({"target_k": 2.0})
+        budgets = Budgets(layer)
+        layer.gates[0] = other.gates[0]
+        layer(torch.randn(64, D))
+        budgets.step()
+        assert float(other.gates[0].budget_shift) != 0
+
+    def test_a_layer_that_is_added(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(budget, "LOOK_EVERY", 3)
+        model = torch.nn.Sequential(make_layer({"target_k": 2.0, "scope": "model"}))
+        budgets = Budgets(model)
+        model.append(make_layer({"target_k": 2.0, "scope": "model"}))
+        shifts = []
+        for _ in range(6):
+            model(torch.randn(64, D))
+            budgets.step()
+            shifts.append([float(layer.gates[0].budget_shift) for layer in model])
+        assert [second != 0 for _, second in shifts] == [False, False, True, True, True, True]
+        model.append(make_layer({"target_k": 3.0, "scope": "model"}))
+        budgets.step()
+        budgets.step()
+        with pytest.raises(ValueError, match=r"scope 'model': layers have target_k \[2.0, 3.0\]"):
+            budgets.step()
 
 
 def test_growth_means_what_it_meant() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynmoe_tutel import MoELayer
 from dynmoe_tutel.adaptive import Budgets, calibrate
+from dynmoe_tutel.gates.budget import Budget
 
 D = 16
 
@@ -186,3 +187,22 @@ def test_a_wrapped_gate_is_calibrated() -> None:
     found = calibrate(model, batches, 2.0)
     assert found == {"0.gates.0": pytest.approx(2.0, rel=0.1), "1.gates.0.inner": pytest.approx(2.0, rel=0.1)}
     assert mean_k(model, batches) == [pytest.approx(k) for k in found.values()]
+
+
+def test_a_training_that_goes_on_holds_the_new_target_until_its_own_is_given_back() -> None:
+    model, batches = model_and_batches(target_k=4.0)
+    calibrate(model, batches, 1.5)
+    assert [(layer.gates[0].target_k, layer.gates[0].max_k) for layer in model] == [(1.5, None)] * 2
+
+    def trained_k() -> float:
+        for _ in range(4):
+            for x in batches:
+                model.train()(x)
+                budgets.step()
+        return float(model[0].route(torch.cat(batches)).k_per_token.float().mean())
+
+    budgets = Budgets(model)
+    assert trained_k() < 2
+    for layer in model:
+        layer.gates[0].hold_budget(Budget(target_k=4.0))
+    assert trained_k() == pytest.approx(4.0, rel=0.1)

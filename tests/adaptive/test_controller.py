@@ -376,7 +376,7 @@ class TestArguments:
 
     def test_a_model_without_adaptive_layers_is_refused(self) -> None:
         for model in (nn.Linear(2, 2), make_layer(gate={"type": "top", "k": 1})):
-            with pytest.raises(ValueError, match="model must have a MoELayer with an adaptive gate"):
+            with pytest.raises(ValueError, match=r"MoELayer with an adaptive gate.*dynmoe_tutel.adaptive.Budgets"):
                 ExpertController(model)
         with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got 3"):
             ExpertController(3)  # type: ignore[arg-type]

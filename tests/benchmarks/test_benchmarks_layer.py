@@ -67,12 +67,17 @@ class TestOptions:
         assert allowed in line
 
     @pytest.mark.parametrize(
-        "argv", ["--device cuda --shape 1", "--device cuda --threads 1", "--seconds 5", "--resume"]
+        "argv",
+        ["--device cuda --shape 1", "--device cuda --threads 1", "--device cuda --peers", "--seconds 5", "--resume"],
     )
     def test_an_option_of_the_other_device_is_not_passed_over(
         self, argv: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert "allowed: with --device" in refused(capsys, *argv.split())
+
+    def test_peers_in_another_dtype(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = refused(capsys, "--peers", "--dtype", "float32", "bfloat16")
+        assert "argument --dtype: came ['float32', 'bfloat16'] with --peers, allowed: float32" in line
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_cuda_without_a_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:

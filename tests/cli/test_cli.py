@@ -251,6 +251,29 @@ def test_inspect_prints_what_a_budget_holds(tmp_path: Path) -> None:
     assert f"mean k {layer.k:.2f}" in inspection._headline(layer)
 
 
+@pytest.mark.parametrize(
+    ("gate", "headline", "rows"),
+    [
+        ({"type": "relu", "target_k": 1.5, "coefficient": 0.25}, ", coefficient 0.25, to hold k at 1.5", []),
+        ({"type": "top_p", "target_k": 2.0}, ", logit_scale 1, p 0.4, error 0, to hold k at 2", []),
+        ({"type": "expert_threshold"}, ", steps 0, to hold k at 1", ["threshold"]),
+        ({"type": "null_experts", "target_k": 1.0}, ", null_bias 0, to hold k at 1", []),
+        ({"type": "quantile_top_k"}, "mean k 1.00", ["score_bias"]),
+        ({"type": "top", "k": 2}, "mean k 2.00", []),
+    ],
+)
+def test_inspect_prints_what_a_router_holds(gate: dict[str, Any], headline: str, rows: list[str]) -> None:
+    model = torch.nn.ModuleDict(
+        {"a": moe.moe_layer(gate, 8, {"num_experts_per_device": 3, "hidden_size_per_expert": 4})}
+    )
+    with RoutingMeter(model) as meter:
+        model["a"](torch.randn(20, 8))
+        layer = inspection._with_statistics(inspection.layers_in(model.state_dict())[0], meter.read())
+    assert inspection._headline(layer).endswith(headline)
+    table = inspection._slot_tables(layer, 100)[0]
+    assert [name.strip() for name in table.columns[0].cells] == ["active", *rows, "load"]
+
+
 def test_inspect_wraps_many_slots_and_names_further_gates(tmp_path: Path) -> None:
     layer = moe.moe_layer(
         gate_type=[{"type": "top_any", "max_expert_num": 40}, {"type": "top_any", "max_expert_num": 40}],

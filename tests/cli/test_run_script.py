@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, outputs
+from helpers import PATIENCE
+from script_case import call, write
 
 from dynmoe_tutel import tutel_stand_in
 from dynmoe_tutel.cli.run_script import run
 
 if tutel_stand_in.tutel_is_importable():
     pytest.skip("Tutel is installed: its own tests run scripts with it", allow_module_level=True)
-
-COMMAND = [sys.executable, "-m", "dynmoe_tutel", "run"]
 
 # what python sets, as a script sees it
 SEES = """
@@ -90,19 +87,6 @@ for step in range(16):
 assert losses[-1] < losses[0], losses
 print("experts", *counts)
 """
-
-
-def write(folder: Path, text: str, name: str = "script.py") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
-def call(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process."""
-    env = {**os.environ, **environment}
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=env)
 
 
 def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -350,162 +334,6 @@ def test_the_process_is_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert tutel_stand_in.installed(), "it was there before"
     finally:
         tutel_stand_in.remove()
-
-
-LOG = "log = logging.getLogger('dynmoe_tutel.part')\nlog.debug('no')\nlog.info('an %s', 'event')\nlog.warning('care')\n"
-
-
-@pytest.mark.parametrize(
-    ("set_up", "lines"),
-    [
-        ("", ["dynmoe_tutel.part INFO: an event", "dynmoe_tutel.part WARNING: care"]),
-        ("logging.basicConfig(format='%(message)s')", ["care"]),
-        ("logging.basicConfig(level=logging.INFO, format='> %(message)s')", ["> an event", "> care"]),
-        ("logging.getLogger('dynmoe_tutel').setLevel(logging.WARNING)", ["dynmoe_tutel.part WARNING: care"]),
-        ("l = logging.getLogger('dynmoe_tutel'); l.addHandler(logging.StreamHandler())", ["an event", "care"]),
-    ],
-)
-def test_what_is_logged_is_seen_unless_the_script_configures_logging(
-    set_up: str, lines: list[str], tmp_path: Path
-) -> None:
-    done = call(write(tmp_path, f"import logging, tutel.moe\n{set_up}\n{LOG}"), cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", lines)
-
-
-GROWS = """
-import logging, os, sys, torch
-{set_up}
-import tutel.moe
-layer = tutel.moe.moe_layer({{"type": "gated_multi_gate", "max_expert_num": 4}}, 8, {{"hidden_size_per_expert": 4}})
-for tokens in (-layer.gates[0].sim_matrix.detach().T[:1], torch.randn(64, 8)):  # the first grow an expert, then none
-    layer.begin_record_routing()
-    layer(tokens)
-    layer.adaptive_update_experts()
-"""
-GROWN = "adaptive update: from 1 to 2 experts, slot 1 grown"
-WARNINGS = "logging.basicConfig(level=logging.WARNING)"
-
-
-@pytest.mark.parametrize(
-    ("set_up", "environment", "lines"),
-    [
-        (WARNINGS, {}, [f"dynmoe_tutel: {GROWN}"]),
-        (f"{WARNINGS}; logging.root.handlers[0].setLevel(logging.ERROR)", {}, [f"dynmoe_tutel: {GROWN}"]),
-        ("logging.basicConfig(level=logging.WARNING, filename=os.devnull)", {}, [f"dynmoe_tutel: {GROWN}"]),
-        (WARNINGS, {"DYNMOE_TUTEL_EVENTS": "0"}, []),
-        (WARNINGS, {"RANK": "1"}, []),
-        (WARNINGS, {"RANK": "1", "DYNMOE_TUTEL_EVENTS": "1"}, []),
-        ("logging.basicConfig(level=logging.INFO, format='> %(message)s')", {}, [f"> {GROWN}"]),
-        ("", {}, [f"dynmoe_tutel INFO: {GROWN}"]),
-        ("", {"RANK": "1"}, []),
-    ],
-)
-def test_growth_is_seen_once_whatever_the_script_logs(
-    set_up: str, environment: dict[str, str], lines: list[str], tmp_path: Path
-) -> None:
-    done = call(write(tmp_path, GROWS.format(set_up=set_up)), cwd=tmp_path, **environment)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    seen = [line for line in done.stderr.splitlines() if "experts, slot" in line]
-    assert seen == lines
-
-
-def test_events_are_asked_for_while_the_script_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = write(tmp_path, "import os, sys\nsys.exit(int(os.environ['DYNMOE_TUTEL_EVENTS']))\n")
-    monkeypatch.delenv("DYNMOE_TUTEL_EVENTS", raising=False)
-    assert run([str(script)]) == 1
-    assert "DYNMOE_TUTEL_EVENTS" not in os.environ
-    monkeypatch.setenv("DYNMOE_TUTEL_EVENTS", "3")
-    assert run([str(script)]) == 3
-    assert os.environ["DYNMOE_TUTEL_EVENTS"] == "3"
-
-
-RANKS = """
-import torch
-from tutel import net, system
-env = system.init_data_model_parallel(backend="gloo")
-total = net.simple_all_reduce(torch.tensor([env.global_rank + 1.0]))
-system.get_local_session().dist_print("sum", total.item(), "of", env.global_size)
-"""
-
-
-DIVIDED = """
-import gc
-import torch
-import torch.distributed as dist
-from tutel import moe as tutel_moe
-from tutel.impls.moe_layer import MOELayer
-
-dist.init_process_group("gloo")
-rank, ranks = dist.get_rank(), dist.get_world_size()
-
-
-def main():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), tutel_moe.moe_layer(
-        gate_type={"type": "gated_multi_gate", "max_expert_num": 6},
-        experts={"type": "ffn", "count_per_node": 2, "hidden_size_per_expert": 32,
-                 "activation_fn": lambda x: torch.nn.functional.gelu(x)},
-        model_dim=16, scan_expert_func=lambda name, param: setattr(param, "skip_allreduce", True)))
-    assert isinstance(model[1], MOELayer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(rank)  # tokens of its own
-    for step in range(8):
-        x = torch.randn(64, 8, generator=generator)
-        y = model(x)
-        loss = (y[:, :8] - x).square().mean() + 0.01 * model[1].l_aux
-        optimizer.zero_grad()
-        loss.backward()
-        for p in model.parameters():
-            if not hasattr(p, "skip_allreduce"):
-                dist.all_reduce(p.grad)
-                p.grad /= ranks
-        optimizer.step()
-    different = []
-    for name, p in model.named_parameters():
-        of_ranks = [torch.empty_like(p) for _ in range(ranks)]
-        dist.all_gather(of_ranks, p.detach())
-        if not all(torch.equal(p, other) for other in of_ranks):
-            different.append(name)
-            assert p.skip_allreduce, name
-    marked = [name for name, p in model.named_parameters() if hasattr(p, "skip_allreduce")]
-    assert different == marked == [f"1.experts.{name}" for name, _ in model[1].experts.named_parameters()]
-    if rank == 0:
-        print(ranks, "ranks:", model[1].num_local_experts, "of", model[1].num_global_experts, "experts,",
-              list(model[1].experts.batched_fc1_w.shape), flush=True)
-
-
-main()
-gc.collect()
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [(RANKS, "sum 3.0 of 2\n"), (DIVIDED, "2 ranks: 2 of 4 experts, [3, 32, 16]\n")],
-    ids=["collectives", "layer"],
-)
-def test_two_ranks(code: str, said: str, tmp_path: Path) -> None:
-    """As torchrun starts them: `torchrun -m dynmoe_tutel run SCRIPT`."""
-    script = write(tmp_path, code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [*COMMAND, str(script)],
-            env={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output = outputs(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], output
-    assert [out for out, _ in output] == [said, ""]
 
 
 def test_checkpoint_tools_need_tutel_and_say_so(tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import tiny_job
+import tiny_texts
 import torch
 from typer.testing import CliRunner
 
 from dynmoe_tutel.cli import app
 from dynmoe_tutel.experiments import experiment
-from dynmoe_tutel.experiments.questions import page, timing
+from dynmoe_tutel.experiments.language.task import LanguageConfig, LanguageTask
+from dynmoe_tutel.experiments.questions import page, pictures, task, timing
+from dynmoe_tutel.experiments.questions.catalogue import OF_TEXTS
 from dynmoe_tutel.experiments.questions.task import QuestionsConfig, QuestionsTask
 from dynmoe_tutel.experiments.run_folder import METRICS, RUNS, read_log
 from dynmoe_tutel.experiments.runner import Run
@@ -83,7 +86,7 @@ def test_what_is_done_is_not_done_again(whole: Path, monkeypatch: pytest.MonkeyP
 def test_the_page_keeps_what_other_commands_asked(whole: Path, tmp_path: Path) -> None:
     """Questions, also of times alone, which train nothing, and further seeds."""
     shutil.copytree(whole, tmp_path / "job")
-    changed = replace(CONFIG, questions=(1,), seeds=(0,))
+    changed = replace(CONFIG, questions=(1,), rows=(), seeds=(0,))
     assert experiment.start(QuestionsTask(changed), tmp_path / "job", tiny_job.quiet()) == 0
     text = (tmp_path / "job" / page.PAGE).read_text()
     assert [line[:5] for line in text.splitlines() if line.startswith("## ")] == ["## 1.", "## 4.", "## 6.", "## 11"]
@@ -126,7 +129,7 @@ def test_a_signal_while_timing_keeps_whole_blocks_alone(tmp_path: Path) -> None:
 
 
 def test_steps_and_layers_are_timed_with_how_they_routed(tmp_path: Path) -> None:
-    task = QuestionsTask(replace(CONFIG, questions=(1,), seeds=(0,)))
+    task = QuestionsTask(replace(CONFIG, questions=(1,), rows=(), seeds=(0,)))
     assert timing.seconds(task, tmp_path) > 0
     timing.measure(task, tmp_path, lambda: None)
     (steps,), (layers,) = timing.read(tmp_path, 1, timing.STEP), timing.read(tmp_path, 1, timing.LAYER)
@@ -148,10 +151,20 @@ def test_only_what_the_questions_need_is_trained() -> None:
 
     assert names(questions=(1, 11)) == []
     assert names(questions=(7,)) == ["dynmoe", "dynmoe-every-10", "dynmoe-every-50", "dynmoe-every-100"]
-    assert names(questions=(6, 7), rows=("dynmoe-fixed", "dynmoe-no-aux")) == ["dynmoe-fixed"]
+    assert names(questions=(6, 7), rows=("dynmoe-fixed",)) == ["dynmoe-fixed"]
     assert len(names()) == 28
     plan = QuestionsTask(QuestionsConfig(questions=(7,), seeds=(4, 5))).plan
     assert [key.seed for key in plan] == [4] * 4 + [5] * 4
+
+
+def test_a_command_without_rows_asks_for_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: rows that another command had named were then all that --resume went on with."""
+    shutil.copytree(whole, tmp_path / "job")
+    monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)
+    monkeypatch.setattr(Run, "finish", lambda *_: (_ for _ in ()).throw(experiment.Interrupted(signal.SIGTERM)))
+    every = replace(CONFIG, questions=(6,), rows=(), seeds=(0,))
+    assert experiment.start(QuestionsTask(every), tmp_path / "job", tiny_job.quiet()) == 128 + signal.SIGTERM
+    assert experiment._asked_for(tmp_path / "job") == {"questions": [4, 6, 11], "rows": [], "seeds": [0, 1]}
 
 
 def test_test_images_reach_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +196,13 @@ def test_test_images_reach_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--questions", "0"), "questions must be different ones of 1 to 11, got"),
         (("--questions", "3,3"), "questions must be different ones of 1 to 11, got"),
         (("--rows", "dense,nothing"), "rows must be different ones of dense, top-2-of-8"),
+        (
+            ("--questions", "4,11", "--rows", "dynmoe,dynmoe-fixed,dense"),
+            "rows: dynmoe-fixed, dense is in none of the questions 4, 11: leave it out, or ask one of 2, 6",
+        ),
+        (("--questions", "1", "--rows", "plain-top-2"), "is in none of the questions 1: leave it out"),
+        (("--language", "--rows", "dense-tuned"), "of --language: leave it out"),
+        (("--language", "--questions", "3,4,11"), "questions 3, 11 are not answered by texts"),
         (("--data", "x"), "data is about the texts of --language"),
         (("--steps", "0"), "steps must be an integer of at least 1"),
     ],
@@ -197,5 +217,34 @@ def test_bad_options_are_refused(options: tuple[str, ...], message: str, tmp_pat
 def test_language_has_its_own_defaults() -> None:
     config = QuestionsConfig.of_options({"language": True}, quick=False)
     assert (config.steps, config.seeds, config.learning_rate, config.experts) == (100, (0, 1, 2), 2e-4, 8)
+    assert config.questions == (1, 2, 4, 5, 6, 7, 8, 9, 10)
     assert QuestionsConfig.of_options({"language": True, "steps": 3}, quick=True).steps == 3
     assert json.loads(json.dumps(config.to_dict()))["language"] is True
+
+
+def test_texts_are_answered_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question that is asked of them, on a tiny BERT and few rows; nothing on the page speaks of images."""
+    pytest.importorskip("transformers")
+    texts, model = tiny_texts.write_texts(tmp_path / "texts"), tiny_texts.write_model(tmp_path / "model")
+    sizes = {"layers": (1, 2), "batch": 6, "test_limit": 8, "early_limit": 4}
+
+    def small(config: QuestionsConfig) -> LanguageTask:
+        shared = {name: getattr(config, name) for name in task.SHARED}
+        return LanguageTask(LanguageConfig(data=str(texts), model=str(model), **sizes, **shared))
+
+    monkeypatch.setattr(task, "_language", small)
+    monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)
+    monkeypatch.setattr(pictures, "draw", lambda _: b"picture")
+    given = {"language": True, "steps": 2, "rounds": 1, "update_every": 1, "eval_every": 2, "seeds": (0,)}
+    every = QuestionsConfig.of_options(given, quick=True)
+    assert len(QuestionsTask(every).variants) == 25
+    job = QuestionsTask(replace(every, rows=("dense", "dynmoe", "dynmoe-k2", "dynmoe-score-weighted")))
+    assert experiment.start(job, tmp_path / "job", tiny_job.quiet()) == 0
+    text = (tmp_path / "job" / page.PAGE).read_text()
+    assert [line.split(".")[0] for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {number}" for number in OF_TEXTS
+    ]
+    assert "`dynmoe-tutel experiment questions --language`" in " ".join(text.split())
+    for word in ("image", "angle", "Nothing has", "None of the runs", "-tuned", "nan"):
+        assert word not in text, word
+    assert {file.name for file in (tmp_path / "job").glob("*.png")} <= {f"question-{n}.png" for n in OF_TEXTS}

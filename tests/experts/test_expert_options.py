@@ -119,7 +119,7 @@ class TestEngine:
         layers = {engine: layer_with(kind, gate, capacity, engine=engine) for engine in ("torch", "auto", "grouped_mm")}
         for training in (True, False):
             found = {engine: outcome(layer.train(training)) for engine, layer in layers.items()}
-            assert_equal(found["auto"], found["torch"])
+            assert_close(found["auto"], found["torch"])
             assert_close(found["grouped_mm"], found["torch"])
 
     @pytest.mark.parametrize("kind", list(KINDS))
@@ -147,7 +147,7 @@ class TestEngine:
     @pytest.mark.parametrize("kind", ["ffn", "llama_ffn"])
     @pytest.mark.parametrize("engine", ["cuda", "Torch", None, 1, ["torch"]])
     def test_another_is_refused(self, engine: Any, kind: str) -> None:
-        with pytest.raises(ValueError, match=r"experts\['engine'\].*'auto', 'triton', 'grouped_mm', 'torch'"):
+        with pytest.raises(ValueError, match=r"experts\['engine'\].*'auto', 'triton', 'grouped_mm', 'numba', 'torch'"):
             layer_with(kind, engine=engine)
 
     @pytest.mark.parametrize("kind", list(KINDS))

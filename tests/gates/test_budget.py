@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import oracle
@@ -10,6 +11,7 @@ import torch
 from helpers import FP32, FP64, Case, assert_gradients, gradients, make_case, relative_rms
 
 from dynmoe_tutel import MoELayer, moe
+from dynmoe_tutel.capacity import bounded_pairs
 
 BUDGETS = {
     "shift up": {"shift": 0.15},
@@ -140,6 +142,32 @@ def test_a_cap_composes_with_a_bounded_capacity() -> None:
     case = make_case(T=40, max_k=2, G=-1.5, capacity=1.0)
     case.layer(case.x)
     assert int(case.layer.dropped_assignments) == 40
+
+
+@pytest.mark.parametrize(("capacity", "ranks"), [(1.3, None), (0.6, None), (1.2, 2), (0.5, 2)])
+@pytest.mark.parametrize("shift", [0.3, 0.0, -0.1])
+def test_a_bounded_capacity_leaves_the_best_experts_last(shift: float, capacity: float, ranks: int | None) -> None:
+    """By a sort of all assignments: where thresholds are raised, no token loses its best expert, which may be below the
+    raised threshold, while another has a second; else the smallest margins go, as without a budget."""
+    layer, x = (case := make_case(T=60, E=6, G=-0.2, shift=shift)).layer, case.x
+    routing = layer.route(x)
+    margin_TE = (routing.scores - routing.thresholds).detach()
+    best_T1 = margin_TE.masked_fill(~routing.assigned, -1).amax(dim=1, keepdim=True)
+    assert (best_T1 < 0).any() == (shift > 0), "some tokens have what is below the raised threshold"
+    rank_TE = margin_TE + (2.0 * (margin_TE == best_T1) if shift > 0 else 0)
+    if ranks is None:
+        layer.capacity, blocks, room = capacity, [slice(0, 6)], math.ceil(60 * capacity)
+        kept = layer.route(x)
+    else:
+        blocks, room = [slice(0, 3), slice(3, 6)], math.ceil(60 * capacity / ranks)
+        kept = bounded_pairs(routing, ranks, capacity)
+    for block in blocks:
+        of_block_TE, kept_TE = routing.assigned[:, block], kept.assigned[:, block]
+        assert int(kept_TE.sum()) == room < int(of_block_TE.sum())
+        assert rank_TE[:, block][kept_TE].min() > rank_TE[:, block][of_block_TE & ~kept_TE].max()
+    assert int(kept.dropped) == int(routing.num_assignments) - int(kept.num_assignments)
+    if shift > 0 and ranks is None and capacity > 1:
+        assert bool((kept.k_per_token > 0).eq(routing.k_per_token > 0).all())
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,20 @@
-"""Gates against their formulas in plain torch: fixed k, the cosine router, top-any, custom gates, lists."""
+"""Gates against their formulas in plain torch: fixed k, the cosine router, top-any, lists, seeds."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gate_case import D, H, check_against, layer_with, tokens
 from torch import Tensor, nn
 
-from dynmoe_tutel import Routing, moe, validation
+from dynmoe_tutel import moe, validation
 from dynmoe_tutel.gates import make_gate
-
-D, H = 12, 10
-FFN = ("batched_fc1_w", "batched_fc1_bias", "batched_fc2_w", "batched_fc2_bias")
-
-
-def layer_with(gate_type: Any, num_experts: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A layer of gelu experts with weights from private generators."""
-    options = {"seeds": (1, 2), **options}
-    experts = {"num_experts_per_device": num_experts, "hidden_size_per_expert": H, "activation_fn": F.gelu}
-    return moe.moe_layer(gate_type, D, experts, **options).to(dtype)
-
-
-def tokens(T: int = 9, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def naive_fixed_k(logits_TE: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -40,38 +26,6 @@ def naive_fixed_k(logits_TE: Tensor, k: int, normalize: bool) -> tuple[Tensor, T
         total = sum(s[e] for e in best) if normalize and k > 1 else 1
         rows.append(torch.stack([s[e] / total if e in best else s[e] * 0 for e in range(len(s))]))
     return scores_TE, torch.stack(rows)
-
-
-def naive_experts(x_TD: Tensor, params: list[Tensor]) -> Tensor:
-    """All experts on all tokens, [T, E, D]."""
-    w1, b1, w2, b2 = params
-    h = F.gelu(torch.einsum("td,ehd->teh", x_TD, w1) + b1)
-    return torch.einsum("teh,eho->teo", h, w2) + b2
-
-
-def leaves(layer: Any, x_TD: Tensor) -> dict[str, Tensor]:
-    """Copies of x and of every parameter, as leaves of a new graph."""
-    named = {"x": x_TD, **dict(layer.named_parameters())}
-    return {name: t.detach().clone().requires_grad_() for name, t in named.items()}
-
-
-def check_against(layer: Any, x_TD: Tensor, naive: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> None:
-    """Output, loss and all gradients of the layer equal those of `naive`, which returns (weights [T, E], l_aux)."""
-    x_TD = x_TD.clone().requires_grad_()
-    mine, d_y = leaves(layer, x_TD), tokens(len(x_TD), seed=7)
-    weights_TE, l_aux = naive(mine)
-    expected = torch.einsum("te,teo->to", weights_TE, naive_experts(mine["x"], [mine[f"experts.{n}"] for n in FFN]))
-    ((expected * d_y).sum() + 0.3 * l_aux).backward()
-    y = layer(x_TD)
-    assert torch.allclose(y, expected, rtol=1e-9, atol=1e-12)
-    assert float(y.l_aux) == pytest.approx(float(l_aux), rel=1e-5)
-    ((y * d_y).sum() + 0.3 * y.l_aux).backward()
-    for name, t in {"x": x_TD, **dict(layer.named_parameters())}.items():
-        if t.requires_grad:
-            reference = mine[name].grad if mine[name].grad is not None else torch.zeros_like(mine[name])
-            assert t.grad is not None, f"{name} got no gradient"
-            # l_aux is fp32, so its share of a gradient is
-            assert torch.allclose(t.grad, reference, rtol=1e-5, atol=1e-7), name
 
 
 def gshard(scores_TE: Tensor) -> Tensor:
@@ -378,125 +332,6 @@ class TestNamesAndLists:
         moe.moe_layer([gate, dict(gate)], D, {"count_per_node": 2, "hidden_size_per_expert": 3})
         assert gate == before
         assert gates == [gate, "top_any"]
-
-
-class Logits(nn.Module):
-    """A linear gate like Tutel's custom gates."""
-
-    def __init__(self, model_dim: int, num_global_experts: int, **given: Any) -> None:
-        super().__init__()
-        self.wg = nn.Linear(model_dim, num_global_experts, bias=False)
-        self.given = given
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.wg(x_TD)
-
-
-class Chosen(nn.Module):
-    """Routes by a map [T, E]; learns the weights, if given."""
-
-    def __init__(self, assigned_TE: Tensor, weights_TE: Tensor | None = None) -> None:
-        super().__init__()
-        self.assigned_TE = assigned_TE
-        self.weights_TE = None if weights_TE is None else nn.Parameter(weights_TE)
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        return Routing.from_assignments(self.assigned_TE[: x_TD.shape[0]], weights=self.weights_TE)
-
-
-class TestCustom:
-    @pytest.mark.parametrize("build", ["class", "instance", "function", "attribute"])
-    def test_logits_equal_the_gate_of_type_top(self, build: str) -> None:
-        built = Logits(D, 4)
-        if build == "attribute":
-            built.top_k = 2
-        module: Any = {"class": Logits, "function": lambda **given: Logits(**given)}.get(build, built)
-        config = {"type": "custom", "module": module, **({} if build == "attribute" else {"k": 2})}
-        layer, reference = layer_with(config), layer_with({"type": "top", "k": 2})
-        with torch.no_grad():
-            layer.gates[0].module.wg.weight.copy_(reference.gates[0].wg.weight)
-        layer.experts.load_state_dict(reference.experts.state_dict())
-        x_TD, d_y = tokens(), tokens(seed=3)
-        found = []
-        for one in (layer, reference):
-            y = one(x_TD)
-            ((y * d_y).sum() + y.l_aux).backward()
-            found.append([y, y.l_aux, *(p.grad for p in one.parameters())])
-        for mine, expected in zip(*found, strict=True):
-            assert torch.equal(mine, expected)
-
-    def test_the_terms_of_a_routing(self) -> None:
-        """If the gate gave no GShard term, it comes from the routing's scores; the gate's object does not change."""
-        given = Routing.from_assignments(torch.eye(4).bool().repeat(3, 1), torch.rand(12, 4, dtype=torch.float64))
-
-        class Fixed(nn.Module):
-            def forward(self, x_TD: Tensor) -> Routing:
-                return given
-
-        layer = layer_with({"type": "custom", "module": Fixed()})
-        assert float(layer(tokens(12)).l_aux) == pytest.approx(float(given.scores.sum() * 3 * 4 / 144), rel=1e-5)
-        assert given.aux == {}
-
-    def test_an_fp32_module_in_autocast_and_with_bf16_tokens(self) -> None:
-        layer = layer_with({"type": "custom", "module": nn.Linear(D, 4)}, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(tokens(5, torch.bfloat16)).isfinite().all()
-
-    def test_options_go_to_the_class(self) -> None:
-        layer = layer_with({"type": "custom", "module": Logits, "k": 2, "width": 3})
-        assert layer.gates[0].module.given == {"k": 2, "width": 3}
-
-    def test_half_precision_logits_are_routed_in_fp32(self) -> None:
-        layer = layer_with({"type": "custom", "module": Logits, "k": 2}, dtype=torch.bfloat16)
-        routing = layer.route(tokens(5, torch.bfloat16))
-        assert routing.scores.dtype == torch.float32
-
-    @pytest.mark.parametrize("weighted", [False, True])
-    def test_any_assignment(self, weighted: bool) -> None:
-        generator = torch.Generator().manual_seed(0)
-        assigned_TE = torch.rand(9, 4, generator=generator) > 0.5
-        assigned_TE[3] = False
-        given_TE = torch.rand(9, 4, generator=generator, dtype=torch.float64) if weighted else None
-        layer = layer_with({"type": "custom", "module": Chosen(assigned_TE, given_TE)}, aux_losses={})
-
-        def naive(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            if weighted:
-                return t["gates.0.module.weights_TE"] * assigned_TE, torch.zeros(())
-            return assigned_TE / assigned_TE.sum(1, keepdim=True).clamp(min=1).double(), torch.zeros(())
-
-        check_against(layer, tokens(), naive)
-        assert (layer(tokens())[3] == 0).all()
-        layer.begin_record_routing()
-        layer(tokens())
-        assert torch.equal(layer.record.counts, assigned_TE.sum(0))
-        assert int(layer.record.unrouted_tokens) == int((assigned_TE.sum(1) == 0).sum())
-
-    @pytest.mark.parametrize(("capacity", "rows"), [("exact", 20), (0.5, 5), ("full", 40)])
-    def test_a_routing_keeps_to_the_capacity_of_the_layer(self, capacity: Any, rows: int) -> None:
-        """The user's bound on the layer's memory holds for every gate."""
-        assigned_TE = torch.arange(40).view(10, 4) % 2 == 0
-        layer = layer_with({"type": "custom", "module": Chosen(assigned_TE)}, capacity=capacity)
-        assert layer.route(tokens(10)).token_of_row.shape == (rows,)
-        layer(tokens(10))
-        assert int(layer.dropped_assignments) == max(20 - rows, 0)
-
-    def test_a_gate_learns_through_weights_it_computes(self) -> None:
-        class Soft(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.randn(D, 4, dtype=torch.float64))
-
-            def forward(self, x_TD: Tensor) -> Routing:
-                weights_TE = torch.sigmoid(x_TD @ self.w)
-                return Routing.from_assignments(weights_TE > 0.5, weights=weights_TE)
-
-        layer = layer_with({"type": "custom", "module": Soft()}, aux_losses={})
-
-        def naive(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            weights_TE = torch.sigmoid(t["x"] @ t["gates.0.module.w"])
-            return weights_TE * (weights_TE > 0.5), torch.zeros(())
-
-        check_against(layer, tokens(), naive)
 
 
 class TestSeeds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynmoe_tutel.gates.histograms import BINS, histograms, quantiles
+from dynmoe_tutel.gates.histograms import BINS, histograms, quantiles, seen
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.93, 1.0])
@@ -15,12 +15,13 @@ def test_quantiles_are_within_a_bin(share: float) -> None:
     assert torch.allclose(found_E, values_TE.double().quantile(share, dim=0), atol=1.5 / BINS)
 
 
-def test_the_ends_take_what_is_beyond_and_the_first_takes_nan() -> None:
+def test_the_ends_take_what_is_beyond_and_nan_is_not_counted() -> None:
     values = torch.tensor([[-torch.inf], [-5.0], [torch.inf], [torch.nan]])
     counts = histograms(values, -1.0, 1.0)
-    assert counts[0] == 3
+    assert counts[0] == 2
     assert counts[-1] == 1
-    assert counts.sum() == 4
+    assert counts.sum() == 3
+    assert seen(histograms(torch.tensor([[0.5, torch.nan]]), -1.0, 1.0)).tolist() == [True, False]
 
 
 def test_padding_is_left_out_and_no_value_is_no_error() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import FFN, FP32, relative_rms
 from router_case import KINDS, D, gate_type, make_layer, tokens
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from waiting import NoWaiting
 
@@ -199,6 +200,46 @@ class TestMoving:
             Budgets(layer).step()
             states.append(state(layer))
         assert equal(*states)
+
+
+@pytest.mark.parametrize("kind", ["expert_threshold", "null_experts", "quantile_top_k"])
+def test_tokens_that_are_not_finite_do_not_move_what_is_held(kind: str) -> None:
+    """Regression: each of their scores counted as the smallest."""
+    x, states = tokens(300, dtype=torch.float32), []
+    x[::3] = torch.nan
+    for batch in (x, x[x.isfinite().all(dim=1)], x[::3]):
+        layer = make_layer(gate_type(kind))
+        start = state(layer)
+        layer(batch)
+        Budgets(layer).step()
+        states.append(state(layer))
+    assert equal(*states[:2])
+    assert equal(states[2], start)
+    assert not equal(states[0], start)
+
+
+@pytest.mark.parametrize("how", ["AveragedModel", "AveragedModel with buffers", "loop over parameters", "snapshot"])
+def test_averages_of_the_weights_follow_what_is_held(how: str) -> None:
+    """Where no layer has a controller; a copy into which nobody writes stays as it is."""
+    layer = make_layer(gate_type("expert_threshold"))
+    average: Any = copy.deepcopy(layer)
+    if "Averaged" in how:
+        average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers="with" in how)
+    copied = getattr(average, "module", average)
+    start, budgets = state(copied), Budgets(layer)
+    for seed in range(4):
+        step(layer, tokens(64, seed, dtype=torch.float32))
+        with torch.no_grad():
+            layer.gates[0].wg.weight.mul_(1.1)
+        budgets.step()
+        if "Averaged" in how:
+            average.update_parameters(layer)
+        elif how != "snapshot":
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), layer.parameters(), strict=True):
+                    mean.lerp_(value, 0.1)
+    assert equal(state(copied), start if how == "snapshot" else state(layer))
+    assert not equal(state(layer), start)
 
 
 @pytest.mark.parametrize("kind", ["relu", "top_p with a target"])

@@ -33,7 +33,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Half-precision GEMMs both ways: in fp32, as on a processor without them, and in their own type."""
     module = sys.modules["dynmoe_tutel.kernels.grouped_ffn"]
     widened = () if request.param else HALF
-    monkeypatch.setattr(module, "_gemm_dtype", lambda dtype, *device: torch.float32 if dtype in widened else dtype)
+    monkeypatch.setattr(module, "gemm_dtype", lambda dtype, *device: torch.float32 if dtype in widened else dtype)
     return bool(request.param)
 
 

@@ -41,7 +41,7 @@ def case_of(*shape: Any, **options: Any) -> Case:
 @pytest.fixture
 def loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if anything falls back to the loop."""
-    monkeypatch.setattr(sys.modules["dynmoe_tutel.kernels.grouped_ffn"], "_blocks", None)
+    monkeypatch.setattr(sys.modules["dynmoe_tutel.kernels.grouped_ffn"], "blocks", None)
 
 
 @pytest.mark.usefixtures("loop_is_refused", "poisoned")
@@ -318,7 +318,7 @@ class TestChoice:
 
     def test_a_name_that_there_is_not(self) -> None:
         case = Case(7, 5, 4, 5, 3, engine="cuda")
-        with pytest.raises(ValueError, match=r"engine = 'cuda': allowed are auto, triton, grouped_mm, torch"):
+        with pytest.raises(ValueError, match=r"engine = 'cuda': allowed are auto, triton, grouped_mm, numba, torch"):
             case.run(case.tensors)
 
     def test_float64_takes_the_loop_and_says_so_once(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_zoo import PATCHES, TOWER, V, write, write_tiktoken
 from transformers import CLIPVisionConfig
 
-from dynmoe_tutel import zoo
+from dynmoe_tutel import MoELayer, zoo
+from dynmoe_tutel.cli.zoo import read_questions
 from dynmoe_tutel.metrics import moe_layers
 
 testing = pytest.importorskip("typer.testing")
@@ -99,6 +100,52 @@ def test_the_average_over_a_file_of_prompts(folder: Path, tmp_path: Path) -> Non
         *(folder, "--stats", tmp_path / "questions.txt", "--image-tower", folder / "tower", "--max-new-tokens", 3)
     )
     assert f"over {ks[1].shape[1] + 2} tokens" in more
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+def test_a_separator_within_a_prompt_does_not_end_it(name: str, tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand in JSON strings, and str.splitlines cuts at them."""
+    prompts = ["one\u2028line", "two\x85", "Grüße"]
+    entries = [json.dumps({"text": prompt}, ensure_ascii=False) for prompt in prompts]
+    whole = {".json": f"[{','.join(entries)}]", ".jsonl": "\n".join(entries), ".txt": "\n".join(prompts)}
+    (tmp_path / name).write_text(whole[Path(name).suffix], encoding="utf-8")
+    found = [question.text for question in read_questions(tmp_path / name, tmp_path)]
+    assert [text.strip() for text in found] == [prompt.strip() for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("5", "holds a int, not a list"), ('[{"text": "x", "image": 5}]', "entry 1: give an object")]
+)
+def test_a_file_of_other_json_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_questions(tmp_path / "a.json", tmp_path))
+
+
+def test_a_limit_keeps_the_target_and_its_shift() -> None:
+    options = {"experts": {"num_experts_per_device": 4, "hidden_size_per_expert": 8}, "model_dim": 8}
+    layers = torch.nn.Sequential(
+        MoELayer({"type": "top_any", "budget": {"target_k": 2.0, "max_k": 3}}, **options),
+        MoELayer({"type": "top_any"}, **options),
+    )
+    held, free = (layer.gates[0] for layer in layers)
+    held.budget_shift.fill_(0.25)
+    zoo.limit_k(layers, 2)
+    assert (held.budget.target_k, held.budget.max_k, free.budget.max_k) == (2.0, 2, 2)
+    with pytest.raises(ValueError, match="target_k"):
+        zoo.limit_k(layers, 1)
+    assert (held.budget.max_k, free.budget.max_k) == (2, 2)
+    zoo.limit_k(layers, None)
+    assert (held.budget.target_k, held.budget.max_k, free.budget) == (2.0, None, None)
+    assert held.budget_shift.item() == 0.25
+
+
+def test_a_limit_that_one_gate_cannot_hold_changes_none() -> None:
+    options = {"experts": {"num_experts_per_device": 4, "hidden_size_per_expert": 8}, "model_dim": 8}
+    layers = torch.nn.Sequential(MoELayer({"type": "top_any"}, **options), MoELayer({"type": "top", "k": 2}, **options))
+    with pytest.raises(ValueError, match="is no top-any gate"):
+        zoo.limit_k(layers, 1)
+    assert layers[0].gates[0].budget is None
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

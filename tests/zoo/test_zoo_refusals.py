@@ -12,6 +12,7 @@ from test_zoo_load import inputs
 from tiny_zoo import MOE, TOWER, tensors_of, write, write_tensors
 
 from dynmoe_tutel import zoo
+from dynmoe_tutel.zoo.model import _WithinLength
 
 EXPERT = "model.layers.2.mlp.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight"
 GATE = "model.layers.0.mlp.deepspeed_moe.gate.wg"
@@ -42,6 +43,12 @@ GATE = "model.layers.0.mlp.deepspeed_moe.gate.wg"
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
         ({"mm_vision_select_feature": "all"}, "mm_vision_select_feature = 'all': allowed are patch, cls_patch"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling = .* is not supported"),
+        ({"hidden_size": None}, r"config\.json: hidden_size .*None"),
+        ({"num_hidden_layers": "4"}, r"config\.json: num_hidden_layers .*'4'"),
+        ({"num_attention_heads": 0}, r"config\.json: num_attention_heads .*0"),
+        ({"layer_norm_eps": "small"}, r"config\.json: .*'layer_norm_eps'"),
+        ({"mm_vision_select_layer": 99}, r"mm_vision_select_layer = 99: the image tower has \d layers"),
+        ({"mm_vision_select_layer": "last"}, r"mm_vision_select_layer = 'last': the image tower has \d layers"),
     ],
 )
 def test_configurations(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -103,6 +110,34 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks model-00002-of-00003\.safetensors"):
         zoo.load(tmp_path, image_tower=TOWER)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    write(tmp_path, "phi", form="shards")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of shards"):
+        zoo.load(tmp_path, image_tower=TOWER)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_weights_that_are_codes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """They would be loaded as the numbers that the codes are."""
+    write(tmp_path, "phi")
+    write_tensors(tmp_path, {**tensors_of("phi"), EXPERT: torch.ones(40, 32).to(dtype)})
+    with pytest.raises(ValueError, match=rf"has '{re.escape(EXPERT)}' of torch\.\w*int\d+: its values"):
+        zoo.load(tmp_path, image_tower=TOWER)
+
+
+def test_the_limit_counts_the_cache_under_its_earlier_name() -> None:
+    class Cache:
+        def get_seq_length(self) -> int:
+            return 40
+
+    limit = _WithinLength(40)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="has 41 tokens"):
+            limit(torch.nn.Linear(1, 1).eval(), (), {name: Cache(), "inputs_embeds": torch.zeros(1, 1, 2)})
 
 
 def test_a_qwen_is_refused_beyond_its_sequence_length(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynmoe_tutel import zoo
 from dynmoe_tutel.metrics import moe_layers
+from dynmoe_tutel.zoo import saving
 
 
 def written(folder: Path) -> dict[str, Tensor]:
@@ -82,6 +83,36 @@ def test_a_model_may_be_saved_over_the_files_that_it_was_loaded_from(tmp_path: P
     assert_equal(written(tmp_path), tensors)
     assert (tmp_path / "model.safetensors").stat().st_ino != file
     assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its shards beside others of the former model would load as one."""
+    write(tmp_path / "in", "phi")
+    model = zoo.load(tmp_path / "in", image_tower=TOWER)
+    folder = zoo.save(model, tmp_path / "out", max_shard_bytes=100_000)
+    before = written(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    saved, calls = saving._safetensors.save_file, []
+
+    def third_is_too_much(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        saved(tensors, path, **options)
+
+    monkeypatch.setattr(saving._safetensors, "save_file", third_is_too_much)
+    with pytest.raises(OSError, match="No space left"):
+        zoo.save(model, folder, max_shard_bytes=100_000)
+    assert_equal(written(folder), before)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    calls[0].write_bytes(b"what a killed save left")
+    zoo.save(model, folder, max_shard_bytes=100_000)
+    assert not calls[0].exists()
 
 
 def test_grown_and_trained_experts_are_saved(checkpoint: Path, family: str, tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """One question: the variants that it trains, how the answer is read from the results, what it cannot show."""
+    """One question: the variants that it trains, how the answer is read from the results, what it cannot show.
+
+    `of_texts` is what it cannot show on the text model of --language; None: texts do not answer it.
+    """
 
     number: int
     title: str
@@ -48,3 +51,4 @@ class Question:
     variants: tuple[str, ...]
     answer: Callable[[Results], Answer]
     cannot: str
+    of_texts: str | None

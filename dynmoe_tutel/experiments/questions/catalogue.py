@@ -24,6 +24,10 @@ SMALL = (
     "The models are small, the trainings short, and one accuracy out of domain is of some 300 images: a difference "
     "within the interval may be there in longer trainings of larger models."
 )
+SMALL_TEXTS = (
+    "The model is small, the trainings short, and one accuracy out of domain is of some 500 sentences: a difference "
+    "within the interval may be there in longer trainings of larger models."
+)
 
 QUESTIONS = (
     Question(
@@ -35,6 +39,8 @@ QUESTIONS = (
         step_times,
         "Ratios are of this machine's CPU and these sizes. They say nothing of a GPU, nor of several ranks. The "
         "unmodified top-k is a plain loop over the experts, as most code has it, without an auxiliary loss.",
+        "Ratios are of this machine's CPU and a model of six layers, two of which are mixtures. They say nothing of a "
+        "GPU, nor of several ranks. There is no unmodified top-k among the text models.",
     ),
     Question(
         2,
@@ -44,6 +50,8 @@ QUESTIONS = (
         spreads,
         "A standard deviation of few seeds is itself uncertain: of five, by a factor of 0.6 to 2.9. Seeds change start "
         "weights, batches and the split, and not the images of the angle left out.",
+        "A standard deviation of few seeds is itself uncertain: of three, by a factor of 0.5 to 6.3. Seeds change "
+        "batches and the start of what is new, not the pretrained model nor the texts.",
     ),
     Question(
         3,
@@ -52,6 +60,7 @@ QUESTIONS = (
         ("dense", FIXED, "dynmoe", "dense-tuned", f"{FIXED}-tuned", "dynmoe-tuned"),
         starts,
         f"The dense start was trained for as many steps, on other angles of the same images. {SMALL}",
+        None,
     ),
     Question(
         4,
@@ -61,6 +70,8 @@ QUESTIONS = (
         against("dynmoe", ("dynmoe-score-weighted", "dynmoe-normalized")),
         "Scores are sigmoids of a cosine, so that they lie between 0.27 and 0.73 and no expert counts as three others. "
         f"Other weights, such as a softmax with a temperature, are not tried. {SMALL}",
+        "Scores are sigmoids of a cosine, so that they lie between 0.27 and 0.73 and no expert counts as three others. "
+        f"Other weights, such as a softmax with a temperature, are not tried. {SMALL_TEXTS}",
     ),
     Question(
         5,
@@ -70,6 +81,7 @@ QUESTIONS = (
         ("dynmoe", *[f"dynmoe-{term}" for term in AUX_TERMS], "dynmoe-no-aux"),
         against("dynmoe", (*[f"dynmoe-{term}" for term in AUX_TERMS], "dynmoe-no-aux")),
         f"Every term has the weight 0.01; other weights are not tried. {SMALL}",
+        f"Every term has the weight 0.01; other weights are not tried. {SMALL_TEXTS}",
     ),
     Question(
         6,
@@ -79,6 +91,8 @@ QUESTIONS = (
         against("dynmoe", ("dynmoe-growth", "dynmoe-pruning", "dynmoe-fixed")),
         "Where no expert falls silent, pruning has nothing to do, and growth alone is DynMoE itself; training starts "
         f"with four experts, so that growth is needed more than where it starts with many. {SMALL}",
+        "Where no expert falls silent, pruning has nothing to do, and growth alone is DynMoE itself; training starts "
+        f"with eight experts that are equal. {SMALL_TEXTS}",
     ),
     Question(
         7,
@@ -88,6 +102,8 @@ QUESTIONS = (
         against("dynmoe", tuple(f"dynmoe-every-{n}" for n in INTERVALS)),
         "A check adds at most one expert a layer, so that the interval also limits how many there can be: its effect "
         f"is not told apart from that of the number of experts. {SMALL}",
+        "A check adds at most one expert a layer, so that the interval also limits how many there can be: its effect "
+        f"is not told apart from that of the number of experts. {SMALL_TEXTS}",
     ),
     Question(
         8,
@@ -97,6 +113,8 @@ QUESTIONS = (
         ("dynmoe", *[f"dynmoe-init-{init}" for init in INITS]),
         against("dynmoe", tuple(f"dynmoe-init-{init}" for init in INITS)),
         f"`keep` and `fresh` are both random here, as no slot was used before it grew. {SMALL}",
+        "All experts at start are copies of one pretrained MLP, and have trained for few steps where one grows. "
+        f"{SMALL_TEXTS}",
     ),
     Question(
         9,
@@ -105,6 +123,7 @@ QUESTIONS = (
         ("dynmoe", BUDGET, "dynmoe-tuned"),
         fallback(("dynmoe", BUDGET, "dynmoe-tuned")),
         "Shares are of tokens of small images in a model of four blocks; deeper models have other layers.",
+        "Shares are of tokens of short sentences in a model of six layers; deeper models have other layers.",
     ),
     Question(
         10,
@@ -114,6 +133,8 @@ QUESTIONS = (
         against(BUDGET, ("dense", FIXED, "dynmoe", *[variant.name for variant in ROUTERS]), (OUT, IN, MEAN_K)),
         "The other routers have eight experts from the start, and their settings were not searched beyond what a short "
         f"training needs. Where mean k is off {K}, a row is not at equal compute. {SMALL}",
+        "The other routers have eight experts from the start, and their settings were not searched beyond what a short "
+        f"training needs. Where mean k is off {K}, a row is not at equal compute. {SMALL_TEXTS}",
     ),
     Question(
         11,
@@ -124,9 +145,11 @@ QUESTIONS = (
         raggedness,
         "This is one layer on this machine's CPU, whose kernels compute the rows that there are. On a GPU tiles are "
         "filled in steps, and several ranks wait for the slowest: neither is measured here.",
+        None,
     ),
 )
 NUMBERS = tuple(each.number for each in QUESTIONS)
+OF_TEXTS = tuple(each.number for each in QUESTIONS if each.of_texts is not None)
 
 
 def question(number: int) -> Question:

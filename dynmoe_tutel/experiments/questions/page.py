@@ -30,7 +30,8 @@ def write(task: QuestionsTask, path: Path, console: Any) -> None:
     results = Results.of(path, metrics, task.config.steps)
     answers = [(each, each.answer(results)) for each in map(question, asked_for(task, path))]
     write_file(path / PAGE, page(task, results, answers))
-    write_file(path / NUMBERS, json.dumps([_as_json(*each) for each in answers], indent=2) + "\n")
+    content = [_as_json(*each, _cannot(task, each[0])) for each in answers]
+    write_file(path / NUMBERS, json.dumps(content, indent=2) + "\n")
     for each, answer in answers:
         if answer.panels:
             write_file(path / picture_of(each), pictures.draw(answer))
@@ -47,7 +48,7 @@ def asked_for(task: QuestionsTask, path: Path) -> list[int]:
 
 def page(task: QuestionsTask, results: Results, answers: list[tuple[Question, Answer]]) -> str:
     """The page as Markdown."""
-    return "\n\n".join([_head(task, results), *[_section(*each) for each in answers]]) + "\n"
+    return "\n\n".join([_head(task, results), *[_section(*each, _cannot(task, each[0])) for each in answers]]) + "\n"
 
 
 def picture_of(asked: Question) -> str:
@@ -58,7 +59,8 @@ def picture_of(asked: Question) -> str:
 def _head(task: QuestionsTask, results: Results) -> str:
     config = task.config
     data = (
-        "The data are the sentences of `experiment language`, and all variants start from its pretrained text model."
+        "The data are the sentences of `experiment language`, and all variants start from its pretrained text model. "
+        f"DynMoE starts with {config.experts} experts, which are copies of its MLPs, and has {config.slots} slots."
         if config.language
         else "The data are the rotated digits of `train`: five angles are trained on, 75 degrees is never seen. "
         f"Experts start from random weights; DynMoE starts with {config.experts} and has {config.slots} slots."
@@ -80,7 +82,7 @@ def _head(task: QuestionsTask, results: Results) -> str:
     return "\n\n".join(["# Questions", _filled(text), _filled(caution)])
 
 
-def _section(asked: Question, answer: Answer) -> str:
+def _section(asked: Question, answer: Answer, cannot: str) -> str:
     parts = [f"## {asked.number}. {asked.title}", _filled(asked.asked)]
     for caption, header, rows in answer.tables:
         parts += [_filled(caption)] if caption else []
@@ -88,11 +90,15 @@ def _section(asked: Question, answer: Answer) -> str:
     if answer.panels:
         parts.append(f"![{asked.title}]({picture_of(asked)})")
     parts.append(_filled(f"**Answer.** {answer.sentence}"))
-    parts.append(_filled(f"**What it cannot show.** {asked.cannot}"))
+    parts.append(_filled(f"**What it cannot show.** {cannot}"))
     return "\n\n".join(parts)
 
 
-def _as_json(asked: Question, answer: Answer) -> dict[str, Any]:
+def _cannot(task: QuestionsTask, asked: Question) -> str:
+    return (asked.of_texts if task.config.language else asked.cannot) or ""
+
+
+def _as_json(asked: Question, answer: Answer, cannot: str) -> dict[str, Any]:
     return {
         "number": asked.number,
         "title": asked.title,
@@ -100,7 +106,7 @@ def _as_json(asked: Question, answer: Answer) -> dict[str, Any]:
         "tables": [{"caption": caption, "header": header, "rows": rows} for caption, header, rows in answer.tables],
         "panels": [asdict(panel) for panel in answer.panels],
         "answer": answer.sentence,
-        "cannot_show": asked.cannot,
+        "cannot_show": cannot,
     }
 
 

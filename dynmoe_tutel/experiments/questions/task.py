@@ -25,7 +25,7 @@ from dynmoe_tutel.experiments import options
 from dynmoe_tutel.experiments.language.task import LanguageConfig, LanguageTask
 from dynmoe_tutel.experiments.options import absolute, option
 from dynmoe_tutel.experiments.questions import page, timing
-from dynmoe_tutel.experiments.questions.catalogue import NUMBERS, question
+from dynmoe_tutel.experiments.questions.catalogue import NUMBERS, OF_TEXTS, question
 from dynmoe_tutel.experiments.questions.plain import PlainTopK
 from dynmoe_tutel.experiments.questions.variants import PLAIN, ROUTED_EXPERTS, VARIANTS, K, Variant
 from dynmoe_tutel.experiments.task import Part, RunKey, Settings, Task
@@ -40,7 +40,9 @@ MOST_TURNED = -15  # the first angle of the images that a dense model is trained
 class QuestionsConfig(Settings):
     """What decides a job's results; the defaults are those of the digits. ValueError for values out of range."""
 
-    questions: tuple[int, ...] = option(NUMBERS, "Numbers of the questions, by comma. Default: all.")
+    questions: tuple[int, ...] = option(
+        NUMBERS, "Numbers of the questions, by comma. Default: all, with --language those that texts answer."
+    )
     rows: tuple[str, ...] = option((), "Train these variants alone, by comma. Default: all that the questions need.")
     seeds: tuple[int, ...] = option(
         (0, 1, 2, 3, 4),
@@ -67,9 +69,29 @@ class QuestionsConfig(Settings):
             raise ValueError(
                 f"questions must be different ones of {NUMBERS[0]} to {NUMBERS[-1]}, got {list(self.questions)}"
             )
+        if self.language and (others := [number for number in self.questions if number not in OF_TEXTS]):
+            raise ValueError(
+                f"questions {', '.join(map(str, others))} are not answered by texts (a text model is always tuned, and "
+                f"a layer's time depends on no data): give some of {', '.join(map(str, OF_TEXTS))}, or no --language"
+            )
         refused = [row for row in self.rows if row not in VARIANTS]
         if refused or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows must be different ones of {', '.join(VARIANTS)}, got {', '.join(self.rows)}")
+        if unasked := [row for row in self.rows if row not in self.needed]:
+            asking = [n for n in NUMBERS if unasked[0] in question(n).variants]
+            of_digits = self.language and VARIANTS[unasked[0]].tuned  # see `needed`
+            raise ValueError(
+                f"rows: {', '.join(unasked)} is in none of the questions {', '.join(map(str, self.questions))}"
+                f"{' of --language' if of_digits else ''}: leave it out"
+                + ("" if of_digits or not asking else f", or ask one of {', '.join(map(str, asking))}")
+            )
+
+    @property
+    def needed(self) -> list[str]:
+        """The variants that the questions train, in the order of `VARIANTS`."""
+        asked = {name for number in self.questions for name in question(number).variants}
+        # a text model is always tuned: that is what the variants that are not so named do there
+        return [name for name, v in VARIANTS.items() if name in asked and not (v.tuned and self.language)]
 
     @classmethod
     def of_options(cls, given: Mapping[str, Any], quick: bool) -> QuestionsConfig:
@@ -79,6 +101,7 @@ class QuestionsConfig(Settings):
             config = replace(
                 config,
                 language=True,
+                questions=OF_TEXTS,
                 seeds=(0, 1, 2),
                 steps=100,
                 learning_rate=2e-4,
@@ -122,11 +145,7 @@ class QuestionsTask(Task):
     @property
     def variants(self) -> list[Variant]:
         """Those to be trained, in the order of `VARIANTS`."""
-        needed = {name for number in self.config.questions for name in question(number).variants}
-        if self.config.rows:
-            needed &= set(self.config.rows)
-        # a text model is always tuned: that is what the variants that are not so named do there
-        return [v for v in VARIANTS.values() if v.name in needed and not (v.tuned and self.config.language)]
+        return [VARIANTS[name] for name in self.config.needed if not self.config.rows or name in self.config.rows]
 
     @property
     def plan(self) -> list[RunKey]:

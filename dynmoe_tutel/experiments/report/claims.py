@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynmoe_tutel.experiments.rows import held, is_fixed
+from dynmoe_tutel.experiments.rows import held, is_fixed, routed
 
 if TYPE_CHECKING:
     from dynmoe_tutel.experiments.report.table import RowSummary, RunNumbers
@@ -78,7 +78,7 @@ class Claim:
 
 def claims(rows: Sequence[RowSummary]) -> list[Claim]:
     """What the finished runs decide: of each DynMoE row three claims against the fixed-k rows, if there are two of
-    them, and one against each router of the field that holds as many experts.
+    them, and one against each router of the field that holds as many experts, or takes as many (quantile rows).
 
     Only runs that all rows of a claim have count, and only those of two seeds or more.
     """
@@ -91,7 +91,7 @@ def claims(rows: Sequence[RowSummary]) -> list[Claim]:
         if len(fixed) > 1 and (runs := _common([row, *fixed])):
             found += _against_fixed(row, fixed, runs)
         for other in rows:
-            its_router, its_k = held(other.row) or ("", 0.0)
+            its_router, its_k = routed(other.row) or ("", 0.0)
             if its_router not in ("", "dynmoe") and its_k == k and (runs := _common([row, other])):
                 found.append(_against_router(row, other, runs))
     return found

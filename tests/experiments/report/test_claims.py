@@ -133,7 +133,9 @@ def test_routers_are_compared_with_dynmoe_at_the_same_k() -> None:
     assert [(claim.row, claim.state) for claim in found] == [
         ("dynmoe-k2", "not decided"),
         ("dynmoe-k2", "does not hold"),
+        ("dynmoe-k2", "does not hold"),
     ]
+    assert "(d) above quantile-top-2-of-8: does not hold, -18.0 points" in found[2].sentence
     assert found[0].sentence == "dynmoe-k2, (d) above relu-k2: not decided, +1.0 points (-0.3 to +2.3, 4 pairs)."
 
 
