@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dynmoe_tutel import kernels
 from dynmoe_tutel.kernels.gpu import router_gradient as router
+from dynmoe_tutel.kernels.gpu import router_losses
 from dynmoe_tutel.kernels.gpu import top_any_ffn as gpu
 from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn, top_any_ffn_backward
 
@@ -137,6 +138,25 @@ def test_two_runs_are_bitwise_equal_and_recompute_changes_nothing(device: str) -
     for other in (run(True), run(False)):
         for one, two in zip(first, other, strict=True):
             assert torch.equal(one, two)
+
+
+def test_given_unit_vectors_and_no_scale(device: str, poisoned: None) -> None:
+    """The unit vectors of the losses, of which inactive ones are 0; no scale is a scale of 1."""
+    call = Call(33, 16, 24, 8, 4, 0.1)
+    x, gate, index, weights = call.on(device)
+    active = torch.tensor([True, False, True, True], device=device)
+    _, _, *unit, _, _ = router_losses.vector_losses(gate.w_DE, active)
+    one, results = torch.ones((), device=device), []
+    for other in (gate._replace(scale=one), gate._replace(scale=None, unit_ED=unit[0], inv_norm_E=unit[1])):
+        tensors = (x, other, index, weights)
+        y, h, u = gpu.top_any_ffn(*tensors, "gelu", True, torch.float32, True)
+        gradients = gpu.top_any_ffn_backward(call.d_y.to(device), h, u, *tensors, "gelu", True, torch.float32, True)
+        results.append((y, *gradients))
+    for name, a, b in zip(("y", *NAMES), *results, strict=True):
+        if name == "scale":
+            assert b.numel() == 0
+        else:
+            assert relative_rms(b, a) < 1e-6, name
 
 
 @pytest.mark.parametrize("strided", [False, True])
