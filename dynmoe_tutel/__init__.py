@@ -8,6 +8,7 @@ from .adaptive.policy import Decision, DynMoEPolicy, ExpertChange
 from .adaptive.records import RoutingRecord
 from .gates import TopAnyGate
 from .layer import MoELayer
+from .overflow import OverflowRepair
 from .routing import Routing
 from .version import __version__
 
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertController",
     "ExpertEvent",
     "MoELayer",
+    "OverflowRepair",
     "Routing",
     "RoutingRecord",
     "Schedule",

@@ -64,6 +64,7 @@ class MoELayer(AdaptiveExperts):
     _dropped: Tensor
     _is_replica = False  # nn.DataParallel sets it on its copies
     _room_by_budget = False  # no capacity was given; so in layers that were pickled before there were budgets
+    drops_are_repaired = False  # `OverflowRepair` repeats a step that drops: no warning
     # set from the configuration
     capacity: Capacity
     result_func: Callable[[Tensor], Any] | None
@@ -300,7 +301,7 @@ class MoELayer(AdaptiveExperts):
 
     def _count_dropped(self, dropped: Tensor) -> None:
         self.dropped_assignments.add_(dropped)
-        if torch.compiler.is_compiling() or dropped.device.type not in ("cpu", "cuda"):
+        if torch.compiler.is_compiling() or self.drops_are_repaired or dropped.device.type not in ("cpu", "cuda"):
             return
         if dropped > 0 if dropped.device.type == "cpu" else self._dropped_late.above_zero(self.dropped_assignments):
             if self.capacity == "exact":

@@ -5,7 +5,7 @@ Works for every gate type, in training and in eval.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,6 +47,9 @@ class _Count(TemporaryHook):
             sums["k_histogram"].add_(routing.k_histogram)
             sums["counts"].add_(routing.counts)
             sums["unrouted"].add_(routing.unrouted.sum())
+
+    def counts(self) -> Iterable[Tensor]:
+        return self.sums[self.name].values()
 
 
 class RoutingMeter(HookOwner):

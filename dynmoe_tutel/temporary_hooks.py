@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Owner = TypeVar("Owner", bound="HookOwner")
@@ -21,6 +21,10 @@ class TemporaryHook:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         raise NotImplementedError
+
+    def counts(self) -> Iterable[Tensor]:
+        """The tensors to which a call adds in place."""
+        return ()
 
 
 class HookOwner:

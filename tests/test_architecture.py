@@ -29,7 +29,7 @@ FLOORS = (  # from the ground up; a room is a module or a package of dynmoe_tute
     ("experts", "gates", "parallel"),
     ("adaptive", "layer_config"),
     ("checkpoint", "layer"),
-    ("convert", "metrics", "moe", "tutel_stand_in"),
+    ("convert", "metrics", "moe", "overflow", "tutel_stand_in"),
     ("",),  # what `import dynmoe_tutel` names
     ("deepspeed", "experiments", "integrations", "tutel_backend", "zoo"),
     ("__main__", "benchmarks", "cli"),

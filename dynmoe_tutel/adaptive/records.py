@@ -153,6 +153,11 @@ class RoutingRecord:
         if self.keep_tokens > 0:
             keep_strided(self._sample, self._sample_state, x, unrouted_T)
 
+    def tensors(self) -> list[Tensor]:
+        """What `add` writes in place."""
+        sample = ("_sample", "_sample_state") if self.keep_tokens else ()
+        return [getattr(self, name) for name in (*_SUMS, *_FLOATS, *sample)]
+
     def all_reduce(self, group: Any = None) -> None:
         """Sum over the ranks of `group`, equally on all; does nothing if torch.distributed is not initialised.
 

@@ -146,8 +146,8 @@ class TopAnyGate(Gate):
         chosen = sampled_rows(x_TD.shape[0], SAMPLE, x_TD.device)
         taken = chosen.shape[0]
         self._sample[:taken] = unit(x_TD[chosen].to(gate_dtype(x_TD)), 1)  # their lengths may not fit fp32
-        self._sampled[:taken] = True if routing.token_mask is None else routing.token_mask[chosen]
-        self._sampled[taken:] = False
+        self._sampled.zero_()
+        self._sampled[:taken] |= True if routing.token_mask is None else routing.token_mask[chosen]
 
     def _sample_on(self, device: torch.device) -> None:
         """Have room for a sample on `device`: made anew, without a token, where it is elsewhere."""

@@ -8,7 +8,7 @@ twice, a layer that is not called does not count.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,9 @@ class _AddGradient(TemporaryHook):
         y = _WithGradient.apply(y, self.factor * l_aux)
         y.l_aux = l_aux
         return y
+
+    def counts(self) -> Iterable[Tensor]:
+        return (self.sums,)
 
 
 def _owners(layers: Mapping[str, MoELayer]) -> list[Any]:

@@ -1,8 +1,4 @@
-"""The compiled loops: activations, the experts' rows, the decisions of a top-any gate, and the gradient of a token.
-
-All are in this file, because numba's cache on disk knows of changes in a function's own file only. Compilation takes
-seconds, at the first call on a machine. Later processes read the cache, beside this file or, where that cannot be
-written, in the user's cache folder.
+"""Compiled loops: activations, the experts' rows, the gradient of a token, and scores.
 
 Arrays are contiguous, and fp32. Rows of the experts, tokens and their gradients may be bf16, as the uint16 of its bits,
 read to fp32 and rounded to nearest even when written. A loop that takes (part, first, last) does rows, columns or
@@ -24,24 +20,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-# Sums in any order and products without a rounding in between, which vector units need; NaN and inf as ever.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-_inlined = numba.njit(inline="always", **_OPTIONS)
-
-
-def _compiled(loop: Any) -> Any:
-    """The loop in machine code; it holds no lock of Python's."""
-    try:
-        return numba.njit(nogil=True, cache=True, **_OPTIONS)(loop)
-    except RuntimeError:  # no folder for a cache can be written
-        return numba.njit(nogil=True, **_OPTIONS)(loop)
-
+from .compiled import OPTIONS, compiled, inlined
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu", "identity")  # an activation's code is its place
 GELU, GELU_TANH, SILU, RELU, SQUARED_RELU = range(5)
@@ -82,19 +66,11 @@ def _of_bits(_: Any, n: Any) -> Any:
     return types.float32(types.uint32), lambda _c, code, _s, args: code.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic
-def _lowest_bit(_: Any, word: Any) -> Any:
-    def zeros(_c: Any, code: Any, _s: Any, args: Any) -> Any:
-        return code.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), zeros
-
-
 def _wide(value):
     """A number of an array, in fp32."""
 
 
-@overload(_wide, jit_options=_OPTIONS)
+@overload(_wide, jit_options=OPTIONS)
 def _wide_of_dtype(value):
     if value == types.uint16:
         return lambda value: _of_bits(np.uint32(value) << np.uint32(16))
@@ -105,7 +81,7 @@ def _put(row, j, value):
     """Write an fp32 number to an array."""
 
 
-@overload(_put, jit_options=_OPTIONS)
+@overload(_put, jit_options=OPTIONS)
 def _put_of_dtype(row, j, value):
     if row.dtype != types.uint16:
 
@@ -122,7 +98,7 @@ def _put_of_dtype(row, j, value):
     return put_rounded
 
 
-@_inlined
+@inlined
 def _exp_negative(x: Any) -> Any:
     """exp(x) for x <= 0, of x below -87 exp(-87)."""
     x = np.float32(-87) if x < np.float32(-87) else x
@@ -137,13 +113,13 @@ def _exp_negative(x: Any) -> Any:
     return (p * r * r + r + _1) * _power_of_two(n)
 
 
-@_inlined
+@inlined
 def _sigmoid(x: Any) -> Any:
     e = _exp_negative(-abs(x))
     return (_1 if x > 0 else e) / (_1 + e)
 
 
-@_inlined
+@inlined
 def _phi(h: Any) -> Any:
     """Phi(h) and exp(-h^2 / 2)."""
     z = abs(h)
@@ -153,13 +129,13 @@ def _phi(h: Any) -> Any:
     return (_1 - tail if h > 0 else tail), e
 
 
-@_inlined
+@inlined
 def _phi_tanh(h: Any) -> Any:
     """(1 + tanh y) / 2 = sigmoid(2 y) of gelu's tanh form."""
     return _sigmoid(h * (_TANH_1 + _TANH_3 * h * h))
 
 
-@_compiled
+@compiled
 def activate(activation: int, h: Any, a: Any) -> None:
     """a = act(h) in fp32, for a row [H]."""
     H = h.shape[0]
@@ -189,7 +165,7 @@ def activate(activation: int, h: Any, a: Any) -> None:
             a[j] = v
 
 
-@_compiled
+@compiled
 def activate_with_slope(activation: int, h: Any, a: Any, slope: Any) -> None:
     """a = act(h) and slope = act'(h) in fp32, for a row [H]."""
     H = h.shape[0]
@@ -228,7 +204,7 @@ def activate_with_slope(activation: int, h: Any, a: Any, slope: Any) -> None:
             slope[j] = _1
 
 
-@_compiled
+@compiled
 def hidden_rows(
     part: int, first: int, last: int, activation: int, segments: Any, h: Any, b1: Any, u: Any, b3: Any, a: Any
 ) -> None:  # fmt: skip
@@ -253,19 +229,19 @@ def hidden_rows(
                     _put(row, j, value[j])
 
 
-@_inlined
+@inlined
 def _add_bias(row: Any, bias: Any) -> None:
     for j in range(row.shape[0]):
         _put(row, j, _wide(row[j]) + bias[j])
 
 
-@_inlined
+@inlined
 def _add_to(sums: Any, row: Any) -> None:
     for j in range(row.shape[0]):
         sums[j] += _wide(row[j])
 
 
-@_compiled
+@compiled
 def hidden_gradients(
     part: int, first: int, last: int, activation: int, segments: Any, h: Any, u: Any, a: Any, d_a: Any, gate: Any,
     d_gate: Any, d_u: Any, d_b1: Any, d_b3: Any,
@@ -304,7 +280,7 @@ def hidden_gradients(
             d_gate[i] += total
 
 
-@_compiled
+@compiled
 def row_gradients(
     part: int, first: int, last: int, source_of_row: Any, d_out: Any, scale: Any, segments: Any, b2: Any, d_row: Any,
     d_gate: Any, d_b2: Any,
@@ -330,7 +306,7 @@ def row_gradients(
             d_gate[i] = total
 
 
-@_compiled
+@compiled
 def gated_rows(part: int, first: int, last: int, segments: Any, gate: Any, d_row: Any, d_b2: Any) -> None:
     """Multiply d_row by its gate; d_b2 [parts, S, O] gets sums over the rows, unless empty."""
     for s in range(segments.shape[0]):
@@ -343,7 +319,7 @@ def gated_rows(part: int, first: int, last: int, segments: Any, gate: Any, d_row
                 _add_to(d_b2[part, s], row)
 
 
-@_compiled
+@compiled
 def add_rows(
     part: int, first: int, last: int, token_of_row: Any, rows: Any, scale: Any, segments: Any, b: Any, y: Any
 ) -> None:  # fmt: skip
@@ -366,7 +342,7 @@ def add_rows(
                     target[j] += _wide(row[j]) * k
 
 
-@_compiled
+@compiled
 def token_gradients(
     part: int, first: int, last: int, token_offsets: Any, row_of_assignment: Any, expert_of_row: Any, d_gate: Any,
     unrouted: Any, centred: bool, score: Any, x: Any, unit: Any, inverse: Any, tau: float, d_x: Any, d_unit: Any,
@@ -412,105 +388,9 @@ def token_gradients(
             target[j] += g[j] - _wide(token[j]) * radial
 
 
-@_compiled
-def decide(
-    part: int, first: int, last: int, size: int, cos: Any, inverse: Any, own: Any, limit: Any, active: Any,
-    mask: Any, max_k: int, keeps_best: bool, fallback: bool, bits: Any, unrouted: Any, counts: Any,
-) -> None:  # fmt: skip
-    """A top-any gate's assignment of blocks first to last - 1 of `size` tokens; see `..threshold_gate`.
-
-    In: cos [T, E] without 1 / ||x||, which is `inverse`; own [E], inf for inactive slots; limit [E], own + shift.
-    Out: the cosines in place; bits, unrouted, counts [blocks, E]. No cosine may be NaN.
-    """
-    T, E = cos.shape
-    kept = np.empty(bits.shape[1], np.int64)
-    for block in range(first, last):
-        count = counts[block]
-        for t in range(block * size, min(T, block * size + size)):
-            row, word = cos[t], bits[t]
-            if mask.shape[0] > 0 and not mask[t]:
-                row[:], word[:], unrouted[t] = _0, 0, False
-                continue
-            scale = inverse[t]
-            for e in range(E):
-                row[e] *= scale
-            k = 0
-            for w in range(word.shape[0]):
-                found, values, limits = 0, row[64 * w : 64 * w + 64], limit[64 * w : 64 * w + 64]
-                for e in range(values.shape[0]):
-                    passed = np.int64(values[e] > limits[e])
-                    found |= passed << e
-                    k += passed
-                word[w] = found
-            unrouted[t] = k == 0
-            if 0 < max_k < k:
-                _keep_largest(row, own, word, kept, k, max_k)
-            elif k == 0:
-                _rescue(row, own, active, word, unrouted, t, keeps_best, fallback)
-            for w in range(word.shape[0]):
-                found, totals = word[w], count[64 * w : 64 * w + 64]
-                for e in range(totals.shape[0]):
-                    totals[e] += np.int32((found >> e) & 1)
-
-
-@_compiled
+@compiled
 def scores(part: int, first: int, last: int, tau: float, values: Any) -> None:
     """sigmoid(tau * value) in place of the values first to last - 1 of [N]."""
     own = values[first:last]
     for i in range(own.shape[0]):
         own[i] = _sigmoid(tau * own[i])
-
-
-@_inlined
-def _keep_largest(row: Any, own: Any, word: Any, kept: Any, k: int, n: int) -> None:
-    """Of a token's k assignments keep the n of largest margin, of equal ones those of lower slots; NaN is the largest.
-
-    The others are dropped one by one, or those that stay found one by one, whichever are fewer. `kept` [W] is room.
-    """
-    if k <= 2 * n:
-        for _ in range(k - n):
-            slot = _extreme(row, own, word, False)
-            word[slot >> 6] &= ~(1 << (slot & 63))
-    else:
-        kept[:] = 0
-        for _ in range(n):
-            slot = _extreme(row, own, word, True)
-            word[slot >> 6] &= ~(1 << (slot & 63))
-            kept[slot >> 6] |= 1 << (slot & 63)
-        word[:] = kept
-
-
-@_inlined
-def _extreme(row: Any, own: Any, word: Any, largest: bool) -> Any:
-    """The slot of the largest margin, of equal ones the lowest, or of the least margin, of equal ones the highest."""
-    found, slot = np.float32(-np.inf if largest else np.inf), -1
-    for w in range(word.shape[0]):
-        left = word[w]
-        while left:
-            e = 64 * w + _lowest_bit(left)
-            margin = row[e] - own[e]
-            margin = np.float32(np.inf) if margin != margin else margin
-            better = slot < 0 or margin > found if largest else margin <= found
-            slot, found = (e, margin) if better else (slot, found)
-            left &= left - 1
-    return slot
-
-
-@_inlined
-def _rescue(
-    row: Any, own: Any, active: Any, word: Any, unrouted: Any, t: int, keeps_best: bool, fallback: bool
-) -> None:  # fmt: skip
-    """An expert for a token without: that of largest margin, if it is above 0, else with fallback of largest cosine."""
-    slot, best = -1, _0
-    if keeps_best:
-        for e in range(row.shape[0]):
-            if row[e] - own[e] > best:
-                slot, best = e, row[e] - own[e]
-        unrouted[t] = slot < 0
-    if slot < 0 and fallback:
-        slot, best = 0, np.float32(-np.inf)
-        for e in range(row.shape[0]):
-            if active[e] and row[e] > best:
-                slot, best = e, row[e]
-    if slot >= 0:
-        word[slot >> 6] |= 1 << (slot & 63)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ragged_index import block_tokens, words
-from . import loops
+from . import decisions, loops
 from .threads import array, parts, run
 
 
@@ -28,7 +28,7 @@ def decide(
     counts = cos_TE.new_zeros((blocks, E), dtype=torch.int32)
     mask = np.empty(0, np.bool_) if token_mask_T is None else array(token_mask_T.contiguous())
     run(
-        loops.decide, blocks, parts(blocks, 8 * size * E), size, array(cos_TE), array(inverse_T), array(own_E),
+        decisions.decide, blocks, parts(blocks, 8 * size * E), size, array(cos_TE), array(inverse_T), array(own_E),
         array(limit_E), array(active_E.contiguous()), mask, max_k if max_k < E else 0, keeps_best, fallback,
         array(bits_TW), array(unrouted_T), array(counts),
     )  # fmt: skip

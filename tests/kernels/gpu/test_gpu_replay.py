@@ -7,7 +7,8 @@ a size, a grid or a branch came from the first batch. `tests/gpu` tests the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -70,13 +71,21 @@ def _refill(made: Any, again: Any) -> None:
             old.copy_(new)
 
 
-def on_tape(call: Callable[[], Any]) -> tuple[Tape, Any]:
-    """A tape of the call, and its result."""
-    tape, run = Tape(), GridExecutor.__call__
+@contextmanager
+def taped(tape: Tape) -> Iterator[None]:
+    """Record what runs inside on `tape`."""
+    run = GridExecutor.__call__
     with pytest.MonkeyPatch.context() as patch, tape:
         patch.setattr(GridExecutor, "__call__", lambda *args, **given: tape.launch(lambda: run(*args, **given)))
         look_at_no_value(patch)
         refuse_reads(patch)
+        yield
+
+
+def on_tape(call: Callable[[], Any]) -> tuple[Tape, Any]:
+    """A tape of the call, and its result."""
+    tape = Tape()
+    with taped(tape):
         return tape, call()
 
 
