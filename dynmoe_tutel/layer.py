@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -157,7 +158,7 @@ class MoELayer(AdaptiveExperts):
         capacity = self._capacity_for(x, gate, max_k)
         with without_autocast(x):
             routing: Routing = self.gates[gate_index](x_TD, capacity, None, mask_T, **limit)
-        return routing
+            return replace(routing, theta=routing.thresholds)
 
     def forward(
         self,

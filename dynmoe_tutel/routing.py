@@ -8,6 +8,7 @@ T tokens, D model dim, E expert slots, A = sum of k_t assignments; a row is one 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -40,8 +41,24 @@ class Router:
 
     vectors: Tensor  # [D, E], w
     thresholds: Tensor  # [E], G
-    scale: Tensor  # [], tau
+    scale: Tensor | None  # [], tau; None: 1
     inv_norm: Tensor  # [T], 1 / ||x_t||
+    unit: tuple[Tensor, ...] = ()  # unit vectors [E, D] and their inverse norms [E], if they were computed
+    version: int | None = None  # of `thresholds` when they were compared
+
+    @classmethod
+    def of(
+        cls, vectors: Tensor, thresholds: Tensor, scale: Tensor | None, inv_norm: Tensor, unit: Sequence[Tensor]
+    ) -> Router:
+        """With the thresholds' version, where they have one."""
+        unversioned = torch.compiler.is_compiling() or thresholds.is_inference()
+        version = None if unversioned else thresholds._version
+        return cls(vectors, thresholds, scale, inv_norm, tuple(unit), version)
+
+    def theta(self, thresholds: Tensor | None = None) -> Tensor:
+        """sigmoid(tau G), [E] in the scores' dtype; of the router's thresholds or those given."""
+        G_E = (self.thresholds if thresholds is None else thresholds).to(self.inv_norm.dtype)
+        return torch.sigmoid(G_E if self.scale is None else self.scale * G_E)
 
 
 @dataclass
@@ -58,7 +75,7 @@ class Routing:
     token_of_row: Tensor  # [A], token order inside an expert
     row_of_assignment: Tensor  # [A], token-major, expert order inside a token
     unrouted: Tensor  # [T] bool: passed no threshold; in eval such a token gets its best expert
-    thresholds: Tensor | None = None  # [E] in (0, 1); top-any gates only
+    theta: Tensor | None = None  # [E] in (0, 1), `thresholds` where they were computed with the routing
     weights: Tensor | None = None  # [T, E] combine weights of a fixed-k gate; None: mean over the token's experts
     shift: Tensor | None = None  # [1]: by which a budget with a target raised the thresholds, in cosine units
     dropped: Tensor | None = None  # [] int64: assignments dropped by a bounded capacity
@@ -81,10 +98,12 @@ class Routing:
         token_mask: Tensor | None = None,
         block_counts: Tensor | None = None,
         max_k: int | None = None,
+        router: Router | None = None,
     ) -> Routing:
         """Index an assignment given as a bitmask [T, ceil(E / 64)] int64 (bit e % 64 of word e // 64).
 
-        `block_counts` come with the bits from `kernels.threshold_gate`; `max_k` experts a token are the most there.
+        `block_counts` come with the bits from `kernels.threshold_gate`; `max_k` experts a token are the most there. A
+        top-any gate gives its `router`, from which `thresholds` follow.
         """
         T, E = scores.shape
         dropped, rows = None, -1
@@ -93,6 +112,8 @@ class Routing:
         elif not isinstance(capacity, str):
             rows = math.ceil(min(capacity, E) * T)  # no more than T * E exist
             if max_k is None or rows < max_k * T:
+                if thresholds is None and router is not None:
+                    thresholds = router.theta()
                 margin_TE = dropping_margins(bits_TW, scores, thresholds, unrouted, shift)
                 bits_TW, dropped = kernels.bound_assignments(bits_TW, margin_TE, rows)
                 block_counts = None
@@ -115,6 +136,7 @@ class Routing:
             shift,
             dropped,
             token_mask,
+            router,
         )
 
     @classmethod
@@ -143,6 +165,22 @@ class Routing:
         if scores is None:
             scores = assigned.float() if weights is None else weights
         return cls.from_bits(kernels.pack_bits(assigned), scores, weights=weights, capacity=capacity)
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """sigmoid(tau G), [E] in (0, 1), of a top-any gate.
+
+        Raises RuntimeError if they were not computed before the gate's thresholds changed.
+        """
+        if self.theta is not None or self.router is None:
+            return self.theta
+        router = self.router
+        if router.version is not None and router.version != router.thresholds._version:
+            raise RuntimeError(
+                "the gate's thresholds were changed in place after this forward: read routing.thresholds before the "
+                "optimizer's step, or take the Routing of layer.route(x), which keeps them"
+            )
+        return router.theta()
 
     @property
     def num_tokens(self) -> int:

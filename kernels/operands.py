@@ -20,23 +20,27 @@ class Router(NamedTuple):
 
     w_DE: Tensor
     thresholds_E: Tensor  # G, before the sigmoid
-    scale: Tensor  # [], tau
+    scale: Tensor | None  # [], tau; None: 1
     score_TE: Tensor
     inv_norm_T: Tensor
     unrouted_T: Tensor
     bits_TW: Tensor
+    unit_ED: Tensor | None = None  # unit vectors and their inverse norms, as `vector_losses` returns them; both or none
+    inv_norm_E: Tensor | None = None
 
     def check(self, x_TD: Tensor, E: int) -> None:
         """Raise ValueError unless every tensor fits the tokens and E experts."""
         T, D = x_TD.shape
         expect("w_DE", self.w_DE, (D, E), "[D, E]")
         expect("thresholds_E", self.thresholds_E, (E,), "[E]")
-        if self.scale.numel() != 1:
+        if self.scale is not None and self.scale.numel() != 1:
             raise ValueError(f"scale must be one number, got shape {list(self.scale.shape)}")
         expect("score_TE", self.score_TE, (T, E), "[T, E]")
         expect("inv_norm_T", self.inv_norm_T, (T,), "[T]")
         expect("unrouted_T", self.unrouted_T, (T,), "[T]", torch.bool)
         expect("bits_TW", self.bits_TW, (T, -(-E // 64)), "[T, W], 64 experts a word,", torch.int64)
+        expect("unit_ED", self.unit_ED, (E, D), "[E, D]")
+        expect("inv_norm_E", self.inv_norm_E, (E,), "[E]")
 
 
 class Index(NamedTuple):
@@ -102,6 +106,23 @@ class ExpertWeights(NamedTuple):
     def no_gradient(self) -> Tensor:
         """An empty tensor in place of a gradient."""
         return self.w1_EDH.new_empty((0,), dtype=torch.float32)
+
+
+def expect_active(active_E: Tensor, E: int) -> None:
+    """Raise ValueError unless `active_E` tells of E slots whether they are active, as bools or numbers."""
+    expect("active_E", active_E, (E,), "[E]")
+    if active_E.dtype != torch.bool and not active_E.is_floating_point():
+        raise ValueError(f"active_E must be bool, or float and above one half where active, got {active_E.dtype}")
+
+
+def active_slots(active_E: Tensor) -> Tensor:
+    """`active_E` as bools."""
+    return active_E if active_E.dtype == torch.bool else active_E > 0.5
+
+
+def empty_as(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """Uninitialised, as `tensor`; without one, of no element on the device of `instead`, in place of a gradient."""
+    return instead.new_empty((0,), dtype=torch.float32) if tensor is None else torch.empty_like(tensor)
 
 
 def expect_index(T: int, E: int | None, index: Sequence[Tensor | None]) -> int:

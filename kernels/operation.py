@@ -148,6 +148,12 @@ class Operation:
         if self.check is None:
             return
         device = values[0].device
+        if any(isinstance(t, Tensor) and t.device != device for t in _flat(values)):
+            self._refuse_devices(values, device)
+        self.check(*values)
+
+    def _refuse_devices(self, values: Sequence[Any], device: torch.device) -> None:
+        """Raise ValueError that names the first tensor that is not on `device`."""
         for i, value in enumerate(values):
             for j, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
                 if isinstance(tensor, Tensor) and tensor.device != device:
@@ -155,7 +161,6 @@ class Operation:
                     raise ValueError(
                         f"{name} is on {tensor.device}, {self.parameters[0]} on {device}: move one with .to()"
                     )
-        self.check(*values)
 
 
 def _autograd_kernel(
@@ -253,8 +258,9 @@ def kept(ctx: Any) -> list[Any]:
 
 
 def _imported(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a module in this package, imported at the call."""
-    return lambda *args: getattr(import_module(f".{module}", __package__), name)(*args)
+    """The function `name` of a module in this package, imported at the first call."""
+    imported = lru_cache(lambda: import_module(f".{module}", __package__))
+    return lambda *args: getattr(imported(), name)(*args)
 
 
 @lru_cache
@@ -288,16 +294,10 @@ def takes_numba(x: Tensor) -> bool:
 
 def takes_triton(args: Sequence[Any]) -> bool:
     """Whether Triton's kernels take the arguments: not fp64, and not an engine of torch named by the caller."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if arg.dtype == torch.float64:
-                return False
-        elif isinstance(arg, str):
-            if arg in ("grouped_mm", "numba", "torch"):
-                return False
-        elif isinstance(arg, (list, tuple)) and not takes_triton(arg):
-            return False
-    return True
+    return not any(
+        value.dtype is torch.float64 if isinstance(value, Tensor) else value in ("grouped_mm", "numba", "torch")
+        for value in _flat(args)
+    )
 
 
 def engine_for(engine: str, x: Tensor) -> str:

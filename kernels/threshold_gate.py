@@ -1,6 +1,7 @@
 """Threshold gate: cosine scores, the experts each token activates, and the gradient of the scores.
 
-Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), active_E bool, scale [] (tau)
+Inputs:  x_TD tokens, w_DE routing vectors, threshold_E (G, before the sigmoid), scale [] (tau) or None (1)
+         active_E: bool, or float and above one half where a slot is active
          token_mask_T bool or None: False for padding, which scores as a zero token, gets no expert, is not unrouted
          shift [] or None (cosine units, added to every threshold), max_k (0: no limit): the budget, see below
 Outputs: score_TE = sigmoid(tau * cos(x_t, w_e)), bits_TW (the assignment as a bitmask, 64 experts a word),
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norms import scaled, scaled_rows
+from .operands import active_slots, empty_as, expect_active
 from .operation import expect, expect_matrix, operation, takes_numba
 from .ragged_index import block_tokens, count_blocks, count_of_token, pack_bits, put_rows, without_expert, words
 
@@ -45,7 +47,7 @@ def gate_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check(
-    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor | None, fallback: bool,
     token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> None:  # fmt: skip
     expect_matrix("x_TD", x_TD, "[T, D]")
@@ -56,9 +58,9 @@ def _check(
     expect("w_DE", w_DE, (D, E), "[D, E]")
     expect_matrix("threshold_E", threshold_E, "[E]", 1)
     expect("threshold_E", threshold_E, (E,), "[E]")
-    expect("active_E", active_E, (E,), "[E]", torch.bool)
+    expect_active(active_E, E)
     expect("token_mask_T", token_mask_T, (T,), "[T]", torch.bool)
-    if scale.numel() != 1 or not scale.is_floating_point():
+    if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
         raise ValueError(f"scale must be one number of a floating type, got {scale.dtype} {list(scale.shape)}")
     if shift is not None and (shift.numel() != 1 or not shift.is_floating_point()):
         raise ValueError(f"shift must be one number of a floating type, got {shift.dtype} {list(shift.shape)}")
@@ -88,17 +90,18 @@ def _context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, d_score_TE: Tensor | None, *_: Any) -> tuple[Any, ...] | None:
     if d_score_TE is None:
         return None
-    d_x_TD, d_w_DE, d_scale = threshold_gate_backward(d_score_TE, *ctx.saved_tensors)
-    return d_x_TD, d_w_DE, None, None, d_scale
+    *saved, scale = ctx.saved_tensors
+    d_x_TD, d_w_DE, d_scale = threshold_gate_backward(d_score_TE, *saved, scale)
+    return d_x_TD, d_w_DE, None, None, None if scale is None else d_scale
 
 
 @operation(check=_check, fake=_shapes, engines=MODULES, autocast=False, context=_context, backward=_backward)
 def threshold_gate(
-    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor | None, fallback: bool,
     token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, bitmask, unrouted flags, inverse norms and block counts of T tokens; see the head of this file."""
-    dtype = gate_dtype(x_TD)
+    dtype, active_E = gate_dtype(x_TD), active_slots(active_E)
     tokens, vectors = scaled(x_TD.to(dtype), 1), scaled(w_DE.to(dtype), 0)
     inverse_T = tokens.inverse()
     inv_norm_T = tokens.own(inverse_T)
@@ -149,13 +152,13 @@ def threshold_gate(
     return _scores(cos_TE, scale), pack_bits(assigned_TE), unrouted_T, inv_norm_T, count_blocks(assigned_TE)
 
 
-def _scores(cos_TE: Tensor, scale: Tensor) -> Tensor:
+def _scores(cos_TE: Tensor, scale: Tensor | None) -> Tensor:
     """sigmoid(scale * cos), in place."""
     if takes_numba(cos_TE):
         from .cpu.threshold_gate import sigmoid_
 
         return sigmoid_(cos_TE, scale)
-    return cos_TE.mul_(scale.to(cos_TE.dtype)).sigmoid_()
+    return (cos_TE if scale is None else cos_TE.mul_(scale.to(cos_TE.dtype))).sigmoid_()
 
 
 def _above(values_NE: Tensor, limit_E: Tensor) -> Tensor:
@@ -225,16 +228,16 @@ def _largest(margin_NE: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _backward_shapes(
-    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), torch.empty_like(scale)
+    return x_TD.new_empty(x_TD.shape), w_DE.new_empty(w_DE.shape), empty_as(scale, x_TD)
 
 
 @operation(fake=_backward_shapes, engines=BACKWARD_MODULES, autocast=False)
 def threshold_gate_backward(
-    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x [T, D], w [D, E] and scale [].
+    """Gradients of x [T, D], w [D, E] and scale [], which is empty without a scale.
 
     With x^, w^ the unit vectors and dcos = ds * s * (1 - s) * tau:  g = dcos w^T,  dx = (g - x^ <g, x^>) / ||x||,
     dw^ = x^T dcos,  dw = (dw^ - w^ <w^, dw^>) / ||w||,  dtau = sum_e <w^_e, dw^_e> / tau.
@@ -247,18 +250,18 @@ def threshold_gate_backward(
     if vectors.factor is not None:
         # a vector that is not finite counts as zero: an inactive slot must not count, an active one has NaN in d_cos
         unit_DE, inv_norm_E = unit_DE.masked_fill(inv_norm_E.isnan(), 0), inv_norm_E.nan_to_num(0)
-    tau = scale.to(dtype)
-    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(tau * inverse_T.unsqueeze(1))  # divided by ||x||
+    over_norm_T = inverse_T if scale is None else scale.to(dtype) * inverse_T
+    d_cos_TE = (1 - score_TE).mul_(score_TE).mul_(d_score_TE).mul_(over_norm_T.unsqueeze(1))  # divided by ||x||
     d_cos_TE.masked_fill_(d_score_TE == 0, 0)
 
     d_unit_DE = (d_cos_TE.t() @ x).t().contiguous()  # on a CPU with few experts, six times as fast as x^T @ d_cos
     radial_E = (unit_DE * d_unit_DE).sum(dim=0)
     d_w_DE = (d_unit_DE - unit_DE * radial_E) * inv_norm_E
-    d_scale = radial_E.sum() / tau
+    d_scale = empty_as(scale, x_TD) if scale is None else (radial_E.sum() / scale.to(dtype)).to(scale.dtype)
 
     d_x_TD = d_cos_TE @ unit_DE.t()
     radial_T = torch.linalg.vecdot(d_x_TD, x).mul_(inverse_T.square())
     d_x_TD.addcmul_(x, radial_T.unsqueeze(1), value=-1)
     if factor_T is not None:
         d_x_TD *= factor_T.unsqueeze(1)
-    return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale.to(scale.dtype)
+    return d_x_TD.to(x_TD.dtype), d_w_DE.to(w_DE.dtype), d_scale

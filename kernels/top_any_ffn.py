@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .dispatch_combine import combine, combine_backward, row_gates_backward
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
-from .operands import ExpertWeights, Index, Router
+from .operands import ExpertWeights, Index, Router, empty_as
 from .operation import keep, kept, operation
 from .threshold_gate import threshold_gate_backward
 
@@ -61,7 +61,7 @@ def _backward_shapes(
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     w_DE, thresholds_E, scale, *_ = router
-    d_router = w_DE.new_empty(w_DE.shape), torch.empty_like(thresholds_E), torch.empty_like(scale)
+    d_router = w_DE.new_empty(w_DE.shape), torch.empty_like(thresholds_E), empty_as(scale, x_TD)
     return x_TD.new_empty(x_TD.shape), *d_router, *weights.gradients(wanted)
 
 
@@ -100,7 +100,7 @@ def top_any_ffn_backward(
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w, thresholds, scale, w1, b1, w3, b3, w2, b2; the experts' are empty unless `wanted`."""
-    w_DE, _, scale, score_TE, inv_norm_T, unrouted_T, _ = router
+    w_DE, _, scale, score_TE, inv_norm_T, unrouted_T, *_ = router
     gate_A = score_TE.new_empty((index.rows,))
     d_rows_AO = combine_backward(d_y_TO.to(dtype), index.token_offsets, index.token_of_row, True)
     d_x_TD, d_gate_A, *grads = grouped_ffn_backward(
@@ -115,11 +115,14 @@ def top_any_ffn_backward(
 def threshold_gradients(d_theta_E: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """Gradients of the thresholds G [E] and of the scale [], given that of theta = sigmoid(tau G).
 
-    d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G.
+    d theta / dG = theta (1 - theta) tau, d theta / dtau = theta (1 - theta) G. Empty for no scale.
     """
-    G_E, tau = router.thresholds_E.to(d_theta_E.dtype), router.scale.to(d_theta_E.dtype)
+    G_E, scale = router.thresholds_E.to(d_theta_E.dtype), router.scale
+    tau = 1 if scale is None else scale.to(d_theta_E.dtype)
     theta_E = torch.sigmoid(tau * G_E)
     silent_E = d_theta_E == 0  # an inactive slot may hold NaN
     through_theta_E = (d_theta_E * theta_E * (1 - theta_E)).masked_fill_(silent_E, 0)
-    d_scale = (through_theta_E * G_E).masked_fill_(silent_E, 0).sum()
-    return (through_theta_E * tau).to(router.thresholds_E.dtype), d_scale.to(router.scale.dtype)
+    d_thresholds_E = (through_theta_E * tau).to(router.thresholds_E.dtype)
+    if scale is None:
+        return d_thresholds_E, empty_as(None, d_theta_E)
+    return d_thresholds_E, (through_theta_E * G_E).masked_fill_(silent_E, 0).sum().to(scale.dtype)

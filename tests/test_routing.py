@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from helpers import FP32, FP64, MARGIN, margin, relative_rms
+from helpers import FP32, FP64, MARGIN, make_case, margin, relative_rms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -196,3 +196,19 @@ def test_what_is_no_tensor_of_this_device_is_refused_by_name(value: object) -> N
 def test_float8_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="x must be a floating-point matrix of 16, 32 or 64 bits, got float8"):
         moe.top_any_routing(torch.ones(4, 8).to(torch.float8_e4m3fn), torch.ones(8, 3), torch.zeros(3))
+
+
+def test_thresholds_are_those_of_the_forward_or_refused() -> None:
+    """They are made when they are read, from a parameter that an optimizer changes in place."""
+    layer = make_case(T=6, D=16, E=4).layer
+    x, gate = torch.randn(6, 16), layer.gates[0]
+    kept, routing = layer.route(x), gate(x)
+    before = torch.sigmoid(gate.gates.detach().clone())
+    assert torch.allclose(routing.thresholds, before)
+    (gradient,) = torch.autograd.grad(routing.thresholds.sum(), gate.gates)
+    assert torch.allclose(gradient, before * (1 - before))
+    with torch.no_grad():
+        gate.gates.add_(1)
+    assert torch.allclose(kept.thresholds, before)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = routing.thresholds

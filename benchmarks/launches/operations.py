@@ -32,13 +32,14 @@ class Variant:
     centred: bool = False  # combine_gradient="normalized"
     padding: bool = False  # a token mask
     fp32_router: bool = False  # routing vectors in fp32, tokens in half precision
+    temperature: bool = False  # scale the cosines
     max_k: int = 0  # a budget: a shift, and at most so many experts a token
 
 
 VARIANTS = {
     "default": Variant(),
     "eval": Variant(fallback=True, save=False),
-    "normalized": Variant(centred=True, padding=True, fp32_router=True),
+    "normalized": Variant(centred=True, padding=True, fp32_router=True, temperature=True),
     "fixed k, no bias": Variant(bias=False, apply_gate=True),
     "recompute": Variant(save=False),
     "budget": Variant(max_k=4),
@@ -59,13 +60,15 @@ class Operations:
         self.router = torch.float32 if variant.fp32_router else dtype
         self.x_TD = _meta(T, D, dtype=dtype)
         self.w_DE = _meta(D, E, dtype=self.router)
-        self.scale = _meta(dtype=torch.float32)
+        self.number = _meta(dtype=torch.float32)
+        self.scale = self.number if variant.temperature else None
         self.score_TE = _meta(T, E, dtype=torch.float32)
         self.bits_TW = _meta(T, ceil(E / 64), dtype=torch.int64)
         self.flag_T = _meta(T, dtype=torch.bool)
         self.inv_norm_T = _meta(T, dtype=torch.float32)
         self.threshold_E, self.theta_E = _meta(E, dtype=self.router), _meta(E, dtype=torch.float32)
-        self.active_E = _meta(E, dtype=torch.bool)
+        self.active_E = _meta(E, dtype=self.router)
+        self.unit_ED, self.inv_norm_E = _meta(E, D, dtype=torch.float32), _meta(E, dtype=torch.float32)
         self.block_counts = _meta(ceil(T / block_tokens(E)) * E, dtype=torch.int32)
         int32 = {"dtype": torch.int32}
         self.index = Index(*(_meta(size, **int32) for size in (E + 1, T + 1, R, R)))
@@ -91,7 +94,7 @@ class Operations:
     def threshold_gate(self, gpu: Any) -> None:
         mask_T = self.flag_T if self.variant.padding else None
         gate = (self.w_DE, self.threshold_E, self.active_E, self.scale, self.variant.fallback)
-        shift = self.scale if self.variant.max_k else None
+        shift = self.number if self.variant.max_k else None
         gpu.threshold_gate(self.x_TD, *gate, mask_T, shift, self.variant.max_k)
 
     def score_gradient(self, gpu: Any) -> None:
@@ -101,6 +104,7 @@ class Operations:
     def ragged_index(self, gpu: Any) -> None:
         E, R = self.shape.E, self.shape.rows
         gpu.ragged_index(self.bits_TW, E, R, self.block_counts)
+        gpu.ragged_index(self.bits_TW, E, -1, self.block_counts)
         gpu.ragged_index(self.bits_TW, E, R)
         gpu.bound_assignments(self.bits_TW, self.score_TE, R)
 
@@ -125,13 +129,14 @@ class Operations:
     def top_any_ffn(self, gpu: Any) -> None:
         v = self.variant
         gate = (self.w_DE, self.threshold_E, self.scale, self.score_TE, self.inv_norm_T, self.flag_T, self.bits_TW)
-        inputs = (self.x_TD, Router(*gate), self.index, self.weights, v.activation, v.centred, self.dtype)
+        unit = (self.unit_ED, self.inv_norm_E)
+        inputs = (self.x_TD, Router(*gate, *unit), self.index, self.weights, v.activation, v.centred, self.dtype)
         y_TD, h_AH, u_AH = gpu.top_any_ffn(*inputs, v.save)
         gpu.top_any_ffn_backward(y_TD, h_AH, u_AH, *inputs, True)
 
     def router_losses(self, gpu: Any) -> None:
         diversity, simplicity, *saved = gpu.vector_losses(self.w_DE, self.active_E)
-        gpu.vector_losses_backward(diversity, simplicity, diversity, *saved, self.active_E, self.w_DE)
+        gpu.vector_losses_backward(diversity, diversity, simplicity, *saved, self.w_DE)
 
 
 FILES = (

@@ -100,6 +100,7 @@ class GroupedMLP(Experts):
             router.inv_norm,
             routing.unrouted,
             routing.bits,
+            *router.unit,
         )
         y_TO, _, _ = top_any_ffn(
             x_TD,

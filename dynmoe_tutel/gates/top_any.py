@@ -250,34 +250,36 @@ class TopAnyGate(Gate):
             warn_once("top_k is ignored by a top-any gate: every token chooses its own number of experts")
         dtype = gate_dtype(x_TD)
         # each is read once: a parametrisation is computed anew at each reading, and may change its state
-        sim_matrix, thresholds, tau = self.sim_matrix, self.gates, self.scale(dtype)
-        active_E = self.active()
+        sim_matrix, gates = self.sim_matrix, self.gates
+        tau = None if self.temperature is None else self.scale(dtype)
         most = self.limit_of_call(max_k)
         score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
-            x_TD, sim_matrix, thresholds.detach(), active_E, tau, not self.training, token_mask, self.budget_shift,
+            x_TD, sim_matrix, gates.detach(), self.experts_mask, tau, not self.training, token_mask, self.budget_shift,
             min(most or 0, self.slots),
         )  # fmt: skip
-        raised = thresholds if self.budget_shift is None else thresholds.to(dtype) + self.budget_shift.to(dtype)
-        own = raised.to(dtype)
+        raised = gates if self.budget_shift is None else gates.to(dtype) + self.budget_shift.to(dtype)
+        # before the index, which may wait for the device
+        of_vectors: dict[str, Tensor] = {}
+        unit: tuple[Tensor, ...] = ()
+        if _OF_VECTORS & set(self.aux_names):
+            diversity, simplicity, *unit, _, _ = vector_losses(sim_matrix, self.experts_mask)
+            of_vectors = {"diversity": diversity, "simplicity": simplicity}
+        router = Router.of(sim_matrix, raised, tau, inv_norm_T, unit)
+        thresholds = None
         if set(self.aux_names) - _OF_VECTORS:  # a loss on assignments has gradients for thresholds that may be NaN
-            own = own.masked_fill(~active_E, 0)
-        threshold_E = torch.sigmoid(tau * own)
+            thresholds = router.theta(raised.masked_fill(~self.active(), 0))
         routing = Routing.from_bits(
             bits_TW,
             score_TE,
             unrouted=unrouted_T,
-            thresholds=threshold_E,
+            thresholds=thresholds,
             shift=self.budget_shift,
             token_mask=token_mask,
             capacity=capacity,
             block_counts=block_counts,
             max_k=most,
+            router=router,
         )
-        routing.router = Router(sim_matrix, raised, tau, inv_norm_T)
-        of_vectors: dict[str, Tensor] = {}
-        if _OF_VECTORS & set(self.aux_names):
-            diversity, simplicity, *_ = vector_losses(sim_matrix, active_E)
-            of_vectors = {"diversity": diversity, "simplicity": simplicity}
         routing.aux = {n: of_vectors[n] if n in of_vectors else self.aux_term(n, routing) for n in self.aux_names}
         return routing
 

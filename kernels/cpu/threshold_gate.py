@@ -35,8 +35,8 @@ def decide(
     return bits_TW, unrouted_T, counts.view(-1)
 
 
-def sigmoid_(cos_TE: Tensor, scale: Tensor) -> Tensor:
+def sigmoid_(cos_TE: Tensor, scale: Tensor | None) -> Tensor:
     """sigmoid(scale * cos) in place."""
-    n = cos_TE.numel()
-    run(loops.scores, n, parts(n, 8), np.float32(scale.item()), array(cos_TE.view(-1)))
+    n, tau = cos_TE.numel(), 1.0 if scale is None else scale.item()
+    run(loops.scores, n, parts(n, 8), np.float32(tau), array(cos_TE.view(-1)))
     return cos_TE

@@ -61,17 +61,18 @@ def top_any_ffn_backward(
     number = parts(T, 4 * x_TD.shape[1])
     d_unit, d_threshold = torch.zeros(number, *unit_ED.shape), torch.zeros(number, E)
     expert_of_row = torch.arange(E, dtype=torch.int32).repeat_interleave(index.expert_offsets.diff())
-    tau = router.scale.to(torch.float32)
+    tau = 1.0 if router.scale is None else router.scale.item()
     run(
         loops.token_gradients, T, number, *map(array, (index.token_offsets, index.row_of_assignment, expert_of_row)),
         array(d_gate_A), array(router.unrouted_T), centred, array(router.score_TE), array(x_TD.contiguous()),
-        array(unit_ED), array(router.inv_norm_T), np.float32(tau.item()), array(d_x_TD), array(d_unit),
+        array(unit_ED), array(router.inv_norm_T), np.float32(tau), array(d_x_TD), array(d_unit),
         array(d_threshold),
     )  # fmt: skip
     d_unit_ED = d_unit.sum(dim=0)
     radial_E = torch.linalg.vecdot(unit_ED, d_unit_ED)
     d_w_ED = (d_unit_ED - unit_ED * radial_E.unsqueeze(1)) * inverse_E.unsqueeze(1)
     d_thresholds_E, d_scale = threshold_gradients(d_threshold.sum(dim=0), router)
-    d_scale = (radial_E.sum() / tau).to(router.scale.dtype) + d_scale
+    if router.scale is not None:
+        d_scale = (radial_E.sum() / tau).to(router.scale.dtype) + d_scale
     d_w_DE = d_w_ED.t().to(router.w_DE.dtype).contiguous()
     return d_x_TD.to(x_TD.dtype), d_w_DE, d_thresholds_E, d_scale, *grads

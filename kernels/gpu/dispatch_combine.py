@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..operands import Index
 from . import tiles
+from .launch import kernel
+from .sizes import cdiv, power_of_two
 
 TILE = 2048  # elements per tile of tokens or rows by columns: 16 bytes a load and thread, twice in half precision
 WARPS = 4
@@ -21,7 +23,7 @@ GATE_ROWS = 256
 GATE_TOKENS, GATE_ASSIGNMENTS = 32, 16
 
 
-@triton.jit
+@kernel
 def segment_sum_kernel(
     rows, token_offsets, row_of_assignment, out, T, D, stride_r,
     MEAN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,7 +51,7 @@ def segment_sum_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=t_mask[:, None] & d_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def token_rows_kernel(
     x, token_offsets, token_of_row, out, T, D, R, stride_x,
     OVER_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -89,7 +91,7 @@ def _expert_of(row, mask, expert_offsets, E, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def row_values_kernel(
     value, expert_offsets, token_of_row, out, E, R, stride_t, stride_e, STEPS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
@@ -107,7 +109,7 @@ def row_values_kernel(
         tl.store(out + row, gate, mask=row < R)
 
 
-@triton.jit
+@kernel
 def row_values_backward_kernel(
     d_gate, unrouted, expert_offsets, token_offsets, row_of_assignment, out, T, E,
     STRAIGHT: tl.constexpr, CENTRED: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -148,7 +150,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _tile(D: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    columns = min(MOST_COLUMNS, max(16, triton.next_power_of_2(D)))
+    columns = power_of_two(D, 16, MOST_COLUMNS)
     return TILE // columns, columns
 
 
@@ -159,7 +161,7 @@ def _sum(rows_AD: Tensor, token_offsets: Tensor, row_of_assignment: Tensor, mean
         return y_TD
     rows_AD = _rows_contiguous(rows_AD)
     block_t, block_d = _tile(D)
-    segment_sum_kernel[(triton.cdiv(T, block_t), triton.cdiv(D, block_d))](
+    segment_sum_kernel[(cdiv(T, block_t), cdiv(D, block_d))](
         rows_AD,
         token_offsets,
         row_of_assignment,
@@ -190,8 +192,8 @@ def _token_rows(x_TD: Tensor, token_offsets: Tensor, token_of_row: Tensor, over_
         return rows_AD
     x_TD = _rows_contiguous(x_TD)
     block_r, block_d = _tile(D)
-    programs = min(triton.cdiv(R, block_r), PROGRAMS * tiles.processors(x_TD.device))
-    token_rows_kernel[(programs, triton.cdiv(D, block_d))](
+    programs = min(cdiv(R, block_r), PROGRAMS * tiles.processors(x_TD.device))
+    token_rows_kernel[(programs, cdiv(D, block_d))](
         x_TD,
         token_offsets,
         token_of_row,
@@ -227,7 +229,7 @@ def row_gates(value_TE: Tensor, threshold_E: Tensor | None, unrouted_T: Tensor, 
     if threshold_E is not None or R == 0:
         return value_TE.new_ones((R,))
     gate_A = value_TE.new_empty((R,))
-    programs = min(triton.cdiv(R, GATE_ROWS), PROGRAMS * tiles.processors(value_TE.device))
+    programs = min(cdiv(R, GATE_ROWS), PROGRAMS * tiles.processors(value_TE.device))
     row_values_kernel[(programs,)](
         value_TE,
         index.expert_offsets,
@@ -250,7 +252,7 @@ def row_gates_backward(
     d_value_TE = d_gate_A.new_zeros((T, E))
     if T == 0:
         return d_value_TE
-    row_values_backward_kernel[(triton.cdiv(T, GATE_TOKENS),)](
+    row_values_backward_kernel[(cdiv(T, GATE_TOKENS),)](
         d_gate_A.contiguous(),
         unrouted_T.contiguous(),
         index.expert_offsets,

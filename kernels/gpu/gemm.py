@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..operands import ExpertWeights, Index
 from . import gemm_kernels, tiles
-from .gemm_kernels import block_experts, pointer
+from .gemm_kernels import pointer
 from .proxy_fence import safe_stages
 from .row_sums import bias_gradient, sum_parts, sum_tiles
+from .sizes import block_experts, cdiv
 
 
 def _precision(dtype: torch.dtype, chip: str) -> str:
@@ -69,7 +69,7 @@ def launch_options(config: tiles.GemmConfig, chip: str, gathers: bool = False) -
 def cut_of(kind: str, x: Tensor, rows: int, E: int, K: int, N: int) -> Tiles:
     """The cut of a product of `rows` rows over E experts, [rows, K] by [K, N]."""
     config = tiles.gemm(kind, x.device, x.dtype, -(-rows // E), K, N)
-    return Tiles(config, triton.cdiv(N, config.block_n), triton.cdiv(rows, config.block_m) + E)
+    return Tiles(config, cdiv(N, config.block_n), cdiv(rows, config.block_m) + E)
 
 
 def up(
@@ -196,7 +196,7 @@ def weight_gradient(
         a, b, a_from_tokens, b_from_tokens = b, a, b_from_tokens, a_from_tokens
         target, M, N = out_EMN.transpose(1, 2), N, M
     config = tiles.gemm("weight_gradient", a.device, a.dtype, -(-index.rows // E), M, N)
-    blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    blocks = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     split = _splits(blocks * E, index.rows, config.block_k, tiles.processors(a.device))
     parts = target.new_empty((split, E, M, N), dtype=torch.float32) if split > 1 else target.unsqueeze(0)
     gemm_kernels.weight_gradient_kernel[(blocks, E * split)](

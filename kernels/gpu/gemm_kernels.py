@@ -15,17 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative
+from .launch import kernel
 from .proxy_fence import proxy_fence
 
 
 def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """`tensor`, or `instead` as a placeholder that the kernel does not read."""
     return instead if tensor is None else tensor
-
-
-def block_experts(E: int) -> int:
-    """The width of a vector with one entry per expert."""
-    return max(2, triton.next_power_of_2(E))
 
 
 @triton.jit
@@ -151,7 +147,7 @@ def _up_columns(
             tl.store(a_out + base + at, a.to(a_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def up_kernel(
     x, token_of_row, offsets, w1, b1, w3, b3, h_out, u_out, a_out,
     E, K, N, stride_xt, stride_we, stride_wk, stride_wn, stride_ve, stride_vk, stride_vn,
@@ -192,7 +188,7 @@ def up_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def linear_kernel(
     a_in, a2_in, offsets, w, w2, bias, gate, out,
     E, R, K, N, stride_we, stride_wk, stride_wn, stride_ve, stride_vk, stride_vn,
@@ -292,7 +288,7 @@ def _activation_gradient_columns(
         return d_gate
 
 
-@triton.jit
+@kernel
 def activation_gradient_kernel(
     d_rows, token_of_row, token_offsets, gate, offsets, w2, h_in, u_in,
     d_h_out, d_u_out, a_out, d_gate_out, d_bias_out, d_bias3_out,
@@ -346,7 +342,7 @@ def activation_gradient_kernel(
         tl.store(d_gate_out + row64 * tiles_n + tile_n, d_gate, mask=m_mask)
 
 
-@triton.jit(do_not_specialize=["SPLIT"])
+@kernel(do_not_specialize=["SPLIT"])
 def weight_gradient_kernel(
     a_in, b_in, token_of_row, offsets, out,
     M, N, stride_am, stride_bm, stride_os, stride_oe, stride_om, stride_on, SPLIT,

@@ -13,6 +13,12 @@ LEAST = tl.constexpr(2.0**-126)  # of normal numbers
 
 
 @triton.jit
+def tau_of(scale):
+    """The scale of the cosines, at a pointer; 1 for None."""
+    return 1.0 if scale is None else tl.load(scale).to(tl.float32)
+
+
+@triton.jit
 def is_ordinary(norm):
     """Whether to use the vector as it is; not so for a zero vector or one that is not finite."""
     return (norm >= SHORT) & (norm <= LONG)

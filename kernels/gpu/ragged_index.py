@@ -1,13 +1,13 @@
 """Both directions of the index by prefix sums, and the assignments that a bounded capacity drops. No sort, no atomics.
 
-Index:  count (only without the gate's counts)  ->  scan  ->  fill, all on blocks of `block_tokens(E)` tokens
+Index:  count (only without the gate's counts)  ->  scan (only of many blocks)  ->  fill, all on blocks of
+        `block_tokens(E)` tokens
 Bound:  select, four times, each for eight bits of the limit  ->  drop; if everything fits, all selects but the first
         return at once, and drop copies
 
 The kernels read bits as int32 words: expert e is bit e % 32 of word e // 32.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from torch import Tensor
 
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens
+from .launch import kernel
+from .sizes import cdiv, power_of_two
 
 MOST_EXPERTS = 512  # fit in registers with a tile of 16 tokens; with more, torch operations run on the device
 SCAN_BLOCKS, SCAN_EXPERTS = 128, 16  # tile of the scan
 MOST_CHUNKS = 8  # runs of blocks that are scanned in parallel; `fill` adds the totals of the runs before its own
+FEW_COUNTS = 8192  # up to so many blocks times experts `fill` adds up itself, without a scan: 32 KB from L2 a program
+FILL_COUNTS = 2048  # of them at a time
 TAIL = 1024  # unused entries that a program writes at once
 SELECT_ELEMENTS = 2048  # tile of the selection: tokens by experts
 SELECT_PROGRAMS = 128  # each has one run of tokens
@@ -37,7 +41,7 @@ def _assigned(bits, t0, t, e, T, E, WORDS):
     return (word >> (e % 32)[None, :]) & 1
 
 
-@triton.jit
+@kernel
 def count_kernel(bits, counts, T, E, WORDS, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     """Assignments of each expert in each block of tokens.
 
@@ -49,7 +53,7 @@ def count_kernel(bits, counts, T, E, WORDS, BLOCK_T: tl.constexpr, BLOCK_E: tl.c
     tl.store(counts + block.to(tl.int64) * E + e, tl.sum(assigned, axis=0), mask=e < E)
 
 
-@triton.jit
+@kernel
 def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BLOCK_E: tl.constexpr):
     """For each expert: its assignments in the chunk before each block, and in the whole chunk.
 
@@ -70,26 +74,32 @@ def scan_kernel(counts, before, totals, BLOCKS, E, CHUNK, STEP: tl.constexpr, BL
     tl.store(totals + chunk * E + e, total_E, mask=e < E)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def fill_kernel(
     bits, before, totals, expert_offsets, token_offsets, token_of_row, row_of_assignment,
     T, E, WORDS, CHUNK, CHUNKS, R,
-    OFFSETS: tl.constexpr, ROWS: tl.constexpr, PAD: tl.constexpr,
+    PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The offsets (OFFSETS) and the two row arrays (ROWS), with -1 past A (PAD).
+    """The offsets and the two row arrays, with -1 past A (PAD).
 
     A row is its expert's first row, plus the expert's assignments in earlier blocks, plus those of earlier tokens in
     the block (the tile's column prefix). A place in row_of_assignment is its token's first plus the row prefix.
-    In: bits [T, WORDS] int32, before [blocks, E], totals [CHUNKS, E]. Out: expert_offsets [E+1], token_offsets [T+1],
-    token_of_row [R], row_of_assignment [R], all int32. Grid: blocks. Bytes: 4 T WORDS + 4 blocks E + 4 T + 8 R.
+    In: bits [T, WORDS] int32; totals [CHUNKS, E], the sums of CHUNK blocks, and before [blocks, E], the sums before
+    each block in its chunk; None with chunks of one block. Out: expert_offsets [E+1], token_offsets [T+1],
+    token_of_row [R], row_of_assignment [R], all int32. Grid: blocks. Bytes: 4 T WORDS + 4 blocks E + 4 T + 8 R, and
+    for each block the totals, from L2.
     """
     block = tl.program_id(0)
     e, c, t = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
-    total_CE = tl.load(totals + c[:, None] * E + e[None, :], mask=(c < CHUNKS)[:, None] & (e < E)[None, :], other=0)
-    total_E = tl.sum(total_CE, axis=0)
-    before_E = tl.load(before + block.to(tl.int64) * E + e, mask=e < E, other=0)
-    before_E += tl.sum(tl.where((c < block // CHUNK)[:, None], total_CE, 0), axis=0)
+    total_E, before_E = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
+    for c0 in range(0, CHUNKS, BLOCK_C):
+        at = totals + (c0 + c)[:, None] * E + e[None, :]
+        total_CE = tl.load(at, mask=(c0 + c < CHUNKS)[:, None] & (e < E)[None, :], other=0)
+        total_E += tl.sum(total_CE, axis=0)
+        before_E += tl.sum(tl.where((c0 + c < block // CHUNK)[:, None], total_CE, 0), axis=0)
+    if before is not None:
+        before_E += tl.load(before + block.to(tl.int64) * E + e, mask=e < E, other=0)
     start_E = tl.cumsum(total_E, axis=0) - total_E
     A = tl.sum(total_E, axis=0)
 
@@ -97,24 +107,22 @@ def fill_kernel(
     assigned = _assigned(bits, t0, t, e, T, E, WORDS)
     k_T = tl.sum(assigned, axis=1)
     start_T = tl.sum(before_E, axis=0) + tl.cumsum(k_T, axis=0) - k_T
-    if OFFSETS:
-        most = A
-        if PAD:  # a capacity below A: clamp offsets to the row arrays
-            most = tl.minimum(A, R)
-        tl.store(token_offsets + t0 + t, tl.minimum(start_T, most), mask=t < T - t0)
-        if block == 0:
-            tl.store(token_offsets + T, most)
-            tl.store(expert_offsets + e, tl.minimum(start_E, most), mask=e < E)
-            tl.store(expert_offsets + E, most)
-    if ROWS:
-        row = (start_E + before_E)[None, :] + tl.cumsum(assigned, axis=0) - assigned
-        place = start_T[:, None] + tl.cumsum(assigned, axis=1) - assigned
-        chosen = assigned != 0
-        tl.store(token_of_row + row, tl.broadcast_to((t0 + t)[:, None], (BLOCK_T, BLOCK_E)), mask=chosen & (row < R))
-        if PAD:  # assignments that are cut off point to the last row, so that no read is out of bounds
-            tl.store(row_of_assignment + place, tl.minimum(row, R - 1), mask=chosen & (place < R))
-        else:
-            tl.store(row_of_assignment + place, row, mask=chosen & (place < R))
+    most = A
+    if PAD:  # a capacity below A: clamp offsets to the row arrays
+        most = tl.minimum(A, R)
+    tl.store(token_offsets + t0 + t, tl.minimum(start_T, most), mask=t < T - t0)
+    if block == 0:
+        tl.store(token_offsets + T, most)
+        tl.store(expert_offsets + e, tl.minimum(start_E, most), mask=e < E)
+        tl.store(expert_offsets + E, most)
+    row = (start_E + before_E)[None, :] + tl.cumsum(assigned, axis=0) - assigned
+    place = start_T[:, None] + tl.cumsum(assigned, axis=1) - assigned
+    chosen = assigned != 0
+    tl.store(token_of_row + row, tl.broadcast_to((t0 + t)[:, None], (BLOCK_T, BLOCK_E)), mask=chosen & (row < R))
+    if PAD:  # assignments that are cut off point to the last row, so that no read is out of bounds
+        tl.store(row_of_assignment + place, tl.minimum(row, R - 1), mask=chosen & (place < R))
+    else:
+        tl.store(row_of_assignment + place, row, mask=chosen & (place < R))
     if PAD:
         tail = tl.arange(0, TAIL)
         stride = tl.num_programs(0).to(tl.int64) * TAIL
@@ -165,7 +173,7 @@ def _narrow(histograms, states, excess, PROGRAMS, PASS: tl.constexpr):
     return prefix, rank, digit, size
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@kernel(do_not_specialize=["capacity"])
 def select_kernel(
     bits, margin, totals, histograms, states, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -204,7 +212,7 @@ def select_kernel(
             tl.store(totals + p, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@kernel(do_not_specialize=["capacity"])
 def drop_kernel(
     bits, margin, totals, histograms, states, kept, dropped, T, E, WORDS, stride_t, stride_e, capacity, PROGRAMS, TILES,
     PASSES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -253,35 +261,13 @@ def _warps(elements: int) -> int:
     return 8 if elements > 4096 else 4
 
 
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-class _Total:
-    """The sum of counts on the device, copied to the host while the device continues."""
-
-    def __init__(self, counts: Tensor) -> None:
-        self.counts, self.event = counts, None
-        if counts.device.type != "cuda":
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("capacity='exact' waits for the device; give a factor or 'full' to capture a CUDA graph")
-        side = _side_stream(counts.device)
-        side.wait_stream(torch.cuda.current_stream(counts.device))
-        with torch.cuda.stream(side):
-            self.host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-            self.host.copy_(counts, non_blocking=True)
-            self.event = side.record_event()
-
-    def wait(self, most: int) -> int:
-        """The sum; `most` for a tensor without values."""
-        if self.counts.is_meta:
-            return most
-        if self.event is None:
-            return int(self.counts.sum())
-        self.event.synchronize()
-        return int(self.host.sum())
+def _total(counts: Tensor, most: int) -> int:
+    """The sum of counts, for which the host waits; `most` for a tensor without values."""
+    if counts.is_meta:
+        return most
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("capacity='exact' waits for the device; give a factor or 'full' to capture a CUDA graph")
+    return int(counts.cpu().sum())  # a copy is all that the device does
 
 
 def ragged_index(
@@ -301,53 +287,49 @@ def ragged_index(
         offsets = torch.zeros(E + 1, **i32), torch.zeros(1, **i32)
         return *offsets, torch.full((rows,), -1, **i32), torch.full((rows,), -1, **i32)
     bits, words = _words(bits_TW), 2 * bits_TW.shape[1]
-    block_t, block_e = block_tokens(E), triton.next_power_of_2(E)
-    blocks = triton.cdiv(T, block_t)
+    block_t, block_e = block_tokens(E), power_of_two(E)
+    blocks = cdiv(T, block_t)
     tile: dict[str, Any] = {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": _warps(block_t * block_e)}
     if block_counts is None:
         block_counts = torch.empty(blocks * E, **i32)
         count_kernel[(blocks,)](bits, block_counts, T, E, words, **tile)
     assert block_counts.shape == (blocks * E,)
-
-    chunk = SCAN_BLOCKS * triton.cdiv(blocks, SCAN_BLOCKS * MOST_CHUNKS)
-    chunks = triton.cdiv(blocks, chunk)
-    before, totals = torch.empty((blocks, E), **i32), torch.empty((chunks, E), **i32)
-    scan_e = min(block_e, SCAN_EXPERTS)
-    scan_kernel[(chunks, triton.cdiv(E, scan_e))](
-        block_counts.contiguous(), before, totals, blocks, E, chunk, STEP=SCAN_BLOCKS, BLOCK_E=scan_e, num_warps=4
+    before, totals, chunk = _scanned(block_counts.contiguous(), blocks, E)
+    rows = capacity if capacity >= 0 else _total(totals, T * E)
+    expert_offsets, token_offsets, *row_arrays = (torch.empty(size, **i32) for size in (E + 1, T + 1, rows, rows))
+    fill_kernel[(blocks,)](
+        bits,
+        before,
+        totals,
+        expert_offsets,
+        token_offsets,
+        *row_arrays,
+        T,
+        E,
+        words,
+        chunk,
+        cdiv(blocks, chunk),
+        rows,
+        PAD=capacity >= 0,
+        BLOCK_C=MOST_CHUNKS if chunk > 1 else max(MOST_CHUNKS, FILL_COUNTS // block_e),
+        TAIL=TAIL,
+        **tile,
     )
-    expert_offsets, token_offsets = torch.empty(E + 1, **i32), torch.empty(T + 1, **i32)
+    return expert_offsets, token_offsets, row_arrays[0], row_arrays[1]
 
-    def fill(rows: int, *, offsets: bool, row_arrays: bool, pad: bool) -> tuple[Tensor, Tensor]:
-        arrays = torch.empty(rows, **i32), torch.empty(rows, **i32)
-        fill_kernel[(blocks,)](
-            bits,
-            before,
-            totals,
-            expert_offsets,
-            token_offsets,
-            *arrays,
-            T,
-            E,
-            words,
-            chunk,
-            chunks,
-            rows,
-            OFFSETS=offsets,
-            ROWS=row_arrays,
-            PAD=pad,
-            BLOCK_C=MOST_CHUNKS,
-            TAIL=TAIL,
-            **tile,
-        )
-        return arrays
 
-    if capacity >= 0:
-        return expert_offsets, token_offsets, *fill(capacity, offsets=True, row_arrays=True, pad=True)
-    assignments = _Total(totals)
-    fill(0, offsets=True, row_arrays=False, pad=False)  # while A is copied
-    A = assignments.wait(T * E)
-    return expert_offsets, token_offsets, *fill(A, offsets=False, row_arrays=True, pad=False)
+def _scanned(block_counts: Tensor, blocks: int, E: int) -> tuple[Tensor | None, Tensor, int]:
+    """`before` and `totals` of `fill_kernel`, and the blocks of a chunk: one, if it can do without a scan."""
+    if blocks * E <= FEW_COUNTS:
+        return None, block_counts, 1
+    chunk = SCAN_BLOCKS * cdiv(blocks, SCAN_BLOCKS * MOST_CHUNKS)
+    chunks = cdiv(blocks, chunk)
+    before, totals = torch.empty_like(block_counts), block_counts.new_empty((chunks * E,))
+    scan_e = power_of_two(E, 1, SCAN_EXPERTS)
+    scan_kernel[(chunks, cdiv(E, scan_e))](
+        block_counts, before, totals, blocks, E, chunk, STEP=SCAN_BLOCKS, BLOCK_E=scan_e, num_warps=4
+    )
+    return before, totals, chunk
 
 
 def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -358,10 +340,10 @@ def bound_assignments(bits_TW: Tensor, margin_TE: Tensor, capacity: int) -> tupl
         return OPERATIONS["bound_assignments"].run(bits_TW, margin_TE, capacity)
     if T == 0:
         return bits_TW.clone(), torch.zeros((), dtype=torch.int64, device=device)
-    block_e = max(64, triton.next_power_of_2(E))
+    block_e = power_of_two(E, 64)
     block_t = SELECT_ELEMENTS // block_e
-    tiles = triton.cdiv(triton.cdiv(T, block_t), SELECT_PROGRAMS)  # per program
-    programs = triton.cdiv(T, block_t * tiles)
+    tiles = cdiv(cdiv(T, block_t), SELECT_PROGRAMS)  # per program
+    programs = cdiv(T, block_t * tiles)
     bits, words = _words(bits_TW), 2 * bits_TW.shape[1]
     totals = torch.empty(programs, dtype=torch.int32, device=device)
     histograms = torch.empty((PASSES, programs, BINS.value), dtype=torch.int32, device=device)

@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Index, Router
-from .norms import factor_for, factor_of_inverse, inverse_of, own_inverse
+from ..operands import Index, Router, empty_as
+from .launch import kernel
+from .norms import factor_for, factor_of_inverse, inverse_of, own_inverse, tau_of
+from .sizes import block_experts, power_of_two
+
+CHUNK_ELEMENTS = 8192  # a tile of chunks by columns, 32 registers a thread
 
 
 @triton.jit
@@ -25,11 +29,9 @@ def _column_norm(w, e, factor, D, stride_d, stride_e, BLOCK_D: tl.constexpr):
     return tl.sqrt_rn(tl.sum(total, axis=0))
 
 
-@triton.jit
-def unit_vectors_kernel(
-    w, unit, inv_norm, D, stride_d, stride_e, FINITE: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a zero vector; with FINITE, 0 for a non-finite vector too.
+@kernel
+def unit_vectors_kernel(w, unit, inv_norm, D, stride_d, stride_e, BLOCK_D: tl.constexpr):
+    """unit[e] = w[:, e] / ||w[:, e]||, 0 for a vector that is zero or not finite.
 
     In: [D, E]. Out: [E, D], [E], fp32. Grid: E.
     """
@@ -39,55 +41,59 @@ def unit_vectors_kernel(
     if factor != 1.0:
         norm = _column_norm(w, e, factor, D, stride_d, stride_e, BLOCK_D)
     inverse = inverse_of(norm)
-    if FINITE:
-        inverse = tl.where(inverse == inverse, inverse, 0.0)
+    inverse = tl.where(inverse == inverse, inverse, 0.0)
     tl.store(inv_norm + e, own_inverse(inverse, factor))
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         v = tl.load(w + e * stride_e + d * stride_d, mask=d < D, other=0.0).to(tl.float32)
-        u = v * factor * inverse
-        if FINITE:
-            u = tl.where(inverse > 0, u, 0.0)
+        u = tl.where(inverse > 0, v * factor * inverse, 0.0)
         tl.store(unit + e * D + d, u, mask=d < D)
 
 
-@triton.jit
+@kernel
 def direction_gradient_kernel(
-    d_unit, unit, inv_norm, d_scores, thresholds, scale, d_w, d_thresholds, d_scale, D, stride_d, stride_e,
-    THRESHOLDS: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_unit, unit, inv_norm, d_scores, thresholds, scale, d_w, d_thresholds, d_scale, CHUNKS, D, stride_d, stride_e,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a slot's w[:, e] and threshold G (THRESHOLDS), and its share of the scale's gradient.
+    """Gradients of a slot's w[:, e] and threshold G (unless None), and its share of the scale's gradient.
 
     The cosines give the scale <unit, d_unit> / tau; theta = sigmoid(tau G) has the gradient -d_scores[e].
-    In: d_unit and unit [E, D], inv_norm, d_scores (summed over tokens) and thresholds [E], fp32 (thresholds any)
-    Out: d_w [D, E], d_thresholds and d_scale [E]. Grid: E.
+    In: unit [E, D] and inv_norm [E] fp32, NaN counts as 0; the chunks of d_unit [CHUNKS, E, D] and of d_scores
+    [CHUNKS, E] fp32, which are added in order; thresholds [E], scale [] or None
+    Out: d_w [D, E], d_thresholds [E], d_scale [E] unless None. Grid: E. Bytes: d_unit and d_scores once.
     """
-    e = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        u = tl.load(unit + e * D + d, mask=d < D, other=0.0)
-        total += u * tl.load(d_unit + e * D + d, mask=d < D, other=0.0)
-    radial = tl.sum(total, axis=0)
-    tau = tl.load(scale).to(tl.float32)
+    e, E = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    c, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    in_D = d < D
+    g = tl.zeros((BLOCK_D,), tl.float32)
+    for c0 in range(0, CHUNKS, BLOCK_C):
+        at = d_unit + ((c0 + c) * E + e)[:, None] * D + d[None, :]
+        g += tl.sum(tl.load(at, mask=(c0 + c < CHUNKS)[:, None] & in_D[None, :], other=0.0), axis=0)
+    u = tl.load(unit + e * D + d, mask=in_D, other=0.0)
+    u = tl.where(u == u, u, 0.0)
+    radial = tl.sum(u * g, axis=0)
+    tau = tau_of(scale)
     from_scale = radial / tau
-    if THRESHOLDS:
+    if thresholds is not None:
+        s = tl.arange(0, BLOCK_S)
+        sums = tl.zeros((BLOCK_S,), tl.float32)
+        for s0 in range(0, CHUNKS, BLOCK_S):
+            sums += tl.load(d_scores + (s0 + s) * E + e, mask=s0 + s < CHUNKS, other=0.0)
+        d_theta = -tl.sum(sums, axis=0)
         G = tl.load(thresholds + e).to(tl.float32)
         theta = tl.sigmoid(tau * G)
-        d_theta = -tl.load(d_scores + e)
         through_theta = tl.where(d_theta == 0, 0.0, d_theta * theta * (1.0 - theta))
         tl.store(d_thresholds + e, (through_theta * tau).to(d_thresholds.dtype.element_ty))
         from_scale += tl.where(d_theta == 0, 0.0, through_theta * G)
-    tl.store(d_scale + e, from_scale)
+    if scale is not None:
+        tl.store(d_scale + e, from_scale)
     inverse = tl.load(inv_norm + e)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        u = tl.load(unit + e * D + d, mask=d < D, other=0.0)
-        g = (tl.load(d_unit + e * D + d, mask=d < D, other=0.0) - u * radial) * inverse
-        tl.store(d_w + e * stride_e + d * stride_d, g.to(d_w.dtype.element_ty), mask=d < D)
+    inverse = tl.where(inverse == inverse, inverse, 0.0)
+    g = (g - u * radial) * inverse
+    tl.store(d_w + e * stride_e + d.to(tl.int64) * stride_d, g.to(d_w.dtype.element_ty), mask=in_D)
 
 
-@triton.jit
+@kernel
 def token_gradient_kernel(
     d_rows, x, d_y, b2, parts, score, inv_norm, unrouted, bits, unit, scale, token_offsets, row_of_assignment,
     d_x, d_score, d_cos,
@@ -135,7 +141,7 @@ def token_gradient_kernel(
     tl.store(d_score + t * E + e, ds, mask=in_E)
     s = tl.load(score + t * E + e, mask=in_E, other=0.0)
     inverse = tl.load(inv_norm + t)
-    dcos = ds * s * (1.0 - s) * (tl.load(scale).to(tl.float32) * inverse)
+    dcos = ds * s * (1.0 - s) * (tau_of(scale) * inverse)
     dcos = tl.where(ds == 0, 0.0, dcos)  # the score of an inactive slot may be NaN
     tl.store(d_cos + t * E + e, dcos, mask=in_E)
 
@@ -150,7 +156,9 @@ def token_gradient_kernel(
             expert = tl.sum(tl.where(here, e, 0), axis=0).to(tl.int64)
             r = tl.sum(tl.where(here, row, 0), axis=0)
             total += tl.load(d_rows + r * D + d, mask=mask, other=0.0).to(tl.float32)
-            g += tl.sum(tl.where(here, dcos, 0.0), axis=0) * tl.load(unit + expert * D + d, mask=mask, other=0.0)
+            weight = tl.sum(tl.where(here, dcos, 0.0), axis=0)
+            direction = tl.load(unit + expert * D + d, mask=mask, other=0.0)
+            g += tl.where(weight == 0, 0.0, weight * direction)  # an active vector may be not finite
     factor = factor_of_inverse(inverse)  # x / ||x|| is the same for the scaled token
     inverse = inverse / factor
     token = tl.load(x + t * stride_xt + d, mask=in_D, other=0.0).to(tl.float32) * factor
@@ -158,8 +166,8 @@ def token_gradient_kernel(
     tl.store(d_x + t * D + d, (total + g - token * radial).to(d_x.dtype.element_ty), mask=in_D)
 
 
-def unit_vectors(w_DE: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor]:
-    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; 0 for a zero vector, with `finite` also for NaN and inf.
+def unit_vectors(w_DE: Tensor) -> tuple[Tensor, Tensor]:
+    """w_e / ||w_e|| as [E, D] fp32, and 1 / ||w_e|| [E]; 0 for a vector that is zero or not finite.
 
     An inverse norm is 0 too for a vector so short that it passes no gradient, see `norms`.
     """
@@ -167,43 +175,48 @@ def unit_vectors(w_DE: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor]
     unit_ED = w_DE.new_empty((E, D), dtype=torch.float32)
     inv_norm_E = w_DE.new_empty((E,), dtype=torch.float32)
     if E:
-        unit_vectors_kernel[(E,)](w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), FINITE=finite, BLOCK_D=1024)
+        unit_vectors_kernel[(E,)](w_DE, unit_ED, inv_norm_E, D, *w_DE.stride(), BLOCK_D=1024)
     return unit_ED, inv_norm_E
 
 
 def direction_gradient(
-    d_unit_ED: Tensor,
+    d_unit_CED: Tensor,
     unit_ED: Tensor,
     inv_norm_E: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     w_DE: Tensor,
     thresholds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of w [D, E], the scale [] and the thresholds G [E], from the gradient of the unit vectors [E, D].
+    """Gradients of w [D, E], the scale [] and the thresholds G [E], from the chunks of the unit vectors' [C, E, D].
 
-    `thresholds` is (G [E], the scores' gradient summed over tokens [E]); without it the last result is empty.
+    `thresholds` is (G [E], the scores' gradient summed over each chunk of tokens [C, E]). Without it the last result is
+    empty, without a scale the second.
     """
-    E, D = unit_ED.shape
+    (C, E, D) = d_unit_CED.shape
     d_w_DE = torch.empty(w_DE.shape, dtype=w_DE.dtype, device=w_DE.device)
-    G_E, d_scores_E = thresholds or (inv_norm_E[:0], inv_norm_E)
-    d_thresholds_E, d_scale_E = torch.empty_like(G_E), torch.empty_like(inv_norm_E)
+    G_E, d_scores_CE = thresholds or (None, None)
+    d_thresholds_E, d_scale_E = empty_as(G_E, d_w_DE), inv_norm_E.new_empty((0 if scale is None else E,))
     if E:
+        block_d = power_of_two(D, 16)
         direction_gradient_kernel[(E,)](
-            d_unit_ED,
+            d_unit_CED,
             unit_ED,
             inv_norm_E,
-            d_scores_E,
+            d_scores_CE,
             G_E,
             scale,
             d_w_DE,
             d_thresholds_E,
             d_scale_E,
+            C,
             D,
             *d_w_DE.stride(),
-            THRESHOLDS=thresholds is not None,
-            BLOCK_D=1024,
+            BLOCK_C=max(1, CHUNK_ELEMENTS // block_d),
+            BLOCK_S=128,
+            BLOCK_D=block_d,
+            num_warps=8,
         )
-    return d_w_DE, d_scale_E.sum().to(scale.dtype), d_thresholds_E
+    return d_w_DE, d_scale_E if scale is None else d_scale_E.sum().to(scale.dtype), d_thresholds_E
 
 
 def token_gradient(
@@ -211,12 +224,12 @@ def token_gradient(
     index: Index, unit_ED: Tensor, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, D] in its dtype, of the scores [T, E], and of the cosines divided by ||x|| [T, E]."""
-    score_TE, inv_norm_T, unrouted_T, bits_TW = (t.contiguous() for t in router[3:])
+    score_TE, inv_norm_T, unrouted_T, bits_TW = (t.contiguous() for t in router[3:7])
     (T, D), (E, O) = x_TD.shape, (score_TE.shape[1], d_y_TO.shape[1])
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_score_TE, d_cos_TE = score_TE.new_empty((T, E)), score_TE.new_empty((T, E))
     if T:
-        block_d = triton.next_power_of_2(max(D, 16))
+        block_d = power_of_two(D, 16)
         token_gradient_kernel[(T,)](
             d_rows_AD, x_TD, d_y_TO, d_y_TO if b2_EO is None else b2_EO, parts_AN, score_TE, inv_norm_T, unrouted_T,
             bits_TW, unit_ED, router.scale, index.token_offsets, index.row_of_assignment,
@@ -226,9 +239,9 @@ def token_gradient(
             BIAS=b2_EO is not None,
             UNROLL=2 if block_d <= 2048 else 1,
             BLOCK_D=block_d,
-            BLOCK_O=triton.next_power_of_2(max(O, 16)),
-            BLOCK_E=max(2, triton.next_power_of_2(E)),
-            BLOCK_T=min(8, triton.next_power_of_2(max(parts_AN.shape[1], 1))),
+            BLOCK_O=power_of_two(O, 16),
+            BLOCK_E=block_experts(E),
+            BLOCK_T=power_of_two(parts_AN.shape[1], 1, 8),
             num_warps=min(16, max(1, block_d // 256)),
         )  # fmt: skip
     return d_x_TD, d_score_TE, d_cos_TE

@@ -4,19 +4,20 @@ Sums are fp32 and in a fixed order: within a tile, then over the tiles of an exp
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import Index
 from . import tiles
-from .gemm_kernels import block_experts, expert_rows, pointer, row_tiles
+from .gemm_kernels import expert_rows, pointer, row_tiles
+from .launch import kernel
+from .sizes import block_experts, cdiv
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
     """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -28,7 +29,7 @@ def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
     tl.store(out + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@kernel
 def tile_rows_sum_kernel(
     d_rows, token_of_row, token_offsets, gate, offsets, parts, E, N, stride_dr,
     FROM_TOKENS: tl.constexpr, GATE: tl.constexpr,
@@ -61,7 +62,7 @@ def tile_rows_sum_kernel(
         tl.store(parts + at, tl.sum(d_row, axis=0), mask=n_mask)
 
 
-@triton.jit
+@kernel
 def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     """out[e] = sum of parts [tiles_m, N] over the expert's tiles, in order. Grid: (E, blocks of N)."""
     tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
@@ -77,7 +78,7 @@ def expert_sum_kernel(parts, offsets, out, E, N, BLOCK_M: tl.constexpr, BLOCK_N:
     tl.store(out + e.to(tl.int64) * N + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@kernel
 def row_gate_gradient_kernel(
     parts, d_rows, bias, offsets, out, E, K, TILES_N, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -112,7 +113,7 @@ def sum_parts(parts: Tensor, target: Tensor) -> None:
     """target = sum of parts [S, ...] over S."""
     dense = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
     n = dense.numel()
-    sum_parts_kernel[(triton.cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
+    sum_parts_kernel[(cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
     if dense is not target:
         target.copy_(dense)
 
@@ -124,7 +125,7 @@ def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m
     if parts_MN.shape[0] == 0:
         return out_EN.zero_()
     if E * N:
-        expert_sum_kernel[(E, triton.cdiv(N, BLOCK_COLUMNS))](
+        expert_sum_kernel[(E, cdiv(N, BLOCK_COLUMNS))](
             parts_MN, expert_offsets, out_EN, E, N, BLOCK_M=block_m, BLOCK_N=BLOCK_COLUMNS, BLOCK_E=block_experts(E)
         )
     return out_EN
@@ -135,10 +136,10 @@ def bias_gradient(
 ) -> Tensor:
     """Each expert's sum of rows times gates, [E, N]; with `from_tokens` the rows are tokens' gradients over k_t."""
     R, (E, N) = index.rows, like_EN.shape
-    most = triton.cdiv(R, BLOCK_ROWS) + E
+    most = cdiv(R, BLOCK_ROWS) + E
     parts_MN = d_rows.new_empty((most if R else 0, N), dtype=torch.float32)
     if R and N:
-        tile_rows_sum_kernel[(min(most, 4 * tiles.processors(d_rows.device)), triton.cdiv(N, BLOCK_COLUMNS))](
+        tile_rows_sum_kernel[(min(most, 4 * tiles.processors(d_rows.device)), cdiv(N, BLOCK_COLUMNS))](
             d_rows,
             index.token_of_row,
             index.token_offsets,
@@ -165,7 +166,7 @@ def row_gate_gradient(
     out_A = torch.empty_like(like_A)
     (R, O), E = d_rows_AO.shape, expert_offsets.shape[0] - 1
     if R:
-        most = triton.cdiv(R, BLOCK_ROWS) + E
+        most = cdiv(R, BLOCK_ROWS) + E
         row_gate_gradient_kernel[(min(most, 4 * tiles.processors(like_A.device)),)](
             parts_AN,
             d_rows_AO,

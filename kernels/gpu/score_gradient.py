@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .norms import factor_of_inverse
+from .launch import kernel
+from .norms import factor_of_inverse, tau_of
 from .proxy_fence import proxy_fence, safe_stages
 from .router_gradient import direction_gradient, unit_vectors
+from .sizes import cdiv, power_of_two
 
 EXACT_EXPERTS = 16  # up to so many, fp32 products without matrix cores take less time than reading the tokens
 TWO_PROGRAMS = 128  # registers a thread, for two programs of 8 warps a multiprocessor; elsewhere they spill
@@ -18,7 +20,7 @@ GRADIENT_PROGRAMS = 512  # share the sum over the tokens; the same on every devi
 GRADIENT_TOKENS = 256  # the fewest tokens that a program sums
 
 
-@triton.jit
+@kernel
 def score_gradient_kernel(
     d_score, score, inv_norm, scale, d_cos, T, E, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
@@ -33,7 +35,7 @@ def score_gradient_kernel(
     row = t.to(tl.int64)[:, None]
     ds = tl.load(d_score + row * stride_t + e.to(tl.int64)[None, :] * stride_e, mask=mask, other=0.0)
     s = tl.load(score + row * E + e[None, :], mask=mask, other=0.0)
-    over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tl.load(scale).to(tl.float32)
+    over_norm = tl.load(inv_norm + t, mask=t < T, other=0.0) * tau_of(scale)
     grad = tl.where(ds == 0, 0.0, (1.0 - s) * s * ds * over_norm[:, None])  # the score of an inactive slot may be NaN
     tl.store(d_cos + row * E + e[None, :], grad, mask=mask)
 
@@ -55,7 +57,7 @@ def _through_cosines(
     return acc
 
 
-@triton.jit
+@kernel
 def cosine_gradient_kernel(
     d_cos, unit, x, inv_norm, d_x, T, D, E, stride_t,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -132,18 +134,38 @@ def _weighted_sum(
 
 
 @triton.jit
+def _column_sums(d_score, out, T, E, CHUNK, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """out[chunk, e] = sum of d_score [T, E] over the program's chunk."""
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    first = tl.program_id(2) * CHUNK
+    row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
+    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for t0 in range(first, tl.minimum(first + CHUNK, T), BLOCK_T):
+        mask = (tl.arange(0, BLOCK_T) < T - t0)[:, None] & (e < E)[None, :]
+        total += tl.load(d_score + (row * E)[:, None] + e[None, :], mask=mask, other=0.0)
+        row += BLOCK_T
+    tl.store(out + tl.program_id(2) * E + e, tl.sum(total, axis=0), mask=e < E)
+
+
+@kernel
 def unit_gradient_kernel(
-    d_cos, x, inv_norm, out, T, D, E, CHUNK, stride_t,
+    d_cos, x, inv_norm, out, d_score, score_sums, T, D, E, CHUNK, stride_t,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens; CHUNK is a multiple of BLOCK_T.
+    """out[chunk] = d_cos^T x over the chunk's CHUNK tokens, a multiple of BLOCK_T; score_sums[chunk] = sum of d_score.
 
-    In: d_cos [T, E] fp32, x [T, D] with stride_t, inv_norm [T]. Out: [chunks, E, D] fp32.
-    Grid: (columns, experts, chunks). Bytes: x once for each block of experts, d_cos once for each block of columns,
-    mostly from L2. If the sum is NaN, it is taken again: 0 times a token that is not finite is NaN too.
+    In: d_cos [T, E] fp32, x [T, D] with stride_t, inv_norm [T], d_score [T, E] or None. Out: [chunks, E, D] fp32,
+    [chunks, E] fp32 with a d_score.
+    Grid: (columns, and one with a d_score, experts, chunks). Bytes: x once for each block of experts, d_cos once for
+    each block of columns, mostly from L2; d_score once. If the sum is NaN, it is taken again: 0 times a token that is
+    not finite is NaN too.
 
     SPLIT: x is bf16, and d_cos is split into three bf16 parts, 24 bits. Otherwise the product is fp32.
     """
+    if d_score is not None:  # noqa: SIM102 - decided by the compiler
+        if tl.program_id(0) == tl.cdiv(D, BLOCK_D):
+            _column_sums(d_score, score_sums, T, E, CHUNK, BLOCK_T, BLOCK_E)
+            return
     acc = _weighted_sum(
         d_cos, x, inv_norm, T, D, E, CHUNK, stride_t, False, SPLIT, PRECISION, BLOCK_T, BLOCK_D, BLOCK_E
     )  # fmt: skip
@@ -166,32 +188,38 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor, inv_norm_T: Tensor) -> Tensor:
-    """d_cos^T x, [E, D] fp32: the gradient of the unit routing vectors. d_cos: the cosines' gradient over ||x||, fp32.
+def unit_gradient(
+    d_cos_TE: Tensor, x_TD: Tensor, inv_norm_T: Tensor, d_score_TE: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """d_cos^T x, [chunks, E, D] fp32, which sum to the gradient of the unit routing vectors, and sums of d_score.
 
-    A token that is not finite, whose inverse norm is NaN, counts only where its d_cos is not 0.
+    d_cos is the cosines' gradient over ||x||, fp32. A token that is not finite, whose inverse norm is NaN, counts only
+    where its d_cos is not 0. The second result, [chunks, E], is of a contiguous `d_score_TE`.
 
-    It sums each chunk of tokens, then the chunks in order; the chunks depend on shapes alone.
+    It sums chunks of tokens, which depend on shapes alone; `direction_gradient` adds them in order.
     """
     (T, D), E = x_TD.shape, d_cos_TE.shape[1]
     if T == 0 or D == 0:
-        return d_cos_TE.new_zeros((E, D))
+        return d_cos_TE.new_zeros((1, E, D)), None if d_score_TE is None else d_score_TE.sum(dim=0, keepdim=True)
     x_TD, d_cos_TE = rows_contiguous(x_TD), d_cos_TE.contiguous()
     chip = tiles.architecture(x_TD.device)
     split = x_TD.dtype == torch.bfloat16
-    block_e = min(128, max(16, triton.next_power_of_2(E)))
+    block_e = power_of_two(E, 16, 128)
     tile = _gradient_tile(block_e, split, chip)
     block_t, block_d = tile["BLOCK_T"], tile["BLOCK_D"]
-    columns, experts = triton.cdiv(D, block_d), triton.cdiv(E, block_e)
+    columns, experts = cdiv(D, block_d), cdiv(E, block_e)
     most = max(1, GRADIENT_PROGRAMS // (columns * experts))
-    chunk = block_t * triton.cdiv(max(GRADIENT_TOKENS, triton.cdiv(T, most)), block_t)
-    chunks = triton.cdiv(T, chunk)
+    chunk = block_t * cdiv(max(GRADIENT_TOKENS, cdiv(T, most)), block_t)
+    chunks = cdiv(T, chunk)
     sums_CED = d_cos_TE.new_empty((chunks, E, D))
-    unit_gradient_kernel[(columns, experts, chunks)](
+    score_sums_CE = None if d_score_TE is None else d_cos_TE.new_empty((chunks, E))
+    unit_gradient_kernel[(columns + (d_score_TE is not None), experts, chunks)](
         d_cos_TE,
         x_TD,
         inv_norm_T,
         sums_CED,
+        d_score_TE,
+        score_sums_CE,
         T,
         D,
         E,
@@ -201,7 +229,7 @@ def unit_gradient(d_cos_TE: Tensor, x_TD: Tensor, inv_norm_T: Tensor) -> Tensor:
         PRECISION=precision(E, chip),
         **tile,
     )
-    return sums_CED[0] if chunks == 1 else sums_CED.sum(dim=0)
+    return sums_CED, score_sums_CE
 
 
 def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
@@ -220,17 +248,17 @@ def _gradient_tile(block_e: int, split: bool, chip: str) -> dict[str, int]:
 
 
 def threshold_gate_backward(
-    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor
+    d_score_TE: Tensor, score_TE: Tensor, x_TD: Tensor, w_DE: Tensor, inv_norm_T: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), E = x_TD.shape, w_DE.shape[1]
     d_x_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     d_cos_TE = torch.empty((T, E), dtype=torch.float32, device=x_TD.device)
-    unit_ED, inv_norm_E = unit_vectors(w_DE, finite=True)
+    unit_ED, inv_norm_E = unit_vectors(w_DE)
     x_TD = rows_contiguous(x_TD)
     if T:
         chip = tiles.architecture(x_TD.device)
-        block_e = min(64, max(16, triton.next_power_of_2(E)))
-        score_gradient_kernel[(triton.cdiv(T, 2048 // block_e), triton.cdiv(E, block_e))](
+        block_e = power_of_two(E, 16, 64)
+        score_gradient_kernel[(cdiv(T, 2048 // block_e), cdiv(E, block_e))](
             d_score_TE,
             score_TE,
             inv_norm_T,
@@ -243,7 +271,7 @@ def threshold_gate_backward(
             BLOCK_E=block_e,
             num_warps=4,
         )
-        cosine_gradient_kernel[(triton.cdiv(T, 16),)](
+        cosine_gradient_kernel[(cdiv(T, 16),)](
             d_cos_TE,
             unit_ED,
             x_TD,
@@ -260,5 +288,6 @@ def threshold_gate_backward(
             num_warps=4,
             num_stages=2,
         )
-    d_w_DE, d_scale, _ = direction_gradient(unit_gradient(d_cos_TE, x_TD, inv_norm_T), unit_ED, inv_norm_E, scale, w_DE)
+    d_unit_CED, _ = unit_gradient(d_cos_TE, x_TD, inv_norm_T)
+    d_w_DE, d_scale, _ = direction_gradient(d_unit_CED, unit_ED, inv_norm_E, scale, w_DE)
     return d_x_TD, d_w_DE, d_scale

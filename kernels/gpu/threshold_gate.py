@@ -14,10 +14,12 @@ from torch import Tensor
 from ..operation import OPERATIONS
 from ..ragged_index import block_tokens, words
 from . import tiles
-from .norms import factor_for, inverse_of, is_ordinary, own_inverse
+from .launch import kernel
+from .norms import factor_for, inverse_of, is_ordinary, own_inverse, tau_of
 from .proxy_fence import proxy_fence, safe_stages
 from .ragged_index import MOST_EXPERTS
 from .score_gradient import EXACT_EXPERTS, TWO_PROGRAMS, precision, rows_contiguous
+from .sizes import cdiv, power_of_two
 
 HALF = (torch.bfloat16, torch.float16)
 KB = 1024
@@ -47,7 +49,7 @@ def _column_squares(column, v, factor, e, D, E, DP, stride_d, BLOCK_D: tl.conste
     return tl.sum(squares, axis=0)
 
 
-@triton.jit
+@kernel
 def routing_vectors_kernel(
     w, parts, inv_norm, D, E, DP, stride_d, stride_e,
     EXPONENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -136,7 +138,7 @@ def _scaled_products(
     return acc
 
 
-@triton.jit
+@kernel
 def threshold_gate_kernel(
     x, parts, inv_norm_E, threshold, active, scale, token_mask, shift,
     score, words, unrouted, inv_norm_T, counts,
@@ -148,8 +150,8 @@ def threshold_gate_kernel(
     """Scores, bitmask, unrouted flags, inverse norms and block counts of BLOCK_T tokens; see `kernels.threshold_gate`.
 
     In: x [T, D] with stride_t, parts [PARTS, BLOCK_E, DP] and inv_norm_E of `routing_vectors_kernel`, threshold and
-    active [E], scale [], token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32 (expert
-    e in bit e % 32 of word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
+    active [E], scale [] or None, token_mask [T] (MASKED), shift [] (SHIFTED). Out: score [T, E], words [T, WORDS] int32
+    (expert e in bit e % 32 of word e // 32), unrouted and inv_norm_T [T], counts [blocks of COUNT_T tokens, E] int32.
     Grid: blocks of BLOCK_T tokens. Bytes: x once; score, words and 5 T written; parts from L2. A block with a token
     that is zero, not finite, or very long or short reads its tokens twice.
 
@@ -190,9 +192,9 @@ def threshold_gate_kernel(
     inverse_E = tl.load(inv_norm_E + e)
     cos = acc * inverse[:, None] * inverse_E[None, :]
     score_at = score + t.to(tl.int64)[:, None] * E + e[None, :]
-    tl.store(score_at, tl.sigmoid(cos * tl.load(scale).to(tl.float32)), mask=in_T[:, None] & in_E[None, :])
+    tl.store(score_at, tl.sigmoid(cos * tau_of(scale)), mask=in_T[:, None] & in_E[None, :])
 
-    is_active = tl.load(active + e, mask=in_E, other=0) != 0
+    is_active = tl.load(active + e, mask=in_E, other=0).to(tl.float32) > 0.5
     limit = tl.load(threshold + e, mask=in_E, other=0.0).to(tl.float32)
     takes_all = (limit != limit) | (inverse_E != inverse_E)
     margin = tl.where(is_active[None, :], cos - limit[None, :], float("-inf"))
@@ -289,10 +291,10 @@ def _tile(block_e: int, x: torch.dtype, parts: int, chip: str) -> dict[str, int]
 def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: int) -> tuple[Tensor, Tensor]:
     """Parts [parts, BLOCK_E, D rounded up to a multiple of BLOCK_D] and inverse norms [BLOCK_E]."""
     D, E = w_DE.shape
-    block_e, columns = tile["BLOCK_E"], triton.cdiv(D, tile["BLOCK_D"]) * tile["BLOCK_D"]
+    block_e, columns = tile["BLOCK_E"], cdiv(D, tile["BLOCK_D"]) * tile["BLOCK_D"]
     parts_PED = w_DE.new_empty((parts, block_e, columns), dtype=x)
     inv_norm_E = w_DE.new_empty((block_e,), dtype=torch.float32)
-    block_d = min(MOST_COLUMNS, max(16, triton.next_power_of_2(columns)))
+    block_d = power_of_two(columns, 16, MOST_COLUMNS)
     routing_vectors_kernel[(block_e,)](
         w_DE,
         parts_PED,
@@ -311,7 +313,7 @@ def _routing_vectors(w_DE: Tensor, x: torch.dtype, tile: dict[str, int], parts: 
 
 
 def threshold_gate(
-    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor, fallback: bool,
+    x_TD: Tensor, w_DE: Tensor, threshold_E: Tensor, active_E: Tensor, scale: Tensor | None, fallback: bool,
     token_mask_T: Tensor | None = None, shift: Tensor | None = None, max_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, D), E = x_TD.shape, w_DE.shape[1]
@@ -323,13 +325,13 @@ def threshold_gate(
     bits_TW = x_TD.new_empty((T, words(E)), dtype=torch.int64)
     unrouted_T = x_TD.new_empty((T,), dtype=torch.bool)
     inv_norm_T = x_TD.new_empty((T,), dtype=torch.float32)
-    block_counts = x_TD.new_empty((triton.cdiv(T, count_t) * E,), dtype=torch.int32)
+    block_counts = x_TD.new_empty((cdiv(T, count_t) * E,), dtype=torch.int32)
     if T:
         x_TD, chip = rows_contiguous(x_TD), tiles.architecture(x_TD.device)
         parts = _number_of_parts(x_TD.dtype, w_DE.dtype)
-        tile = _tile(max(16, triton.next_power_of_2(E)), x_TD.dtype, parts, chip)
+        tile = _tile(power_of_two(E, 16), x_TD.dtype, parts, chip)
         parts_PED, inv_norm_E = _routing_vectors(w_DE, x_TD.dtype, tile, parts)
-        threshold_gate_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
+        threshold_gate_kernel[(cdiv(T, tile["BLOCK_T"]),)](
             x_TD,
             parts_PED,
             inv_norm_E,
@@ -337,7 +339,7 @@ def threshold_gate(
             active_E.contiguous(),
             scale,
             unrouted_T if token_mask_T is None else token_mask_T.contiguous(),
-            scale if shift is None else shift,
+            inv_norm_T if shift is None else shift,
             score_TE,
             bits_TW.view(torch.int32),
             unrouted_T,

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from .sizes import power_of_two
+
 TABLES = Path(__file__).parents[1] / "tuned"
 _assumed: ContextVar[str | None] = ContextVar("dynmoe_tutel_architecture", default=None)
 
@@ -88,14 +90,9 @@ GEMM_KINDS = (
 )
 
 
-def _power_of_two(n: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least `n`, clamped to low and high."""
-    return min(high, max(low, 1 << max(n - 1, 0).bit_length()))
-
-
 def gemm_key(kind: str, dtype: torch.dtype, rows: int, K: int, N: int) -> str:
     """The key of a product in the tuned tables; `rows` is the mean number of rows per expert."""
-    return f"{kind}/{str(dtype).removeprefix('torch.')}/rows{_power_of_two(rows, 16, 4096)}/K{K}/N{N}"
+    return f"{kind}/{str(dtype).removeprefix('torch.')}/rows{power_of_two(rows, 16, 4096)}/K{K}/N{N}"
 
 
 @lru_cache
@@ -114,8 +111,20 @@ def gemm(kind: str, device: torch.device, dtype: torch.dtype, rows: int, K: int,
     "weight_gradient" the output is [K, N] and the rows are the inner dimension.
     """
     chip = architecture(device)
-    found = tuned(chip).get(gemm_key(kind, dtype, rows, K, N))
-    return found or default_gemm(kind, chip, dtype, rows, K, N)
+    table = tuned(chip)
+    found = table.get(gemm_key(kind, dtype, rows, K, N)) if table else None
+    return found or _by_rule(kind, chip, dtype, same_side(rows), K, N)
+
+
+def same_side(rows: int) -> int:
+    """A number on the same side of every power of two, so that few are remembered; rules compare rows with no other."""
+    power = 1 << max(rows.bit_length() - 1, 0)
+    return rows if rows <= power else power + power // 2
+
+
+@lru_cache(maxsize=1024)
+def _by_rule(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N: int) -> GemmConfig:
+    return default_gemm(kind, chip, dtype, rows, K, N)
 
 
 # Half precision. Chosen by the register counts of `benchmarks.aot`: 255 a thread, 64 Ki a multiprocessor.
@@ -185,7 +194,7 @@ def default_gemm(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N:
     least = 64 if chip == "sm_90" and half and aligned and kind != "weight_gradient" else 16
     sizes = (K, N, rows) if kind == "weight_gradient" else (rows, N, K)
     block_m, block_n, block_k = (
-        _power_of_two(size, low, most)
+        power_of_two(size, low, most)
         for size, low, most in zip(sizes, (least, 16, 16), (large.block_m, large.block_n, large.block_k), strict=True)
     )
     fewer = 2 * block_m <= large.block_m and large.num_warps > 4

@@ -38,18 +38,16 @@ def top_any_ffn_backward(
     through = activation_gradient(d_y, index, cast, h_AH, u_AH, None, activation, from_tokens=True, wanted=wanted)
     grads = weight_gradients(through, x, d_y, index, weights, wanted, from_tokens=True)
 
-    unit_ED, inv_norm_E = unit_vectors(router.w_DE, finite=True)
+    unit_ED, inv_norm_E = router.unit_ED, router.inv_norm_E
+    if unit_ED is None or inv_norm_E is None:
+        unit_ED, inv_norm_E = unit_vectors(router.w_DE)
     d_rows_AD = token_rows(through, cast.w1_EDH, cast.w3_EDH, index.expert_offsets)
     d_x_TD, d_score_TE, d_cos_TE = token_gradient(
         d_rows_AD, x_TD, d_y, cast.b2_EO, through.d_gate_parts_AN, router, index, unit_ED, centred
     )
-    thresholds = (router.thresholds_E, d_score_TE.sum(dim=0))
+    d_unit_CED, d_score_CE = unit_gradient(d_cos_TE, x_TD, router.inv_norm_T.contiguous(), d_score_TE)
+    assert d_score_CE is not None
     d_w_DE, d_scale, d_thresholds_E = direction_gradient(
-        unit_gradient(d_cos_TE, x_TD, router.inv_norm_T.contiguous()),
-        unit_ED,
-        inv_norm_E,
-        router.scale,
-        router.w_DE,
-        thresholds,
+        d_unit_CED, unit_ED, inv_norm_E, router.scale, router.w_DE, (router.thresholds_E, d_score_CE)
     )
     return d_x_TD, d_w_DE, d_thresholds_E, d_scale, *grads

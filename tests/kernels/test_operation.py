@@ -34,7 +34,7 @@ def inputs() -> dict[str, Any]:
         "unrouted_T": torch.zeros(T, dtype=torch.bool), "sample_ND": torch.zeros(4, D),
         "state": torch.tensor([0, 1, 0]), "chosen_T": torch.ones(T, dtype=torch.bool),
         "thresholds_E": torch.zeros(E), "score_TE": torch.rand(T, E), "inv_norm_T": torch.ones(T),
-        "dtype": torch.float32,
+        "unit_ED": torch.randn(E, D), "inv_norm_E": torch.ones(E), "dtype": torch.float32,
     }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {  # each operation's arguments by name
     "grouped_linear": ("rows_AD", "expert_offsets", "w_EDO", "b_EO"),
 }  # fmt: skip
 BAD = [
-    ("threshold_gate", "active_E", torch.ones(E)),
+    ("threshold_gate", "active_E", torch.ones(E, dtype=torch.int64)),
     ("threshold_gate", "active_E", torch.ones(E + 1, dtype=torch.bool)),
     ("threshold_gate", "threshold_E", torch.zeros(1)),
     ("threshold_gate", "threshold_E", torch.zeros(E, dtype=torch.int64)),
@@ -98,7 +98,7 @@ BAD = [
     ("row_gates", "expert_offsets", torch.zeros(E, dtype=torch.int32)),
     ("row_gates", "row_of_assignment", torch.zeros(2, dtype=torch.int32)),
     ("vector_losses", "w_DE", torch.zeros(D)),
-    ("vector_losses", "active_E", torch.ones(E)),
+    ("vector_losses", "active_E", torch.ones(E, dtype=torch.int64)),
     ("keep_strided", "sample_ND", torch.zeros(1, D)),
     ("keep_strided", "state", torch.zeros(3, dtype=torch.int32)),
     ("keep_strided", "x_TD", torch.zeros(T, D + 1)),

@@ -195,6 +195,17 @@ class TestForward:
             assert torch.equal(own[1], bits[some_T])
             assert torch.equal(own[2], unrouted_T[some_T])
 
+    def test_without_a_scale_and_with_a_mask_of_floats(self) -> None:
+        """As with tau = 1 and bools, gradients too."""
+        *inputs, active_E = gate_inputs(50, 24, 5)
+        results = []
+        for mask, tau in ((active_E, ONE), (active_E.float(), None)):
+            x_TD, w_DE = (t.clone().requires_grad_() for t in inputs[:2])
+            score_TE, *rest = threshold_gate(x_TD, w_DE, *inputs[2:], mask, tau, False)
+            results.append((score_TE.detach(), *rest, *torch.autograd.grad(score_TE.square().sum(), (x_TD, w_DE))))
+        for a, b in zip(*results, strict=True):
+            assert relative_rms(a, b) < 1e-6 if a.is_floating_point() else torch.equal(a, b)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_autocast_changes_nothing(self, dtype: torch.dtype) -> None:
         inputs = (*gate_inputs(200, 97, 65, dtype), ONE, True)

@@ -23,7 +23,7 @@ def inputs() -> dict[str, Any]:
     names = ("expert_offsets", "token_offsets", "token_of_row", "row_of_assignment")
     return {
         "x_TD": x, "w_DE": w, "thresholds_E": torch.zeros(E), "scale": scale, "score_TE": score,
-        "inv_norm_T": inv_norm, "unrouted_T": unrouted, "bits_TW": bits,
+        "inv_norm_T": inv_norm, "unrouted_T": unrouted, "bits_TW": bits, "unit_ED": None, "inv_norm_E": None,
         **dict(zip(names, kernels.ragged_index(bits, E), strict=True)),
         "w1_EDH": torch.randn(E, D, H), "b1_EH": torch.randn(E, H), "w3_EDH": None, "b3_EH": None,
         "w2_EHO": torch.randn(E, H, O), "b2_EO": torch.randn(E, O), "activation": "gelu", "centred": False,
@@ -48,6 +48,8 @@ BAD = [
     ("unrouted_T", torch.zeros(T), "float32"),
     ("bits_TW", torch.zeros(T, 2, dtype=torch.int64), "[6, 2]"),
     ("bits_TW", torch.zeros(T, 1, dtype=torch.int32), "int32"),
+    ("unit_ED", torch.zeros(E, D + 1), "[3, 9]"),
+    ("inv_norm_E", torch.zeros(E + 1), "[4]"),
     ("expert_offsets", torch.zeros(E, dtype=torch.int32), "[3]"),
     ("token_offsets", torch.zeros(T, dtype=torch.int32), "[6]"),
     ("row_of_assignment", torch.zeros(2, dtype=torch.int32), "[2]"),

@@ -149,9 +149,23 @@ def test_nan_is_the_largest_margin(share: float, capacity: int, device: str) -> 
 @pytest.mark.parametrize("chunks", [2, 8])
 def test_many_blocks(chunks: int, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with 8,192 tokens or more: several runs of blocks, several steps per run, a tail for several programs."""
+    monkeypatch.setattr(gpu, "FEW_COUNTS", 0)
     monkeypatch.setattr(gpu, "SCAN_BLOCKS", 2)
     monkeypatch.setattr(gpu, "MOST_CHUNKS", chunks)
     monkeypatch.setattr(gpu, "TAIL", 4)
+    assigned = assignment(64 * 6 + 1, 5, 0.3)
+    bits, A = pack_bits(assigned), int(assigned.sum())
+    for capacity in (-1, A + 100):
+        found = gpu.ragged_index(bits.to(device), 5, capacity)
+        for name, f, e in zip(NAMES, found, ragged_index(bits, 5, capacity), strict=True):
+            assert torch.equal(f.cpu(), e), name
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU takes many tokens, in tests/gpu")
+def test_few_blocks_are_added_up_without_a_scan(device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several steps, as with more than 2,048 blocks times experts."""
+    monkeypatch.setattr(gpu, "MOST_CHUNKS", 2)
+    monkeypatch.setattr(gpu, "FILL_COUNTS", 16)
     assigned = assignment(64 * 6 + 1, 5, 0.3)
     bits, A = pack_bits(assigned), int(assigned.sum())
     for capacity in (-1, A + 100):

@@ -267,9 +267,8 @@ def test_strides(how_x: str, how_w: str, device: str) -> None:
         own = score_gradient.threshold_gate_backward(d, score, *strided, inv_norm, scale)
         assert all(torch.equal(one, other) for one, other in zip(own, gradients, strict=True))
     d_cos = in_other_strides(d_score, how_w)
-    assert torch.equal(
-        score_gradient.unit_gradient(d_cos, strided[0], inv_norm), score_gradient.unit_gradient(d_score, x, inv_norm)
-    )
+    sums = (score_gradient.unit_gradient(*given, inv_norm)[0] for given in ((d_cos, strided[0]), (d_score, x)))
+    assert torch.equal(*sums)
 
 
 def test_an_expanded_gradient(device: str) -> None:
@@ -383,10 +382,15 @@ def test_sum_over_the_tokens(shape: tuple, dtype: torch.dtype, device: str, pois
     generator = torch.Generator().manual_seed(T)
     d_cos, x = torch.randn(T, E, generator=generator), torch.randn(T, D, generator=generator).to(dtype)
     inverse = torch.ones(T, device=device)
-    found = score_gradient.unit_gradient(d_cos.to(device), x.to(device), inverse)
-    assert found.dtype == torch.float32
-    assert relative_rms(found, d_cos.double().t() @ x.double()) < 1e-6
-    assert torch.equal(found, score_gradient.unit_gradient(d_cos.to(device), x.to(device), inverse))
+    d_score = torch.randn(T, E, generator=generator)
+    given = d_cos.to(device), x.to(device), inverse
+    found = score_gradient.unit_gradient(*given, d_score.to(device))
+    assert found[0].dtype == torch.float32
+    assert relative_rms(found[0].sum(dim=0), d_cos.double().t() @ x.double()) < 1e-6
+    assert relative_rms(found[1].sum(dim=0), d_score.double().sum(dim=0)) < 1e-6
+    again = score_gradient.unit_gradient(*given, d_score.to(device))
+    assert all(torch.equal(*two) for two in zip(found, again, strict=True))
+    assert torch.equal(found[0], score_gradient.unit_gradient(*given)[0])
 
 
 def test_an_inactive_slot_may_hold_anything(device: str, poisoned: None) -> None:

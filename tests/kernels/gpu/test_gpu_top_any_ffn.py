@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dynmoe_tutel import kernels
 from dynmoe_tutel.kernels.gpu import router_gradient as router
+from dynmoe_tutel.kernels.gpu import router_losses
 from dynmoe_tutel.kernels.gpu import top_any_ffn as gpu
 from dynmoe_tutel.kernels.top_any_ffn import top_any_ffn, top_any_ffn_backward
 
@@ -139,14 +140,33 @@ def test_two_runs_are_bitwise_equal_and_recompute_changes_nothing(device: str) -
             assert torch.equal(one, two)
 
 
+def test_given_unit_vectors_and_no_scale(device: str, poisoned: None) -> None:
+    """The unit vectors of the losses, of which inactive ones are 0; no scale is a scale of 1."""
+    call = Call(33, 16, 24, 8, 4, 0.1)
+    x, gate, index, weights = call.on(device)
+    active = torch.tensor([True, False, True, True], device=device)
+    _, _, *unit, _, _ = router_losses.vector_losses(gate.w_DE, active)
+    one, results = torch.ones((), device=device), []
+    for other in (gate._replace(scale=one), gate._replace(scale=None, unit_ED=unit[0], inv_norm_E=unit[1])):
+        tensors = (x, other, index, weights)
+        y, h, u = gpu.top_any_ffn(*tensors, "gelu", True, torch.float32, True)
+        gradients = gpu.top_any_ffn_backward(call.d_y.to(device), h, u, *tensors, "gelu", True, torch.float32, True)
+        results.append((y, *gradients))
+    for name, a, b in zip(("y", *NAMES), *results, strict=True):
+        if name == "scale":
+            assert b.numel() == 0
+        else:
+            assert relative_rms(b, a) < 1e-6, name
+
+
 @pytest.mark.parametrize("strided", [False, True])
 def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: None) -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1030, 5, generator=generator)
     w[:, 3] = 0
     w = w.t().contiguous().t() if strided else w
-    d_unit = torch.randn(5, 1030, generator=generator)
-    scale, G, d_scores = torch.tensor(2.0), torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    d_unit = torch.randn(7, 5, 1030, generator=generator)  # in chunks, of which a program adds several at once
+    scale, G, d_scores = torch.tensor(2.0), torch.randn(5, generator=generator), torch.randn(7, 5, generator=generator)
     unit, inverse = router.unit_vectors(w.to(device))
     wd = w.double().requires_grad_()
     norm = wd.norm(dim=0)
@@ -155,14 +175,15 @@ def test_unit_vectors_and_their_gradient(strided: bool, device: str, poisoned: N
     d_w, d_scale, d_G = router.direction_gradient(
         d_unit.to(device), unit, inverse, scale.to(device), w.to(device), (G.to(device), d_scores.to(device))
     )
-    exact.backward(d_unit.double())
+    d_unit, d_scores = d_unit.double().sum(dim=0), d_scores.double().sum(dim=0)
+    exact.backward(d_unit)
     d_expected = wd.grad
     d_expected[:, 3] = 0
     assert relative_rms(d_w, d_expected) < 1e-6
     Gd, tau = G.double().requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    (-(torch.sigmoid(tau * Gd) * d_scores.double()).sum()).backward()
+    (-(torch.sigmoid(tau * Gd) * d_scores).sum()).backward()
     assert relative_rms(d_G, Gd.grad) < 1e-6
-    through_cosines_E = (exact.detach() * d_unit.double()).sum(dim=1) / 2
+    through_cosines_E = (exact.detach() * d_unit).sum(dim=1) / 2
     assert abs(float(d_scale) - float(through_cosines_E.sum() + tau.grad)) < 1e-6 * float(through_cosines_E.abs().sum())
 
 
@@ -177,7 +198,9 @@ def test_the_threshold_of_an_inactive_slot_may_be_anything(device: str, poisoned
         G[1] = value
         unit, inverse = router.unit_vectors(w)
         results.append(
-            router.direction_gradient(d_unit, unit, inverse, torch.ones((), device=device), w, (G, d_scores))
+            router.direction_gradient(
+                d_unit[None], unit, inverse, torch.ones((), device=device), w, (G, d_scores[None])
+            )
         )
         assert float(results[-1][2][1]) == 0
     for other in results[1:]:
