@@ -40,7 +40,7 @@ from .launches.operations import FILES, VARIANTS, Variant, run_all
 from .launches.record import Launch, recording
 
 KB = 1024
-MATRIX_MODULES = ("gemm_kernels",)  # of the expert networks: must use wgmma on sm_90
+MATRIX_MODULES = ("gemm_kernels", "weight_gradient")  # of the expert networks: must use wgmma on sm_90
 
 
 @dataclass(frozen=True)
