@@ -11,8 +11,8 @@ largest of four times:
 * L2: operands and the epilogue's rows at 7.5 TB/s; this rate decides most, and nobody has measured it here
 * in turn: where one program is alone on its multiprocessor, a tile's loop, then its epilogue and 1,500 cycles to fill
 
-at 132 multiprocessors and 1.75 GHz, over the share of the waves that is full. It is a prediction for a GPU run to prove
-right or wrong, and no measurement.
+at 132 multiprocessors and 1.75 GHz, over the share of the waves that is full. The sums of pieces (`joins`) come on top.
+It is a prediction for a GPU run to prove right or wrong, and no measurement.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from .launches.record import Launch, launch_of
 ARCH = "sm_90"
 PROCESSORS, CYCLES_A_US = 132, 1750
 L2_BYTES_A_CYCLE = 7.5e12 / 1.75e9 / PROCESSORS  # of one multiprocessor, if all read
+MEMORY_BYTES_A_US = 4.2e6
 REGISTERS, SHARED_KB = 65536, 227
 PRODUCTS = ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel")
 
@@ -125,13 +126,18 @@ class Product:
         turns = max(tensor, loop) + rest + 1500 * epilogues / count_ if alone else 0.0
         every = {"tensor": tensor, "issue": loop + rest, "L2": l2, "in turn": turns}
         found = {name: n * cycles / CYCLES_A_US for name, n in every.items()}
-        return found | {"full": full, "predicted": max(found.values())}
+        # of each border of pieces, about two parts in fp32 are written and read
+        joins = 16 * (self.grid[1] - 1) * D * H / MEMORY_BYTES_A_US if v.get("SPLIT") else 0.0
+        return found | {"joins": joins, "full": full, "predicted": max(found.values()) + joins}
 
     def _full(self, grid: tuple[int, ...]) -> float:
-        """The share of the waves that is full; a persistent grid has tiles for programs."""
+        """The share of the waves that is full; a persistent grid has tiles for programs.
+
+        The programs of the last wave spread over the multiprocessors, and finish sooner where fewer share one.
+        """
         total = grid[0] * (grid[1] if len(grid) > 1 else 1)
-        places = PROCESSORS * self.residents
-        return total / (ceil(total / places) * places)
+        waves, left = divmod(total, PROCESSORS * self.residents)
+        return total / PROCESSORS / (waves * self.residents + ceil(left / PROCESSORS))
 
 
 def products(shape: Shape) -> Iterator[Product]:
@@ -168,13 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     print(f"sm_90, bf16, Triton {triton.__version__}; microseconds are predictions of the model\n")
     columns = "shape | kernel | tile, warps | an SM | registers | shared KB | spills | loop / HGMMA | epilogue"
-    print(f"| {columns} | tensor | issue | L2 | in turn | waves full | predicted us |")
-    print("|" + "---|" * 15)
+    print(f"| {columns} | tensor | issue | L2 | in turn | joins | waves full | predicted us |")
+    print("|" + "---|" * 16)
     for name in args.shape:
         for p in products(GPU_SHAPES[name]):
             v, t = p.values, p.times(GPU_SHAPES[name])
             tile = f"{v['BLOCK_M']}x{v['BLOCK_N']}x{v['BLOCK_K']}, {v['num_warps']}"
-            times = " | ".join(f"{t[key]:.0f}" for key in ("tensor", "issue", "L2", "in turn"))
+            times = " | ".join(f"{t[key]:.0f}" for key in ("tensor", "issue", "L2", "in turn", "joins"))
             print(
                 f"| {name} | {p.launch.kernel.removesuffix('_kernel')} | {tile} | {p.residents} | {p.registers} "
                 f"| {p.shared // 1024} | {p.spilled} | {p.code.loop} / {p.code.matrix} | {p.code.epilogue} "
