@@ -101,7 +101,7 @@ def products(inputs: Inputs) -> dict[str, tuple[Callable[[], Any], str]]:
                     key("linear_pair", s.H, s.D),
                 ),
                 "weight_gradient of the first": (
-                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, a_from_tokens=True),
+                    lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, i.b1, a_from_tokens=True),
                     key("weight_gradient", s.D, s.H),
                 ),
             }

@@ -258,14 +258,14 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     )
     yield Kernel(
         "weight gradient, first",
-        lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, a_from_tokens=True),
+        lambda: grouped_ffn.weight_gradient(i.x_TD, kept.d_h_AH, i.index, i.w1, i.b1, a_from_tokens=True)[0],
         tokens + n * A * H + weight,
         2 * A * D * H,
         lambda: loop.weight_gradient(i.x_TD[loop.token_A], kept.d_h_AH),
     )
     yield Kernel(
         "weight gradient, second",
-        lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, i.index, i.w2, b_from_tokens=True),
+        lambda: grouped_ffn.weight_gradient(kept.a_AH, i.d_y_TD, i.index, i.w2, b_from_tokens=True)[0],
         tokens + n * A * H + weight,
         2 * A * D * H,
         lambda: loop.weight_gradient(kept.a_AH, i.d_y_TD[loop.token_A]),

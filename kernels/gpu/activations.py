@@ -5,10 +5,29 @@ import triton.language as tl
 
 
 @triton.jit
+def _normal(h):
+    """Phi(h), the normal distribution, and exp(-h^2 / 2), which the derivative of gelu shares with it.
+
+    Phi(-|h|) is the exponential times a polynomial of t = 1 / (1 + 0.285 |h|), fitted for the least error of gelu: at
+    most 3e-8 absolute, and relative 5e-5 for h > -4, 3e-4 everywhere. erf takes three times as many instructions.
+    """
+    square = h * h
+    exponential = tl.exp2(-0.7213475204444817 * square)
+    d = 1.0 + 0.285 * tl.abs(h)
+    t = tl.rsqrt(d * d)  # one instruction; a division takes ten
+    tail = 0.329230937 - 0.095886606 * t
+    tail = 0.211088912 + t * (-0.149821905 + t * tail)
+    tail = t * (0.115796096 + t * (0.0895925869 + t * tail))
+    tail *= exponential
+    return tl.where(h > 0, 1.0 - tail, tail), exponential
+
+
+@triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
     """act(h)."""
     if ACTIVATION == "gelu":
-        return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+        cdf, _ = _normal(h)
+        return h * cdf
     elif ACTIVATION == "gelu_tanh":
         return h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))  # tanh(u) = 2 sigmoid(2 u) - 1
     elif ACTIVATION == "relu":
@@ -27,8 +46,8 @@ def activate(h, ACTIVATION: tl.constexpr):
 def derivative(h, ACTIVATION: tl.constexpr):
     """act'(h)."""
     if ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        return cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        cdf, exponential = _normal(h)
+        return cdf + h * 0.3989422804014327 * exponential
     elif ACTIVATION == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
         return s + h * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)

@@ -10,20 +10,10 @@ from torch import Tensor
 
 from ..operands import ExpertWeights, Index
 from . import gemm_kernels, tiles
-from .gemm_kernels import pointer
-from .proxy_fence import safe_stages
-from .row_sums import bias_gradient, sum_parts, sum_tiles
+from .gemm_kernels import launch_options, pointer, precision
+from .row_sums import bias_gradient
 from .sizes import block_experts, cdiv
-
-
-def _precision(dtype: torch.dtype, chip: str) -> str:
-    """How to multiply fp32 operands: follow torch's flag, whether it was set by its old or new name."""
-    if dtype != torch.float32 or (chip.startswith("gfx") and chip != "gfx942"):  # the only AMD chip with tf32
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # the old getter raises once the new flags are set
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+from .weight_gradient import weight_gradient
 
 
 @dataclass(frozen=True)
@@ -45,25 +35,13 @@ class Tiles:
             "GROUP_M": c.group_m,
             "EVEN_K": K % c.block_k == 0,
             "EVEN_N": N % c.block_n == 0,
-            "PRECISION": _precision(x.dtype, tiles.architecture(x.device)),
+            "PRECISION": precision(x.dtype, tiles.architecture(x.device)),
             **launch_options(c, tiles.architecture(x.device)),
         }
 
     def grid(self, device: torch.device) -> tuple[int]:
         """The grid of a persistent kernel: at most one program per tile."""
         return (max(1, min(self.most_m * self.n, tiles.processors(device) * self.config.programs)),)
-
-
-def launch_options(config: tiles.GemmConfig, chip: str, gathers: bool = False) -> dict[str, int]:
-    """Compiler options besides the tile.
-
-    A product that `gathers` needs one more stage: it loads token indices one step ahead of their rows.
-    """
-    stages = safe_stages(config.num_stages + gathers, chip)
-    options = {"num_warps": config.num_warps, "num_stages": stages}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
-    return options
 
 
 def cut_of(kind: str, x: Tensor, rows: int, E: int, K: int, N: int) -> Tiles:
@@ -130,15 +108,12 @@ def linear(
 
 @dataclass(frozen=True)
 class ActivationGradient:
-    """Results of `activation_gradient`: rows d_h, d_u, a [R, H], and fp32 partial sums for the gate and the biases."""
+    """Results of `activation_gradient`: rows d_h, d_u, a [R, H], and fp32 partial sums for the gate."""
 
     d_h_AH: Tensor
     d_u_AH: Tensor
     a_AH: Tensor
     d_gate_parts_AN: Tensor
-    d_b1_parts_MH: Tensor
-    d_b3_parts_MH: Tensor
-    block_m: int  # rows per tile of the bias parts
 
 
 def activation_gradient(
@@ -147,20 +122,16 @@ def activation_gradient(
 ) -> ActivationGradient:  # fmt: skip
     """Gradients of h and u from the gradient of the rows [R, O], or of the tokens' means [T, O] (`from_tokens`).
 
-    `wanted`: also compute a and the bias parts, for the weight gradients.
+    `wanted`: also compute a, for the weight gradients.
     """
-    _, b1, w3, b3, w2_EHO, _ = weights
+    w3, w2_EHO = weights.w3_EDH, weights.w2_EHO
     R, (E, H, O), gated = index.rows, w2_EHO.shape, w3 is not None
-    bias, bias3 = wanted and b1 is not None, wanted and b3 is not None
     cut = cut_of("activation_gradient_gated" if gated else "activation_gradient", d_rows, R, E, O, H)
     result = ActivationGradient(
         torch.empty_like(h_AH),
         torch.empty_like(u_AH),
         h_AH.new_empty((R if wanted else 0, H)),
         h_AH.new_empty((R, cut.n), dtype=torch.float32),
-        h_AH.new_empty((cut.most_m if bias else 0, H), dtype=torch.float32),
-        h_AH.new_empty((cut.most_m if bias3 else 0, H), dtype=torch.float32),
-        cut.config.block_m,
     )
     if R == 0 or H == 0:
         return result
@@ -168,70 +139,17 @@ def activation_gradient(
     gemm_kernels.activation_gradient_kernel[cut.grid(d_rows.device)](
         d_rows, index.token_of_row, index.token_offsets, pointer(gate_A, d_rows), index.expert_offsets, w2_EOH,
         h_AH, u_AH if gated else h_AH, result.d_h_AH, result.d_u_AH, result.a_AH,
-        result.d_gate_parts_AN, result.d_b1_parts_MH, result.d_b3_parts_MH,
+        result.d_gate_parts_AN,
         E, O, H, d_rows.stride(0), *w2_EOH.stride(),
         FROM_TOKENS=from_tokens,
         GATE=gate_A is not None,
         GATED=gated,
         ACTIVATED=wanted,
-        BIAS=bias,
-        BIAS3=bias3,
         ACTIVATION=activation,
         PIECES=cut.config.pieces,
         **cut.meta(E, O, H, d_rows),
     )  # fmt: skip
     return result
-
-
-def weight_gradient(
-    a: Tensor, b: Tensor, index: Index, like_EMN: Tensor, *, a_from_tokens: bool = False, b_from_tokens: bool = False
-) -> Tensor:
-    """a_e^T b_e over the rows of each expert, with the shape, strides and dtype of `like_EMN`."""
-    out_EMN = torch.empty_like(like_EMN)
-    E, M, N = out_EMN.shape
-    if index.rows == 0 or E * M * N == 0:
-        return out_EMN.zero_()
-    target = out_EMN
-    if out_EMN.stride(2) != 1 and out_EMN.stride(1) == 1:  # write along the contiguous dimension
-        a, b, a_from_tokens, b_from_tokens = b, a, b_from_tokens, a_from_tokens
-        target, M, N = out_EMN.transpose(1, 2), N, M
-    config = tiles.gemm("weight_gradient", a.device, a.dtype, -(-index.rows // E), M, N)
-    blocks = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    split = _splits(blocks * E, index.rows, config.block_k, tiles.processors(a.device))
-    parts = target.new_empty((split, E, M, N), dtype=torch.float32) if split > 1 else target.unsqueeze(0)
-    gemm_kernels.weight_gradient_kernel[(blocks, E * split)](
-        a,
-        b,
-        index.token_of_row,
-        index.expert_offsets,
-        parts,
-        M,
-        N,
-        a.stride(0),
-        b.stride(0),
-        *parts.stride(),
-        split,
-        A_FROM_TOKENS=a_from_tokens,
-        B_FROM_TOKENS=b_from_tokens,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        EVEN_M=M % config.block_m == 0,
-        EVEN_N=N % config.block_n == 0,
-        PRECISION=_precision(a.dtype, tiles.architecture(a.device)),
-        **launch_options(config, tiles.architecture(a.device), gathers=a_from_tokens or b_from_tokens),
-    )
-    if split > 1:
-        sum_parts(parts, target)
-    return out_EMN
-
-
-def _splits(programs: int, rows: int, block_k: int, processors: int) -> int:
-    """How many runs to cut each expert's rows into, so that few, long products fill the device; by shapes alone."""
-    split = 1
-    while programs * split < 2 * processors and rows >= 32 * block_k * split and split < 16:
-        split *= 2
-    return split
 
 
 def token_rows(through: ActivationGradient, w1_EDH: Tensor, w3_EDH: Tensor | None, expert_offsets: Tensor) -> Tensor:
@@ -249,14 +167,14 @@ def weight_gradients(
     if not wanted:
         return grads
     w1, b1, w3, b3, w2, b2 = weights
-    grads[0] = weight_gradient(x_TD, through.d_h_AH, index, w1, a_from_tokens=True)
-    grads[4] = weight_gradient(through.a_AH, d_rows, index, w2, b_from_tokens=from_tokens)
+    grads[0], d_b1 = weight_gradient(x_TD, through.d_h_AH, index, w1, b1, a_from_tokens=True)
+    grads[4], _ = weight_gradient(through.a_AH, d_rows, index, w2, b_from_tokens=from_tokens)
     if b1 is not None:
-        grads[1] = sum_tiles(through.d_b1_parts_MH, index.expert_offsets, b1, through.block_m)
+        grads[1] = d_b1
     if w3 is not None:
-        grads[2] = weight_gradient(x_TD, through.d_u_AH, index, w3, a_from_tokens=True)
-    if b3 is not None:
-        grads[3] = sum_tiles(through.d_b3_parts_MH, index.expert_offsets, b3, through.block_m)
+        grads[2], d_b3 = weight_gradient(x_TD, through.d_u_AH, index, w3, b3, a_from_tokens=True)
+        if b3 is not None:
+            grads[3] = d_b3
     if b2 is not None:
         grads[5] = bias_gradient(d_rows, gate_A, index, b2, from_tokens=from_tokens)
     return grads

@@ -3,25 +3,47 @@
     up                 pre-activation and activation of gathered tokens        rows [R, H]
     linear             each expert's linear map of contiguous rows             rows [R, N]
     activation_gradient   gradient through the second matrix and the activation, with the gate's gradient   rows [R, H]
-    weight_gradient    product over the rows of each expert                    [E, K, N]
 
-Rows of expert e are offsets[e]:offsets[e+1]. The first three are persistent: as many programs as fit on the device walk
+Rows of expert e are offsets[e]:offsets[e+1]. The kernels are persistent: as many programs as fit on the device walk
 the tiles of all experts, which they compute from the offsets on the device. An expert without rows has no tile, and
 unused rows cost nothing. Sums are fp32 and in a fixed order.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .activations import activate, derivative
 from .launch import kernel
-from .proxy_fence import proxy_fence
+from .proxy_fence import proxy_fence, safe_stages
 
 
 def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """`tensor`, or `instead` as a placeholder that the kernel does not read."""
     return instead if tensor is None else tensor
+
+
+def launch_options(config: tiles.GemmConfig, chip: str, gathers: bool = False) -> dict[str, int]:
+    """Compiler options besides the tile.
+
+    A product that `gathers` needs one more stage: it loads token indices one step ahead of their rows.
+    """
+    options = {"num_warps": config.num_warps, "num_stages": safe_stages(config.num_stages + gathers, chip)}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def precision(dtype: torch.dtype, chip: str) -> str:
+    """How to multiply fp32 operands: follow torch's flag, whether it was set by its old or new name."""
+    if dtype != torch.float32 or (chip.startswith("gfx") and chip != "gfx942"):  # the only AMD chip with tf32
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # the old getter raises once the new flags are set
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @triton.jit
@@ -243,21 +265,20 @@ def linear_kernel(
 
 @triton.jit
 def _activation_gradient_columns(
-    d_a, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
-    GATED: tl.constexpr, ACTIVATED: tl.constexpr, BIAS: tl.constexpr, BIAS3: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
+    d_a, n0, start, m_mask, scale, h_in, u_in, d_h_out, d_u_out, a_out, N,
+    GATED: tl.constexpr, ACTIVATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of `activation_gradient_kernel` for columns from n0 on; returns the rows' sums for the gate."""
     width: tl.constexpr = d_a.shape[1]
     if PIECES > 1:
         left, right = _halves(d_a)
         d_gate = _activation_gradient_columns(
-            left, n0, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out, d_bias3_out, N,
-            GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
+            left, n0, start, m_mask, scale, h_in, u_in, d_h_out, d_u_out, a_out, N,
+            GATED, ACTIVATED, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
         return d_gate + _activation_gradient_columns(
-            right, n0 + width // 2, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
-            d_bias3_out, N, GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES // 2,
+            right, n0 + width // 2, start, m_mask, scale, h_in, u_in, d_h_out, d_u_out, a_out, N,
+            GATED, ACTIVATED, ACTIVATION, BLOCK_M, PIECES // 2,
         )  # fmt: skip
     else:
         n = n0 + tl.arange(0, width)
@@ -274,38 +295,32 @@ def _activation_gradient_columns(
         d_a *= scale[:, None]
         if ACTIVATED:
             tl.store(a_out + base + at, (a * scale[:, None]).to(a_out.dtype.element_ty), mask=mask)
-        sums = tile_m.to(tl.int64) * N + n
         if GATED:
             d_u = d_a * act_h
             tl.store(d_u_out + base + at, d_u.to(d_u_out.dtype.element_ty), mask=mask)
-            if BIAS3:
-                tl.store(d_bias3_out + sums, tl.sum(d_u, axis=0), mask=n_mask)
             d_a *= u
         d_h = d_a * derivative(h, ACTIVATION)
         tl.store(d_h_out + base + at, d_h.to(d_h_out.dtype.element_ty), mask=mask)
-        if BIAS:
-            tl.store(d_bias_out + sums, tl.sum(d_h, axis=0), mask=n_mask)
         return d_gate
 
 
 @kernel
 def activation_gradient_kernel(
     d_rows, token_of_row, token_offsets, gate, offsets, w2, h_in, u_in,
-    d_h_out, d_u_out, a_out, d_gate_out, d_bias_out, d_bias3_out,
+    d_h_out, d_u_out, a_out, d_gate_out,
     E, K, N, stride_dr, stride_we, stride_wk, stride_wn,
     FROM_TOKENS: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, ACTIVATED: tl.constexpr,
-    BIAS: tl.constexpr, BIAS3: tl.constexpr, ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of h and u from d_row, with partial sums for the gate and the biases from the same tile.
+    """Gradients of h and u from d_row, with partial sums for the gate from the same tile.
 
     With dA = d_row w2[e]^T and scale = gate (if GATE), over k_t if d_row is gathered from tokens (FROM_TOKENS):
         d_gate[row, tile_n] = rowsum(dA * a), unscaled: a partial sum for each column tile
         d_h = scale dA act'(h) (times u),  d_u = scale dA act(h),  a = scale a (ACTIVATED, for the gradient of w2)
-        d_bias[tile_m, n] = colsum(d_h): a partial sum for each row tile; d_bias3 likewise from d_u
     In: d_rows [R, K] or the tokens' [T, K], h and u [R, N], w2 as [E, K, N] (transposed by its strides)
-    Out: d_h, d_u, a [R, N]; d_gate [R, tiles_n] fp32; d_bias, d_bias3 [tiles_m, N] fp32
+    Out: d_h, d_u, a [R, N]; d_gate [R, tiles_n] fp32
     Grid: persistent. Bytes: d_rows, h and u once, the outputs once.
     """
     tiles_E = row_tiles(offsets, E, BLOCK_M, BLOCK_E)
@@ -336,62 +351,7 @@ def activation_gradient_kernel(
             k = tl.load(token_offsets + source + 1) - tl.load(token_offsets + source)
             scale /= tl.maximum(k, 1).to(tl.float32)
         d_gate = _activation_gradient_columns(
-            d_a, tile_n * BLOCK_N, start, m_mask, scale, tile_m, h_in, u_in, d_h_out, d_u_out, a_out, d_bias_out,
-            d_bias3_out, N, GATED, ACTIVATED, BIAS, BIAS3, ACTIVATION, BLOCK_M, PIECES,
+            d_a, tile_n * BLOCK_N, start, m_mask, scale, h_in, u_in, d_h_out, d_u_out, a_out, N,
+            GATED, ACTIVATED, ACTIVATION, BLOCK_M, PIECES,
         )  # fmt: skip
         tl.store(d_gate_out + row64 * tiles_n + tile_n, d_gate, mask=m_mask)
-
-
-@kernel(do_not_specialize=["SPLIT"])
-def weight_gradient_kernel(
-    a_in, b_in, token_of_row, offsets, out,
-    M, N, stride_am, stride_bm, stride_os, stride_oe, stride_om, stride_on, SPLIT,
-    A_FROM_TOKENS: tl.constexpr, B_FROM_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out[e] = A_e^T B_e over the rows of expert e; zero for an expert without rows.
-
-    In: A [R, M] and B [R, N], or the tokens' [T, .], which it gathers. Out: [E, M, N], or [SPLIT, E, M, N] fp32: one
-    partial sum for each of SPLIT runs of the expert's rows. Grid: (tiles of M * N, E * SPLIT). Bytes: A M / BLOCK_M
-    times and B N / BLOCK_N times (from L2 if the experts' rows fit), the output once.
-    """
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    e = tl.program_id(1) // SPLIT
-    part = tl.program_id(1) % SPLIT
-    start, stop = tl.load(offsets + e), tl.load(offsets + e + 1)
-    length = tl.cdiv(tl.cdiv(stop - start, SPLIT), BLOCK_K) * BLOCK_K
-    start = start + part * length
-    stop = tl.minimum(stop, start + length)
-    m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_mask, n_mask = m < M, n < N
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row0 in range(start, stop, BLOCK_K):
-        row = row0 + k
-        inside = row < stop
-        a_row = row.to(tl.int64)
-        b_row = a_row
-        if A_FROM_TOKENS or B_FROM_TOKENS:
-            token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
-            if A_FROM_TOKENS:
-                a_row = token
-            if B_FROM_TOKENS:
-                b_row = token
-        a_at = a_in + (a_row * stride_am)[:, None] + m[None, :]
-        b_at = b_in + (b_row * stride_bm)[:, None] + n[None, :]
-        if EVEN_M:
-            a = tl.load(a_at, mask=inside[:, None], other=0.0)
-        else:
-            a = tl.load(a_at, mask=inside[:, None] & m_mask[None, :], other=0.0)
-        if EVEN_N:
-            b = tl.load(b_at, mask=inside[:, None], other=0.0)
-        else:
-            b = tl.load(b_at, mask=inside[:, None] & n_mask[None, :], other=0.0)
-        proxy_fence(a, PRECISION)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    at = part.to(tl.int64) * stride_os + e.to(tl.int64) * stride_oe
-    at = at + (m.to(tl.int64) * stride_om)[:, None] + (n.to(tl.int64) * stride_on)[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])

@@ -1,20 +1,20 @@
 """Expert networks on ragged rows, forward and backward, built from the products of `gemm`.
 
 Forward:   up (gather, bias, activation)  ->  linear (bias, gate)
-Backward:  activation_gradient  ->  gate gradient, weight gradients, bias gradients  ->  linear (tokens' rows)  ->  sum
+Backward:  activation_gradient  ->  gate gradient, gradients of weights and biases  ->  linear (tokens' rows)  ->  sum
 
 The backward needs x, the index and the pre-activations h (and u), which it recomputes if they were not saved.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..operands import ExpertWeights, Index
 from .dispatch_combine import segment_sum
-from .gemm import activation_gradient, in_dtype, linear, token_rows, up, weight_gradient, weight_gradients
-from .row_sums import bias_gradient, row_gate_gradient
+from .gemm import activation_gradient, in_dtype, linear, token_rows, up, weight_gradients
+from .row_sums import row_gate_gradient
+from .weight_gradient import weight_gradient
 
 
 def grouped_ffn(
@@ -65,8 +65,5 @@ def grouped_linear_backward(
     d_rows_AD = linear(d_out_AO, w_EDO.to(rows_AD.dtype).transpose(1, 2), expert_offsets, zero_tail=True)
     none = expert_offsets.new_empty((rows_AD.shape[0],))
     index = Index(expert_offsets, none, none, none)
-    d_w = weight_gradient(rows_AD, d_out_AO, index, w_EDO)
-    d_b = rows_AD.new_empty((0,), dtype=torch.float32)
-    if b_EO is not None:
-        d_b = bias_gradient(d_out_AO, None, index, b_EO)
+    d_w, d_b = weight_gradient(rows_AD, d_out_AO, index, w_EDO, b_EO)
     return d_rows_AD, d_w, d_b

@@ -1,4 +1,4 @@
-"""Sums over the experts' rows that need no matrix product: partial sums, gradients of biases and of gates.
+"""Sums over the experts' rows that need no matrix product: gradients of biases and of gates.
 
 Sums are fp32 and in a fixed order: within a tile, then over the tiles of an expert.
 """
@@ -15,18 +15,6 @@ from .sizes import block_experts, cdiv
 
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 128
-
-
-@kernel(do_not_specialize=["S"])
-def sum_parts_kernel(parts, out, S, N, BLOCK_N: tl.constexpr):
-    """out[n] = sum over s of parts[s, n], in order. Grid: blocks of N. Bytes: parts and the output once."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    at = parts + n
-    for _ in range(S):
-        acc += tl.load(at, mask=n < N, other=0.0)
-        at += N
-    tl.store(out + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
 @kernel
@@ -107,15 +95,6 @@ def row_gate_gradient_kernel(
                 d_row = tl.load(d_rows + at, mask=m_mask[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
                 acc += tl.sum(d_row * b[None, :], axis=1)
         tl.store(out + row, acc.to(out.dtype.element_ty), mask=m_mask)
-
-
-def sum_parts(parts: Tensor, target: Tensor) -> None:
-    """target = sum of parts [S, ...] over S."""
-    dense = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    n = dense.numel()
-    sum_parts_kernel[(cdiv(n, 1024),)](parts, dense, parts.shape[0], n, BLOCK_N=1024)
-    if dense is not target:
-        target.copy_(dense)
 
 
 def sum_tiles(parts_MN: Tensor, expert_offsets: Tensor, like_EN: Tensor, block_m: int) -> Tensor:

@@ -78,7 +78,7 @@ class GemmConfig:
     max_registers: int | None = None  # per thread, so that `programs` fit; for NVIDIA's compiler
 
 
-# the matrix products of `gemm_kernels`; gated experts have their own
+# the experts' matrix products; gated experts have their own
 GEMM_KINDS = (
     "up",
     "up_gated",
@@ -131,12 +131,15 @@ def _by_rule(kind: str, chip: str, dtype: torch.dtype, rows: int, K: int, N: int
 _SQUARE = GemmConfig(128, 128, 64, 8, 3)
 _IN_PIECES = replace(_SQUARE, pieces=8)  # with an activation after the product
 # On sm_90 a tile reads its operands from L2, (M + N) / (M N) bytes an operation: a large tile reads a quarter less.
-# If the inner dimension is short, the activation takes as long as the product; two programs overlap the two.
+# If the inner dimension is short, the activation takes as long as the product; two or three programs overlap the two.
 _WIDE = replace(_SQUARE, block_n=256)
 _TALL = replace(_SQUARE, block_m=256)
+_UP_WIDE = replace(_WIDE, pieces=8)
 _UP_BESIDE = replace(_IN_PIECES, programs=2, max_registers=128)
-_GRADIENT_BESIDE = replace(_IN_PIECES, block_m=64, num_warps=4, programs=2)  # 128 registers spill with some activations
-_SHORT = 1024  # the longest inner dimension that counts as short
+# Three fit on a multiprocessor with gelu, two with other activations: six are whole waves of either.
+_GRADIENT_BESIDE = replace(_SQUARE, block_m=64, num_warps=4, programs=6, pieces=2)
+_SHORT_UP = 768  # the longest inner dimension that counts as short; `benchmarks.static` has the model
+_SHORT_GRADIENT = 512
 _MANY_ROWS = 1024  # with so many rows an expert wastes at most an eighth on its last, half empty tile
 
 
@@ -149,11 +152,13 @@ def _half(kind: str, chip: str, rows: int, K: int, N: int) -> GemmConfig:
     if chip != "sm_90":
         return _IN_PIECES if activates else _SQUARE
     if kind == "up":
-        return _UP_BESIDE if K <= _SHORT else replace(_WIDE, pieces=16) if wide else _IN_PIECES
+        return _UP_BESIDE if K <= _SHORT_UP else _UP_WIDE if wide else _IN_PIECES
+    if kind == "activation_gradient":  # with 128 x 256, Triton 3.7 spills 8 bytes
+        return _GRADIENT_BESIDE if K <= _SHORT_GRADIENT else _IN_PIECES
     if activates:
-        return _GRADIENT_BESIDE if K <= _SHORT else _IN_PIECES
+        return replace(_GRADIENT_BESIDE, programs=2, pieces=8) if K <= _SHORT_GRADIENT else _IN_PIECES
     if kind == "weight_gradient":
-        return _WIDE if wide and K * N >= 1 << 20 else _SQUARE  # a smaller output has too few large tiles
+        return _WIDE if wide else _TALL if K % 256 == 0 and rows >= 128 else _SQUARE
     return _WIDE if wide else _TALL if rows >= _MANY_ROWS else _SQUARE
 
 

@@ -117,7 +117,7 @@ def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None
         assert f"### {arch}, Triton" in done.stdout
     reports = json.loads((tmp_path / "reports.json").read_text())
     assert "threshold_gate_kernel" in {r["kernel"] for r in reports if r["arch"] == "sm_89"}
-    by_size = {"sum_parts_kernel"}  # launched where a product is split, which the number of multiprocessors decides
+    by_size = {"join_pieces_kernel"}  # launched where a product is split, which the number of multiprocessors decides
     seen = {arch: {r["kernel"] for r in reports if r["arch"] == arch} - by_size for arch in ARCHITECTURES}
     assert len({frozenset(kernels) for kernels in seen.values()}) == 1, "an architecture misses a kernel"
     sources = "".join(path.read_text() for path in (ROOT / "kernels" / "gpu").glob("*.py"))
@@ -130,7 +130,7 @@ def test_every_kernel_of_the_representative_set_is_right(tmp_path: Path) -> None
 
 
 # only for the widest reduction and fixed-k gates: --all compiles it
-NOT_IN_THE_SET = {"sum_parts_kernel"}
+NOT_IN_THE_SET = {"join_pieces_kernel"}
 
 
 class TestJudgement:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HAS_GPU, relative_rms
+from helpers import HAS_GPU
 from test_gpu_grouped_ffn import Call, compare
 
 from dynmoe_tutel.kernels import Index, pack_bits, ragged_index
 from dynmoe_tutel.kernels.gpu import gemm as products
 from dynmoe_tutel.kernels.gpu import grouped_ffn as gpu
-from dynmoe_tutel.kernels.gpu import tiles
+from dynmoe_tutel.kernels.gpu import tiles, weight_gradient
 
 D, H, O, E = 20, 40, 17, 4
 LOADS = {
@@ -83,7 +83,8 @@ def test_work_follows_the_rows(name: str, spare: int, device: str, dots: Callabl
     rows, columns = sum(up(n, 16) for n in load), [up(size, 32) for size in (D, H, O)]
     gated, plain = 2 * columns[0] * columns[1], columns[1] * columns[2]
     assert forward == rows * (gated + plain)
-    weights = up(H, 16) * up(D, 32) + up(D, 16) * up(H, 32) + up(H, 16) * up(O, 32)  # w1 is stored as [E, H, D]
+    biased = 2 * up(H, 16) * up(D, 32)  # a product with ones beside that with x
+    weights = 2 * biased + up(H, 16) * up(O, 32)
     step = tiles.gemm("weight_gradient", call.d_rows.device, torch.float32, up(len(call.d_rows), E), D, H).block_k
     assert backward == rows * (gated + plain) + weights * sum(up(n, step) for n in load)
 
@@ -100,8 +101,9 @@ def test_what_is_cleared_behind_the_last_row_is_not_a_row(rows: int, device: str
 
 def test_without_rows_no_product_is_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = routed([0] * E, 0, device)
-    for kernel in ("up_kernel", "linear_kernel", "activation_gradient_kernel", "weight_gradient_kernel"):
+    for kernel in ("up_kernel", "linear_kernel", "activation_gradient_kernel"):
         monkeypatch.setattr(products.gemm_kernels, kernel, None)  # any launch would fail
+    monkeypatch.setattr(weight_gradient, "weight_gradient_kernel", None)
     rows, h, u = gpu.grouped_ffn(*call.on_device(call.tensors), "gelu", False, True)
     gradients = gpu.grouped_ffn_backward(rows, h, u, *call.on_device(call.tensors), "gelu", False, True)
     assert rows.shape == (0, O)
@@ -109,39 +111,20 @@ def test_without_rows_no_product_is_launched(device: str, monkeypatch: pytest.Mo
         assert not gradient.any()
 
 
-def test_long_products_are_split_and_summed_in_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call(90, 16, 24, 16, 2, 0.8, device=device)
-    (x, d_h) = call.on_device((call.tensors[0], torch.randn(call.index[2].shape[0], 24)))
-    index = call.on_device(call.index)
-    w1, w2 = call.on_device((call.tensors[3].w1_EDH, torch.randn(2, 16, 24)))
-    whole = [products.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    monkeypatch.setattr(products, "_splits", lambda *_: 4)
-    split = [products.weight_gradient(x, d_h, index, like, a_from_tokens=True) for like in (w1, w2)]
-    for one, other, like in zip(whole, split, (w1, w2), strict=True):
-        assert other.stride() == like.stride()
-        assert relative_rms(other, one) < 1e-6
-
-
-def test_splits_fill_the_device_and_depend_on_shapes_alone() -> None:
-    assert products._splits(programs=4096, rows=65536, block_k=64, processors=132) == 1
-    assert products._splits(programs=36, rows=50432, block_k=64, processors=132) == 8
-    assert products._splits(programs=36, rows=100, block_k=64, processors=132) == 1  # too short to cut
-
-
 def test_rows_are_multiplied_as_the_flag_of_torch_says() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
         torch.set_float32_matmul_precision("highest")
-        assert products._precision(torch.float32, "sm_90") == "ieee"
+        assert products.precision(torch.float32, "sm_90") == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert products._precision(torch.float32, "sm_90") == "tf32"
-        assert products._precision(torch.float32, "gfx942") == "tf32"
-        assert products._precision(torch.float32, "gfx90a") == "ieee"  # its compiler refuses tf32
-        assert products._precision(torch.bfloat16, "sm_90") == "ieee"
+        assert products.precision(torch.float32, "sm_90") == "tf32"
+        assert products.precision(torch.float32, "gfx942") == "tf32"
+        assert products.precision(torch.float32, "gfx90a") == "ieee"  # its compiler refuses tf32
+        assert products.precision(torch.bfloat16, "sm_90") == "ieee"
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "tf32"  # the newer flag, after which torch's older getter raises
-        assert products._precision(torch.float32, "sm_90") == "tf32"
+        assert products.precision(torch.float32, "sm_90") == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before

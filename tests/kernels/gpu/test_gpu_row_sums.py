@@ -65,11 +65,3 @@ def test_gradient_of_the_gates(parts: int, bias: bool, device: str, poisoned: No
     like = torch.empty(A, device=device)
     found = row_sums.row_gate_gradient(*on_device, index.expert_offsets, like)
     assert relative_rms(found, expected) < 1e-6
-
-
-@pytest.mark.parametrize("strided", [False, True])
-def test_sum_of_parts(strided: bool, device: str, poisoned: None) -> None:
-    parts = draw(5, 3, 700)
-    target = torch.empty(700, 3, device=device).t() if strided else torch.empty(3, 700, device=device)
-    row_sums.sum_parts(parts.to(device), target)
-    assert relative_rms(target, parts.double().sum(0)) < 1e-6
