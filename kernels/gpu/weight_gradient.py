@@ -125,27 +125,35 @@ def weight_gradient_kernel(
 
 @kernel(do_not_specialize=["PIECES"])
 def join_pieces_kernel(
-    parts, offsets, out, E, M, N, stride_oe, stride_om, stride_on, PIECES,
-    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, sum_parts, offsets, out, sums, E, M, N, stride_oe, stride_om, stride_on, PIECES,
+    SUMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum of the expert's parts, in the order of the pieces; an expert inside one piece is there already.
+    """out[e] = sum of the expert's parts, in the order of the pieces, and sums[e] (SUMS) that of its sum_parts.
 
-    In: parts [2 PIECES, M, N] fp32. Out: [E, M, N]. Grid: (blocks of M, of N, E). Bytes: the parts of cut experts.
+    An expert inside one piece is there already. In: parts [2 PIECES, M, N], sum_parts [2 PIECES, M] fp32. Out:
+    [E, M, N], sums [E, M]. Grid: (blocks of M, of N, E). Bytes: the parts of cut experts.
     """
     e = tl.program_id(2)
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :].to(tl.int64)
-    mask = (m < M) & (n < N)
+    m_mask = m < M
+    mask = m_mask[:, None] & (n < N)
     start, stop = tl.load(offsets + e), tl.load(offsets + e + 1)
     length = tl.maximum(piece_length(tl.load(offsets + E), PIECES, BLOCK_K), 1)
     first, last = start // length, (stop - 1) // length
     if (stop > start) & (first < last):
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
         for piece in range(first, last + 1):
-            slot = 2 * piece + (start >= piece * length)
-            acc += tl.load(parts + (slot.to(tl.int64) * M + m) * N + n, mask=mask, other=0.0)
-        at = out + e.to(tl.int64) * stride_oe + m * stride_om + n * stride_on
+            row = (2 * piece + (start >= piece * length)).to(tl.int64) * M + m
+            acc += tl.load(parts + row[:, None] * N + n, mask=mask, other=0.0)
+            if SUMS:
+                total += tl.load(sum_parts + row, mask=m_mask & (tl.program_id(1) == 0), other=0.0)
+        at = out + e.to(tl.int64) * stride_oe + m[:, None] * stride_om + n * stride_on
         tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+        if SUMS:
+            sum_at = sums + e.to(tl.int64) * M + m
+            tl.store(sum_at, total.to(sums.dtype.element_ty), mask=m_mask & (tl.program_id(1) == 0))
 
 
 def pieces_of(blocks: int, rows: int, places: int) -> int:
@@ -199,18 +207,11 @@ def weight_gradient(
         **launch_options(config, tiles.architecture(a.device), gathers=a_from_tokens or b_from_tokens),
     )  # fmt: skip
     if split:
-        _join(parts, index.expert_offsets, target, pieces, config.block_k)
-        if bias_EN is not None:
-            _join(sum_parts.unsqueeze(1), index.expert_offsets, sums_EN.unsqueeze(1), pieces, config.block_k)
+        join_pieces_kernel[(cdiv(M, JOINED[0]), cdiv(N, JOINED[1]), E)](
+            parts, sum_parts, index.expert_offsets, target, sums_EN, E, M, N, *target.stride(), pieces,
+            SUMS=bias_EN is not None,
+            BLOCK_K=config.block_k,
+            BLOCK_M=JOINED[0],
+            BLOCK_N=JOINED[1],
+        )  # fmt: skip
     return out_EMN, sums_EN
-
-
-def _join(parts: Tensor, expert_offsets: Tensor, out_EMN: Tensor, pieces: int, block_k: int) -> None:
-    """Launch `join_pieces_kernel`."""
-    E, M, N = out_EMN.shape
-    join_pieces_kernel[(cdiv(M, JOINED[0]), cdiv(N, JOINED[1]), E)](
-        parts, expert_offsets, out_EMN, E, M, N, *out_EMN.stride(), pieces,
-        BLOCK_K=block_k,
-        BLOCK_M=JOINED[0],
-        BLOCK_N=JOINED[1],
-    )  # fmt: skip
