@@ -295,7 +295,7 @@ def kernels_of(inputs: Inputs) -> Iterator[Kernel]:
     d_cos = torch.randn_like(i.score_TE)
     yield Kernel(
         "routing vectors' gradient",
-        lambda: score_gradient.unit_gradient(d_cos, i.x_TD, i.inv_norm_T),
+        lambda: score_gradient.unit_gradient(d_cos, i.x_TD, i.inv_norm_T)[0].sum(dim=0),  # over its chunks
         tokens + 4 * T * E + 4 * D * E,
         2 * T * D * E,
         lambda: d_cos.t() @ i.x_TD.float(),

@@ -54,7 +54,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.launches.record import _specialise
 from benchmarks.launches.step import MODES, Step, without_gpu
 from dynmoe_tutel.kernels.gpu import launch
-from dynmoe_tutel.kernels.gpu.row_sums import sum_parts_kernel as kernel
+from dynmoe_tutel.kernels.gpu.row_sums import expert_sum_kernel as kernel
 
 def described(a):
     return (a.dtype, tuple(a.shape)) if isinstance(a, torch.Tensor) else a
@@ -76,11 +76,12 @@ with (
     assert 10 < by_triton <= len(first)
 
     # a launch of another form, on another device or with a hook is Triton's own
-    parts, out = torch.zeros(64), torch.zeros(64)
-    def launches(parts=parts, out=out, S=2, N=32, size=1024, warps=4):
-        own.clear(), kernel[(1,)](parts, out, S, N, BLOCK_N=size, num_warps=warps)
+    parts, out, offsets = torch.zeros(64), torch.zeros(64), torch.zeros(9, dtype=torch.int32)
+    def launches(parts=parts, out=out, E=2, N=32, size=1024, warps=4):
+        own.clear()
+        kernel[(1,)](parts, offsets, out, E, N, BLOCK_M=16, BLOCK_N=size, BLOCK_E=16, num_warps=warps)
         return len(own)
-    assert [launches(), launches(), launches(S=5), launches(N=48)] == [1, 0, 0, 0]
+    assert [launches(), launches(), launches(E=5), launches(N=48)] == [1, 0, 0, 0]
     assert [launches(N=1), launches(N=33), launches(parts=parts[1:]), launches(out=out.half())] == [1] * 4
     assert [launches(size=512), launches(warps=8), launches()] == [1, 1, 0]
     with mock.patch.object(driver.active, "get_current_device", lambda: 1):
