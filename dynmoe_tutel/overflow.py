@@ -48,7 +48,12 @@ class OverflowRepair:
         self._copied: torch.cuda.Event | None = None  # recorded behind the copy
 
     def __call__(self, step: Callable[[], R]) -> R:
-        """What `step` returns, of its last call. Waits once for the device, or never if no layer has a factor."""
+        """What `step` returns, of its last call. Waits once for the device, or never if no layer has a factor.
+
+        A call within a step of the same object is a part of that step, and repeated with it.
+        """
+        if self._before is not None:
+            return step()
         layers = self._bounded()
         self.steps += 1
         if not layers:
@@ -169,7 +174,13 @@ def _written(model: nn.Module) -> Iterator[Tensor]:
             if (counts := module.step_counts()) is not None:
                 yield counts
         else:
-            yield from module.buffers(recurse=False)
+            yield from (buffer for buffer in module.buffers(recurse=False) if not _is_expanded(buffer))
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several entries share memory, so that nothing writes them in place."""
+    strided = tensor.layout == torch.strided
+    return strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _dropped(layers: list[MoELayer]) -> Tensor:

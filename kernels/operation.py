@@ -276,15 +276,15 @@ def triton_is_installed() -> bool:
 
 @lru_cache
 def numba_is_installed() -> bool:
-    """Whether numba can be imported, and DYNMOE_TUTEL_NUMBA is not 0."""
+    """Whether numba can be imported and compiles, and DYNMOE_TUTEL_NUMBA is not 0."""
     if os.environ.get("DYNMOE_TUTEL_NUMBA", "1") == "0" or find_spec("numba") is None:
         return False
     try:
-        import_module("numba")
-    except ImportError as error:  # as with a version of numpy that it does not know
-        logging.getLogger("dynmoe_tutel").warning("numba is installed, but cannot be used: %s", error)
+        import_module(".cpu.threshold_gate", __package__)  # imports every loop
+    except Exception as error:  # of any kind: a build may not fit numpy, llvmlite's library or Python
+        logging.getLogger("dynmoe_tutel").warning("numba is installed, but cannot be used: %r", error)
         return False
-    return True
+    return not import_module("numba").config.DISABLE_JIT  # the loops have instructions that Python has not
 
 
 def takes_numba(x: Tensor) -> bool:

@@ -203,6 +203,22 @@ def test_capacities_and_warnings_come_back(caplog: pytest.LogCaptureFixture) -> 
     assert "was too small" in caplog.text
 
 
+def test_a_call_within_a_step_is_a_part_of_it() -> None:
+    """As of micro-batches that are each repaired, in a step that is repaired too."""
+    layer, x = moe(LITTLE), batches(1)[0][0]
+    repair = OverflowRepair(layer)
+    y = repair(lambda: repair(lambda: layer(x)))
+    assert (repair.steps, repair.repeated) == (1, 1)
+    assert relative_rms(y, moe("exact")(x)) < FP32
+
+
+def test_a_buffer_that_is_expanded_stays() -> None:
+    """Nothing can write to it in place, so it is not put back."""
+    model = nn.Sequential(moe(LITTLE))
+    model.register_buffer("ones", torch.ones(1).expand(5))
+    assert dropped_in(OverflowRepair(model), lambda: model(batches(1)[0][0]))
+
+
 def test_a_repetition_that_is_none_is_told() -> None:
     """As where the step replays a CUDA graph of the bounded layer."""
     layer, x = moe(LITTLE), batches(1)[0][0]

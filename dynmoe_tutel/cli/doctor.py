@@ -129,7 +129,7 @@ def _numba() -> Finding:
     if version is None:
         return Finding("numba", "absent", "not installed", "pip install numba, for speed in fp32 on a CPU")
     if not numba_is_installed():
-        return Finding("numba", "absent", version, "off by DYNMOE_TUTEL_NUMBA=0, or it cannot be imported")
+        return Finding("numba", "absent", version, "off by DYNMOE_TUTEL_NUMBA=0 or NUMBA_DISABLE_JIT=1, or broken")
     return Finding("numba", "ok", version)
 
 

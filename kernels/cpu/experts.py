@@ -52,7 +52,12 @@ class Rows:
         self.dtype = dtype
 
     def __call__(self, columns: int) -> Tensor:
-        return torch.empty((self.most, columns), dtype=self.dtype)
+        return torch.empty((self.most, columns), dtype=self.dtype, device="cpu")
+
+
+def zeros(*shape: int) -> Tensor:
+    """In fp32 on the CPU, whatever torch's defaults are."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 def inverse_k(index: Index) -> np.ndarray:
@@ -119,7 +124,7 @@ class _Sums:
 
     def __init__(self, d_b: Tensor, biased: bool, block: Block, number: int) -> None:
         self.d_b = d_b
-        self.sums = torch.zeros((number, len(block.segments), d_b.shape[-1])) if biased else torch.zeros(0, 0, 0)
+        self.sums = zeros(number, len(block.segments), d_b.shape[-1]) if biased else zeros(0, 0, 0)
 
     def store(self, block: Block) -> None:
         """Write the sums to the experts' gradients."""
@@ -141,7 +146,7 @@ def backward(
     biased = [wanted and b is not None for b in (weights.b1_EH, weights.b3_EH, weights.b2_EO)]
     grads = [zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = grads
-    d_x_TD, d_gate_A = torch.zeros(x_TD.shape), torch.empty(index.rows)
+    d_x_TD, d_gate_A = zeros(*x_TD.shape), x_TD.new_empty(index.rows, dtype=torch.float32)
     gates = array(None if gate_A is None else gate_A.to(torch.float32).contiguous())
     b2, d_gates, none = bias(weights.b2_EO), array(d_gate_A), array(None)
     xs, a_s, d_as, d_rows, d_us = room(D), room(H), room(H), room(d_out.shape[1]), room(H if gated else 0)

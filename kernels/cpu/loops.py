@@ -100,8 +100,8 @@ def _put_of_dtype(row, j, value):
 
 @inlined
 def _exp_negative(x: Any) -> Any:
-    """exp(x) for x <= 0, of x below -87 exp(-87)."""
-    x = np.float32(-87) if x < np.float32(-87) else x
+    """exp(x) for x <= 0; 0, where fp32 has no normal number: a slope multiplies it by powers of x."""
+    x = np.float32(-88) if x < np.float32(-88) else x  # of which n is -127, and the power of two 0
     n = _truncated(x * np.float32(1.44269504) - np.float32(0.5))
     r = x - _float(n) * np.float32(0.693359375) + _float(n) * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)

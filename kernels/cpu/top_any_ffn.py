@@ -14,7 +14,7 @@ from ..norms import scaled, scaled_rows
 from ..operands import ExpertWeights, Index, Router
 from ..top_any_ffn import threshold_gradients
 from . import loops
-from .experts import Experts, add_rows, backward, bias, blocks_of, gather, inverse_k, products, takes, with_torch
+from .experts import Experts, add_rows, backward, bias, blocks_of, gather, inverse_k, products, takes, with_torch, zeros
 from .threads import array, parts, run
 
 
@@ -59,8 +59,8 @@ def top_any_ffn_backward(
     inverse_E = vectors.inverse()
     unit_ED = (vectors.vectors * inverse_E).t().contiguous()
     number = parts(T, 4 * x_TD.shape[1])
-    d_unit, d_threshold = torch.zeros(number, *unit_ED.shape), torch.zeros(number, E)
-    expert_of_row = torch.arange(E, dtype=torch.int32).repeat_interleave(index.expert_offsets.diff())
+    d_unit, d_threshold = zeros(number, *unit_ED.shape), zeros(number, E)
+    expert_of_row = torch.arange(E, dtype=torch.int32, device="cpu").repeat_interleave(index.expert_offsets.diff())
     tau = 1.0 if router.scale is None else router.scale.item()
     run(
         loops.token_gradients, T, number, *map(array, (index.token_offsets, index.row_of_assignment, expert_of_row)),

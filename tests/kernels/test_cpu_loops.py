@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,17 @@ def test_activations_and_slopes(name: str) -> None:
     assert error(a, exact) <= max(3e-7, limit)
     assert error(alone, exact) <= max(3e-7, limit)
     assert error(slope, exact_slope) <= max(3e-7, 2 * limit_of_slope)
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_large_negative_pre_activations_have_no_slope(name: str) -> None:
+    """As of a training that diverges: exp is 0 there, not so small that a slope's powers of h make it large again."""
+    h = torch.tensor([-100.0, -1e5, -1e12, -1e13, -1e16, -1e18])
+    a, slope = torch.empty_like(h), torch.empty_like(h)
+    loops.activate_with_slope(CODES[name], h.numpy(), a.numpy(), slope.numpy())
+    value, gradient = ACTIVATIONS[name].value(h), ACTIVATIONS[name].gradient(torch.ones_like(h), h)
+    torch.testing.assert_close(a, value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slope, gradient, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
@@ -154,13 +166,15 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, gated": {"dtype": torch.bfloat16, "weights_in": torch.bfloat16, "gated": True, "activation": "silu"},
     "bf16, not saved": {"dtype": torch.bfloat16, "weights_in": torch.bfloat16, "save": False},
     "bf16 by autocast": {"dtype": torch.bfloat16},
+    "gated, torch's default dtype is bf16": {"gated": True, "default": torch.bfloat16},
+    "torch's default dtype is fp64": {"default": torch.float64},
 }
 
 
 def experts_call(
     activation: str = "gelu", centred: bool = False, save: bool = True, wanted: bool = True, biased: bool = True,
     gated: bool = False, spare: int = 0, transposed: bool = False, block: int = 0, bad_token: float | None = None,
-    dtype: torch.dtype = torch.float32, weights_in: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, weights_in: torch.dtype = torch.float32, default: torch.dtype = torch.float32,
 ) -> Callable[[], list[Tensor]]:  # fmt: skip
     """A forward and backward of `top_any_ffn`: 90 tokens, 7 experts of which one has no token; y and all gradients."""
     T, D, H, E, O = 90, 24, 40, 7, 16
@@ -189,10 +203,14 @@ def experts_call(
     options = (activation, centred, dtype)
 
     def run() -> list[Tensor]:
-        y, h, u = top_any_ffn(x_TD, router, index, weights, *options, save)
-        d_x, d_w, d_threshold_E, d_scale, *others = top_any_ffn_backward(
-            d_y_TO, h, u, x_TD, router, index, weights, *options, wanted
-        )
+        torch.set_default_dtype(default)
+        try:
+            y, h, u = top_any_ffn(x_TD, router, index, weights, *options, save)
+            d_x, d_w, d_threshold_E, d_scale, *others = top_any_ffn_backward(
+                d_y_TO, h, u, x_TD, router, index, weights, *options, wanted
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
         # the scale's gradient is a sum whose parts, of the size of the thresholds' gradients, nearly cancel
         return [y, d_x, d_w, torch.cat([d_threshold_E, d_scale.view(1)]), *others]
 
@@ -278,3 +296,29 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
         "MoELayer('top_any', 8, {'num_experts_per_device': 2, 'hidden_size_per_expert': 4})(torch.randn(5, 8)); " \
         "sys.exit('numba' in sys.modules)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", script], env=os.environ | {"DYNMOE_TUTEL_NUMBA": "0"}).returncode == 0
+
+
+BROKEN = {
+    "no library": "raise OSError('no shared object file')",
+    "an old one": "import numpy; numpy.no_such_name",
+    "a folder of that name": "",
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_a_broken_numba_is_as_none(how: str, tmp_path: Path) -> None:
+    """A warning that says why, and torch's operations."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(BROKEN[how])
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); " \
+        "from dynmoe_tutel.kernels import operation; sys.exit(operation.numba_is_installed())"  # fmt: skip
+    process = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert "numba is installed, but cannot be used" in process.stderr
+
+
+def test_a_numba_that_does_not_compile_is_as_none() -> None:
+    """With NUMBA_DISABLE_JIT, for a debugger, loops run in Python, which has not all their instructions."""
+    script = "import sys; from dynmoe_tutel.kernels import operation; sys.exit(operation.numba_is_installed())"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60).returncode == 0
