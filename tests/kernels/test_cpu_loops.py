@@ -221,6 +221,39 @@ def test_two_runs_are_bitwise_equal(poisoned: None) -> None:
         assert torch.equal(found, again)
 
 
+def test_sums_over_many_rows_keep_their_precision() -> None:
+    """Gradients of biases and thresholds: added row by row in fp32 they would be off by 3e-6."""
+    experts = {"num_experts_per_device": 2, "hidden_size_per_expert": 8, "activation_fn": F.gelu}
+    layer = MoELayer("top_any", 8, experts, seeds=(1, 2))
+    with torch.no_grad():
+        layer.gates[0].gates.fill_(-1)  # all tokens take both
+    generator = torch.Generator().manual_seed(3)
+    x_TD, d_y_TD = torch.randn(2, 32768, 8, generator=generator).unbind()
+
+    def gradients(layer: MoELayer, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wanted = layer.gates[0].gates, layer.experts.batched_fc1_bias, layer.experts.batched_fc2_bias
+        return torch.autograd.grad(layer(x_TD.to(dtype)), wanted, d_y_TD.to(dtype))
+
+    found = gradients(layer, torch.float32)
+    for gradient, exact in zip(found, gradients(layer.double(), torch.float64), strict=True):
+        assert relative_rms(gradient, exact) < FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """As where a model is built under torch.set_default_dtype(torch.bfloat16)."""
+    run = experts_call()
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for tensor, other in zip(found, expected, strict=True):
+        assert tensor.dtype == other.dtype
+        assert tensor.numel() == 0 or relative_rms(tensor, other) < FP32
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30, 0.0])
 def test_tokens_out_of_the_ordinary(torch_alone: Any, value: float) -> None:
     """They take torch's operations where the loops do not know them, with the same result."""
