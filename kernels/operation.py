@@ -305,7 +305,7 @@ def engine_for(engine: str, x: Tensor) -> str:
 
     "auto" takes the loop over the experts, which makes a GPU synchronize to read their row counts. It takes torch's
     grouped product only where that has its own kernels (bf16 on sm_90 and sm_100) and does not synchronize. fp64 always
-    takes the loop. Raises ValueError if "triton" cannot run.
+    takes the loop. Raises ValueError if "triton" or "numba" cannot run.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r}: allowed are {', '.join(ENGINES)}")
@@ -322,9 +322,9 @@ def engine_for(engine: str, x: Tensor) -> str:
             raise ValueError(f"engine = 'numba' needs tensors on the CPU, these are on {x.device}: engine = 'auto'")
         if not numba_is_installed():
             raise ValueError("engine = 'numba', but numba is not installed: pip install numba, or engine = 'auto'")
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or (engine == "numba" and x.dtype == torch.float16):
         if engine not in ("auto", "torch"):
-            _warn_of_float64(engine)
+            _warn_of_dtype(engine, x.dtype)
         return "torch"
     if engine == "auto":
         return "grouped_mm" if x.dtype == torch.bfloat16 and _multiplies_groups(x.device) else "torch"
@@ -332,8 +332,9 @@ def engine_for(engine: str, x: Tensor) -> str:
 
 
 @lru_cache
-def _warn_of_float64(engine: str) -> None:
-    logging.getLogger("dynmoe_tutel").warning("engine = %r has no float64: such tensors take engine 'torch'", engine)
+def _warn_of_dtype(engine: str, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    logging.getLogger("dynmoe_tutel").warning("engine = %r has no %s: such tensors take engine 'torch'", engine, name)
 
 
 def _interprets() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -274,6 +275,14 @@ def test_engine_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.experts.engine = "numba"
     with pytest.raises(ValueError, match=r"pip install .*numba"):
         layer(x_TD)
+
+
+def test_engine_by_name_says_what_it_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    operation._warn_of_dtype.cache_clear()
+    x_TD = torch.ones(2, 3, dtype=torch.float16)
+    with caplog.at_level(logging.WARNING, logger="dynmoe_tutel"):
+        assert [operation.engine_for("numba", x_TD) for _ in range(2)] == ["torch"] * 2
+    assert [r.message for r in caplog.records] == ["engine = 'numba' has no float16: such tensors take engine 'torch'"]
 
 
 def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
