@@ -1,8 +1,9 @@
 """Declares an operation: its input checks, its engines, its shapes for torch.compile, and its gradient.
 
 Each is a `torch.library` custom operation of the namespace `dynmoe_tutel`. torch's dispatcher chooses by device: a GPU
-runs the operation's Triton kernels, every other device runs its torch operations. The argument `engine` of the expert
-networks may overrule that. An engine's module is imported when it first runs, so everything else works without Triton.
+runs the operation's Triton kernels, every other device its torch operations, on a CPU with the loops that numba
+compiles, where it is installed. The argument `engine` of the expert networks may overrule that. An engine's module is
+imported when it first runs, so everything else works without Triton and numba.
 
 Checks read shapes, dtypes and devices, never values, so they do not wait for the device.
 """

@@ -303,6 +303,21 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 4
 
 
+def test_a_thread_goes_on_after_the_main_thread() -> None:
+    """As a training in a thread of a script that has ended: then no pool takes work."""
+    script = """
+import os, threading
+from dynmoe_tutel.kernels.cpu import threads
+def work():
+    threading.main_thread().join()
+    done = []
+    threads.run(lambda part, first, last: done.append((part, first, last)), 8, 2)
+    os._exit(sorted(done) == [(0, 0, 4), (1, 4, 8)])
+threading.Thread(target=work).start()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 1
+
+
 def test_without_a_folder_for_the_cache() -> None:
     """As in a container that is read-only: each process compiles for itself."""
     script = """
