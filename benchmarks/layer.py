@@ -40,8 +40,8 @@ from dynmoe_tutel import MoELayer
 
 from . import layer_gpu, layer_peers
 from .common.shapes import CPU_SHAPES, Shape
+from .common.tensors import difference
 from .common.timing import beside, check_outputs, duration, in_turn, ratio, unable, whole, write
-from .layer_peers import relative_rms
 
 SHAPES = CPU_SHAPES
 
@@ -167,7 +167,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Check that ours and the loop agree, then time all three in turn; one result per pass."""
     with torch.no_grad():
-        error = relative_rms(case.layer(case.x_TD), case.loop_forward(torch.float32))
+        error = difference(case.layer(case.x_TD), case.loop_forward(torch.float32))
     limit = 1e-5 if case.dtype == torch.float32 else 1e-2
     if not error < limit:
         raise RuntimeError(f"{case.shape}: ours and the loop differ by {error:.1e}")

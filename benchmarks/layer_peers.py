@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .common.results import reason
 from .common.shapes import Shape
+from .common.tensors import difference
 from .common.timing import in_turn, ratio, spread
 from .peers import LayerPeer, transformers, tutel
 
@@ -63,11 +64,6 @@ def parameters(case: Case, peer: LayerPeer) -> list[Tensor]:
     return [case.x_TD, gate.sim_matrix, gate.gates, peer.up, peer.down]
 
 
-def relative_rms(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
 def outcome(case: Case, peer: LayerPeer) -> dict[str, Tensor]:
     """Its output and gradients, the experts' as [E, H, D]."""
     y_TD = peer.forward()
@@ -82,7 +78,7 @@ def checked(case: Case, peer: LayerPeer, expected: dict[str, Tensor]) -> dict[st
     for name, found in outcome(case, peer).items():
         if peer.normalized and name in ROUTER:
             continue
-        errors[name] = relative_rms(found, expected[name])
+        errors[name] = difference(found, expected[name])
         if not errors[name] < LIMIT:
             what = "output differs" if name == "output" else f"gradient of the {name} differs"
             raise RuntimeError(f"its {what} from ours by {errors[name]:.1e}")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .adaptive.recording import RecordsRouting
 from .gates import Gate
 from .layer import MoELayer
 from .parallel.collectives import wire_device
@@ -165,11 +166,11 @@ def _written(model: nn.Module) -> Iterator[Tensor]:
         for hook in module._forward_hooks.values():
             if isinstance(hook, TemporaryHook):
                 yield from hook.counts()
+        if isinstance(module, RecordsRouting) and module.record_routing:  # a layer of Tutel's kind too
+            for record in module.records:
+                yield from record.tensors()
         if isinstance(module, MoELayer):
             yield module.dropped_assignments
-            if module.record_routing:
-                for record in module.records:
-                    yield from record.tensors()
         elif isinstance(module, Gate):
             if (counts := module.step_counts()) is not None:
                 yield counts

@@ -1,8 +1,9 @@
 """Declares an operation: its input checks, its engines, its shapes for torch.compile, and its gradient.
 
 Each is a `torch.library` custom operation of the namespace `dynmoe_tutel`. torch's dispatcher chooses by device: a GPU
-runs the operation's Triton kernels, every other device runs its torch operations. The argument `engine` of the expert
-networks may overrule that. An engine's module is imported when it first runs, so everything else works without Triton.
+runs the operation's Triton kernels, every other device its torch operations, on a CPU with the loops that numba
+compiles, where it is installed. The argument `engine` of the expert networks may overrule that. An engine's module is
+imported when it first runs, so everything else works without Triton and numba.
 
 Checks read shapes, dtypes and devices, never values, so they do not wait for the device.
 """
@@ -305,7 +306,7 @@ def engine_for(engine: str, x: Tensor) -> str:
 
     "auto" takes the loop over the experts, which makes a GPU synchronize to read their row counts. It takes torch's
     grouped product only where that has its own kernels (bf16 on sm_90 and sm_100) and does not synchronize. fp64 always
-    takes the loop. Raises ValueError if "triton" cannot run.
+    takes the loop. Raises ValueError if "triton" or "numba" cannot run.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r}: allowed are {', '.join(ENGINES)}")
@@ -322,9 +323,9 @@ def engine_for(engine: str, x: Tensor) -> str:
             raise ValueError(f"engine = 'numba' needs tensors on the CPU, these are on {x.device}: engine = 'auto'")
         if not numba_is_installed():
             raise ValueError("engine = 'numba', but numba is not installed: pip install numba, or engine = 'auto'")
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or (engine == "numba" and x.dtype == torch.float16):
         if engine not in ("auto", "torch"):
-            _warn_of_float64(engine)
+            _warn_of_dtype(engine, x.dtype)
         return "torch"
     if engine == "auto":
         return "grouped_mm" if x.dtype == torch.bfloat16 and _multiplies_groups(x.device) else "torch"
@@ -332,8 +333,9 @@ def engine_for(engine: str, x: Tensor) -> str:
 
 
 @lru_cache
-def _warn_of_float64(engine: str) -> None:
-    logging.getLogger("dynmoe_tutel").warning("engine = %r has no float64: such tensors take engine 'torch'", engine)
+def _warn_of_dtype(engine: str, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    logging.getLogger("dynmoe_tutel").warning("engine = %r has no %s: such tensors take engine 'torch'", engine, name)
 
 
 def _interprets() -> bool:

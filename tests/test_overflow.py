@@ -18,6 +18,7 @@ from waiting import NoWaiting
 
 from dynmoe_tutel import MoELayer, OverflowRepair
 from dynmoe_tutel.adaptive import Budgets
+from dynmoe_tutel.adaptive.recording import RecordsRouting
 from dynmoe_tutel.convert import aux_loss
 from dynmoe_tutel.metrics import RoutingMeter
 
@@ -162,6 +163,28 @@ def dropped_in(repair: OverflowRepair, run: Callable[[], Any]) -> bool:
     before = repair.repeated
     repair(run)
     return repair.repeated > before
+
+
+class OtherLayer(RecordsRouting, nn.Module):
+    """As Tutel's layers with a fixed k: a record window in a module that is no MoELayer."""
+
+    def __init__(self, like: MoELayer) -> None:
+        super().__init__()
+        self.gates, self.model_dim, self.max_num_global_experts = like.gates, D, like.max_num_global_experts
+        self.register_buffer("_num_global_experts", torch.tensor(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.record.add(x, self.gates[0](x))
+        return x
+
+
+def test_records_of_layers_of_other_kinds_count_once() -> None:
+    layer, x = moe(LITTLE), batches(1)[0][0]
+    other = OtherLayer(moe())
+    other.begin_record_routing()
+    repair = OverflowRepair(nn.ModuleList([layer, other]))
+    repair(lambda: other(layer(x)))
+    assert (repair.repeated, int(other.record.tokens)) == (1, T)
 
 
 def test_what_comes_after_forwards_done_counts_too() -> None:

@@ -49,15 +49,10 @@ class Rows:
 
     def __init__(self, index: Index, width: int, dtype: torch.dtype) -> None:
         self.most = max((rows.stop - rows.start for rows, _ in blocks(index.expert_offsets, width)), default=0)
-        self.dtype = dtype
+        self.like, self.dtype = index.token_of_row, dtype
 
     def __call__(self, columns: int) -> Tensor:
-        return torch.empty((self.most, columns), dtype=self.dtype, device="cpu")
-
-
-def zeros(*shape: int) -> Tensor:
-    """In fp32 on the CPU, whatever torch's defaults are."""
-    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        return self.like.new_empty((self.most, columns), dtype=self.dtype)
 
 
 def inverse_k(index: Index) -> np.ndarray:
@@ -120,11 +115,15 @@ class Experts:
 
 
 class _Sums:
-    """Sums of a bias's gradient over the rows of each expert in a block, in parts; nothing without a bias."""
+    """Sums of a bias's gradient over the rows of each expert in a block, in parts; nothing without a bias.
+
+    In fp64: a loop adds row by row, and in fp32 the error would grow with the square root of the rows.
+    """
 
     def __init__(self, d_b: Tensor, biased: bool, block: Block, number: int) -> None:
         self.d_b = d_b
-        self.sums = zeros(number, len(block.segments), d_b.shape[-1]) if biased else zeros(0, 0, 0)
+        shape = (number, len(block.segments), d_b.shape[-1]) if biased else (0, 0, 0)
+        self.sums = d_b.new_zeros(shape, dtype=torch.float64)
 
     def store(self, block: Block) -> None:
         """Write the sums to the experts' gradients."""
@@ -146,7 +145,8 @@ def backward(
     biased = [wanted and b is not None for b in (weights.b1_EH, weights.b3_EH, weights.b2_EO)]
     grads = [zeroed_where_silent(w if wanted else None, index.expert_offsets) for w in weights]
     d_w1, d_b1, d_w3, d_b3, d_w2, d_b2 = grads
-    d_x_TD, d_gate_A = zeros(*x_TD.shape), x_TD.new_empty(index.rows, dtype=torch.float32)
+    d_x_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
+    d_gate_A = x_TD.new_empty((index.rows,), dtype=torch.float32)
     gates = array(None if gate_A is None else gate_A.to(torch.float32).contiguous())
     b2, d_gates, none = bias(weights.b2_EO), array(d_gate_A), array(None)
     xs, a_s, d_as, d_rows, d_us = room(D), room(H), room(H), room(d_out.shape[1]), room(H if gated else 0)
@@ -163,7 +163,7 @@ def backward(
         of_b1, of_b3, of_b2 = (
             _Sums(d_b, there, block, number) for d_b, there in zip((d_b1, d_b3, d_b2), biased, strict=True)
         )
-        sums = array(of_b2.sums if gate_A is None else None, 3)
+        sums = array(of_b2.sums if gate_A is None else of_b2.sums[:0])
         run(loops.row_gradients, n, number, sources, array(d_out), scale, table, b2, array(d_row), d_gate, sums)
         products(d_row, [w.t() for w in experts.w2], block, d_a)
         run(

@@ -2,8 +2,8 @@
 
 Arrays are contiguous, and fp32. Rows of the experts, tokens and their gradients may be bf16, as the uint16 of its bits,
 read to fp32 and rounded to nearest even when written. A loop that takes (part, first, last) does rows, columns or
-tokens first to last - 1, and may add to entry `part` of an array of partial sums; see `threads.run`. `segments` [S, 3]
-holds an expert, its first row and its last row + 1.
+tokens first to last - 1, and may add to entry `part` of an array of partial sums; see `threads.run`. Sums for biases
+and thresholds are fp64. `segments` [S, 3] holds an expert, its first row and its last row + 1.
 
 exp is Cephes' polynomial. gelu takes the tail of the normal distribution as
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -35,8 +35,16 @@ def parts(n: int, width: int) -> int:
 def run(loop: Loop, n: int, number: int, *args: Any) -> None:
     """Call loop(part, first, last, *args) for `number` parts of range(n), each in a thread."""
     bounds = list(enumerate(pairwise(n * part // number for part in range(number + 1))))
-    others = [_pool().submit(loop, part, *bound, *args) for part, bound in bounds[1:]]
-    loop(0, *bounds[0][1], *args)
+    own, others = bounds[:1], list[Future[None]]()
+    for part, bound in bounds[1:]:
+        try:
+            others.append(_pool().submit(loop, part, *bound, *args))
+        except RuntimeError as error:
+            if not str(error).startswith("cannot schedule"):  # else the pool may still have the part
+                raise
+            own.append((part, bound))  # the main thread has ended: a pool takes no more, but other threads go on
+    for part, bound in own:
+        loop(part, *bound, *args)
     for other in others:
         other.result()
 

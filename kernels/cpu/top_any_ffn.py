@@ -14,7 +14,7 @@ from ..norms import scaled, scaled_rows
 from ..operands import ExpertWeights, Index, Router
 from ..top_any_ffn import threshold_gradients
 from . import loops
-from .experts import Experts, add_rows, backward, bias, blocks_of, gather, inverse_k, products, takes, with_torch, zeros
+from .experts import Experts, add_rows, backward, bias, blocks_of, gather, inverse_k, products, takes, with_torch
 from .threads import array, parts, run
 
 
@@ -59,8 +59,10 @@ def top_any_ffn_backward(
     inverse_E = vectors.inverse()
     unit_ED = (vectors.vectors * inverse_E).t().contiguous()
     number = parts(T, 4 * x_TD.shape[1])
-    d_unit, d_threshold = zeros(number, *unit_ED.shape), zeros(number, E)
-    expert_of_row = torch.arange(E, dtype=torch.int32, device="cpu").repeat_interleave(index.expert_offsets.diff())
+    d_unit = unit_ED.new_zeros((number, *unit_ED.shape))
+    d_threshold = unit_ED.new_zeros((number, E), dtype=torch.float64)  # one by one, as the sums for biases
+    expert_E = torch.arange(E, dtype=torch.int32, device=x_TD.device)
+    expert_of_row = expert_E.repeat_interleave(index.expert_offsets.diff())
     tau = 1.0 if router.scale is None else router.scale.item()
     run(
         loops.token_gradients, T, number, *map(array, (index.token_offsets, index.row_of_assignment, expert_of_row)),

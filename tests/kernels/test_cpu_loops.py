@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -239,6 +240,39 @@ def test_two_runs_are_bitwise_equal(poisoned: None) -> None:
         assert torch.equal(found, again)
 
 
+def test_sums_over_many_rows_keep_their_precision() -> None:
+    """Gradients of biases and thresholds: added row by row in fp32 they would be off by 3e-6."""
+    experts = {"num_experts_per_device": 2, "hidden_size_per_expert": 8, "activation_fn": F.gelu}
+    layer = MoELayer("top_any", 8, experts, seeds=(1, 2))
+    with torch.no_grad():
+        layer.gates[0].gates.fill_(-1)  # all tokens take both
+    generator = torch.Generator().manual_seed(3)
+    x_TD, d_y_TD = torch.randn(2, 32768, 8, generator=generator).unbind()
+
+    def gradients(layer: MoELayer, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wanted = layer.gates[0].gates, layer.experts.batched_fc1_bias, layer.experts.batched_fc2_bias
+        return torch.autograd.grad(layer(x_TD.to(dtype)), wanted, d_y_TD.to(dtype))
+
+    found = gradients(layer, torch.float32)
+    for gradient, exact in zip(found, gradients(layer.double(), torch.float64), strict=True):
+        assert relative_rms(gradient, exact) < FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """As where a model is built under torch.set_default_dtype(torch.bfloat16)."""
+    run = experts_call()
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for tensor, other in zip(found, expected, strict=True):
+        assert tensor.dtype == other.dtype
+        assert tensor.numel() == 0 or relative_rms(tensor, other) < FP32
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30, 0.0])
 def test_tokens_out_of_the_ordinary(torch_alone: Any, value: float) -> None:
     """They take torch's operations where the loops do not know them, with the same result."""
@@ -261,6 +295,14 @@ def test_engine_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         layer(x_TD)
 
 
+def test_engine_by_name_says_what_it_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    operation._warn_of_dtype.cache_clear()
+    x_TD = torch.ones(2, 3, dtype=torch.float16)
+    with caplog.at_level(logging.WARNING, logger="dynmoe_tutel"):
+        assert [operation.engine_for("numba", x_TD) for _ in range(2)] == ["torch"] * 2
+    assert [r.message for r in caplog.records] == ["engine = 'numba' has no float16: such tensors take engine 'torch'"]
+
+
 def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a worker of a data loader: a pool without threads would wait for ever."""
     script = """
@@ -277,6 +319,21 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 4
+
+
+def test_a_thread_goes_on_after_the_main_thread() -> None:
+    """As a training in a thread of a script that has ended: then no pool takes work."""
+    script = """
+import os, threading
+from dynmoe_tutel.kernels.cpu import threads
+def work():
+    threading.main_thread().join()
+    done = []
+    threads.run(lambda part, first, last: done.append((part, first, last)), 8, 2)
+    os._exit(sorted(done) == [(0, 0, 4), (1, 4, 8)])
+threading.Thread(target=work).start()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 1
 
 
 def test_without_a_folder_for_the_cache() -> None:

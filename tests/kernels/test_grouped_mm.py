@@ -250,7 +250,7 @@ class TestChoice:
     def fresh(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Turn off the interpreter and clear the caches."""
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        for cached in (engines._multiplies_groups, engines._warn_of_float64):
+        for cached in (engines._multiplies_groups, engines._warn_of_dtype):
             cached.cache_clear()
         yield
         engines._multiplies_groups.cache_clear()
