@@ -109,8 +109,8 @@ def test_options_exist(command: str) -> None:
 
 @pytest.mark.parametrize("command", [line for line in commands() if re.search(r"\bpython -m benchmarks\.", line)])
 def test_modules_and_their_options_exist(command: str) -> None:
-    module = command.split("python -m ")[1].split()[0]
-    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    module = ROOT / command.split("python -m ")[1].split()[0].replace(".", "/")
+    source = (module / "__main__.py" if module.is_dir() else module.with_suffix(".py")).read_text()
     assert [word for word in re.findall(r"--[\w-]+", command) if f'"{word}"' not in source] == []
 
 
