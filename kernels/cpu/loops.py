@@ -137,70 +137,70 @@ def _phi_tanh(h: Any) -> Any:
 
 @compiled
 def activate(activation: int, h: Any, a: Any) -> None:
-    """a = act(h) in fp32, for a row [H]."""
+    """a = act(h), for a row [H]."""
     H = h.shape[0]
     if activation == GELU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = v * _phi(v)[0]
+            _put(a, j, v * _phi(v)[0])
     elif activation == GELU_TANH:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = v * _phi_tanh(v)
+            _put(a, j, v * _phi_tanh(v))
     elif activation == SILU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = v * _sigmoid(v)
+            _put(a, j, v * _sigmoid(v))
     elif activation == RELU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = _0 if v < 0 else v
+            _put(a, j, _0 if v < 0 else v)
     elif activation == SQUARED_RELU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = _0 if v < 0 else v * v
+            _put(a, j, _0 if v < 0 else v * v)
     else:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = v
+            _put(a, j, v)
 
 
 @compiled
 def activate_with_slope(activation: int, h: Any, a: Any, slope: Any) -> None:
-    """a = act(h) and slope = act'(h) in fp32, for a row [H]."""
+    """a = act(h) and slope = act'(h), for a row [H]; slope is fp32."""
     H = h.shape[0]
     if activation == GELU:
         for j in range(H):
             v = _wide(h[j])
             phi, e = _phi(v)
-            a[j] = v * phi
+            _put(a, j, v * phi)
             slope[j] = phi + v * e * _DENSITY
     elif activation == GELU_TANH:
         for j in range(H):
             v = _wide(h[j])
             phi = _phi_tanh(v)
-            a[j] = v * phi
+            _put(a, j, v * phi)
             slope[j] = phi + v * phi * (_1 - phi) * (_TANH_1 + np.float32(3) * _TANH_3 * v * v)
     elif activation == SILU:
         for j in range(H):
             v = _wide(h[j])
             s = _sigmoid(v)
-            a[j] = v * s
+            _put(a, j, v * s)
             slope[j] = s * (_1 + v * (_1 - s))
     elif activation == RELU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = _0 if v < 0 else v
+            _put(a, j, _0 if v < 0 else v)
             slope[j] = _0 if v <= 0 else _1
     elif activation == SQUARED_RELU:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = _0 if v < 0 else v * v
+            _put(a, j, _0 if v < 0 else v * v)
             slope[j] = _0 if v < 0 else np.float32(2) * v
     else:
         for j in range(H):
             v = _wide(h[j])
-            a[j] = v
+            _put(a, j, v)
             slope[j] = _1
 
 
@@ -218,15 +218,13 @@ def hidden_rows(
                 _add_bias(h[i], b1[e])
             if gated and b3.shape[0] > 0:
                 _add_bias(u[i], b3[e])
-            activate(activation, h[i], value)
-            row = a[i]
             if gated:
-                factor = u[i]
+                activate(activation, h[i], value)
+                row, factor = a[i], u[i]
                 for j in range(H):
                     _put(row, j, value[j] * _wide(factor[j]))
             else:
-                for j in range(H):
-                    _put(row, j, value[j])
+                activate(activation, h[i], a[i])
 
 
 @inlined
@@ -256,10 +254,10 @@ def hidden_gradients(
     for s in range(segments.shape[0]):
         _, start, stop = segments[s]
         for i in range(max(start, first), min(stop, last)):
-            activate_with_slope(activation, h[i], value, slope)
             total, gradient, row = _0, d_a[i], a[i]
             k = gate[i] if gate.shape[0] > 0 else _1
             if gated:
+                activate_with_slope(activation, h[i], value, slope)
                 factor, of_factor = u[i], d_u[i]
                 for j in range(H):
                     g, w = _wide(gradient[j]), _wide(factor[j])
@@ -270,10 +268,10 @@ def hidden_gradients(
                 if d_b3.shape[0] > 0:
                     _add_to(d_b3[part, s], of_factor)
             else:
+                activate_with_slope(activation, h[i], row, slope)
                 for j in range(H):
                     g = _wide(gradient[j])
-                    total += g * value[j]
-                    _put(row, j, value[j])
+                    total += g * _wide(row[j])
                     _put(gradient, j, g * slope[j] * k)
             if d_b1.shape[0] > 0:
                 _add_to(d_b1[part, s], gradient)
