@@ -55,6 +55,12 @@ class Scaled(NamedTuple):
         inverse = inverse * self.factor
         return inverse.masked_fill(inverse > RANGES[inverse.dtype].up, 0)
 
+    def ordinary_where(self, chosen: Tensor) -> bool:
+        """Whether the `chosen` vectors [n] are finite, and had no need of a factor. Reads values: for a CPU."""
+        if self.factor is None:
+            return True
+        return bool((self.norm.isfinite() & (self.factor == 1))[chosen].all())
+
     def own_norm(self) -> Tensor:
         """||v|| of the vectors as they came; inf where it exceeds the dtype."""
         return self.norm if self.factor is None else self.norm / self.factor

@@ -112,7 +112,7 @@ def threshold_gate(
     limit_E = own_E if shift is None else own_E + shift.to(dtype)
     limit_E = limit_E.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     finite = tokens.factor is None and vectors.factor is None
-    if finite and takes_numba(cos_TE):
+    if tokens.factor is None and takes_numba(cos_TE) and vectors.ordinary_where(active_E):
         from .cpu.threshold_gate import decide
 
         budget = (max_k, shift is not None, fallback)

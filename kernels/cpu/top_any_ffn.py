@@ -45,10 +45,9 @@ def top_any_ffn_backward(
     d_y_TO: Tensor, h_AH: Tensor, u_AH: Tensor, x_TD: Tensor, router: Router, index: Index, weights: ExpertWeights,
     activation: str, centred: bool, dtype: torch.dtype, wanted: bool, engine: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    vectors = scaled(router.w_DE.to(torch.float32), 0)
     _, _, factor_T = scaled_rows(router.inv_norm_T.unsqueeze(1), router.inv_norm_T)
-    ordinary = factor_T is None and vectors.ordinary  # else they must be scaled, or are not finite
-    if not (ordinary and takes(x_TD, weights, dtype)):
+    # with a factor, tokens must be scaled, or are not finite
+    if not (factor_T is None and takes(x_TD, weights, dtype)):
         options = (activation, centred, dtype, wanted)
         return with_torch("top_any_ffn_backward", d_y_TO, h_AH, u_AH, x_TD, router, index, weights, *options)
     experts = Experts(x_TD.to(dtype), index, weights, activation)
@@ -56,8 +55,7 @@ def top_any_ffn_backward(
     d_x_TD, d_gate_A, grads = backward(experts, h_AH, u_AH, index, *rows, None, wanted)
 
     T, E = router.score_TE.shape
-    inverse_E = vectors.inverse()
-    unit_ED = (vectors.vectors * inverse_E).t().contiguous()
+    unit_ED, inv_norm_E = _unit_vectors(router.w_DE)
     number = parts(T, 4 * x_TD.shape[1])
     d_unit = unit_ED.new_zeros((number, *unit_ED.shape))
     d_threshold = unit_ED.new_zeros((number, E), dtype=torch.float64)  # one by one, as the sums for biases
@@ -72,9 +70,18 @@ def top_any_ffn_backward(
     )  # fmt: skip
     d_unit_ED = d_unit.sum(dim=0)
     radial_E = torch.linalg.vecdot(unit_ED, d_unit_ED)
-    d_w_ED = (d_unit_ED - unit_ED * radial_E.unsqueeze(1)) * inverse_E.unsqueeze(1)
+    d_w_ED = (d_unit_ED - unit_ED * radial_E.unsqueeze(1)) * inv_norm_E.unsqueeze(1)
     d_thresholds_E, d_scale = threshold_gradients(d_threshold.sum(dim=0), router)
     if router.scale is not None:
         d_scale = (radial_E.sum() / tau).to(router.scale.dtype) + d_scale
     d_w_DE = d_w_ED.t().to(router.w_DE.dtype).contiguous()
     return d_x_TD.to(x_TD.dtype), d_w_DE, d_thresholds_E, d_scale, *grads
+
+
+def _unit_vectors(w_DE: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit routing vectors [E, D] and 1 / ||w||, both 0 for a vector that is zero or not finite, as an unused slot's may be."""
+    vectors = scaled(w_DE.to(torch.float32), 0)
+    inverse_E = vectors.inverse()
+    inv_norm_E = vectors.own(inverse_E)
+    unit_DE = (vectors.vectors * inverse_E).masked_fill_(inv_norm_E.isnan(), 0)
+    return unit_DE.t().contiguous(), inv_norm_E.nan_to_num(0)
