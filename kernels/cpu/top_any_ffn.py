@@ -79,7 +79,7 @@ def top_any_ffn_backward(
 
 
 def _unit_vectors(w_DE: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit routing vectors [E, D] and 1 / ||w||, both 0 for a vector that is zero or not finite, as an unused slot's may be."""
+    """Unit routing vectors [E, D] and 1 / ||w||; both 0 if that is 0 or not finite, as in an inactive slot."""
     vectors = scaled(w_DE.to(torch.float32), 0)
     inverse_E = vectors.inverse()
     inv_norm_E = vectors.own(inverse_E)
