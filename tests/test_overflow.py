@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from waiting import NoWaiting
 
-from dynmoe_tutel import MoELayer, OverflowRepair
+from dynmoe_tutel import MoELayer, OverflowRepair, validation
 from dynmoe_tutel.adaptive import Budgets
 from dynmoe_tutel.adaptive.recording import RecordsRouting
 from dynmoe_tutel.convert import aux_loss
@@ -206,8 +206,11 @@ def test_what_comes_after_forwards_done_counts_too() -> None:
     assert not dropped_in(repair, step)
 
 
-def test_capacities_and_warnings_come_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_capacities_and_warnings_come_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the step raises, at first or in the repetition; a repaired drop does not warn, others do."""
+    monkeypatch.setattr(validation, "_warned", set())
     layer, x = moe(LITTLE), batches(1)[0][0]
     repair = OverflowRepair(layer)
 

@@ -221,10 +221,13 @@ class TopAnyGate(Gate):
 
     def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """tau, [] in `dtype`."""
+        tau = self._learned_scale(dtype)
+        return torch.ones((), dtype=dtype, device=self.experts_mask.device) if tau is None else tau
+
+    def _learned_scale(self, dtype: torch.dtype) -> Tensor | None:
+        """tau where it is learned, else None, for 1."""
         temperature = self.temperature
-        if temperature is None:
-            return torch.ones((), dtype=dtype, device=self.experts_mask.device)
-        return temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+        return None if temperature is None else temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
 
     def written(self) -> tuple[Tensor, Tensor]:
         """`sim_matrix` and `gates`, to write; ValueError by name if a write would be lost."""
@@ -251,7 +254,7 @@ class TopAnyGate(Gate):
         dtype = gate_dtype(x_TD)
         # each is read once: a parametrisation is computed anew at each reading, and may change its state
         sim_matrix, gates = self.sim_matrix, self.gates
-        tau = None if self.temperature is None else self.scale(dtype)
+        tau = self._learned_scale(dtype)
         most = self.limit_of_call(max_k)
         score_TE, bits_TW, unrouted_T, inv_norm_T, block_counts = threshold_gate(
             x_TD, sim_matrix, gates.detach(), self.experts_mask, tau, not self.training, token_mask, self.budget_shift,

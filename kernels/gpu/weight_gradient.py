@@ -66,7 +66,7 @@ def weight_gradient_kernel(
     first, last = piece * length, tl.minimum((piece + 1) * length, rows)
     e_first, e_last = _experts_in(first, last, offsets, E, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
-    ones = tl.full((BLOCK_K, 16), 1.0, a_in.dtype.element_ty)
+    ones = tl.full((BLOCK_K, 16), 1.0, tl.float32).to(a_in.dtype.element_ty)
     # The tile is the same for every expert. Only the compiler must not see it: it would keep all addresses in registers
     for work in range(e_first * blocks + tl.program_id(0), e_last * blocks, blocks):
         e, tile = work // blocks, work % blocks
