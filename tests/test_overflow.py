@@ -206,9 +206,7 @@ def test_what_comes_after_forwards_done_counts_too() -> None:
     assert not dropped_in(repair, step)
 
 
-def test_capacities_and_warnings_come_back(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capacities_and_warnings_come_back(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the step raises, at first or in the repetition; a repaired drop does not warn, others do."""
     monkeypatch.setattr(validation, "_warned", set())
     layer, x = moe(LITTLE), batches(1)[0][0]

@@ -32,7 +32,7 @@ OWN_HELP = {
     "experiment language": ["by comma. Default: 2,4.", "editorials. Default: films,products.", "Texts per step.",
                             "CPU threads of torch. The last bits of the result depend on it. Default: 2.",
                             "under 5 minutes", "Fine-tune a BERT"],
-    "experiment questions": ["Numbers of the questions, by comma. Default: all, with --language those", "5, with --language 3,",
+    "experiment questions": ["by comma. Default: all, with --language those", "5, with --language 3,",
                              "under 3 minutes", "Answer what reviewers asked of DynMoE"],
 }  # fmt: skip
 
