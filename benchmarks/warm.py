@@ -22,7 +22,6 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -32,24 +31,9 @@ from .common.patience import NOT_STARTED, NotStartedError, in_processes, patient
 from .common.results import reason
 from .common.shapes import GPU_SHAPES, Shape
 from .common.timing import duration, whole
+from .launches.driver import StubDriver
 from .launches.record import Launch, launch_of
 from .launches.rehearsal import run_benchmarks
-
-
-class _Driver:
-    """The part of a Triton driver that compiling needs: a device of the architecture."""
-
-    def __init__(self, architecture: str) -> None:
-        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
 
 @dataclass
@@ -107,7 +91,7 @@ def compile_share(
     architecture: str, shapes: Sequence[Shape], share: int, shares: int, end: float, launchers: bool
 ) -> Compiled:
     """Compile one of `shares` parts of the launches; a shape whose benchmarks raise is one that is wrong."""
-    driver.set_active(_Driver(architecture))
+    driver.set_active(StubDriver(architecture))
     with compiling(share, shares, end, launchers) as found:
         for shape in shapes:
             try:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -32,6 +31,7 @@ from dynmoe_tutel.kernels.operation import LIBRARY, OPERATIONS, _not_compiled
 from dynmoe_tutel.routing import Capacity
 
 from ..common.shapes import Shape
+from .driver import StubDriver
 
 CHIP = "sm_90"
 SMALL = Shape(600, 64, 64, 8, 2)  # torch operations on it take little time beside their calls
@@ -94,21 +94,6 @@ class Step:
             torch.autograd.grad((y, y.l_aux), self.wanted, (self.d_y, self.d_aux))  # type: ignore[attr-defined]
 
 
-class _Driver:
-    """The part of a Triton driver that a launch needs."""
-
-    target = GPUTarget("cuda", int(CHIP.removeprefix("sm_")), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
 class _Clock:
     """The host's idle time of the device: from each wait for the count to the next launch of `up`."""
 
@@ -155,7 +140,7 @@ def without_gpu(rows: int) -> Iterator[list[float]]:
 
     with (
         tiles.assume(CHIP),
-        mock.patch.object(driver, "_active", _Driver()),
+        mock.patch.object(driver, "_active", StubDriver(CHIP)),
         mock.patch.object(JITFunction, "_do_compile", _compiled),
         mock.patch.object(ragged_index, "_total", total),
     ):

@@ -37,33 +37,27 @@ _DENSITY = np.float32((2 * math.pi) ** -0.5)
 _TANH_1, _TANH_3 = np.float32((8 / math.pi) ** 0.5), np.float32(0.044715 * (8 / math.pi) ** 0.5)
 
 
-@intrinsic
-def _truncated(_: Any, x: Any) -> Any:
-    return types.int32(types.float32), lambda _c, code, _s, args: code.fptosi(args[0], ir.IntType(32))
+def _instruction(source: Any, result: Any, emit: Any) -> Any:
+    """A function of one number that is one or a few instructions of LLVM: emit(builder, value)."""
+
+    @intrinsic
+    def instruction(_: Any, value: Any) -> Any:
+        return result(source), lambda _context, builder, _signature, args: emit(builder, args[0])
+
+    return instruction
 
 
-@intrinsic
-def _float(_: Any, n: Any) -> Any:
-    return types.float32(types.int32), lambda _c, code, _s, args: code.sitofp(args[0], ir.FloatType())
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+_truncated = _instruction(types.float32, types.int32, lambda b, x: b.fptosi(x, _I32))
+_float = _instruction(types.int32, types.float32, lambda b, n: b.sitofp(n, _F32))
+_bits = _instruction(types.float32, types.uint32, lambda b, x: b.bitcast(x, _I32))
+_of_bits = _instruction(types.uint32, types.float32, lambda b, n: b.bitcast(n, _F32))
 
-
-@intrinsic
-def _power_of_two(_: Any, n: Any) -> Any:
-    def bits(_c: Any, code: Any, _s: Any, args: Any) -> Any:
-        i32 = ir.IntType(32)
-        return code.bitcast(code.shl(code.add(args[0], ir.Constant(i32, 127)), ir.Constant(i32, 23)), ir.FloatType())
-
-    return types.float32(types.int32), bits
-
-
-@intrinsic
-def _bits(_: Any, x: Any) -> Any:
-    return types.uint32(types.float32), lambda _c, code, _s, args: code.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _of_bits(_: Any, n: Any) -> Any:
-    return types.float32(types.uint32), lambda _c, code, _s, args: code.bitcast(args[0], ir.FloatType())
+_power_of_two = _instruction(
+    types.int32,
+    types.float32,
+    lambda b, n: b.bitcast(b.shl(b.add(n, ir.Constant(_I32, 127)), ir.Constant(_I32, 23)), _F32),
+)
 
 
 def _wide(value):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 ABOVE_MEAN, NEAR_BEST, PARAMETERS = "above the mean of fixed k", "near the best fixed k", "fewer activated parameters"
 ABOVE_ROUTER = "above a router that holds as many experts"
+NO_LOSS = "near the row without a budget"
 NARROW = 0.01  # "below one point" is said of half an interval
 
 
@@ -78,7 +79,8 @@ class Claim:
 
 def claims(rows: Sequence[RowSummary]) -> list[Claim]:
     """What the finished runs decide: of each DynMoE row three claims against the fixed-k rows, if there are two of
-    them, and one against each router of the field that holds as many experts, or takes as many (quantile rows).
+    them, and one against each router of the field that holds as many experts, or takes as many (quantile rows); of one
+    with a budget, whether it loses accuracy by it.
 
     Only runs that all rows of a claim have count, and only those of two seeds or more.
     """
@@ -94,6 +96,8 @@ def claims(rows: Sequence[RowSummary]) -> list[Claim]:
             its_router, its_k = routed(other.row) or ("", 0.0)
             if its_router not in ("", "dynmoe") and its_k == k and (runs := _common([row, other])):
                 found.append(_against_router(row, other, runs))
+            if k and other.row == "dynmoe" and (runs := _common([row, other])):
+                found.append(_against_no_budget(row, other, runs))
     return found
 
 
@@ -122,11 +126,9 @@ def _against_fixed(row: RowSummary, fixed: Sequence[RowSummary], runs: Sequence[
     to_mean = Interval.of(
         {run: own[run].out_accuracy - statistics.fmean(each[run].out_accuracy for each in others) for run in runs}
     )
-    to_best = Interval.of({run: own[run].out_accuracy - its[run].out_accuracy for run in runs})
+    to_best, spread, near = _near(row, best, runs)
     saved = Interval.of({run: its[run].activated_parameters - own[run].activated_parameters for run in runs})
-    spread = _spread({run: its[run].out_accuracy for run in runs})
-    # Near is the spread below or less: nextafter makes "above" of that.
-    above, near, fewer = to_mean.decides(0), to_best.decides(math.nextafter(-spread, -1)), saved.decides(0)
+    above, fewer = to_mean.decides(0), saved.decides(0)
     time = sum(other.step_ms.mean for other in fixed) / row.step_ms.mean
     return [
         Claim(row.row, ABOVE_MEAN, above, to_mean, (
@@ -149,6 +151,21 @@ def _against_router(row: RowSummary, other: RowSummary, runs: Sequence[tuple[int
     state = interval.decides(0)
     sentence = f"{row.row}, (d) above {other.row}: {state}, {interval.points()}."
     return Claim(row.row, ABOVE_ROUTER, state, interval, sentence)
+
+
+def _against_no_budget(row: RowSummary, other: RowSummary, runs: Sequence[tuple[int, str]]) -> Claim:
+    interval, spread, state = _near(row, other, runs)
+    sentence = f"{row.row}, (e) within the spread of {other.row}, ± {100 * spread:.1f}: {state}, {interval.points()}."
+    return Claim(row.row, NO_LOSS, state, interval, sentence)
+
+
+def _near(row: RowSummary, other: RowSummary, runs: Sequence[tuple[int, str]]) -> tuple[Interval, float, str]:
+    """The row's accuracy less the other's, the other's spread over the seeds, and whether it is as near or above."""
+    own, its = _by_run(row), _by_run(other)
+    interval = Interval.of({run: own[run].out_accuracy - its[run].out_accuracy for run in runs})
+    spread = _spread({run: its[run].out_accuracy for run in runs})
+    # Near is the spread below or less: nextafter makes "above" of that.
+    return interval, spread, interval.decides(math.nextafter(-spread, -1))
 
 
 def _by_run(row: RowSummary) -> ByRun:

@@ -129,7 +129,7 @@ def test_routers_are_compared_with_dynmoe_at_the_same_k() -> None:
         row("quantile-top-2-of-8", [0.9] * 4),
         row("quantile-top-1-of-8", [0.9] * 4),
     ]
-    found = claims.claims(rows)
+    found = [claim for claim in claims.claims(rows) if claim.claim == claims.ABOVE_ROUTER]
     assert [(claim.row, claim.state) for claim in found] == [
         ("dynmoe-k2", "not decided"),
         ("dynmoe-k2", "does not hold"),
@@ -137,6 +137,17 @@ def test_routers_are_compared_with_dynmoe_at_the_same_k() -> None:
     ]
     assert "(d) above quantile-top-2-of-8: does not hold, -18.0 points" in found[2].sentence
     assert found[0].sentence == "dynmoe-k2, (d) above relu-k2: not decided, +1.0 points (-0.3 to +2.3, 4 pairs)."
+
+
+@pytest.mark.parametrize(
+    ("out", "state"),
+    [([0.69, 0.71, 0.73, 0.75], "holds"), ([0.60] * 4, "does not hold"), ([0.60, 0.72, 0.74, 0.76], "not decided")],
+)
+def test_a_budget_is_compared_with_none(out: list[float], state: str) -> None:
+    """Near is the spread of the row without: its seeds have 0.71 and 0.75."""
+    (found,) = claims.claims([row("dynmoe", [0.70, 0.72, 0.74, 0.76]), row("dynmoe-k2", out)])
+    assert (found.row, found.claim, found.state) == ("dynmoe-k2", claims.NO_LOSS, state)
+    assert found.sentence.startswith(f"dynmoe-k2, (e) within the spread of dynmoe, ± 2.8: {state}, ")
 
 
 def test_the_seeds_that_would_do_are_counted() -> None:
