@@ -109,8 +109,15 @@ def _exp_negative(x: Any) -> Any:
 
 @inlined
 def _sigmoid(x: Any) -> Any:
+    return _sigmoids(x)[0]
+
+
+@inlined
+def _sigmoids(x: Any) -> Any:
+    """sigmoid(x) and 1 - sigmoid(x), which would be rounded away if subtracted."""
     e = _exp_negative(-abs(x))
-    return (_1 if x > 0 else e) / (_1 + e)
+    large, small = _1 / (_1 + e), e / (_1 + e)
+    return (large if x > 0 else small), (small if x > 0 else large)
 
 
 @inlined
@@ -125,8 +132,8 @@ def _phi(h: Any) -> Any:
 
 @inlined
 def _phi_tanh(h: Any) -> Any:
-    """(1 + tanh y) / 2 = sigmoid(2 y) of gelu's tanh form."""
-    return _sigmoid(h * (_TANH_1 + _TANH_3 * h * h))
+    """(1 + tanh y) / 2 = sigmoid(2 y) of gelu's tanh form, and 1 less it."""
+    return _sigmoids(h * (_TANH_1 + _TANH_3 * h * h))
 
 
 @compiled
@@ -140,7 +147,7 @@ def activate(activation: int, h: Any, a: Any) -> None:
     elif activation == GELU_TANH:
         for j in range(H):
             v = _wide(h[j])
-            _put(a, j, v * _phi_tanh(v))
+            _put(a, j, v * _phi_tanh(v)[0])
     elif activation == SILU:
         for j in range(H):
             v = _wide(h[j])
@@ -172,15 +179,15 @@ def activate_with_slope(activation: int, h: Any, a: Any, slope: Any) -> None:
     elif activation == GELU_TANH:
         for j in range(H):
             v = _wide(h[j])
-            phi = _phi_tanh(v)
+            phi, rest = _phi_tanh(v)
             _put(a, j, v * phi)
-            slope[j] = phi + v * phi * (_1 - phi) * (_TANH_1 + np.float32(3) * _TANH_3 * v * v)
+            slope[j] = phi + v * phi * rest * (_TANH_1 + np.float32(3) * _TANH_3 * v * v)
     elif activation == SILU:
         for j in range(H):
             v = _wide(h[j])
-            s = _sigmoid(v)
+            s, rest = _sigmoids(v)
             _put(a, j, v * s)
-            slope[j] = s * (_1 + v * (_1 - s))
+            slope[j] = s * (_1 + v * rest)
     elif activation == RELU:
         for j in range(H):
             v = _wide(h[j])

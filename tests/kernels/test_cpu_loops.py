@@ -56,7 +56,7 @@ def test_every_activation_has_a_code() -> None:
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_activations_and_slopes(name: str) -> None:
-    """On [-30, 30], to 3e-7 of the larger of 1 and the number, or to torch's error in fp32, of slopes twice that."""
+    """On [-30, 30], relative to the larger of 1 and the number."""
     h = torch.linspace(-30, 30, 200_001)
     a, slope, alone = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
     loops.activate_with_slope(CODES[name], h.numpy(), a.numpy(), slope.numpy())
@@ -68,10 +68,10 @@ def test_activations_and_slopes(name: str) -> None:
     def error(found: Tensor, expected: Tensor) -> float:
         return float(((found.double() - expected).abs() / expected.abs().clamp(min=1)).max())
 
-    limit, limit_of_slope = error(value(h), exact), error(gradient(torch.ones_like(h), h), exact_slope)
-    assert error(a, exact) <= max(3e-7, limit)
-    assert error(alone, exact) <= max(3e-7, limit)
-    assert error(slope, exact_slope) <= max(3e-7, 2 * limit_of_slope)
+    assert error(a, exact) < 3e-7
+    assert error(alone, exact) < 3e-7
+    # gelu_tanh's sigmoid has an argument of up to 20 where its slope still varies, rounded to 2e-6
+    assert error(slope, exact_slope) < (3e-6 if name == "gelu_tanh" else 3e-7)
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
