@@ -70,8 +70,7 @@ def test_activations_and_slopes(name: str) -> None:
 
     assert error(a, exact) < 3e-7
     assert error(alone, exact) < 3e-7
-    # gelu_tanh's sigmoid has an argument of up to 20 where its slope still varies, rounded to 2e-6
-    assert error(slope, exact_slope) < (3e-6 if name == "gelu_tanh" else 3e-7)
+    assert error(slope, exact_slope) < 3e-7
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
